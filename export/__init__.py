@@ -1,0 +1,1 @@
+"""From a checkpoint to an encoder bundle: networks that return feature pyramids, ONNX export, parity."""

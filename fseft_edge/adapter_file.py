@@ -1,0 +1,122 @@
+"""The adapter file ``NAME.adapter``: weights in safetensors, everything else as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from fseft_edge._version import __version__
+from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.runtime.errors import AdapterError
+from fseft_edge.runtime.networks.base import FeatureLevel
+
+_METADATA_KEY = "fseft_edge_adapter"
+
+
+class AdapterOrgan(BaseModel):
+    """An organ of an adapter.
+
+    Attributes:
+        name: as the user named it.
+        label: its value in the support set's annotation files.
+        support_volumes_ml: its volume in every support scan that annotates it; the size prior comes from these.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    label: int
+    support_volumes_ml: tuple[float, ...]
+
+
+class AdapterDescription(BaseModel):
+    """What an adapter is, for which encoder, and how it was trained.
+
+    Attributes:
+        cross_validated_dsc: mean DSC of each organ by leave-one-out over the support set; empty when not run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    toolkit_version: str = __version__
+    encoder_id: str
+    encoder_name: str
+    levels: tuple[tuple[int, int], ...]
+    settings: dict[str, str | int]
+    organs: tuple[AdapterOrgan, ...] = Field(min_length=1)
+    shots: int
+    seed: int
+    steps: int
+    losses: tuple[float, ...]
+    cross_validated_dsc: dict[str, float] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """A trained adapter with its description."""
+
+    description: AdapterDescription
+    adapter: Adapter
+
+    def check_encoder(self, encoder_id: str, *, path: Path) -> None:
+        """Raise :class:`AdapterError` unless the adapter was trained on this encoder's features."""
+        if encoder_id != self.description.encoder_id:
+            raise AdapterError(
+                f"{path} was trained on the encoder {self.description.encoder_name} "
+                f"({self.description.encoder_id[:12]}), not on this one ({encoder_id[:12]}).",
+                remedy="Name the encoder it was trained with by --encoder, or adapt again.",
+            )
+
+
+def adapter_settings(settings: AdapterSettings) -> dict[str, str | int]:
+    """Return the settings as the description holds them."""
+    return asdict(settings)
+
+
+def write_adapter(path: Path, file: AdapterFile) -> None:
+    """Write an adapter; it appears complete or not at all, and the same adapter gives the same bytes."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in file.adapter.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={_METADATA_KEY: file.description.model_dump_json()})
+
+
+def read_adapter(path: Path) -> AdapterFile:
+    """Return the adapter in a file.
+
+    Raises:
+        AdapterError: the file is missing, damaged, no adapter, or of an unknown schema.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path} is no file.", remedy="Give the .adapter file that `fseft-edge adapt` wrote.")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = (opened.metadata() or {}).get(_METADATA_KEY)
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged: {error}.", remedy="Copy the adapter again, or adapt again.") from error
+    if header is None:
+        raise AdapterError(f"{path} is no adapter file.", remedy="Give the file that `fseft-edge adapt` wrote.")
+    try:
+        version = json.loads(header).get("schema_version")
+        if version != 1:
+            raise AdapterError(
+                f"{path} has the adapter schema {version}, which this version does not read.",
+                remedy="Update fseft-edge, or adapt again with this version.",
+            )
+        description = AdapterDescription.model_validate_json(header)
+        levels = [FeatureLevel(stride, channels) for stride, channels in description.levels]
+        adapter = Adapter(AdapterSettings(**description.settings), levels, len(description.organs))  # type: ignore[arg-type]  # the values were checked by load_state_dict below
+        adapter.load_state_dict(tensors)
+    except (ValidationError, ValueError, TypeError, RuntimeError) as error:
+        raise AdapterError(
+            f"{path} holds weights or settings that do not fit together.", remedy="Adapt again with this version."
+        ) from error
+    return AdapterFile(description, adapter.eval())

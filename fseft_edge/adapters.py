@@ -1,0 +1,200 @@
+"""Adapters: the light networks that a site trains on frozen features (FSEFT, section on spatial adapters).
+
+=========== ====================================================== =============================================
+method      on ``last``                                            on ``pyramid``
+=========== ====================================================== =============================================
+linear      1x1x1 classifier (linear probe)                        one 1x1x1 classifier a level, upsampled, summed
+pointwise   ``x + C1(ReLU(C1(x)))``, classifier                    each level projected to ``width`` channels; the
+spatial     ``x + C3(ReLU(C3(x)))``, classifier                    same residual step at every level, coarse to fine
+=========== ====================================================== =============================================
+
+The second convolution of a residual step starts at zero. Where the encoder's head knows an organ, the classifier starts
+as the head's row, so an untrained adapter is the zero-shot segmenter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fseft_edge.blocks import Box, upsample_into
+from fseft_edge.runtime.networks.base import FeatureLevel
+
+Method = Literal["linear", "pointwise", "spatial"]
+Reads = Literal["last", "pyramid"]
+Activation = Literal["sigmoid", "softmax"]
+
+_UNKNOWN_ORGAN_BIAS = -3.0
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What kind of adapter.
+
+    Attributes:
+        method: ``linear``, ``pointwise`` or ``spatial``.
+        reads: ``last`` (level 0 only, as in the paper) or ``pyramid`` (every level).
+        activation: ``sigmoid`` per organ, or ``softmax`` with background.
+        width: channels that each level is projected to (``pointwise`` and ``spatial`` on the pyramid).
+    """
+
+    method: Method = "spatial"
+    reads: Reads = "pyramid"
+    activation: Activation = "sigmoid"
+    width: int = 32
+
+
+class ResidualStep(nn.Module):
+    """``x + C(ReLU(C(x)))`` with kernels of ``kernel`` voxels and no bias; the second convolution starts at zero."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(channels, channels, kernel, bias=False)
+        self.second = nn.Conv3d(channels, channels, kernel, bias=False)
+        nn.init.zeros_(self.second.weight)
+
+    @property
+    def halo(self) -> int:
+        """Voxels of context used up on every side."""
+        return 2 * (self.first.kernel_size[0] // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the step's result on the inner voxels: ``[n, C, X - 2 h, ...]`` for a halo of ``h``."""
+        residual: Tensor = self.second(torch.relu(self.first(x)))
+        return residual + _inner(x, self.halo)
+
+
+class Adapter(nn.Module):
+    """A trainable head on a frozen feature pyramid.
+
+    Args:
+        settings: the kind of adapter.
+        levels: the encoder's pyramid.
+        organs: number of organs ``K``; with softmax there is one more class, the background, at index 0.
+    """
+
+    def __init__(self, settings: AdapterSettings, levels: Sequence[FeatureLevel], organs: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.levels = tuple(levels if settings.reads == "pyramid" else levels[:1])
+        self.classes = organs + (1 if settings.activation == "softmax" else 0)
+        for index, level in enumerate(self.levels):
+            self.register_buffer(f"mean_{index}", torch.zeros(level.channels))
+            self.register_buffer(f"scale_{index}", torch.ones(level.channels))
+        finest = self.levels[0].channels
+        self.direct = nn.Conv3d(finest, self.classes, 1)
+        if settings.method == "linear":
+            self.project = nn.ModuleList(nn.Conv3d(x.channels, self.classes, 1, bias=False) for x in self.levels[1:])
+            return
+        kernel = 3 if settings.method == "spatial" else 1
+        if settings.reads == "last":
+            self.steps = nn.ModuleList([ResidualStep(finest, kernel)])
+        else:
+            self.project = nn.ModuleList(nn.Conv3d(x.channels, settings.width, 1) for x in self.levels)
+            self.steps = nn.ModuleList(ResidualStep(settings.width, kernel) for _ in self.levels)
+            self.classifier = nn.Conv3d(settings.width, self.classes, 1, bias=False)
+
+    def start_from_head(self, rows: Sequence[tuple[Tensor, float] | None]) -> None:
+        """Start the classifier of known organs from the encoder's head.
+
+        Args:
+            rows: for each organ, the head's weight ``[C_0]`` and bias, or None where the encoder does not know it.
+        """
+        first = self.classes - len(rows)
+        with torch.no_grad():
+            if first:
+                self.direct.bias[0] = 0.0
+            for k, row in enumerate(rows, start=first):
+                if row is None:
+                    self.direct.bias[k] = 0.0 if first else _UNKNOWN_ORGAN_BIAS
+                    continue
+                weight, bias = row
+                self.direct.weight[k, :, 0, 0, 0] = weight * self.scale(0)
+                self.direct.bias[k] = bias + float(weight @ self.mean(0))
+                if self.settings.reads == "pyramid":
+                    for extra in self.project if self.settings.method == "linear" else [self.classifier]:
+                        extra.weight[k] = 0.0
+
+    def mean(self, level: int) -> Tensor:
+        """Return the level's channel means over the support set, ``[C_l]``."""
+        return self.get_buffer(f"mean_{level}")
+
+    def scale(self, level: int) -> Tensor:
+        """Return the level's channel standard deviations over the support set, ``[C_l]``."""
+        return self.get_buffer(f"scale_{level}")
+
+    def boxes(self, core: Box) -> list[Box]:
+        """Return what must be read of each level so that :meth:`forward` covers ``core`` (voxels of level 0)."""
+        boxes = [core.grown(self._halo(0))]
+        for level in range(1, len(self.levels)):
+            boxes.append(boxes[-1].coarser().grown(self._halo(level)))
+        return boxes
+
+    def forward(self, features: Sequence[Tensor], core: Box) -> Tensor:
+        """Return logits ``[n, classes, *core.shape]``.
+
+        Args:
+            features: each level's part ``boxes(core)``, ``[n, C_l, ...]``.
+            core: where the wanted voxels lie (for blocks of one batch: any of them, they share their alignment).
+        """
+        normalised = [
+            (x - self.mean(level)[:, None, None, None]) / self.scale(level)[:, None, None, None]
+            for level, x in enumerate(features)
+        ]
+        boxes = self.boxes(core)
+        if self.settings.method == "linear":
+            return self._linear(normalised, boxes)
+        if self.settings.reads == "last":
+            return self._classify(normalised[0], self.direct)
+        x: Tensor | None = None
+        for level in reversed(range(len(self.levels))):
+            projected = self.project[level](normalised[level])
+            if x is not None:
+                projected = projected + upsample_into(x, boxes[level + 1].grown(-self._halo(level + 1)), boxes[level])
+            if level == 0:
+                return self._classify(projected, self.classifier) + self.direct(_inner(normalised[0], self._halo(0)))
+            x = self.steps[level](projected)
+        raise AssertionError("an encoder has at least one level")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return probabilities of the same shape; with softmax, class 0 is the background."""
+        return torch.sigmoid(logits) if self.settings.activation == "sigmoid" else torch.softmax(logits, dim=1)
+
+    def _classify(self, x: Tensor, classifier: nn.Conv3d) -> Tensor:
+        """Return ``V(x + C(ReLU(C(x))))`` of the finest level's step and its classifier ``V``.
+
+        For inference the step's second convolution and the classifier, linear in sequence, are folded into one
+        convolution ``V C``, which has as many outputs as there are classes instead of the step's width.
+        """
+        step = self.steps[0]
+        assert isinstance(step, ResidualStep)  # noqa: S101 - narrows the type for the checker
+        if self.training:
+            logits: Tensor = classifier(step(x))
+            return logits
+        folded = torch.einsum("kc,cixyz->kixyz", classifier.weight[:, :, 0, 0, 0], step.second.weight)
+        straight: Tensor = classifier(_inner(x, step.halo))
+        return straight + F.conv3d(torch.relu(step.first(x)), folded)
+
+    def _linear(self, normalised: Sequence[Tensor], boxes: Sequence[Box]) -> Tensor:
+        coarse: Tensor | None = None
+        for level in reversed(range(1, len(self.levels))):
+            here: Tensor = self.project[level - 1](normalised[level])
+            coarse = here if coarse is None else here + upsample_into(coarse, boxes[level + 1], boxes[level])
+        logits: Tensor = self.direct(normalised[0])
+        return logits if coarse is None else logits + upsample_into(coarse, boxes[1], boxes[0])
+
+    def _halo(self, level: int) -> int:
+        if self.settings.method != "spatial":
+            return 0
+        step = self.steps[level]
+        assert isinstance(step, ResidualStep)  # noqa: S101 - narrows the type for the checker
+        return step.halo
+
+
+def _inner(x: Tensor, halo: int) -> Tensor:
+    return x[:, :, halo:-halo, halo:-halo, halo:-halo] if halo else x

@@ -1,0 +1,104 @@
+"""Blocks of a cached feature map: which part of every level a block of the finest level depends on, and reading it.
+
+A feature map is taken to continue beyond its border by repeating its edge, at every level. What an adapter computes
+for a voxel then depends on the voxel's position relative to the map alone, never on how the map was cut into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fseft_edge.runtime.feature_store import FeatureMap
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box of voxels, half-open ranges along x, y and z; it may reach beyond the map."""
+
+    x: Range
+    y: Range
+    z: Range
+
+    @property
+    def ranges(self) -> tuple[Range, Range, Range]:
+        """The three ranges in order."""
+        return self.x, self.y, self.z
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along x, y and z."""
+        return (self.x[1] - self.x[0], self.y[1] - self.y[0], self.z[1] - self.z[0])
+
+    def grown(self, halo: int) -> Box:
+        """Return the box with ``halo`` more voxels on every side."""
+        return Box(*((low - halo, high + halo) for low, high in self.ranges))
+
+    def coarser(self) -> Box:
+        """Return the voxels of the next level (twice the stride) that trilinear interpolation reads for this box.
+
+        Voxel ``i`` lies at ``(i + 1/2) / 2 - 1/2`` of the coarser level, between that position's two neighbours.
+        """
+        return Box(*(((low - 1) // 2, high // 2 + 1) for low, high in self.ranges))
+
+
+def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
+    """Return ``coarse`` interpolated trilinearly to the next finer level, cut to ``box``.
+
+    Args:
+        coarse: ``[n, C, *coarse_box.shape]``.
+        coarse_box: where it lies; contains ``box.coarser()``.
+        box: what is wanted, in voxels of the finer level.
+    """
+    fine = F.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
+    return fine[
+        :,
+        :,
+        *(
+            slice(low - 2 * coarse_low, high - 2 * coarse_low)
+            for (low, high), (coarse_low, _) in zip(box.ranges, coarse_box.ranges, strict=True)
+        ),
+    ]
+
+
+def read_block(features: FeatureMap, boxes: Sequence[Box]) -> list[Tensor]:
+    """Return each level's box as float32 ``[1, C_l, *box.shape]``, repeating the map's edge outside.
+
+    Args:
+        features: the cached map.
+        boxes: one box a level, finest first, in voxels of that level; fewer boxes than levels read only the first.
+    """
+    return [_read_level(features, level, box) for level, box in enumerate(boxes)]
+
+
+def _read_level(features: FeatureMap, level: int, box: Box) -> Tensor:
+    stride = features.levels[level].stride
+    inside: list[Range] = []
+    padding: list[int] = []
+    for (low, high), size in zip(box.ranges, features.padded_shape, strict=True):
+        last = size // stride
+        start, stop = min(max(low, 0), last - 1), max(min(high, last), 1)
+        inside.append((start, stop))
+        padding = [start - low, high - stop, *padding]
+    block = features.read(level, *inside).float()[None]
+    return F.pad(block, padding, mode="replicate") if any(padding) else block
+
+
+def tiles(shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Iterator[Box]:
+    """Yield boxes that cover ``shape`` without overlap, slice ranges outermost so that results stream along z."""
+    starts = [range(0, size, step) for size, step in zip(shape, tile, strict=True)]
+    for z in starts[2]:
+        for x in starts[0]:
+            for y in starts[1]:
+                yield Box(*((s, min(s + t, n)) for s, t, n in zip((x, y, z), tile, shape, strict=True)))
+
+
+def stack_blocks(blocks: Sequence[list[Tensor]]) -> list[Tensor]:
+    """Return blocks of equal shape as one batch, level by level."""
+    return [torch.cat(level) for level in zip(*blocks, strict=True)]

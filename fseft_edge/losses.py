@@ -1,0 +1,91 @@
+"""Losses of adaptation and of pre-training on partially annotated data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, smoothing: float = 1.0) -> Tensor:
+    """Return ``1 - (2 Σ p y + s) / (Σ p + Σ y + s)`` for each sample and organ (Silva-Rodriguez et al., FSEFT).
+
+    Args:
+        probabilities: ``[n, K, X, Y, Z]`` in 0..1.
+        targets: same shape, in 0..1; soft values are allowed.
+        smoothing: ``s``; 1 in the paper's released code.
+
+    Returns:
+        ``[n, K]``.
+    """
+    axes = tuple(range(2, probabilities.ndim))
+    overlap = (probabilities * targets).sum(axes)
+    total = probabilities.sum(axes) + targets.sum(axes)
+    return 1 - (2 * overlap + smoothing) / (total + smoothing)
+
+
+def cross_entropy_per_organ(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the binary cross-entropy of each sample and organ, averaged over voxels: ``[n, K]``.
+
+    Args:
+        logits: ``[n, K, X, Y, Z]``.
+        targets: same shape, in 0..1.
+    """
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten(2).mean(2)
+
+
+def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor) -> Tensor:
+    """Return Dice plus cross-entropy over annotated organs only (FSEFT, eq. 1).
+
+    The loss of organ ``k`` counts for sample ``n`` only where the task mask ``w_{n,k}`` is 1 and the sum is divided by
+    the mask's sum, so an organ that nobody contoured is neither foreground nor background.
+
+    Args:
+        logits: ``[n, K, X, Y, Z]``.
+        targets: same shape, in 0..1; values where the mask is 0 are ignored.
+        task_mask: ``[n, K]`` of 0 and 1.
+
+    Returns:
+        A scalar; 0 where nothing at all is annotated.
+    """
+    annotated = task_mask > 0
+    if not bool(annotated.any()):
+        return logits.sum() * 0.0
+    logits, targets = logits[annotated][:, None], targets[annotated][:, None]
+    each = soft_dice_loss(torch.sigmoid(logits), targets) + cross_entropy_per_organ(logits, targets)
+    return each.mean()
+
+
+def adaptation_loss(
+    logits: Tensor, targets: Tensor, annotated: Tensor, activation: Literal["sigmoid", "softmax"]
+) -> Tensor:
+    """Return soft Dice plus cross-entropy over a batch of blocks.
+
+    A block holds only a piece of an organ, so overlap and size are summed over the whole batch before the Dice quotient
+    is formed, instead of one quotient a sample as in :func:`soft_dice_loss`.
+
+    Args:
+        logits: ``[n, K, X, Y, Z]``; with softmax ``[n, 1 + K, X, Y, Z]``, background first.
+        targets: ``[n, K, X, Y, Z]``, share of the voxel that the organ fills.
+        annotated: ``[n, K]`` of 0 and 1. With softmax a block that lacks any organ's annotation is left out whole,
+            since its background is not known.
+        activation: of the adapter.
+    """
+    if activation == "softmax":
+        known = annotated.amin(1, keepdim=True)
+        background = (1 - targets.sum(1, keepdim=True)).clamp_min(0)
+        cross_entropy = F.cross_entropy(logits, torch.cat([background, targets], 1), reduction="none")[:, None]
+        probabilities, weight = torch.softmax(logits, 1)[:, 1:], known.expand(-1, targets.shape[1])
+        entropy = (cross_entropy.flatten(2).mean(2) * known).sum() / known.sum().clamp_min(1.0)
+    else:
+        probabilities, weight = torch.sigmoid(logits), annotated
+        entropy = (cross_entropy_per_organ(logits, targets) * weight).sum() / weight.sum().clamp_min(1.0)
+    masked = weight[:, :, None, None, None]
+    axes = (0, 2, 3, 4)
+    overlap = (probabilities * targets * masked).sum(axes)
+    total = ((probabilities + targets) * masked).sum(axes)
+    seen = (weight.sum(0) > 0).float()
+    dice = ((1 - (2 * overlap + 1) / (total + 1)) * seen).sum() / seen.sum().clamp_min(1.0)
+    return dice + entropy

@@ -1,0 +1,58 @@
+"""From a CT to its cached feature map: grid, windows, session and store put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.feature_store import FeatureMap, FeatureMapMeta, FeatureStore
+from fseft_edge.runtime.grid import Grid
+from fseft_edge.runtime.session import EncoderSession
+from fseft_edge.runtime.volume import Volume
+from fseft_edge.runtime.windows import WindowLayout, stream_features
+
+OVERLAP = 0.25
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedScan:
+    """A scan's grid and its feature map."""
+
+    grid: Grid
+    features: FeatureMap
+
+
+def encode_scan(
+    volume: Volume,
+    *,
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    store: FeatureStore,
+    storage: Literal["float16", "float32"] = "float16",
+) -> EncodedScan:
+    """Return the scan's feature map, from the store if it is there.
+
+    Args:
+        volume: the CT.
+        bundle: the encoder.
+        session: the same encoder, opened.
+        store: where feature maps are kept.
+        storage: number format on disk.
+    """
+    grid = Grid.of(volume, bundle.preprocessing)
+    key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage)
+    features = store.get(key)
+    if features is None:
+        coarsest = max(level.stride for level in bundle.levels)
+        layout = WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
+        meta = FeatureMapMeta(
+            shape=grid.shape,
+            padded_shape=layout.padded_shape,
+            levels=bundle.levels,
+            dtype=storage,
+            encoder_id=bundle.encoder_id,
+        )
+        sections = stream_features(lambda start, stop: grid.section(volume, start, stop), layout, session)
+        features = store.build(key, meta, sections)
+    return EncodedScan(grid, features)

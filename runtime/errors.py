@@ -1,0 +1,93 @@
+"""Every error a user can cause or meet: one class a kind, each with an exit code and a remedy.
+
+Exit codes: 0 done, 1 unexpected (a bug), 2 wrong use, 3 bad input, 4 environment, 5 some cases failed.
+The command line maps an exception to its exit code in one place and prints ``message`` and ``remedy``;
+a traceback is shown only for what is not a :class:`FseftEdgeError`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FseftEdgeError(Exception):
+    """A failure that has a cause outside the program, a remedy, and an exit code.
+
+    Args:
+        message: what is wrong, one sentence that names the file or value.
+        remedy: what the user can do about it, one sentence.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.remedy}"
+
+
+class UsageError(FseftEdgeError):
+    """Options or arguments that contradict one another or make no sense together."""
+
+    exit_code = 2
+
+
+class InputError(FseftEdgeError):
+    """A file or folder that the user gave is not what it should be."""
+
+    exit_code = 3
+
+
+class UnreadableFileError(InputError):
+    """A file is missing, truncated, or not in the format its name promises."""
+
+
+class NotACtError(InputError):
+    """A readable image is not a single CT volume (4D, colour, one slice, intensities that are no HU)."""
+
+
+class GeometryError(InputError):
+    """A lattice is missing, degenerate, or differs from the one it must equal."""
+
+
+class LabelError(InputError):
+    """Annotations do not contain what was asked for."""
+
+
+class EncoderBundleError(InputError):
+    """An encoder bundle is incomplete, changed, or of an unknown schema."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is unreadable, unsafe, or of another network."""
+
+
+class AdapterError(InputError):
+    """An adapter file is damaged, of an unknown schema, or was made with another encoder."""
+
+
+class EnvironmentProblemError(FseftEdgeError):
+    """The machine lacks something: a backend, memory, disk space."""
+
+    exit_code = 4
+
+
+class MissingBackendError(EnvironmentProblemError):
+    """An inference backend is not installed or cannot run on this machine."""
+
+
+class OutOfSpaceError(EnvironmentProblemError):
+    """A disk is full or not writable."""
+
+
+class OutOfMemoryError(EnvironmentProblemError):
+    """The work does not fit into the memory of the machine or the budget given."""
+
+
+class SomeCasesFailedError(FseftEdgeError):
+    """A run over several cases finished, but not for all of them."""
+
+    exit_code = 5

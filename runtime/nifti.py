@@ -1,0 +1,325 @@
+"""Reading CTs and label maps from NIfTI, and writing label maps.
+
+NIfTI-1 and NIfTI-2 single files, plain or gzip: https://nifti.nimh.nih.gov. Geometry is the sform where its code is
+set, else the qform, as in nibabel.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel as nib
+import numpy as np
+from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.runtime.errors import (
+    GeometryError,
+    LabelError,
+    NotACtError,
+    OutOfSpaceError,
+    UnreadableFileError,
+    UsageError,
+)
+from fseft_edge.runtime.volume import LabelMap, Volume, slabs
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+SUFFIXES = (".nii.gz", ".nii")
+
+HU_RANGE = (-32768.0, 65535.0)
+"""What 16 bits can hold, signed or unsigned; a rescaled CT beyond it has a wrong slope or intercept."""
+
+AIR_BELOW_HU = -200.0
+TISSUE_ABOVE_HU = 0.0
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_COPY_BYTES = 1 << 20
+
+
+def read_ct(path: Path) -> Volume:
+    """Read a CT without loading it: the array is a read-only memory map.
+
+    A compressed file is unpacked as a stream into an unnamed file in the system's temporary folder (``TMPDIR``),
+    which disappears with the volume. The intensities are read through once and must look like HU: finite, not
+    constant, inside ``HU_RANGE``, with something below ``AIR_BELOW_HU`` (air, lung) and something above
+    ``TISSUE_ABOVE_HU``. This refuses MRI, images scaled to 0..1 and CTs that lost their intercept.
+
+    Raises:
+        UnreadableFileError: missing, a folder, truncated, damaged, or not NIfTI.
+        NotACtError: four-dimensional, colour, fewer than two slices, or intensities that are no HU.
+        GeometryError: neither sform nor qform, or an affine that is not finite or singular.
+        OutOfSpaceError: no room to unpack the file.
+    """
+    array, header = _read(path)
+    slope, intercept = _rescale(header, path)
+    volume = Volume(_squeezed(array), _affine(header, path), slope, intercept, source=path)
+    _check_intensities(volume)
+    return volume
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """Read annotations into memory, in the smallest unsigned integer type that holds them.
+
+    Raises:
+        UnreadableFileError: missing, a folder, truncated, damaged, or not NIfTI.
+        LabelError: not three-dimensional, or values that are negative or not whole numbers.
+        GeometryError: neither sform nor qform, or an affine that is not finite or singular.
+        OutOfSpaceError: no room to unpack the file.
+    """
+    array, header = _read(path)
+    slope, intercept = _rescale(header, path)
+    stored = _squeezed(array)
+    if stored.ndim != 3 or stored.dtype.kind not in "iuf":
+        raise LabelError(
+            f"{path} is no label map: shape {stored.shape}, {stored.dtype} values.",
+            remedy="Give one three-dimensional label map in which every organ has its own value.",
+        )
+    highest = max(int(_label_values(piece, slope, intercept, path).max()) for piece in slabs(stored))
+    labels = np.empty(stored.shape, dtype=np.min_scalar_type(highest), order="F")
+    start = 0
+    for piece in slabs(stored):
+        labels[:, :, start : start + piece.shape[2]] = _label_values(piece, slope, intercept, path)
+        start += piece.shape[2]
+    return LabelMap(labels, _affine(header, path), source=path)
+
+
+def write_label_map(path: Path, labels: LabelMap) -> None:
+    """Write a label map as ``.nii`` or ``.nii.gz``; it appears complete or not at all.
+
+    uint8 where the values fit, else uint16 or uint32; sform and qform both hold the affine (a sheared one, which a
+    qform cannot express, only the sform). The same labels give the same bytes.
+
+    Raises:
+        UsageError: the name ends in neither ``.nii`` nor ``.nii.gz``.
+        OutOfSpaceError: the disk is full or cannot be written to.
+    """
+    if not path.name.lower().endswith(SUFFIXES):
+        raise UsageError(f"{path} is no NIfTI file name.", remedy="End the name in .nii.gz or .nii.")
+    header = _label_header(labels)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        if path.name.lower().endswith(".gz"):
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as compressed:
+                _write(compressed, header, labels)
+        else:
+            _write(file, header, labels)
+
+
+def list_cases(path: Path) -> list[Path]:
+    """The NIfTI files that a file or folder name stands for, sorted by name; hidden files are left out.
+
+    Raises:
+        UnreadableFileError: nothing is there, or no NIfTI file.
+    """
+    if path.is_dir():
+        cases = sorted(file for file in path.iterdir() if _is_nifti_name(file.name) and file.is_file())
+        if not cases:
+            raise UnreadableFileError(f"{path} holds no .nii or .nii.gz file.", remedy="Name the folder of the scans.")
+        return cases
+    if not path.exists():
+        raise UnreadableFileError(f"{path} does not exist.", remedy="Check the name.")
+    if not _is_nifti_name(path.name):
+        raise UnreadableFileError(f"{path} is no .nii or .nii.gz file.", remedy="Convert the scan to NIfTI.")
+    return [path]
+
+
+def case_name(path: Path) -> str:
+    """A file's name without ``.nii.gz`` or ``.nii``: what images, labels and results of one case share."""
+    for suffix in SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name
+
+
+def _is_nifti_name(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _read(path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
+    """The stored values, mapped read-only, and the header."""
+    if path.is_dir():
+        raise UnreadableFileError(f"{path} is a folder, not a NIfTI file.", remedy="Name a .nii or .nii.gz file.")
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == _GZIP_MAGIC
+            file.seek(0)
+            if not packed:
+                return _map(file, path)
+            with _temporary_file(path) as unpacked:
+                _unpack(file, unpacked, path)
+                return _map(unpacked, path)
+    except OSError as error:
+        raise UnreadableFileError(
+            f"{path} cannot be read: {error.strerror or error}.", remedy="Check the name and the permissions."
+        ) from error
+
+
+def _temporary_file(path: Path) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise _no_room_to_unpack(path) from error
+
+
+def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
+    with gzip.GzipFile(fileobj=file, mode="rb") as stream:
+        while True:
+            try:
+                piece = stream.read(_COPY_BYTES)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UnreadableFileError(
+                    f"{path} is truncated or damaged: {error}.", remedy="Copy the file again from where it came."
+                ) from error
+            if not piece:
+                break
+            try:
+                unpacked.write(piece)
+            except OSError as error:
+                raise _no_room_to_unpack(path) from error
+    try:
+        unpacked.flush()
+    except OSError as error:
+        raise _no_room_to_unpack(path) from error
+    unpacked.seek(0)
+
+
+def _no_room_to_unpack(path: Path) -> OutOfSpaceError:
+    folder = tempfile.gettempdir()
+    return OutOfSpaceError(
+        f"There is no room in {folder} to unpack {path}.",
+        remedy=f"Free some space ({shutil.disk_usage(folder).free >> 20} MiB are left), or point TMPDIR elsewhere.",
+    )
+
+
+def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
+    header = _header(file, path)
+    try:
+        shape = tuple(int(length) for length in header.get_data_shape())
+        dtype = header.get_data_dtype()
+        offset = int(header.get_data_offset())
+    except HeaderDataError as error:
+        raise _not_nifti(path) from error
+    if not shape or min(shape) < 1:
+        raise UnreadableFileError(f"{path} holds no voxels: shape {shape}.", remedy="Export the scan again.")
+    wanted = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
+    present = file.seek(0, 2)
+    if present < wanted:
+        raise UnreadableFileError(
+            f"{path} is truncated: {present} of {wanted} bytes are there.",
+            remedy="Copy the file again from where it came.",
+        )
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")), header
+
+
+def _header(file: IO[bytes], path: Path) -> nib.nifti1.Nifti1Header:
+    size = file.read(4)
+    file.seek(0)
+    sizes = (int.from_bytes(size, "little"), int.from_bytes(size, "big"))
+    kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
+    try:
+        header: nib.nifti1.Nifti1Header = kind.from_fileobj(file)
+    except Exception as error:  # nibabel raises many kinds on bytes that are no header
+        raise _not_nifti(path) from error
+    if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
+        raise _not_nifti(path)
+    return header
+
+
+def _not_nifti(path: Path) -> UnreadableFileError:
+    return UnreadableFileError(f"{path} is not a NIfTI file.", remedy="Convert the scan to NIfTI (.nii or .nii.gz).")
+
+
+def _rescale(header: nib.nifti1.Nifti1Header, path: Path) -> tuple[float, float]:
+    try:
+        slope, intercept = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise NotACtError(f"{path} has an invalid rescale: {error}.", remedy="Export the scan again.") from error
+    return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
+
+
+def _affine(header: nib.nifti1.Nifti1Header, path: Path) -> NDArray[np.float64]:
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        raise GeometryError(
+            f"{path} has no geometry: neither its sform nor its qform is set.",
+            remedy="Convert the original DICOM series again with a tool that keeps its geometry.",
+        )
+    try:
+        return np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise GeometryError(f"{path} has an invalid qform: {error}.", remedy="Convert the scan again.") from error
+
+
+def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
+    """Without the trailing axes of length one that some writers add."""
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return array
+
+
+def _check_intensities(volume: Volume) -> None:
+    lowest, highest = np.inf, -np.inf
+    for chunk in volume.chunks():
+        low, high = float(chunk.min()), float(chunk.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise NotACtError(
+                f"{volume.source} holds values that are not finite.", remedy="Export the scan again, padded with air."
+            )
+        bounds = (low * volume.slope + volume.intercept, high * volume.slope + volume.intercept)
+        lowest, highest = min(lowest, *bounds), max(highest, *bounds)
+    found = f"its values reach from {lowest:g} to {highest:g}"
+    if lowest == highest:
+        raise NotACtError(f"{volume.source} is constant: every voxel is {lowest:g}.", remedy="Export the scan again.")
+    if lowest < HU_RANGE[0] or highest > HU_RANGE[1]:
+        raise NotACtError(
+            f"{volume.source} does not hold HU: {found}.", remedy="Check the rescale slope and intercept."
+        )
+    if lowest >= AIR_BELOW_HU or highest <= TISSUE_ABOVE_HU:
+        raise NotACtError(
+            f"{volume.source} does not look like a CT in HU: {found}, but a CT shows both air (below {AIR_BELOW_HU:g}) "
+            f"and tissue (above {TISSUE_ABOVE_HU:g}).",
+            remedy="Give the CT in HU, neither windowed nor scaled; MRI and other images are not supported.",
+        )
+
+
+def _label_values(stored: NDArray[Any], slope: float, intercept: float, path: Path) -> NDArray[Any]:
+    """Rescaled values, all whole numbers from 0 to 2^32 - 1."""
+    values = stored
+    if (slope, intercept) != (1.0, 0.0):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = stored.astype(np.float64) * slope + intercept
+    if not np.isfinite(values).all() or (values < 0).any() or (values > np.iinfo(np.uint32).max).any():
+        raise LabelError(
+            f"{path} holds negative, huge or non-finite values.", remedy="Store labels as whole numbers from 0."
+        )
+    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+        raise LabelError(
+            f"{path} holds values that are not whole numbers.",
+            remedy="Store labels as whole numbers; a label map must be resampled with nearest neighbour only.",
+        )
+    return values
+
+
+def _label_header(labels: LabelMap) -> nib.nifti1.Nifti1Header:
+    kind = nib.nifti1.Nifti1Header if max(labels.shape) <= np.iinfo(np.int16).max else nib.nifti2.Nifti2Header
+    header = kind()
+    header.set_data_dtype(np.min_scalar_type(int(labels.array.max())))
+    header.set_data_shape(labels.shape)
+    header.set_xyzt_units("mm")
+    header.set_sform(labels.affine, code="scanner")
+    header.set_qform(labels.affine, code="scanner", strip_shears=True)
+    if not np.allclose(header.get_qform(), labels.affine, atol=1e-3):
+        header.set_qform(None, code="unknown")
+    header.set_slope_inter(1.0, 0.0)
+    return header
+
+
+def _write(file: IO[bytes] | gzip.GzipFile, header: nib.nifti1.Nifti1Header, labels: LabelMap) -> None:
+    dtype = header.get_data_dtype()
+    header["vox_offset"] = header.single_vox_offset
+    file.write(header.binaryblock)
+    file.write(bytes(header.single_vox_offset - len(header.binaryblock)))
+    for slab in slabs(labels.array):
+        file.write(np.asarray(slab, dtype=dtype).tobytes(order="F"))

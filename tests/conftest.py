@@ -1,0 +1,17 @@
+"""Shared fixtures: where the real CTs lie, if they are there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_ct() -> Path:
+    """The folder of real CTs named by FSEFT_EDGE_DATA; the test is skipped, saying so, when it is unset."""
+    root = os.environ.get("FSEFT_EDGE_DATA")
+    if not root:
+        pytest.skip("FSEFT_EDGE_DATA is unset: no real CT to test on")
+    return Path(root)
