@@ -166,7 +166,7 @@ class Evaluation:
         if missed:
             parts.append(f"{missed} missed: DSC and NSD 0, no HD95")
         if self.failures:
-            parts.append(f"{len(self.failures)} cases failed")
+            parts.append(f"{len(self.failures)} {'case' if len(self.failures) == 1 else 'cases'} failed")
         return "; ".join(parts)
 
     def to_csv(self, path: Path) -> None:

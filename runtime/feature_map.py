@@ -1,12 +1,13 @@
 """A feature pyramid on disk: written once as a stream of sections, then read in arbitrary boxes.
 
 A folder holds ``index.json``, one file per level and ``SHA256SUMS``. A level file is a sequence of Blosc2 frames, one
-per section, each an array ``[C, X, Y, n]``. Frames are compressed in memory and written by ordinary file writes, so a
+per section, each an array ``[C, X, Y, n]``. Frames are compressed in memory and written by ordinary file writes, so that a
 full disk is an ``OSError`` at once and the checksums are those of what was meant, not of what the disk made of it.
 
-Codec and block shape are measured (docs and figures: ``benchmarks``): LZ4 behind a byte shuffle reads random training
-blocks about three times as fast as Zstandard, at 1.6 instead of 2.3 times compression of float16 ReLU features. Blocks
-hold all channels of a small cube, since every reader wants all channels.
+Codec and block shape are measured, on float16 ReLU features ``[16, 168, 160, 96]`` of an abdominal CT and one core: a
+random 36x36x36 box takes 1.7 ms with LZ4 behind a byte shuffle and 4.2 ms with Zstandard; they compress 1.6 and 2.3
+times. Blocks hold all channels of a small cube, since every reader wants all channels: one channel a block is two to
+three times slower. The size of the chunks above them makes no difference.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
 import blosc2  # type: ignore[import-untyped]  # ships no types
 import numpy as np
@@ -31,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 if TYPE_CHECKING:
     from fseft_edge.runtime.windows import FeatureSection
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 StorageType = Literal["float16", "float32"]
 
@@ -132,7 +133,7 @@ class FeatureMap:
             ]
         except ValidationError as error:
             raise DamagedFeatureMapError("its schema is unknown") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # Blosc2 raises RuntimeError for what is no frame
             raise DamagedFeatureMapError(str(error)) from error
         return cls(index.meta, levels)
 

@@ -55,7 +55,7 @@ class FeatureStore:
         OutOfSpaceError: the folder cannot be made or written to.
     """
 
-    def __init__(self, root: Path, *, max_bytes: int | None = None, threads: int = 1) -> None:
+    def __init__(self, root: Path, max_bytes: int | None = None, *, threads: int = 1) -> None:
         self._root = root.absolute()
         self._max_bytes = max_bytes
         self._threads = threads
@@ -93,7 +93,7 @@ class FeatureStore:
         }
         digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         for chunk in volume.chunks():
-            digest.update(chunk)
+            digest.update(chunk.data)
         return digest.hexdigest()
 
     def get(self, key: str) -> FeatureMap | None:
@@ -155,7 +155,8 @@ class FeatureStore:
                 _remove(entry)
                 return None
             _open_maps[entry] = feature_map
-        (entry / "used").touch()
+        with contextlib.suppress(OSError):  # a disk that refuses this can still be read from
+            (entry / "used").touch()
         return feature_map
 
     @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 The grid keeps the scan's own axes, permuted and flipped to the nearest anatomical directions and sampled at the spacing
 asked for, so that every resampling is linear interpolation along one axis after another. MONAI's ``Orientation`` and
-``Spacing`` do the same up to where the first voxel lies: theirs shares the centre of the scan's first voxel, ours centres
-the field of view. Going there resamples HU, coming back resamples probabilities; labels are never resampled as labels.
+``Spacing`` do the same up to where the first voxel lies: theirs shares the centre of the scan's first voxel, ours
+centres the field of view. Going there resamples HU, coming back resamples probabilities; labels are never resampled as
+labels.
 """
 
 from __future__ import annotations

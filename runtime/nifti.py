@@ -303,8 +303,8 @@ def _label_values(stored: NDArray[Any], slope: float, intercept: float, path: Pa
 
 
 def _label_header(labels: LabelMap) -> nib.nifti1.Nifti1Header:
-    kind = nib.nifti1.Nifti1Header if max(labels.shape) <= np.iinfo(np.int16).max else nib.nifti2.Nifti2Header
-    header = kind()
+    fits_nifti1 = max(labels.shape) <= np.iinfo(np.int16).max
+    header = nib.nifti1.Nifti1Header() if fits_nifti1 else nib.nifti2.Nifti2Header()
     header.set_data_dtype(np.min_scalar_type(int(labels.array.max())))
     header.set_data_shape(labels.shape)
     header.set_xyzt_units("mm")

@@ -165,7 +165,7 @@ def stream_features(
         for z0 in range(0, final, thickness):
             z1 = min(z0 + thickness, final)
             yield FeatureSection(row + z0, row + z1, [blend.blended(z0, z1) for blend in blends])
-        if final < depth:
+        if following < padded_z:
             _shift_down(image, final)
             for blend in blends:
                 blend.advance(final)
@@ -220,8 +220,7 @@ class _LevelBlend:
     def blended(self, z0: int, z1: int) -> Tensor:
         """Return ``Σ w f / Σ w`` of the slices ``z0:z1`` (voxels of the grid, from the row's origin)."""
         final = slice(z0 // self._stride, z1 // self._stride)
-        quotient = self._features.new_empty((*self._features.shape[:3], final.stop - final.start))
-        return torch.div(self._features[..., final], self._weight[..., final], out=quotient)
+        return (self._features[..., final] / self._weight[..., final]).contiguous()
 
     def advance(self, slices: int) -> None:
         """Move on to the row that begins ``slices`` voxels of the grid later."""

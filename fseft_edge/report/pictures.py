@@ -62,6 +62,17 @@ def three_plane_picture(volume: Volume, masks: Mapping[str, tuple[Mask, Mask | N
     cuts = three_cuts(volume, list(masks.values()))
     scale = _pixels_per_mm(cuts)
     panels = [_panel(cut, scale, numbered=len(masks) > 1) for cut in cuts]
+    with atomic_path(path) as temporary:
+        _assembled(panels, _legend(masks)).save(temporary, format="PNG", optimize=True)
+
+
+@dataclass(frozen=True)
+class _LegendEntry:
+    text: str
+    colour: Colour | None = None
+
+
+def _legend(masks: Mapping[str, tuple[Mask, Mask | None]]) -> list[_LegendEntry]:
     entries = [_LegendEntry("prediction", PREDICTION_COLOUR)]
     if any(truth is not None for _, truth in masks.values()):
         entries.append(_LegendEntry("truth", TRUTH_COLOUR))
@@ -69,8 +80,7 @@ def three_plane_picture(volume: Volume, masks: Mapping[str, tuple[Mask, Mask | N
         score = None if truth is None else dice(prediction, truth)
         text = name if score is None else f"{name}  DSC {score:.3f}"
         entries.append(_LegendEntry(f"{number}  {text}" if len(masks) > 1 else text))
-    with atomic_path(path) as temporary:
-        _assembled(panels, entries).save(temporary, format="PNG", optimize=True)
+    return entries
 
 
 def _pixels_per_mm(cuts: Sequence[Cut]) -> float:
@@ -150,12 +160,6 @@ class _Writer:
     def width_of(self, text: str) -> float:
         """Width of a text, pixels."""
         return self.draw.textlength(text, font=self._font)
-
-
-@dataclass(frozen=True)
-class _LegendEntry:
-    text: str
-    colour: Colour | None = None
 
 
 def _assembled(panels: Sequence[Image.Image], entries: Iterable[_LegendEntry]) -> Image.Image:

@@ -88,6 +88,7 @@ def three_cuts(volume: Volume, organs: Sequence[tuple[Mask, Mask | None]]) -> tu
     masks = [mask for pair in turned for mask in pair if mask is not None]
     indices = [_most_telling_index(masks, axis, view.shape[axis]) for axis in range(3)]
     planes_hu = [view.hu_plane(plane.normal, indices[plane.normal]) for plane in PLANES]
+    volume.release()
     box = _shown_box(planes_hu, masks, view)
 
     def cut(mask: Mask, plane: Plane) -> Mask:

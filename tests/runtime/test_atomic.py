@@ -1,0 +1,167 @@
+"""Files and folders appear complete under their name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from fseft_edge.runtime.atomic import atomic_folder, atomic_path
+from fseft_edge.runtime.errors import OutOfSpaceError, UsageError
+
+INTERRUPTIONS = [ValueError("bug"), KeyboardInterrupt(), SystemExit(1)]
+
+
+def fail_with(code: int):
+    def failing(*_args, **_kwargs):
+        raise OSError(code, os.strerror(code))
+
+    return failing
+
+
+def test_file_appears_under_its_name_with_what_was_written(tmp_path):
+    target = tmp_path / "new" / "mask.nii.gz"
+    with atomic_path(target) as temporary:
+        assert temporary.parent == target.parent
+        assert temporary.name.startswith(".")
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_bytes(b"voxels")
+        assert not target.exists()
+    assert target.read_bytes() == b"voxels"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_file_permissions_follow_the_umask(tmp_path):
+    plain, target = tmp_path / "plain", tmp_path / "atomic"
+    plain.write_bytes(b"")
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(b"")
+    assert stat.S_IMODE(target.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS, ids=lambda error: type(error).__name__)
+def test_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, interruption):
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    with pytest.raises(type(interruption)), atomic_path(target) as temporary:
+        temporary.write_text("half of the n")
+        raise interruption
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_refused_write_names_the_file_and_leaves_nothing(tmp_path, monkeypatch, code):
+    target = tmp_path / "mask.nii.gz"
+    monkeypatch.setattr(os, "fsync", fail_with(code))
+    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"), atomic_path(target) as temporary:
+        temporary.write_bytes(b"voxels")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_while_writing_names_the_file(tmp_path):
+    target = tmp_path / "mask.nii.gz"
+    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"), atomic_path(target) as temporary:
+        temporary.write_bytes(b"half")
+        # what a write() on a full disk raises: it carries no file name
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_error_about_another_file_is_not_blamed_on_the_target(tmp_path):
+    with pytest.raises(PermissionError), atomic_path(tmp_path / "out") as temporary:
+        temporary.write_bytes(b"")
+        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/else/scan.nii")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parent_that_is_a_file_is_not_silently_replaced(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(OSError, match="out"), atomic_path(tmp_path / "out" / "mask.nii"):
+        pass
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_folder_in_the_place_of_a_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="folder"), atomic_path(tmp_path):
+        pass
+
+
+def test_folder_appears_complete(tmp_path):
+    target = tmp_path / "cache" / "entry"
+    with atomic_folder(target) as temporary:
+        (temporary / "levels").mkdir()
+        (temporary / "levels" / "0").write_bytes(b"features")
+        assert not target.exists()
+    assert (target / "levels" / "0").read_bytes() == b"features"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS, ids=lambda error: type(error).__name__)
+def test_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path, interruption):
+    target = tmp_path / "unet.encoder"
+    target.mkdir()
+    (target / "manifest.json").write_text("old")
+    with pytest.raises(type(interruption)), atomic_folder(target, overwrite=True) as temporary:
+        (temporary / "manifest.json").write_text("new")
+        raise interruption
+    assert (target / "manifest.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_is_put_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    target = tmp_path / "unet.encoder"
+    target.mkdir()
+    (target / "manifest.json").write_text("old")
+    rename = Path.rename
+
+    def refuse_the_new_one(self: Path, destination: Path) -> Path:
+        if destination == target and (self / "manifest.json").read_text() == "new":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return rename(self, destination)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new_one)
+    with pytest.raises(OutOfSpaceError), atomic_folder(target, overwrite=True) as temporary:
+        (temporary / "manifest.json").write_text("new")
+    assert (target / "manifest.json").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_is_overwritten_only_when_asked(tmp_path):
+    target = tmp_path / "unet.encoder"
+    target.mkdir()
+    (target / "stale").write_text("old")
+    with pytest.raises(UsageError, match="already exists"), atomic_folder(target):
+        pass
+    with atomic_folder(target, overwrite=True) as temporary:
+        (temporary / "fresh").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["fresh"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_made_by_a_faster_process_is_kept(tmp_path):
+    target = tmp_path / "entry"
+    with pytest.raises(UsageError, match="already exists"), atomic_folder(target) as temporary:
+        (temporary / "data").write_text("slow")
+        target.mkdir()
+        (target / "data").write_text("fast")
+    assert (target / "data").read_text() == "fast"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_folder_does_not_take_the_place_of_a_file(tmp_path):
+    target = tmp_path / "entry"
+    target.write_text("a file")
+    with pytest.raises(UsageError, match="not a folder"), atomic_folder(target, overwrite=True):
+        pass
+    assert target.read_text() == "a file"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_refused_folder_names_it_and_leaves_nothing(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(os, "fsync", fail_with(code))
+    with pytest.raises(OutOfSpaceError, match="entry"), atomic_folder(tmp_path / "entry") as temporary:
+        (temporary / "data").write_text("features")
+    assert list(tmp_path.iterdir()) == []
