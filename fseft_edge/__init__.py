@@ -1,1 +1,60 @@
-"""Stub."""
+"""Few-shot organ segmentation of CT on a hospital workstation.
+
+Every command has its twin here, imported when it is first used::
+
+    import fseft_edge
+
+    fseft_edge.export_encoder(None, model="edge_base", output=Path("edge_base.encoder"))
+    fseft_edge.adapt(Path("edge_base.encoder"), images, labels, [fseft_edge.OrganLabel("liver", 6)], Path("liver.adapter"))
+    fseft_edge.segment([Path("ct.nii.gz")], [Path("liver.adapter")], Path("out"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fseft_edge._version import __version__
+
+if TYPE_CHECKING:
+    from fseft_edge.adaptation import adapt
+    from fseft_edge.adapter_training import TrainingSettings
+    from fseft_edge.adapters import AdapterSettings
+    from fseft_edge.demonstration import run_demo
+    from fseft_edge.evaluation import evaluate
+    from fseft_edge.export.export import export_encoder
+    from fseft_edge.organs import OrganLabel
+    from fseft_edge.pretraining import pretrain
+    from fseft_edge.segmentation import segment
+
+_HOMES = {
+    "AdapterSettings": "fseft_edge.adapters",
+    "OrganLabel": "fseft_edge.organs",
+    "TrainingSettings": "fseft_edge.adapter_training",
+    "adapt": "fseft_edge.adaptation",
+    "evaluate": "fseft_edge.evaluation",
+    "export_encoder": "fseft_edge.export.export",
+    "pretrain": "fseft_edge.pretraining",
+    "run_demo": "fseft_edge.demonstration",
+    "segment": "fseft_edge.segmentation",
+}
+
+__all__ = [
+    "AdapterSettings",
+    "OrganLabel",
+    "TrainingSettings",
+    "__version__",
+    "adapt",
+    "evaluate",
+    "export_encoder",
+    "pretrain",
+    "run_demo",
+    "segment",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its home when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,271 +1,213 @@
-"""Adaptation: training an adapter on blocks of the support set's cached features (FSEFT).
-
-Blocks of 32x32x32 voxels with the adapter's own receptive field around them stand for whole windows; the map is
-seamless, so a block sees exactly what it would see inside the whole scan.
-"""
+"""Adaptation to a site's organ: from annotated scans to an adapter file."""
 
 from __future__ import annotations
 
-import math
+import logging
+import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from fseft_edge.adapter_file import AdapterDescription, AdapterFile, AdapterOrgan, write_adapter
+from fseft_edge.adapter_training import SupportScan, TrainedAdapter, TrainingSettings, train_adapter
 from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.blocks import Box, read_block, stack_blocks
-from fseft_edge.losses import adaptation_loss
+from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.runtime.feature_store import FeatureMap
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding import encode_scan
+from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map
+from fseft_edge.runtime.session import EncoderSession, open_session
+from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
 
-_STATISTICS_BLOCKS = 6
-_POSITIONS = 4000
-
-
-@dataclass(frozen=True)
-class SupportScan:
-    """One annotated scan on the grid.
-
-    Attributes:
-        features: its cached feature map.
-        shape: grid voxels that belong to the scan, ``[X, Y, Z]``; the map may be padded beyond them.
-        occupancy: uint8 ``[K, X, Y, Z]``; share of each voxel that the organ fills, 255 is all of it.
-        annotated: bool ``[K]``; False where nobody contoured the organ in this scan, which then says nothing on it.
-        volumes_mm3: volume of each organ on the source lattice, 0 where not annotated.
-    """
-
-    features: FeatureMap
-    shape: tuple[int, int, int]
-    occupancy: NDArray[np.uint8]
-    annotated: NDArray[np.bool_]
-    volumes_mm3: tuple[float, ...]
+_LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How an adapter is trained. The defaults were chosen by cross-validation (docs/architecture.md, "Constants").
-
-    Attributes:
-        seed: of everything random.
-        block: edge of a block in voxels, a multiple of the coarsest level's stride.
-        batch: blocks a step; half of them are centred on an organ, half anywhere.
-        blocks_per_epoch: blocks per scan and epoch.
-        epochs: at most.
-        learning_rate: peak rate of AdamW; warm-up over the first epoch, then a cosine to zero. None chooses by method.
-        patience: end when the loss, smoothed over ``smoothing`` epochs, has gained less than ``least_gain`` in this
-            many epochs.
-    """
-
-    seed: int = 0
-    block: int = 32
-    batch: int = 4
-    blocks_per_epoch: int = 6
-    epochs: int = 100
-    learning_rate: float | None = None
-    smoothing: int = 10
-    patience: int = 20
-    least_gain: float = 1e-3
-
-    def rate(self, settings: AdapterSettings) -> float:
-        """Return the peak learning rate for a kind of adapter."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 1e-2 if settings.method == "linear" else 2e-3
-
-
-@dataclass(frozen=True)
-class TrainedAdapter:
-    """An adapter and how its training went; ``losses`` holds the mean loss of every epoch."""
-
-    adapter: Adapter
-    losses: tuple[float, ...]
-    steps: int
-
-
-def train_adapter(
-    settings: AdapterSettings,
-    support: Sequence[SupportScan],
+def adapt(
+    encoder: Path,
+    images: Path,
+    labels: Path,
+    organs: Sequence[OrganLabel],
+    output: Path,
     *,
-    head_rows: Sequence[tuple[Tensor, float] | None],
+    settings: AdapterSettings | None = None,
     training: TrainingSettings | None = None,
+    cases: Sequence[str] | None = None,
+    cache: Path | None = None,
+    device: str = "auto",
+    backend: str = "auto",
     progress: Progress | None = None,
-) -> TrainedAdapter:
-    """Train an adapter on a support set.
+) -> AdapterFile:
+    """Train an adapter on annotated scans and write it.
 
     Args:
-        settings: the kind of adapter.
-        support: ``k`` annotated scans, each organ annotated in at least one.
-        head_rows: for each organ the encoder's own classifier, or None (see :meth:`Adapter.start_from_head`).
+        encoder: encoder bundle.
+        images: folder of CTs (or one CT), NIfTI.
+        labels: folder of annotations (or one), each with its CT's file name and lattice.
+        organs: what to learn, and its label value in the annotations. A scan without an organ's label counts as not
+            annotated for that organ.
+        output: the adapter file, ``NAME.adapter``.
+        settings: the kind of adapter; spatial on the pyramid by default.
         training: schedule and seed.
+        cases: names of the cases to use; None takes all that have an annotation.
+        cache: folder in which feature maps are kept; None keeps none.
+        device, backend: see :func:`fseft_edge.runtime.session.open_session`.
         progress: where to show progress.
+
+    Raises:
+        InputError: an image or annotation is not usable.
+        LabelError: an organ is annotated in no case.
     """
-    training = training or TrainingSettings()
     progress = progress or SilentProgress()
-    random = np.random.default_rng(training.seed)
-    adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed)
-    adapter.train()
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=training.rate(settings), weight_decay=0.0)
-    steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
-    sampler = _BlockSampler(adapter, support, training, random)
-    losses: list[float] = []
-    with progress.task("adapt", training.epochs) as task, ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(sampler.draw)
-        for epoch in range(training.epochs):
-            total = 0.0
-            for step in range(steps):
-                batch = upcoming.result()
-                upcoming = reader.submit(sampler.draw)
-                share = (epoch * steps + step + 1) / (training.epochs * steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = training.rate(settings) * _schedule(share, 1 / training.epochs)
-                loss = adaptation_loss(
-                    adapter(batch.features, sampler.core), batch.targets, batch.annotated, settings.activation
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += float(loss.detach())
-            losses.append(total / steps)
-            task.advance(1)
-            if _has_settled(losses, training):
-                break
-        upcoming.cancel()
-    return TrainedAdapter(adapter.eval(), tuple(losses), len(losses) * steps)
+    bundle = EncoderBundle.open(encoder)
+    pairs = _pairs(images, labels, cases)
+    with ExitStack() as stack:
+        folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-")))
+        store = FeatureStore(folder)
+        session = stack.enter_context(open_session(bundle, device=device, backend=backend))
+        support: list[SupportScan] = []
+        with progress.task("encode", len(pairs)) as task:
+            for image, annotation in pairs:
+                volume, label_map = read_ct(image), read_label_map(annotation)
+                check_labels_match(volume, label_map)
+                support.append(support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
+                task.advance(1)
+        _check_annotated(support, organs, pairs, labels)
+        trained = train_adapter(
+            settings or AdapterSettings(),
+            support,
+            head_rows=head_rows(bundle, organs),
+            training=training,
+            progress=progress,
+        )
+        file = describe(trained, support, organs, bundle=bundle, seed=(training or TrainingSettings()).seed)
+    write_adapter(output, file)
+    return file
 
 
-def untrained_adapter(
-    settings: AdapterSettings,
-    support: Sequence[SupportScan],
+def support_scan(
+    volume: Volume,
+    labels: LabelMap,
+    organs: Sequence[OrganLabel],
     *,
-    head_rows: Sequence[tuple[Tensor, float] | None],
-    seed: int = 0,
-) -> Adapter:
-    """Return the adapter that training starts from: normalised to the support's features, started from the head."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapter = Adapter(settings, support[0].features.levels, len(head_rows))
-    _fit_normalisation(adapter, support, np.random.default_rng(seed))
-    adapter.start_from_head(head_rows)
-    return adapter
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    store: FeatureStore,
+) -> SupportScan:
+    """Return an annotated scan on the grid, its features from the store if they are there."""
+    encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
+    masks = [labels.array == organ.label for organ in organs]
+    occupancy = np.stack([np.rint(255 * encoded.grid.occupancy(mask)).astype(np.uint8) for mask in masks])
+    voxels = [int(mask.sum()) for mask in masks]
+    return SupportScan(
+        features=encoded.features,
+        shape=encoded.grid.shape,
+        occupancy=occupancy,
+        annotated=np.array([count > 0 for count in voxels]),
+        volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
+    )
 
 
-def _schedule(share: float, warmup: float) -> float:
-    if share <= warmup:
-        return share / warmup
-    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+def head_rows(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> list[tuple[Tensor, float] | None]:
+    """Return the encoder's own classifier of each organ: weight ``[C_0]`` and bias, None where it has none."""
+    weight, bias = bundle.head_weight(), bundle.head_bias()
+    known = {name: row for row, name in enumerate(bundle.manifest.organs)}
+    return [
+        (weight[known[organ.name]], float(bias[known[organ.name]])) if organ.name in known else None for organ in organs
+    ]
 
 
-def _has_settled(losses: Sequence[float], training: TrainingSettings) -> bool:
-    span, patience = training.smoothing, training.patience
-    if len(losses) < span + patience:
-        return False
-    recent = sum(losses[-span:]) / span
-    before = sum(losses[-span - patience : -patience]) / span
-    return before - recent < training.least_gain
+def zero_shot_adapter(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> AdapterFile:
+    """Return the encoder's own classifier as an adapter that was trained on nothing.
+
+    Args:
+        bundle: the encoder.
+        organs: organs that its head knows.
+
+    Raises:
+        LabelError: the head does not know one of them.
+    """
+    rows = head_rows(bundle, organs)
+    unknown = [organ.name for organ, row in zip(organs, rows, strict=True) if row is None]
+    if unknown:
+        raise LabelError(
+            f"The encoder {bundle.manifest.name} does not know {', '.join(unknown)}.",
+            remedy=f"It knows {', '.join(bundle.manifest.organs)}; adapt it to others.",
+        )
+    adapter = Adapter(AdapterSettings(method="linear", reads="last"), bundle.levels, len(organs))
+    adapter.start_from_head(rows)
+    return describe(TrainedAdapter(adapter.eval(), (), 0), [], organs, bundle=bundle, seed=0)
 
 
-def _fit_normalisation(adapter: Adapter, support: Sequence[SupportScan], random: np.random.Generator) -> None:
-    """Set each channel's mean and standard deviation from blocks around organs and elsewhere in every scan."""
-    sums = [torch.zeros(2, level.channels, dtype=torch.float64) for level in adapter.levels]
-    counts = [0] * len(adapter.levels)
-    for scan in support:
-        positions = _positions(scan, random)
-        for number in range(_STATISTICS_BLOCKS):
-            centre = _draw_centre(positions, random, positive=number % 2 == 0)
-            core = _aligned_core(centre, 32, adapter)
-            boxes = [core]
-            for _ in adapter.levels[1:]:
-                boxes.append(Box(*((low // 2, high // 2) for low, high in boxes[-1].ranges)))
-            for level, block in enumerate(read_block(scan.features, boxes)):
-                values = block[0].flatten(1).double()
-                sums[level][0] += values.sum(1)
-                sums[level][1] += values.square().sum(1)
-                counts[level] += values.shape[1]
-    for level, (total, squares) in enumerate(sums):
-        mean = total / counts[level]
-        deviation = (squares / counts[level] - mean.square()).clamp_min(0).sqrt()
-        adapter.mean(level).copy_(mean)
-        adapter.scale(level).copy_(deviation.clamp_min(1e-3 * float(deviation.max().clamp_min(1e-6))))
+def describe(
+    trained: TrainedAdapter,
+    support: Sequence[SupportScan],
+    organs: Sequence[OrganLabel],
+    *,
+    bundle: EncoderBundle,
+    seed: int,
+) -> AdapterFile:
+    """Return a trained adapter with the description that its file carries."""
+    volumes = [
+        tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
+    ]
+    description = AdapterDescription(
+        encoder_id=bundle.encoder_id,
+        encoder_name=bundle.manifest.name,
+        levels=tuple((level.stride, level.channels) for level in bundle.levels),
+        settings=asdict(trained.adapter.settings),
+        organs=tuple(
+            AdapterOrgan(name=organ.name, label=organ.label, support_volumes_ml=volume)
+            for organ, volume in zip(organs, volumes, strict=True)
+        ),
+        shots=len(support),
+        seed=seed,
+        steps=trained.steps,
+        losses=tuple(round(loss, 6) for loss in trained.losses),
+    )
+    return AdapterFile(description, trained.adapter)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    features: list[Tensor]
-    targets: Tensor
-    annotated: Tensor
+def _pairs(images: Path, labels: Path, cases: Sequence[str] | None) -> list[tuple[Path, Path]]:
+    annotations = {case_name(path): path for path in list_cases(labels)}
+    scans = {case_name(path): path for path in list_cases(images)}
+    if images.is_file() and labels.is_file():
+        return [(images, labels)]
+    wanted = list(cases) if cases is not None else [name for name in scans if name in annotations]
+    missing = [name for name in wanted if name not in scans or name not in annotations]
+    if missing:
+        raise UnreadableFileError(
+            f"The cases {', '.join(missing)} lack an image in {images} or an annotation in {labels}.",
+            remedy="An image and its annotation share their file name.",
+        )
+    if not wanted:
+        raise UnreadableFileError(
+            f"No image in {images} has an annotation of the same file name in {labels}.",
+            remedy="Give each annotation its CT's file name.",
+        )
+    left_out = sorted(scans.keys() - annotations.keys())
+    if cases is None and left_out:
+        _LOG.warning("no annotation for %s: left out", ", ".join(left_out))
+    return [(scans[name], annotations[name]) for name in wanted]
 
 
-@dataclass(frozen=True)
-class _Positions:
-    """Grid positions ``[m, 3]`` of each annotated organ present, and the scan's shape to draw anywhere from."""
-
-    organs: tuple[NDArray[np.int64], ...]
-    shape: tuple[int, int, int]
-
-
-class _BlockSampler:
-    def __init__(
-        self, adapter: Adapter, support: Sequence[SupportScan], training: TrainingSettings, random: np.random.Generator
-    ) -> None:
-        self._adapter, self._support, self._training, self._random = adapter, support, training, random
-        self._positions = [_positions(scan, random) for scan in support]
-        self._order: list[int] = []
-        self._drawn = 0
-        edge = training.block
-        self.core = Box((0, edge), (0, edge), (0, edge))
-
-    def draw(self) -> _Batch:
-        """Return the next batch; scans take turns, positive and negative blocks alternate."""
-        blocks, targets, annotated = [], [], []
-        for _ in range(self._training.batch):
-            if not self._order:
-                self._order = list(self._random.permutation(len(self._support)))
-            index = self._order.pop()
-            scan = self._support[index]
-            centre = _draw_centre(self._positions[index], self._random, positive=self._drawn % 2 == 0)
-            self._drawn += 1
-            core = _aligned_core(centre, self._training.block, self._adapter)
-            blocks.append(read_block(scan.features, self._adapter.boxes(core)))
-            targets.append(_target(scan.occupancy, core))
-            annotated.append(torch.from_numpy(scan.annotated).float())
-        return _Batch(stack_blocks(blocks), torch.stack(targets), torch.stack(annotated))
-
-
-def _positions(scan: SupportScan, random: np.random.Generator) -> _Positions:
-    organs = []
-    for organ in scan.occupancy:
-        flat = np.flatnonzero(organ > 127)
-        if len(flat) == 0:
-            continue
-        if len(flat) > _POSITIONS:
-            flat = random.choice(flat, _POSITIONS, replace=False)
-        organs.append(np.stack(np.unravel_index(flat, organ.shape), axis=1))
-    return _Positions(tuple(organs), scan.shape)
-
-
-def _draw_centre(positions: _Positions, random: np.random.Generator, *, positive: bool) -> NDArray[np.int64]:
-    if positive and positions.organs:
-        organ = positions.organs[random.integers(len(positions.organs))]
-        return organ[random.integers(len(organ))] + random.integers(-8, 9, 3)
-    return random.integers(0, positions.shape)
-
-
-def _aligned_core(centre: NDArray[np.int64], edge: int, adapter: Adapter) -> Box:
-    """Return a block around ``centre`` that starts on the coarsest level's lattice, as blocks of one batch must."""
-    stride = adapter.levels[-1].stride
-    starts = [int(c - edge // 2 + stride // 2) // stride * stride for c in centre]
-    return Box(*((start, start + edge) for start in starts))
-
-
-def _target(occupancy: NDArray[np.uint8], core: Box) -> Tensor:
-    inside = [(max(low, 0), min(high, size)) for (low, high), size in zip(core.ranges, occupancy.shape[1:], strict=True)]
-    target = torch.zeros(len(occupancy), *core.shape)
-    if all(low < high for low, high in inside):
-        part = torch.from_numpy(occupancy[:, *(slice(low, high) for low, high in inside)].astype(np.float32) / 255)
-        where = (slice(low - start, high - start) for (low, high), (start, _) in zip(inside, core.ranges, strict=True))
-        target[:, *where] = part
-    return target
+def _check_annotated(
+    support: Sequence[SupportScan],
+    organs: Sequence[OrganLabel],
+    pairs: Sequence[tuple[Path, Path]],
+    labels: Path,
+) -> None:
+    for k, organ in enumerate(organs):
+        without = [case_name(path) for scan, (path, _) in zip(support, pairs, strict=True) if not scan.annotated[k]]
+        if len(without) == len(support):
+            raise LabelError(
+                f"No annotation in {labels} contains the label {organ.label} ({organ.name}).",
+                remedy="Check the number in --organ NAME=ID against the annotation files.",
+            )
+        if without:
+            _LOG.warning("%s: label %d is missing in %s: not annotated there", organ.name, organ.label, without)

@@ -11,6 +11,7 @@ et al., "Metrics reloaded", Nature Methods 21 (2024) 195-212 (which of them to r
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,8 +58,8 @@ def score_mask(
 
 
 def volume_ml(mask: NDArray[np.bool_], voxel_volume_mm3: float) -> float:
-    """Volume of a mask of any shape, ml."""
-    return int(np.count_nonzero(mask)) * voxel_volume_mm3 / 1000
+    """Volume of a mask of any shape, ml, rounded to 1e-6 ml: a determinant's last bits are no volume."""
+    return round(int(np.count_nonzero(mask)) * voxel_volume_mm3 / 1000, 6)
 
 
 def dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float | None:
@@ -106,10 +107,13 @@ def surface_scores(
     from monai.metrics.surface_dice import compute_surface_dice  # noqa: PLC0415
 
     y_pred, y = (torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (prediction, reference))
-    hd95_mm = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing)
-    nsd = compute_surface_dice(
-        y_pred, y, class_thresholds=[nsd_tolerance_mm + _ROUNDING_MM], include_background=True, spacing=spacing
-    )
+    with warnings.catch_warnings():
+        # MONAI 1.5 and 1.6 call their own deprecated argument here.
+        warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+        hd95_mm = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing)
+        nsd = compute_surface_dice(
+            y_pred, y, class_thresholds=[nsd_tolerance_mm + _ROUNDING_MM], include_background=True, spacing=spacing
+        )
     return float(hd95_mm), float(nsd)
 
 

@@ -109,6 +109,14 @@ def drawn_on(matrix: AxisMatrix, rows: slice) -> slice:
     return slice(int(columns.min()), int(columns.max()) + 1) if columns.size else slice(0, 0)
 
 
+def last_drawn_on(matrix: AxisMatrix) -> NDArray[np.int64]:
+    """For each row the last sample that it or any row before it draws on; 0 where none of them does."""
+    filled = np.diff(matrix.indptr) > 0
+    last = np.zeros(matrix.shape[0], dtype=np.int64)
+    last[filled] = matrix.indices[matrix.indptr[1:][filled] - 1]
+    return np.maximum.accumulate(last)
+
+
 def reaching(matrix: AxisMatrix, columns: slice) -> slice:
     """The contiguous range of rows that draw on a range of samples (columns); empty when none does."""
     rows = np.flatnonzero(np.diff(matrix[:, columns].indptr))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from fseft_edge.runtime.axis_map import AxisMap, AxisMatrix, apply_first, drawn_on, reaching
+from fseft_edge.runtime.axis_map import AxisMap, AxisMatrix, apply_first, drawn_on, last_drawn_on, reaching
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.volume import Volume
 from numpy.typing import NDArray
@@ -160,10 +160,7 @@ class Grid:
             ValueError: the sections leave a gap, are out of order, or do not fit the grid.
         """
         along_z = self._to_scan[2]
-        is_empty = np.diff(along_z.indptr) == 0
-        last_used = np.zeros(along_z.shape[0], dtype=np.int64)
-        last_used[~is_empty] = along_z.indices[along_z.indptr[1:][~is_empty] - 1]
-        last_used = np.maximum.accumulate(last_used)
+        needed = last_drawn_on(along_z)
 
         done = arrived = kept_from = 0
         kept: NDArray[np.float32] | None = None
@@ -172,16 +169,15 @@ class Grid:
                 raise ValueError(f"section of shape {section.shape} at {z0} where {arrived} of {self.shape} was next")
             kept = _slices_first(section, after=kept)
             arrived += section.shape[3]
-            ready = int(np.searchsorted(last_used, arrived))
+            ready = int(np.searchsorted(needed, arrived))
             step = self._slices_in_a_piece(section.shape[0])
             for start in range(done, ready, step):
                 rows = slice(start, min(start + step, ready))
                 used = drawn_on(along_z, rows)
                 yield self._piece(along_z[rows, used], kept[used.start - kept_from : used.stop - kept_from], rows)
             done = ready
-            needed_from = (
-                drawn_on(along_z, slice(ready, along_z.shape[0])).start if ready < along_z.shape[0] else arrived
-            )
+            to_come = drawn_on(along_z, slice(ready, along_z.shape[0]))
+            needed_from = min(to_come.start, arrived) if to_come.stop else arrived
             kept = kept[needed_from - kept_from :].copy()
             kept_from = needed_from
         if arrived != self.shape[2]:

@@ -35,9 +35,9 @@ _TEXT_COLOUR: Final[Colour] = (235, 235, 235)
 _BACKGROUND: Final[Colour] = (16, 16, 18)
 _SCALE_BAR_MM: Final = 50.0
 
-_SUPERSAMPLING: Final = 3
-_PREDICTION_WIDTH: Final = 7
-_TRUTH_WIDTH: Final = 15
+_SUPERSAMPLING: Final = 2
+_PREDICTION_WIDTH: Final = 5
+_TRUTH_WIDTH: Final = 11
 """Widths in supersampled pixels, odd. The truth is the wider band below, so that both are seen where they agree."""
 
 
@@ -63,7 +63,7 @@ def three_plane_picture(volume: Volume, masks: Mapping[str, tuple[Mask, Mask | N
     scale = _pixels_per_mm(cuts)
     panels = [_panel(cut, scale, numbered=len(masks) > 1) for cut in cuts]
     with atomic_path(path) as temporary:
-        _assembled(panels, _legend(masks)).save(temporary, format="PNG", optimize=True)
+        _assembled(panels, _legend(masks)).save(temporary, format="PNG")
 
 
 @dataclass(frozen=True)

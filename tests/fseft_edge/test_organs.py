@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from fseft_edge.runtime.errors import UsageError
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fseft_edge.organs import OrganLabel, parse_organs
-from fseft_edge.runtime.errors import UsageError
 
 
 def test_repeated_options_and_commas_name_organs_in_order() -> None:
@@ -16,6 +16,7 @@ def test_repeated_options_and_commas_name_organs_in_order() -> None:
     )
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     st.dictionaries(
         st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", fullmatch=True), st.integers(1, 65535), min_size=1, max_size=8

@@ -7,13 +7,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from fseft_edge.runtime.nifti import read_ct, read_label_map
+from fseft_edge.runtime.volume import Volume
 from numpy.typing import NDArray
 from PIL import Image
 
 from fseft_edge.report.pictures import PREDICTION_COLOUR, TRUTH_COLOUR, Colour, _legend, three_plane_picture
 from fseft_edge.report.planes import PLANES, three_cuts
-from fseft_edge.runtime.nifti import read_ct, read_label_map
-from fseft_edge.runtime.volume import Volume
 
 Mask = NDArray[np.bool_]
 SHAPE = (44, 36, 26)
@@ -49,6 +49,11 @@ def turned_volume(orientation: NDArray[np.float64]) -> Volume:
     return Volume(turned(scan(), orientation), affine)
 
 
+def opened(path: Path) -> NDArray[np.uint8]:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def near(picture: NDArray[np.uint8], colour: Colour) -> Mask:
     return np.asarray(np.abs(picture.astype(int) - colour).max(axis=-1) < 40)
 
@@ -73,7 +78,7 @@ def test_all_48_orientations_of_a_scan_show_the_same_planes() -> None:
 def test_picture_bytes_are_the_same_for_every_orientation_and_every_time(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "picture.png"
     bytes_written = set()
-    for orientation in list(orientations())[::16]:
+    for orientation in list(orientations())[1::24]:
         masks = (turned(PREDICTION, orientation), turned(TRUTH, orientation))
         three_plane_picture(turned_volume(orientation), {"organ": masks}, path)
         bytes_written.add(path.read_bytes())
@@ -119,7 +124,7 @@ def test_scan_without_any_mask_is_shown_through_its_middle() -> None:
 def test_a_ball_is_round_in_every_plane_of_an_anisotropic_scan(tmp_path: Path) -> None:
     path = tmp_path / "ball.png"
     three_plane_picture(Volume(scan(), AFFINE), {"ball": (ball((44, 54, 60), 32), None)}, path)
-    picture = np.asarray(Image.open(path))[:-60]  # without the legend
+    picture = opened(path)[:-60]  # without the legend
     orange = near(picture, PREDICTION_COLOUR)
     columns = np.flatnonzero(orange.any(axis=0))
     outlines = np.split(columns, np.flatnonzero(np.diff(columns) > 40) + 1)
@@ -134,9 +139,9 @@ def test_a_ball_is_round_in_every_plane_of_an_anisotropic_scan(tmp_path: Path) -
 def test_truth_is_outlined_in_its_own_colour_and_only_where_there_is_one(tmp_path: Path) -> None:
     volume, path = Volume(scan(), AFFINE), tmp_path / "p.png"
     three_plane_picture(volume, {"organ": (PREDICTION, None)}, path)
-    assert not near(np.asarray(Image.open(path)), TRUTH_COLOUR).any()
+    assert not near(opened(path), TRUTH_COLOUR).any()
     three_plane_picture(volume, {"organ": (PREDICTION, TRUTH)}, path)
-    picture = np.asarray(Image.open(path))
+    picture = opened(path)
     assert near(picture, TRUTH_COLOUR).sum() > 1000
     assert near(picture, PREDICTION_COLOUR).sum() > 1000
 
@@ -159,6 +164,6 @@ def test_real_scan_gives_a_picture_of_readable_size(real_ct: Path, tmp_path: Pat
     labels = read_label_map(real_ct / "headneck/label/hn_002.nii.gz")
     mandible = labels.array == 7
     three_plane_picture(volume, {"mandible": (mandible, mandible)}, tmp_path / "p.png")
-    width, height = Image.open(tmp_path / "p.png").size
+    height, width, _ = opened(tmp_path / "p.png").shape
     assert 700 <= width <= 1440
     assert 250 <= height <= 800

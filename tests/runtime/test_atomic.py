@@ -21,6 +21,20 @@ def fail_with(code: int):
     return failing
 
 
+def write_file(target: Path, content: str, *, then: BaseException | None = None) -> None:
+    with atomic_path(target) as temporary:
+        temporary.write_text(content)
+        if then is not None:
+            raise then
+
+
+def write_folder(target: Path, content: str, *, then: BaseException | None = None, overwrite: bool = False) -> None:
+    with atomic_folder(target, overwrite=overwrite) as temporary:
+        (temporary / "manifest.json").write_text(content)
+        if then is not None:
+            raise then
+
+
 def test_file_appears_under_its_name_with_what_was_written(tmp_path):
     target = tmp_path / "new" / "mask.nii.gz"
     with atomic_path(target) as temporary:
@@ -45,9 +59,8 @@ def test_file_permissions_follow_the_umask(tmp_path):
 def test_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, interruption):
     target = tmp_path / "report.json"
     target.write_text("old")
-    with pytest.raises(type(interruption)), atomic_path(target) as temporary:
-        temporary.write_text("half of the n")
-        raise interruption
+    with pytest.raises(type(interruption)):
+        write_file(target, "half of the n", then=interruption)
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -56,24 +69,23 @@ def test_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, interrup
 def test_refused_write_names_the_file_and_leaves_nothing(tmp_path, monkeypatch, code):
     target = tmp_path / "mask.nii.gz"
     monkeypatch.setattr(os, "fsync", fail_with(code))
-    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"), atomic_path(target) as temporary:
-        temporary.write_bytes(b"voxels")
+    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"):
+        write_file(target, "voxels")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_while_writing_names_the_file(tmp_path):
     target = tmp_path / "mask.nii.gz"
-    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"), atomic_path(target) as temporary:
-        temporary.write_bytes(b"half")
-        # what a write() on a full disk raises: it carries no file name
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    as_raised_by_write = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # carries no file name
+    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"):
+        write_file(target, "half", then=as_raised_by_write)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_error_about_another_file_is_not_blamed_on_the_target(tmp_path):
-    with pytest.raises(PermissionError), atomic_path(tmp_path / "out") as temporary:
-        temporary.write_bytes(b"")
-        raise PermissionError(errno.EACCES, "Permission denied", "/somewhere/else/scan.nii")
+    unreadable_input = PermissionError(errno.EACCES, "Permission denied", "/somewhere/else/scan.nii")
+    with pytest.raises(PermissionError):
+        write_file(tmp_path / "out", "", then=unreadable_input)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,9 +116,8 @@ def test_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path, interr
     target = tmp_path / "unet.encoder"
     target.mkdir()
     (target / "manifest.json").write_text("old")
-    with pytest.raises(type(interruption)), atomic_folder(target, overwrite=True) as temporary:
-        (temporary / "manifest.json").write_text("new")
-        raise interruption
+    with pytest.raises(type(interruption)):
+        write_folder(target, "new", then=interruption, overwrite=True)
     assert (target / "manifest.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -123,8 +134,8 @@ def test_folder_is_put_back_when_the_new_one_cannot_take_its_place(tmp_path, mon
         return rename(self, destination)
 
     monkeypatch.setattr(Path, "rename", refuse_the_new_one)
-    with pytest.raises(OutOfSpaceError), atomic_folder(target, overwrite=True) as temporary:
-        (temporary / "manifest.json").write_text("new")
+    with pytest.raises(OutOfSpaceError, match=r"unet\.encoder"):
+        write_folder(target, "new", overwrite=True)
     assert (target / "manifest.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -143,11 +154,14 @@ def test_folder_is_overwritten_only_when_asked(tmp_path):
 
 def test_folder_made_by_a_faster_process_is_kept(tmp_path):
     target = tmp_path / "entry"
-    with pytest.raises(UsageError, match="already exists"), atomic_folder(target) as temporary:
-        (temporary / "data").write_text("slow")
-        target.mkdir()
-        (target / "data").write_text("fast")
-    assert (target / "data").read_text() == "fast"
+
+    def slow() -> None:
+        with atomic_folder(target):
+            write_folder(target, "fast")
+
+    with pytest.raises(UsageError, match="already exists"):
+        slow()
+    assert (target / "manifest.json").read_text() == "fast"
     assert list(tmp_path.iterdir()) == [target]
 
 
@@ -162,6 +176,6 @@ def test_folder_does_not_take_the_place_of_a_file(tmp_path):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_refused_folder_names_it_and_leaves_nothing(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "fsync", fail_with(code))
-    with pytest.raises(OutOfSpaceError, match="entry"), atomic_folder(tmp_path / "entry") as temporary:
-        (temporary / "data").write_text("features")
+    with pytest.raises(OutOfSpaceError, match="entry"):
+        write_folder(tmp_path / "entry", "features")
     assert list(tmp_path.iterdir()) == []

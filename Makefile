@@ -1,0 +1,50 @@
+# Everything runs in a virtual environment of its own; versions come from requirements.lock.
+#   make demo   make test   make lint   make build   make benchmark
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The CPU and GPU wheels of ONNX Runtime overwrite one another: take the one that fits this machine.
+RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
+BENCHMARK ?= kshot
+
+.PHONY: demo test lint build benchmark lock clean
+
+$(STAMP): pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[$(RUNTIME),dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/fseft-edge demo --output demo
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/wheel build/tree
+	$(BIN)/python -m build --wheel --outdir build/wheel . > build.log 2>&1 || { cat build.log; exit 1; }
+	rm -f build.log
+	$(BIN)/python -m zipfile -e build/wheel/*.whl build/tree
+	cp pyproject.toml build/tree/
+	cd build/tree && MYPYPATH=. $(abspath $(BIN))/mypy --config-file pyproject.toml -p fseft_edge
+
+build: $(STAMP)
+	$(BIN)/python -m build --outdir dist .
+
+# One of the scripts in benchmarks/, e.g. `make benchmark BENCHMARK=speed`; those on real CT need FSEFT_EDGE_DATA.
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/$(BENCHMARK).py
+
+# New exact versions, after pyproject.toml has changed: resolves afresh in a throw-away environment.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/pip install --quiet --editable '.[cpu,dev]' 'torch==2.13.0'
+	{ echo '# Exact versions that the Makefile installs; made by `make lock`.'; \
+	  build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist demo

@@ -1,0 +1,59 @@
+"""What the benchmarks on the real head-and-neck CTs share: where they lie, how they are split, which organs.
+
+CTs and contours: OpenKBP, Babier et al., Medical Physics 48 (2021) 5549-5561.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from fseft_edge.export.export import export_encoder
+from fseft_edge.organs import OrganLabel
+from fseft_edge.runtime.bundle import EncoderBundle
+
+BASE = (OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 7))
+NOVEL = (OrganLabel("parotid_right", 3), OrganLabel("parotid_left", 4))
+ORGANS = BASE + NOVEL
+RUNS = Path("runs")
+
+
+def data_root() -> Path:
+    """Return the folder that FSEFT_EDGE_DATA names."""
+    root = os.environ.get("FSEFT_EDGE_DATA")
+    if not root:
+        sys.exit("FSEFT_EDGE_DATA is unset: it names the folder with headneck/ct, headneck/label and splits.json.")
+    return Path(root)
+
+
+def split(name: str) -> list[str]:
+    """Return the case names of ``support`` or ``test``."""
+    names: list[str] = json.loads((data_root() / "headneck" / "splits.json").read_text())[name]
+    return names
+
+
+def image_path(case: str) -> Path:
+    """Return a case's CT."""
+    return data_root() / "headneck" / "ct" / f"{case}.nii.gz"
+
+
+def label_path(case: str) -> Path:
+    """Return a case's contours."""
+    return data_root() / "headneck" / "label" / f"{case}.nii.gz"
+
+
+def draw_support(shots: int, draw: int) -> list[str]:
+    """Return the ``draw``-th random support set of ``shots`` scans."""
+    return sorted(np.random.default_rng([2303, 17051, draw]).choice(split("support"), shots, replace=False).tolist())
+
+
+def encoder(model: Path | None) -> EncoderBundle:
+    """Return the bundle of a model file (the built-in encoder for None), exported when it is not there yet."""
+    output = RUNS / f"{model.stem if model else 'edge_base'}.encoder"
+    if output.exists():
+        return EncoderBundle.open(output)
+    return export_encoder(model, model="custom" if model else "edge_base", output=output)

@@ -1,0 +1,236 @@
+"""The commands. Each parses, calls its Python twin and prints the result to stdout; all else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fseft_edge.cli.options import PATH, Common, common_options, talk_options
+from fseft_edge.organs import parse_organs
+from fseft_edge.report.progress import open_progress
+from fseft_edge.runtime.errors import SomeCasesFailedError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fseft_edge.segmentation import SegmentedCase
+
+_ORGAN_HELP = "What to segment and its label value in the annotation files: NAME=ID[,NAME=ID...]; may be repeated."
+
+
+@click.command()
+@click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder for the results.")
+@talk_options
+def demo(output: Path, quiet: bool) -> None:
+    """Run everything once on built-in data: export, adapt, segment, evaluate, with pictures."""
+    from fseft_edge.demonstration import run_demo  # noqa: PLC0415 - only this command needs it
+
+    with open_progress(quiet=quiet) as progress:
+        result = run_demo(output, progress=progress)
+    _echo_table(result.table())
+    click.echo(f"Pictures: {result.page}")
+
+
+@click.command()
+@click.argument("checkpoint", type=PATH, required=False)
+@click.option(
+    "--model",
+    default=None,
+    help="edge_base (built in, needs no CHECKPOINT), fseft, or custom (a model file of `pretrain`; the default with one).",
+)
+@click.option("-o", "--output", type=PATH, required=True, help="The encoder bundle to write, NAME.encoder.")
+@click.option("--onnx/--no-onnx", default=True, show_default=True, help="Write the ONNX graph beside the weights.")
+@click.option("--parity-ct", type=PATH, multiple=True, help="A CT to compare ONNX with PyTorch on; may be repeated.")
+@talk_options
+def export(
+    checkpoint: Path | None, model: str | None, output: Path, onnx: bool, parity_ct: tuple[Path, ...], quiet: bool
+) -> None:
+    """Export the frozen encoder of CHECKPOINT once, as a bundle that the other commands use."""
+    from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
+
+    name = model or ("custom" if checkpoint else "edge_base")
+    bundle = export_encoder(checkpoint, model=name, output=output, onnx=onnx, parity_volumes=parity_ct)
+    if not quiet:
+        click.echo(f"{output}: {bundle.manifest.name}, {len(bundle.manifest.organs)} organs, id {bundle.encoder_id[:12]}")
+
+
+@click.command()
+@click.option("--encoder", type=PATH, required=True, help="Encoder bundle, NAME.encoder.")
+@click.option("--images", type=PATH, required=True, help="Folder of annotated CTs (NIfTI).")
+@click.option("--labels", type=PATH, required=True, help="Folder of their annotations, same file names.")
+@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
+@click.option("-o", "--output", type=PATH, required=True, help="The adapter to write, NAME.adapter.")
+@click.option("--case", "cases", multiple=True, help="Use only this case; may be repeated. Default: all annotated.")
+@click.option(
+    "--method", type=click.Choice(["linear", "pointwise", "spatial"]), default="spatial", show_default=True
+)
+@click.option("--reads", type=click.Choice(["last", "pyramid"]), default="pyramid", show_default=True)
+@click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), help="At most this many epochs.  [default: by method]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the adapter's description as JSON.")
+@common_options
+def adapt(
+    *,
+    encoder: Path,
+    images: Path,
+    labels: Path,
+    organs: tuple[str, ...],
+    output: Path,
+    cases: tuple[str, ...],
+    method: str,
+    reads: str,
+    activation: str,
+    epochs: int | None,
+    seed: int,
+    as_json: bool,
+    common: Common,
+) -> None:
+    """Learn organs from a few annotated CTs and write an adapter."""
+    wanted = parse_organs(organs)
+    from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
+    from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415
+    from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415
+
+    with common.progress() as progress:
+        file = run(
+            encoder,
+            images,
+            labels,
+            wanted,
+            output,
+            settings=AdapterSettings(method=method, reads=reads, activation=activation),  # type: ignore[arg-type]  # click.Choice has checked them
+            training=TrainingSettings(seed=seed, epochs=epochs),
+            cases=cases or None,
+            cache=common.cache,
+            device=common.device,
+            backend=common.backend,
+            progress=progress,
+        )
+    if as_json:
+        click.echo(file.description.model_dump_json(indent=2))
+        return
+    for organ in file.description.organs:
+        volumes = organ.support_volumes_ml
+        click.echo(f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml")
+    click.echo(f"{output}: {file.description.steps} steps, loss {file.description.losses[-1]:.3f}")
+
+
+@click.command()
+@click.argument("scans", type=PATH, nargs=-1, required=True)
+@click.option("--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter; may be repeated.")
+@click.option("-o", "--output", type=PATH, required=True, help="Folder for masks and their JSON.")
+@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
+@click.option("--preview", is_flag=True, help="Write a picture of each mask, <case>.png.")
+@click.option("--json", "as_json", is_flag=True, help="Print volumes and flags as JSON.")
+@common_options
+def segment(
+    *,
+    scans: tuple[Path, ...],
+    adapters: tuple[Path, ...],
+    output: Path,
+    encoder: Path | None,
+    preview: bool,
+    as_json: bool,
+    common: Common,
+) -> None:
+    """Segment CTs (NIfTI files or folders of them); every mask lies on its scan's own lattice."""
+    from fseft_edge.segmentation import segment as run  # noqa: PLC0415 - brings in torch
+
+    with common.progress() as progress:
+        results = run(
+            scans,
+            adapters,
+            output,
+            encoder=encoder,
+            preview=preview,
+            cache=common.cache,
+            device=common.device,
+            backend=common.backend,
+            progress=progress,
+        )
+    click.echo(_segment_json(results) if as_json else _segment_text(results))
+
+
+def _segment_json(results: list[SegmentedCase]) -> str:
+    cases = [{"case": r.case, "mask": str(r.mask), "organs": [asdict(organ) for organ in r.organs]} for r in results]
+    return json.dumps(cases, indent=2)
+
+
+def _segment_text(results: list[SegmentedCase]) -> str:
+    lines = []
+    for result in results:
+        organs = ", ".join(
+            f"{organ.name} {organ.volume_ml:.1f} ml{' (' + ', '.join(organ.flags) + ')' if organ.flags else ''}"
+            for organ in result.organs
+        )
+        lines.append(f"{result.mask}: {organs}")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--predictions", type=PATH, required=True, help="Folder that `segment` wrote (or any label maps).")
+@click.option("--references", type=PATH, required=True, help="Folder of annotations, same file names.")
+@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
+@click.option("--nsd-tolerance", type=float, default=2.0, show_default=True, help="Surface tolerance in mm.")
+@click.option("--csv", "csv_file", type=PATH, help="Write the rows as CSV.")
+@click.option("--json", "json_file", type=PATH, help="Write the rows and the summary as JSON.")
+@talk_options
+def evaluate(
+    *,
+    predictions: Path,
+    references: Path,
+    organs: tuple[str, ...],
+    nsd_tolerance: float,
+    csv_file: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Compare masks with annotations: DSC, HD95 and normalised surface distance, per case and organ."""
+    wanted = {organ.name: organ.label for organ in parse_organs(organs)}
+    from fseft_edge.evaluation import evaluate as run  # noqa: PLC0415 - brings in MONAI
+
+    with open_progress(quiet=quiet) as progress:
+        result = run(predictions, references, wanted, nsd_tolerance_mm=nsd_tolerance, progress=progress)
+    if csv_file is not None:
+        result.to_csv(csv_file)
+    if json_file is not None:
+        result.to_json(json_file)
+    _echo_table(result.table())
+    for failure in result.failures:
+        click.echo(f"{failure.case}: {failure.message} {failure.remedy}", err=True)
+    if result.failures:
+        raise SomeCasesFailedError(
+            f"{len(result.failures)} cases could not be compared.", remedy="The reasons stand above."
+        )
+
+
+def _echo_table(table: Table) -> None:
+    """Print a table at the terminal's width, or whole where stdout is none."""
+    from rich.console import Console  # noqa: PLC0415 - only where a table is shown
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@click.command()
+@click.argument("plan", type=PATH)
+@click.option("--data-root", type=PATH, required=True, help="Folder that the plan's paths are relative to.")
+@click.option("-o", "--output", type=PATH, required=True, help="Folder for checkpoint, loss curve and model file.")
+@click.option("--initial", type=PATH, help="Model file to start from.  [default: random weights]")
+@click.option("--resume", is_flag=True, help="Continue the run that the output folder holds.")
+@talk_options
+def pretrain(plan: Path, data_root: Path, output: Path, initial: Path | None, resume: bool, quiet: bool) -> None:
+    """Train an encoder on the data sets that the TOML file PLAN lists; they may be annotated only in part."""
+    from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - brings in torch
+    from fseft_edge.pretraining import read_plan  # noqa: PLC0415
+
+    with open_progress(quiet=quiet) as progress:
+        model = run(
+            read_plan(plan), data_root=data_root, output=output, initial=initial, resume=resume, progress=progress
+        )
+    click.echo(str(model))

@@ -1,0 +1,64 @@
+"""``fseft-edge``: the command group, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import traceback
+
+import click
+
+from fseft_edge._version import __version__
+from fseft_edge.runtime.errors import FseftEdgeError
+
+_COMMANDS = ("demo", "export", "adapt", "segment", "evaluate", "pretrain")
+_INTERRUPTED = 130
+_UNEXPECTED = 1
+
+
+class _LazyGroup(click.Group):
+    """Commands live in :mod:`fseft_edge.cli.commands`, which is imported when one is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module("fseft_edge.cli.commands"), cmd_name)
+        return command
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="fseft-edge")
+def cli() -> None:
+    """Segment organs in CT with a frozen foundation encoder and a light adapter made from a few annotated scans.
+
+    Exit codes: 0 done, 1 unexpected, 2 wrong use, 3 bad input, 4 environment, 5 some cases failed.
+    """
+
+
+def main() -> None:
+    """Run the command line; a traceback is shown only for bugs."""
+    logging.captureWarnings(capture=True)
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except FseftEdgeError as error:
+        click.echo(f"Error: {error.message}\n{error.remedy}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted. Nothing is left half-written; run the same command to begin again.", err=True)
+        sys.exit(_INTERRUPTED)
+    except MemoryError:
+        click.echo("Error: the machine's memory is used up.\nClose other programs, or use a larger machine.", err=True)
+        sys.exit(4)
+    except Exception:  # noqa: BLE001 - the last resort: a bug, shown whole
+        traceback.print_exc()
+        click.echo("This is a bug in fseft-edge: please report it with the lines above.", err=True)
+        sys.exit(_UNEXPECTED)

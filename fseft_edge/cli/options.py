@@ -1,0 +1,62 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fseft_edge.report.progress import ProgressDisplay, open_progress
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+PATH = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command that encodes takes: where to compute, where to keep features, how much to say."""
+
+    device: str
+    backend: str
+    cache: Path | None
+    quiet: bool
+
+    def progress(self) -> ProgressDisplay:
+        """Return a progress display for stderr."""
+        return open_progress(quiet=self.quiet)
+
+
+def talk_options(command: _Command) -> _Command:
+    """Add ``--quiet`` and ``--verbose``, and set up logging to stderr; the command receives ``quiet``."""
+
+    @click.option("-q", "--quiet", is_flag=True, help="Show errors and results only.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show what is decided and why.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
+        level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+        logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+        logging.getLogger("fseft_edge").setLevel(level)
+        return command(*args, quiet=quiet, **options)
+
+    return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature that click reads
+
+
+def common_options(command: _Command) -> _Command:
+    """Add ``--device``, ``--backend``, ``--cache``, ``--quiet`` and ``--verbose``; the command receives ``common``."""
+
+    @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+    @click.option("--backend", default="auto", show_default=True, help="auto, torch or onnxruntime.")
+    @click.option(
+        "--cache", type=PATH, help="Folder in which feature maps are kept for later runs; nothing is kept without it."
+    )
+    @talk_options
+    @functools.wraps(command)
+    def wrapped(*args: Any, device: str, backend: str, cache: Path | None, quiet: bool, **options: Any) -> Any:
+        return command(*args, common=Common(device, backend, cache, quiet), **options)
+
+    return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature that click reads

@@ -1,0 +1,259 @@
+"""Segmentation: cached features through adapters, back to the scan's own lattice, one mask a scan."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fseft_edge._version import __version__
+from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
+from fseft_edge.blocks import Box, read_block, tiles
+from fseft_edge.quality import quality_flags
+from fseft_edge.report.pictures import three_plane_picture
+from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding import EncodedScan, encode_scan
+from fseft_edge.runtime.errors import FseftEdgeError, InputError, SomeCasesFailedError, UsageError
+from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
+from fseft_edge.runtime.session import EncoderSession, open_session
+from fseft_edge.runtime.volume import LabelMap, Volume
+
+_LOG = logging.getLogger(__name__)
+_SLAB = 32
+_TILE = 96
+
+
+@dataclass(frozen=True)
+class SegmentedOrgan:
+    """An organ in a mask: its name, label value, volume, and what to look at (see :mod:`fseft_edge.quality`)."""
+
+    name: str
+    label: int
+    volume_ml: float
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SegmentedCase:
+    """A scan's result: the mask file, and its organs as ``OUT/<case>.json`` holds them."""
+
+    case: str
+    mask: Path
+    organs: tuple[SegmentedOrgan, ...]
+
+
+def segment(
+    scans: Sequence[Path],
+    adapters: Sequence[Path],
+    output: Path,
+    *,
+    encoder: Path | None = None,
+    preview: bool = False,
+    cache: Path | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> list[SegmentedCase]:
+    """Segment CTs and write ``output/<case>.nii.gz`` and ``output/<case>.json``.
+
+    Labels are 1..K in the adapters' order. Where organs overlap, the more probable one has the voxel.
+
+    Args:
+        scans: NIfTI files, or folders of them.
+        adapters: adapter files, all trained on the same encoder.
+        output: folder, made if need be.
+        encoder: encoder bundle; None looks beside the first adapter and in the working folder.
+        preview: also write ``output/<case>.png``, three planes with the organs outlined.
+        cache: folder in which feature maps are kept; None keeps none.
+        device, backend: see :func:`fseft_edge.runtime.session.open_session`.
+        progress: where to show progress.
+
+    Returns:
+        The cases in the order given.
+
+    Raises:
+        InputError: the only case, an adapter or the encoder is not usable.
+        SomeCasesFailedError: of several cases some failed; the others are written.
+    """
+    progress = progress or SilentProgress()
+    paths = _cases(scans)
+    files = [read_adapter(path) for path in adapters]
+    if not files:
+        raise UsageError("No adapter was given.", remedy="Name at least one by --adapter.")
+    bundle = EncoderBundle.open(encoder or find_encoder(adapters[0], files[0].description.encoder_id))
+    for path, file in zip(adapters, files, strict=True):
+        file.check_encoder(bundle.encoder_id, path=path)
+    done: list[SegmentedCase] = []
+    failed: list[str] = []
+    with ExitStack() as stack:
+        folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-")))
+        store = FeatureStore(folder)
+        session = stack.enter_context(open_session(bundle, device=device, backend=backend))
+        task = stack.enter_context(progress.task("segment", len(paths)))
+        for path in paths:
+            try:
+                done.append(_segment_file(path, files, output, bundle, session, store, preview=preview))
+            except FseftEdgeError as error:
+                if len(paths) == 1:
+                    raise
+                failed.append(case_name(path))
+                _LOG.error("%s failed: %s", case_name(path), error)
+            task.advance(1)
+    if failed:
+        raise SomeCasesFailedError(
+            f"{len(failed)} of {len(paths)} cases failed: {', '.join(failed)}.",
+            remedy="The reasons stand above; the other cases are written.",
+        )
+    return done
+
+
+def segment_encoded(encoded: EncodedScan, adapters: Sequence[AdapterFile]) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
+    organs = sum(len(file.description.organs) for file in adapters)
+    labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
+    for piece in encoded.grid.to_source(predict_sections(encoded, adapters)):
+        where = [slice(None)] * 3
+        where[piece.axis] = slice(piece.start, piece.stop)
+        labels[tuple(where)] = _decide(piece.probabilities, adapters, labels.dtype)
+    return labels
+
+
+def predict_sections(
+    encoded: EncodedScan, adapters: Sequence[AdapterFile]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield ``(z0, probabilities)`` of the grid slab by slab: float32 ``[Σ classes, X, Y, n]``, adapters in order."""
+    classes = [file.adapter.classes for file in adapters]
+    x, y, z = encoded.grid.shape
+    for start in range(0, z, _SLAB):
+        depth = min(_SLAB, z - start)
+        slab = np.empty((sum(classes), x, y, depth), np.float32)
+        for tile in tiles((x, y, depth), (_TILE, _TILE, _SLAB)):
+            core = Box(tile.x, tile.y, (start, start + depth))
+            first = 0
+            for file, count in zip(adapters, classes, strict=True):
+                probabilities = _predict_block(file, encoded, core)
+                slab[first : first + count, slice(*tile.x), slice(*tile.y)] = probabilities
+                first += count
+        yield start, slab
+
+
+def _predict_block(file: AdapterFile, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        features = read_block(encoded.features, file.adapter.boxes(core))
+        probabilities: NDArray[np.float32] = file.adapter.probabilities(file.adapter(features, core))[0].numpy()
+    return probabilities
+
+
+def _decide(
+    probabilities: NDArray[np.float32], adapters: Sequence[AdapterFile], dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Give every voxel to its most probable organ: above 1/2 (sigmoid), or above the background (softmax)."""
+    labels = np.zeros(probabilities.shape[1:], dtype)
+    best = np.zeros(probabilities.shape[1:], np.float32)
+    channel, label = 0, 0
+    for file in adapters:
+        threshold: NDArray[np.float32] | float = 0.5
+        if file.adapter.settings.activation == "softmax":
+            threshold = probabilities[channel]
+            channel += 1
+        for _ in file.description.organs:
+            label += 1
+            here = probabilities[channel]
+            wins = (here > threshold) & (here > best)
+            labels[wins] = label
+            best[wins] = here[wins]
+            channel += 1
+    return labels
+
+
+def find_encoder(adapter: Path, encoder_id: str) -> Path:
+    """Return the bundle an adapter was trained with: looked for beside the adapter, then in the working folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    for folder in (adapter.resolve().parent, Path.cwd()):
+        for path in sorted(folder.glob("*.encoder")):
+            if EncoderBundle.open(path).encoder_id == encoder_id:
+                return path
+    raise InputError(
+        f"The encoder that {adapter} was trained with is neither beside it nor in the working folder.",
+        remedy="Name it by --encoder.",
+    )
+
+
+def _cases(scans: Sequence[Path]) -> list[Path]:
+    paths = [path for scan in scans for path in list_cases(scan)]
+    if not paths:
+        raise UsageError("No CT was given.", remedy="Name NIfTI files, or folders that hold some.")
+    seen: dict[str, Path] = {}
+    for path in paths:
+        earlier = seen.setdefault(case_name(path), path)
+        if earlier is not path:
+            raise UsageError(
+                f"{earlier} and {path} would both be written as {case_name(path)}.nii.gz.",
+                remedy="Rename one, or segment them into different folders.",
+            )
+    return paths
+
+
+def _segment_file(
+    path: Path,
+    adapters: Sequence[AdapterFile],
+    output: Path,
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    store: FeatureStore,
+    *,
+    preview: bool,
+) -> SegmentedCase:
+    volume = read_ct(path)
+    encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
+    labels = LabelMap(segment_encoded(encoded, adapters), volume.affine)
+    organs = tuple(_measured(labels, adapters))
+    output.mkdir(parents=True, exist_ok=True)
+    case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)
+    write_label_map(case.mask, labels)
+    _write_summary(case, volume, bundle, adapters)
+    if preview:
+        masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
+        three_plane_picture(volume, masks, output / f"{case.case}.png")
+    return case
+
+
+def _measured(labels: LabelMap, adapters: Sequence[AdapterFile]) -> Iterator[SegmentedOrgan]:
+    organs: list[AdapterOrgan] = [organ for file in adapters for organ in file.description.organs]
+    for label, organ in enumerate(organs, start=1):
+        mask = labels.array == label
+        volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
+        yield SegmentedOrgan(
+            organ.name, label, round(volume_ml, 3), quality_flags(mask, volume_ml, organ.support_volumes_ml)
+        )
+
+
+def _write_summary(
+    case: SegmentedCase, volume: Volume, bundle: EncoderBundle, adapters: Sequence[AdapterFile]
+) -> None:
+    summary = {
+        "schema_version": 1,
+        "case": case.case,
+        "organs": [asdict(organ) for organ in case.organs],
+        "shape": list(volume.shape),
+        "spacing_mm": [round(float(value), 6) for value in volume.spacing],
+        "encoder": {"name": bundle.manifest.name, "id": bundle.encoder_id},
+        "adapters": [[organ.name for organ in file.description.organs] for file in adapters],
+        "toolkit_version": __version__,
+    }
+    with atomic_path(case.mask.with_name(f"{case.case}.json")) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
