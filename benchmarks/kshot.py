@@ -79,9 +79,7 @@ class Bench:
             )
             for case in cases
         ]
-        trained = train_adapter(
-            settings, support, head_rows=head_rows(self.bundle, headneck.ORGANS), training=training
-        )
+        trained = train_adapter(settings, support, head_rows=head_rows(self.bundle, headneck.ORGANS), training=training)
         return describe(trained, support, headneck.ORGANS, bundle=self.bundle, seed=training.seed)
 
 

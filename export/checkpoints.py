@@ -24,9 +24,9 @@ from torch import Tensor
 
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import CheckpointError
-from fseft_edge.runtime.grid import Preprocessing
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.preprocessing import Preprocessing
 
 _METADATA_KEY = "fseft_edge_model"
 _ENCODER_PREFIX = "encoder."

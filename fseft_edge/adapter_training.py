@@ -272,7 +272,9 @@ def _aligned_core(centre: NDArray[np.int64], edge: int, adapter: Adapter) -> Box
 
 
 def _target(occupancy: NDArray[np.uint8], core: Box) -> Tensor:
-    inside = [(max(low, 0), min(high, size)) for (low, high), size in zip(core.ranges, occupancy.shape[1:], strict=True)]
+    inside = [
+        (max(low, 0), min(high, size)) for (low, high), size in zip(core.ranges, occupancy.shape[1:], strict=True)
+    ]
     target = torch.zeros(len(occupancy), *core.shape)
     if all(low < high for low, high in inside):
         part = torch.from_numpy(occupancy[:, *(slice(low, high) for low, high in inside)].astype(np.float32) / 255)

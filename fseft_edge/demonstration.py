@@ -136,9 +136,7 @@ def _prepare_folder(output: Path) -> None:
 def _segment_and_score(
     output: Path, name: str, adapter: str, organs: Sequence[OrganLabel], progress: Progress
 ) -> Evaluation:
-    segment(
-        [output / "query" / "images"], [output / adapter], output / name, cache=output / "cache", progress=progress
-    )
+    segment([output / "query" / "images"], [output / adapter], output / name, cache=output / "cache", progress=progress)
     labels = {organ.name: organ.label for organ in organs}
     return evaluate(output / name, output / "query" / "labels", labels, progress=progress)
 

@@ -242,9 +242,7 @@ def _measured(labels: LabelMap, adapters: Sequence[AdapterFile]) -> Iterator[Seg
         )
 
 
-def _write_summary(
-    case: SegmentedCase, volume: Volume, bundle: EncoderBundle, adapters: Sequence[AdapterFile]
-) -> None:
+def _write_summary(case: SegmentedCase, volume: Volume, bundle: EncoderBundle, adapters: Sequence[AdapterFile]) -> None:
     summary = {
         "schema_version": 1,
         "case": case.case,

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 import blosc2  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 import torch
-from fseft_edge.runtime.errors import EncoderBundleError
-from fseft_edge.runtime.networks.base import FeatureLevel
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fseft_edge.runtime.errors import EncoderBundleError
+from fseft_edge.runtime.networks.base import FeatureLevel
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.windows import FeatureSection

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock, Timeout
+
 from fseft_edge.runtime.atomic import atomic_folder
 from fseft_edge.runtime.errors import EnvironmentProblemError, OutOfSpaceError
 from fseft_edge.runtime.feature_map import (

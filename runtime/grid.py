@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
+from numpy.typing import NDArray
+
 from fseft_edge.runtime.axis_map import AxisMap, AxisMatrix, apply_first, drawn_on, last_drawn_on, reaching
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.volume import Volume
-from numpy.typing import NDArray
 
 CROP_MARGIN_MM = 10.0
 

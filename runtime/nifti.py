@@ -1,4 +1,4 @@
-"""Reading CTs and label maps from NIfTI, and writing label maps.
+"""Reading and writing CTs and label maps as NIfTI.
 
 NIfTI-1 and NIfTI-2 single files, plain or gzip: https://nifti.nimh.nih.gov. Geometry is the sform where its code is
 set, else the qform, as in nibabel.
@@ -6,6 +6,7 @@ set, else the qform, as in nibabel.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import shutil
 import tempfile
@@ -15,6 +16,9 @@ from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import (
     GeometryError,
@@ -25,8 +29,6 @@ from fseft_edge.runtime.errors import (
     UsageError,
 )
 from fseft_edge.runtime.volume import LabelMap, Volume, slabs
-from nibabel.spatialimages import HeaderDataError
-from numpy.typing import NDArray
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -97,15 +99,21 @@ def write_label_map(path: Path, labels: LabelMap) -> None:
         UsageError: the name ends in neither ``.nii`` nor ``.nii.gz``.
         OutOfSpaceError: the disk is full or cannot be written to.
     """
-    if not path.name.lower().endswith(SUFFIXES):
-        raise UsageError(f"{path} is no NIfTI file name.", remedy="End the name in .nii.gz or .nii.")
-    header = _label_header(labels)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        if path.name.lower().endswith(".gz"):
-            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6) as compressed:
-                _write(compressed, header, labels)
-        else:
-            _write(file, header, labels)
+    dtype = np.min_scalar_type(int(labels.array.max()))
+    _write(path, labels.array, _header_for(labels, dtype), dtype)
+
+
+def write_ct(path: Path, volume: Volume) -> None:
+    """Write a CT as ``.nii`` or ``.nii.gz`` with its stored values, type and rescale; complete or not at all.
+
+    Raises:
+        UsageError: the name ends in neither ``.nii`` nor ``.nii.gz``.
+        OutOfSpaceError: the disk is full or cannot be written to.
+    """
+    dtype = volume.array.dtype.newbyteorder("=")
+    header = _header_for(volume, dtype)
+    header.set_slope_inter(volume.slope, volume.intercept)
+    _write(path, volume.array, header, dtype)
 
 
 def list_cases(path: Path) -> list[Path]:
@@ -200,8 +208,10 @@ def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1He
         shape = tuple(int(length) for length in header.get_data_shape())
         dtype = header.get_data_dtype()
         offset = int(header.get_data_offset())
-    except HeaderDataError as error:
+    except (HeaderDataError, ValueError, OverflowError) as error:  # the offset is a float and may be nan or infinite
         raise _not_nifti(path) from error
+    if offset < 0:
+        raise _not_nifti(path)
     if not shape or min(shape) < 1:
         raise UnreadableFileError(f"{path} holds no voxels: shape {shape}.", remedy="Export the scan again.")
     wanted = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
@@ -302,24 +312,30 @@ def _label_values(stored: NDArray[Any], slope: float, intercept: float, path: Pa
     return values
 
 
-def _label_header(labels: LabelMap) -> nib.nifti1.Nifti1Header:
-    fits_nifti1 = max(labels.shape) <= np.iinfo(np.int16).max
+def _header_for(image: Volume | LabelMap, dtype: np.dtype[Any]) -> nib.nifti1.Nifti1Header:
+    fits_nifti1 = max(image.shape) <= np.iinfo(np.int16).max
     header = nib.nifti1.Nifti1Header() if fits_nifti1 else nib.nifti2.Nifti2Header()
-    header.set_data_dtype(np.min_scalar_type(int(labels.array.max())))
-    header.set_data_shape(labels.shape)
+    header.set_data_dtype(dtype)
+    header.set_data_shape(image.shape)
     header.set_xyzt_units("mm")
-    header.set_sform(labels.affine, code="scanner")
-    header.set_qform(labels.affine, code="scanner", strip_shears=True)
-    if not np.allclose(header.get_qform(), labels.affine, atol=1e-3):
+    header.set_sform(image.affine, code="scanner")
+    header.set_qform(image.affine, code="scanner", strip_shears=True)
+    if not np.allclose(header.get_qform(), image.affine, atol=1e-3):
         header.set_qform(None, code="unknown")
     header.set_slope_inter(1.0, 0.0)
+    header["vox_offset"] = header.single_vox_offset
     return header
 
 
-def _write(file: IO[bytes] | gzip.GzipFile, header: nib.nifti1.Nifti1Header, labels: LabelMap) -> None:
-    dtype = header.get_data_dtype()
-    header["vox_offset"] = header.single_vox_offset
-    file.write(header.binaryblock)
-    file.write(bytes(header.single_vox_offset - len(header.binaryblock)))
-    for slab in slabs(labels.array):
-        file.write(np.asarray(slab, dtype=dtype).tobytes(order="F"))
+def _write(path: Path, array: NDArray[Any], header: nib.nifti1.Nifti1Header, dtype: np.dtype[Any]) -> None:
+    if not _is_nifti_name(path.name):
+        raise UsageError(f"{path} is no NIfTI file name.", remedy="End the name in .nii.gz or .nii.")
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes] | gzip.GzipFile = stack.enter_context(stack.enter_context(atomic_path(path)).open("wb"))
+        if path.name.lower().endswith(".gz"):
+            # No name and no time in the gzip header: the same voxels give the same bytes.
+            file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6))
+        file.write(header.binaryblock)
+        file.write(bytes(header.single_vox_offset - len(header.binaryblock)))
+        for slab in slabs(array):
+            file.write(np.asarray(slab, dtype=dtype).tobytes(order="F"))

@@ -11,8 +11,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
 from numpy.typing import NDArray
+
+from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
 
 LATTICE_TOLERANCE_MM = 1e-3
 """Two lattices are the same when all eight corner voxels agree to this distance."""

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fseft_edge.runtime.errors import EncoderBundleError, UsageError
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fseft_edge.runtime.errors import EncoderBundleError, UsageError
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.networks.base import FeatureLevel

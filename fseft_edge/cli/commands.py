@@ -56,7 +56,9 @@ def export(
     name = model or ("custom" if checkpoint else "edge_base")
     bundle = export_encoder(checkpoint, model=name, output=output, onnx=onnx, parity_volumes=parity_ct)
     if not quiet:
-        click.echo(f"{output}: {bundle.manifest.name}, {len(bundle.manifest.organs)} organs, id {bundle.encoder_id[:12]}")
+        click.echo(
+            f"{output}: {bundle.manifest.name}, {len(bundle.manifest.organs)} organs, id {bundle.encoder_id[:12]}"
+        )
 
 
 @click.command()
@@ -66,9 +68,7 @@ def export(
 @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
 @click.option("-o", "--output", type=PATH, required=True, help="The adapter to write, NAME.adapter.")
 @click.option("--case", "cases", multiple=True, help="Use only this case; may be repeated. Default: all annotated.")
-@click.option(
-    "--method", type=click.Choice(["linear", "pointwise", "spatial"]), default="spatial", show_default=True
-)
+@click.option("--method", type=click.Choice(["linear", "pointwise", "spatial"]), default="spatial", show_default=True)
 @click.option("--reads", type=click.Choice(["last", "pyramid"]), default="pyramid", show_default=True)
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), help="At most this many epochs.  [default: by method]")

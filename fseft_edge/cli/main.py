@@ -58,7 +58,7 @@ def main() -> None:
     except MemoryError:
         click.echo("Error: the machine's memory is used up.\nClose other programs, or use a larger machine.", err=True)
         sys.exit(4)
-    except Exception:  # noqa: BLE001 - the last resort: a bug, shown whole
+    except Exception:
         traceback.print_exc()
         click.echo("This is a bug in fseft-edge: please report it with the lines above.", err=True)
         sys.exit(_UNEXPECTED)

@@ -138,7 +138,8 @@ def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArr
 
 def _split_halves(region: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Return the patient's (right, left) parts of an organ that straddles the midline; the grid's x axis runs to the
-    patient's right (RAS+), and the cut is the middle of the organ's extent."""
+    patient's right (RAS+), and the cut is the middle of the organ's extent.
+    """
     extent = np.flatnonzero(region.any(axis=(1, 2)))
     middle = (int(extent[0]) + int(extent[-1]) + 1) // 2
     right, left = region.copy(), region.copy()
@@ -189,7 +190,8 @@ def _lattice(edge: int) -> Tensor:
 
 def _random_turn(random: np.random.Generator) -> Tensor:
     """Return a rotation of up to 12 degrees about each axis times a zoom of 0.8 to 1.25. Never a reflection: left and
-    right are what tells paired organs apart."""
+    right are what tells paired organs apart.
+    """
     turn = torch.eye(3)
     for axis, angle in enumerate(random.uniform(-np.pi / 15, np.pi / 15, 3)):
         i, j = [other for other in range(3) if other != axis]

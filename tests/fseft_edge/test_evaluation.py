@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fseft_edge.runtime.errors import InputError, LabelError, UnreadableFileError, UsageError
-from fseft_edge.runtime.nifti import write_label_map
-from fseft_edge.runtime.volume import LabelMap
 from numpy.typing import NDArray
 from rich.console import Console
 
 from fseft_edge.evaluation import Evaluation, EvaluationRow, evaluate
 from fseft_edge.report.progress import PlainProgress
+from fseft_edge.runtime.errors import InputError, LabelError, UnreadableFileError, UsageError
+from fseft_edge.runtime.nifti import write_label_map
+from fseft_edge.runtime.volume import LabelMap
 
 AFFINE = np.diag([1.0, 2.0, 4.0, 1.0])
 ORGANS = {"liver": 6, "spleen": 1}

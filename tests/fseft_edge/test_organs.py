@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from fseft_edge.runtime.errors import UsageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fseft_edge.organs import OrganLabel, parse_organs
+from fseft_edge.runtime.errors import UsageError
 
 
 def test_repeated_options_and_commas_name_organs_in_order() -> None:

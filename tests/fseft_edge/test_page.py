@@ -6,10 +6,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fseft_edge.runtime.errors import UnreadableFileError
 from PIL import Image
 
 from fseft_edge.report.page import DiceChange, Paragraph, Picture, Section, Table, dice_change_table, write_page
+from fseft_edge.runtime.errors import UnreadableFileError
 
 VOID = {"meta", "img", "br"}
 

@@ -7,9 +7,9 @@ import itertools
 
 import numpy as np
 import pytest
-from fseft_edge.runtime.errors import UsageError
 
 from fseft_edge.phantom import ORGANS, SITES, Phantom, Site, phantom
+from fseft_edge.runtime.errors import UsageError
 
 SEEDS = (0, 1, 2, 3)
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from fseft_edge.runtime.nifti import read_ct, read_label_map
-from fseft_edge.runtime.volume import Volume
 from numpy.typing import NDArray
 from PIL import Image
 
 from fseft_edge.report.pictures import PREDICTION_COLOUR, TRUTH_COLOUR, Colour, _legend, three_plane_picture
 from fseft_edge.report.planes import PLANES, three_cuts
+from fseft_edge.runtime.nifti import read_ct, read_label_map
+from fseft_edge.runtime.volume import Volume
 
 Mask = NDArray[np.bool_]
 SHAPE = (44, 36, 26)

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from fseft_edge.runtime.atomic import atomic_folder, atomic_path
 from fseft_edge.runtime.errors import OutOfSpaceError, UsageError
 

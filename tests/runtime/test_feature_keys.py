@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.volume import Volume

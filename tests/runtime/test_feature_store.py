@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fseft_edge.runtime import feature_map
 from fseft_edge.runtime.errors import EncoderBundleError, OutOfSpaceError
 from fseft_edge.runtime.feature_map import FeatureMapMeta
@@ -29,8 +32,6 @@ from fseft_edge.runtime.networks.base import FeatureLevel
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.runtime.windows import FeatureSection
-from hypothesis import given
-from hypothesis import strategies as st
 
 META = FeatureMapMeta(
     grid_shape=(39, 24, 45),

@@ -8,14 +8,15 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from fseft_edge.runtime.grid import CROP_MARGIN_MM, Grid
-from fseft_edge.runtime.nifti import read_ct
-from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.runtime.volume import Volume
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
+
+from fseft_edge.runtime.grid import CROP_MARGIN_MM, Grid
+from fseft_edge.runtime.nifti import read_ct
+from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.volume import Volume
 
 ORIENTATIONS = list(itertools.product(itertools.permutations(range(3)), itertools.product([False, True], repeat=3)))
 WIDE = (-1e5, 1e5)

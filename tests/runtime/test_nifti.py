@@ -10,6 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy.spatial.transform import Rotation
+
 from fseft_edge.runtime import atomic
 from fseft_edge.runtime.errors import (
     FseftEdgeError,
@@ -20,12 +25,8 @@ from fseft_edge.runtime.errors import (
     UnreadableFileError,
     UsageError,
 )
-from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map, write_label_map
-from fseft_edge.runtime.volume import LabelMap, same_lattice
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from scipy.spatial.transform import Rotation
+from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map, write_ct, write_label_map
+from fseft_edge.runtime.volume import LabelMap, Volume, same_lattice
 
 LPS = np.array([[-0.9, 0, 0, 120.0], [0, -0.9, 0, 90.5], [0, 0, 3.0, -600.25], [0, 0, 0, 1.0]])
 HU = np.random.default_rng(7).integers(-1000, 1500, (9, 8, 5)).astype(np.int16)
@@ -135,6 +136,10 @@ UNREADABLE = {
     "end of gz lost": lambda d: truncated(save(d / "ct.nii.gz", HU), 0.99),
     "wrong CRC": lambda d: corrupted(save(d / "ct.nii.gz", HU)),
     "unknown type code": lambda d: patched(save(d / "ct.nii", HU), datatype=77),
+    **{
+        f"voxels at {offset}": lambda d, offset=offset: patched(save(d / "ct.nii", HU), vox_offset=offset)
+        for offset in (np.nan, np.inf, -352.0, 1e6)
+    },
     "negative length": lambda d: patched(save(d / "ct.nii", HU), dim=[3, -9, 8, 5, 1, 1, 1, 1]),
 }
 
@@ -294,6 +299,20 @@ def test_written_labels_keep_a_scans_affine_exactly(tmp_path):
     scan = read_ct(save(tmp_path / "ct.nii", HU))
     write_label_map(tmp_path / "mask.nii.gz", LabelMap(np.zeros(scan.shape, np.uint8), scan.affine))
     np.testing.assert_array_equal(read_label_map(tmp_path / "mask.nii.gz").affine, scan.affine)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<u2", "<f4"])
+def test_written_ct_comes_back_with_its_stored_values(tmp_path, suffix, dtype):
+    stored = (HU + 1024).clip(0).astype(dtype)
+    volume = Volume(stored, LPS, slope=2.0, intercept=-1024.0)
+    write_ct(tmp_path / f"ct{suffix}", volume)
+    back = read_ct(tmp_path / f"ct{suffix}")
+    assert back.array.dtype == np.dtype(dtype).newbyteorder("=")
+    np.testing.assert_array_equal(back.array, stored)
+    assert (back.slope, back.intercept) == (2.0, -1024.0)
+    assert same_lattice(back, volume)
+    np.testing.assert_array_equal(nib.load(back.source).get_fdata(), stored * 2.0 - 1024.0)
 
 
 def test_sheared_lattice_is_written_without_a_qform(tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fseft_edge.runtime.preprocessing import Preprocessing
 from pydantic import ValidationError
+
+from fseft_edge.runtime.preprocessing import Preprocessing
 
 
 def test_defaults_are_those_of_the_published_models():

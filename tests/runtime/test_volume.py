@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
-from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match, same_lattice
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.spatial.transform import Rotation
+
+from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
+from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match, same_lattice
 
 AFFINE = np.diag([-0.9, -0.9, 3.0, 1.0])
 

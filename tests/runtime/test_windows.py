@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fseft_edge.runtime.errors import EncoderBundleError, UsageError
-from fseft_edge.runtime.networks.base import FeatureLevel
-from fseft_edge.runtime.windows import FeatureSection, WindowLayout, gaussian_importance, stream_features
 from hypothesis import given
 from hypothesis import strategies as st
 from monai.data.utils import compute_importance_map, dense_patch_slices
@@ -21,6 +18,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fseft_edge.runtime.errors import EncoderBundleError, UsageError
+from fseft_edge.runtime.networks.base import FeatureLevel
+from fseft_edge.runtime.windows import FeatureSection, WindowLayout, gaussian_importance, stream_features
 
 
 class FakeSession:

@@ -1,0 +1,106 @@
+"""Training on a synthetic feature map whose first channel is the organ, so that success has a closed form."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from doubles.features import MemoryFeatures
+
+from fseft_edge.adapter_training import SupportScan, TrainingSettings, train_adapter, untrained_adapter
+from fseft_edge.adapters import AdapterSettings
+from fseft_edge.blocks import Box, read_block
+from fseft_edge.runtime.feature_store import FeatureMap
+
+SHAPE = (48, 40, 48)
+FAST = TrainingSettings(block=16, batch=4, epochs=12, learning_rate=0.05)
+
+
+def _scan(seed: int) -> SupportScan:
+    random = np.random.default_rng(seed)
+    centre = random.uniform(16, 28, 3)
+    distance = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.indices(SHAPE), centre, strict=True)))
+    organ = (distance < 8).astype(np.float32)
+    finest = torch.from_numpy(random.normal(0, 0.2, (3, *SHAPE)).astype(np.float32))
+    finest[0] += torch.from_numpy(organ)
+    coarse = torch.nn.functional.avg_pool3d(finest[None], 2)[0]
+    features = cast("FeatureMap", MemoryFeatures((finest, coarse)))
+    volume = float(organ.sum() * 27)
+    return SupportScan(features, SHAPE, (255 * organ[None]).astype(np.uint8), np.array([True]), (volume,))
+
+
+@pytest.mark.parametrize("reads", ["last", "pyramid"])
+@pytest.mark.parametrize("method", ["linear", "spatial"])
+def test_training_finds_an_organ_that_the_features_show(method: str, reads: str) -> None:
+    settings = AdapterSettings(method, reads, width=4)  # type: ignore[arg-type]  # parametrised literals
+    trained = train_adapter(settings, [_scan(1), _scan(2)], head_rows=[None], training=FAST)
+    query = _scan(3)
+    core = Box(*((0, size) for size in SHAPE))
+    with torch.inference_mode():
+        logits = trained.adapter(read_block(query.features, trained.adapter.boxes(core)), core)
+    found, truth = logits[0, 0].numpy() > 0, query.occupancy[0] > 127
+    dsc = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+    assert dsc > (0.75 if method == "linear" else 0.8)
+    assert trained.losses[-1] < trained.losses[0]
+
+
+def test_the_same_seed_gives_the_same_weights_to_the_bit() -> None:
+    settings = AdapterSettings("spatial", "pyramid", width=4)
+    first, second = (train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST) for _ in range(2))
+    assert first.losses == second.losses
+    for a, b in zip(first.adapter.state_dict().values(), second.adapter.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_seed_gives_other_weights() -> None:
+    settings = AdapterSettings("linear", "last")
+    first = train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST)
+    second = train_adapter(
+        settings,
+        [_scan(1)],
+        head_rows=[None],
+        training=TrainingSettings(seed=5, block=16, epochs=12, learning_rate=0.05),
+    )
+    assert not torch.equal(first.adapter.direct.weight, second.adapter.direct.weight)
+
+
+def test_normalisation_is_the_supports_mean_and_deviation() -> None:
+    features = MemoryFeatures((torch.full((2, 64, 64, 64), 3.0), torch.zeros(1, 32, 32, 32)))
+    features.tensors[0][1] = torch.randn(64, 64, 64) * 5 + 7
+    scan = SupportScan(
+        cast("FeatureMap", features), (64, 64, 64), np.zeros((1, 64, 64, 64), np.uint8), np.array([True]), (0.0,)
+    )
+    adapter = untrained_adapter(AdapterSettings("linear", "pyramid"), [scan], head_rows=[None])
+    assert float(adapter.mean(0)[0]) == pytest.approx(3)
+    assert float(adapter.mean(0)[1]) == pytest.approx(7, abs=0.1)
+    assert float(adapter.scale(0)[1]) == pytest.approx(5, rel=0.02)
+    assert bool((adapter.scale(0) > 0).all())
+    assert bool((adapter.scale(1) > 0).all())
+
+
+def test_training_ends_early_once_the_smoothed_loss_stands_still() -> None:
+    training = TrainingSettings(
+        block=16, batch=4, epochs=60, learning_rate=1e-9, smoothing=2, patience=3, least_gain=1e-3
+    )
+    trained = train_adapter(AdapterSettings("linear", "last"), [_scan(1)], head_rows=[None], training=training)
+    assert len(trained.losses) < 60
+
+
+def test_an_organ_without_annotation_in_a_scan_teaches_nothing_there() -> None:
+    """A scan that is annotated for no organ has no influence at all, whatever its contours hold."""
+    silent = _scan(7)
+    silent = SupportScan(silent.features, SHAPE, silent.occupancy, np.array([False]), (0.0,))
+    inverted = SupportScan(silent.features, SHAPE, 255 - silent.occupancy, np.array([False]), (0.0,))
+    training = TrainingSettings(block=16, batch=1, epochs=1, blocks_per_epoch=4)
+    kinds = AdapterSettings("linear", "last")
+    results = [train_adapter(kinds, [scan], head_rows=[None], training=training) for scan in (silent, inverted)]
+    assert results[0].losses == results[1].losses == (0.0,)
+
+
+def test_epochs_follow_the_size_of_the_support_set_up_to_the_papers_number() -> None:
+    training = TrainingSettings()
+    assert training.epochs_for(1) == 200
+    assert training.epochs_for(10) == training.blocks // 60
+    assert TrainingSettings(epochs=3).epochs_for(10) == 3

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from doubles.features import random_features
+
+from fseft_edge.blocks import Box, read_block, tiles, upsample_into
+
+
+def test_tiles_cover_every_voxel_once() -> None:
+    shape = (37, 20, 41)
+    seen = np.zeros(shape, int)
+    for box in tiles(shape, (16, 16, 32)):
+        seen[tuple(slice(*axis) for axis in box.ranges)] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("low", range(0, 9))
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+def test_upsampling_a_part_equals_that_part_of_the_upsampled_whole(low: int, length: int) -> None:
+    coarse = random_features((16, 16, 16), (3,)).tensors[0][None]
+    whole = F.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
+    low += 8
+    box = Box((low, low + length), (9, 20), (8, 24))
+    need = box.coarser()
+    part = coarse[:, :, slice(*need.x), slice(*need.y), slice(*need.z)]
+    wanted = whole[:, :, slice(*box.x), slice(*box.y), slice(*box.z)]
+    torch.testing.assert_close(upsample_into(part, need, box), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_block_beyond_the_map_repeats_its_edge() -> None:
+    features = random_features((8, 8, 8), (2, 3))
+    boxes = [Box((-3, 5), (4, 11), (-2, 10)), Box((-4, -1), (5, 9), (1, 3))]
+    for level, (box, block) in enumerate(zip(boxes, read_block(features, boxes), strict=True)):
+        whole = features.tensors[level].numpy()
+        index = np.ix_(
+            range(whole.shape[0]),
+            *(np.clip(range(*axis), 0, size - 1) for axis, size in zip(box.ranges, whole.shape[1:], strict=True)),
+        )
+        np.testing.assert_array_equal(block[0].numpy(), whole[index])

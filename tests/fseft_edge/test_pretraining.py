@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fseft_edge.export.checkpoints import read_model_file
+from fseft_edge.phantom import ORGANS, phantom
+from fseft_edge.pretraining import PretrainingPlan, pretrain, read_plan
+from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
+from fseft_edge.pretraining.training import learning_rate
+from fseft_edge.report.progress import SilentProgress
+from fseft_edge.runtime.errors import CheckpointError, InputError, UnreadableFileError
+from fseft_edge.runtime.nifti import write_ct, write_label_map
+from fseft_edge.runtime.volume import LabelMap
+
+PLAN = """
+name = "tiny"
+seed = 7
+organs = ["liver", "spine", "spine_right", "spine_left", "spleen"]
+[encoder]
+architecture = "residual_unet"
+channels = [4, 8, 8]
+window = [32, 32, 32]
+[preprocessing]
+spacing = [6.0, 6.0, 6.0]
+[schedule]
+steps = 6
+crop = 32
+learning_rate = 1e-2
+warmup_steps = 2
+frozen_norm_fraction = 0.34
+deep_supervision = [0.5]
+bfloat16 = false
+checkpoint_every = 3
+[[dataset]]
+kind = "files"
+name = "files"
+images = "images"
+labels = "labels"
+cases = "splits.json:train"
+partial = true
+organs = { liver = 1, spine = 11 }
+halves = { spine = ["spine_right", "spine_left"] }
+crops_per_step = 1
+[[dataset]]
+kind = "phantoms"
+name = "phantoms"
+count = 1
+first_seed = 5
+sites = ["reference"]
+organs = ["spleen"]
+shape = [64, 48, 56]
+crops_per_step = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for folder in ("images", "labels"):
+        (root / folder).mkdir()
+    for seed in (1, 2, 3):
+        scan = phantom(seed, shape=(64, 48, 56), spacing=(6.0, 6.0, 6.0))
+        labels = scan.labels.array.copy()
+        if seed == 2:
+            labels[labels == 1] = 0
+        write_ct(root / "images" / f"case_{seed}.nii.gz", scan.volume)
+        write_label_map(root / "labels" / f"case_{seed}.nii.gz", LabelMap(labels, scan.volume.affine))
+    (root / "splits.json").write_text(json.dumps({"train": ["case_1", "case_2"]}))
+    (root / "plan.toml").write_text(PLAN)
+    return root
+
+
+@pytest.fixture(scope="module")
+def plan(data: Path) -> PretrainingPlan:
+    return read_plan(data / "plan.toml")
+
+
+def test_cases_follow_the_split_and_only_annotated_organs_count(data: Path, plan: PretrainingPlan) -> None:
+    files, phantoms = load_cohorts(plan, data, SilentProgress())
+    assert len(files) == 2
+    assert files[0].task_mask.tolist() == [True, True, True, True, False]
+    assert files[1].task_mask.tolist() == [False, True, True, True, False]
+    assert phantoms[0].task_mask.tolist() == [False, False, False, False, True]
+
+
+def test_halves_divide_an_organ_into_the_patients_right_and_left(data: Path, plan: PretrainingPlan) -> None:
+    case = load_cohorts(plan, data, SilentProgress())[0][0]
+    spine, right, left = (case.organs & (1 << bit) != 0 for bit in (1, 2, 3))
+    assert np.array_equal(right | left, spine)
+    assert not (right & left).any()
+    assert np.flatnonzero(right.any((1, 2))).min() > np.flatnonzero(left.any((1, 2))).max()
+
+
+def test_a_step_always_shows_the_same_crops(data: Path, plan: PretrainingPlan) -> None:
+    cohorts = load_cohorts(plan, data, SilentProgress())
+    first, second, other = draw_batch(plan, cohorts, 4), draw_batch(plan, cohorts, 4), draw_batch(plan, cohorts, 5)
+    assert torch.equal(first.image, second.image)
+    assert torch.equal(first.targets, second.targets)
+    assert not torch.equal(first.image, other.image)
+    assert first.image.shape == (2, 1, 32, 32, 32)
+    assert first.targets.shape == (2, 5, 32, 32, 32)
+
+
+def test_an_interrupted_run_resumes_to_the_same_bytes(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    straight = pretrain(plan, data_root=data, output=tmp_path / "straight")
+    pretrain(plan, data_root=data, output=tmp_path / "broken", stop_after=4)
+    resumed = pretrain(plan, data_root=data, output=tmp_path / "broken", resume=True)
+    assert resumed.read_bytes() == straight.read_bytes()
+    assert read_model_file(resumed).description.training["steps"] == 6
+    assert len(json.loads((tmp_path / "straight" / "losses.json").read_text())) == 6
+
+
+def test_an_earlier_run_is_not_overwritten_and_not_mixed_with_another_plan(
+    data: Path, plan: PretrainingPlan, tmp_path: Path
+) -> None:
+    pretrain(plan, data_root=data, output=tmp_path, stop_after=1)
+    with pytest.raises(CheckpointError, match="--resume"):
+        pretrain(plan, data_root=data, output=tmp_path)
+    with pytest.raises(CheckpointError, match="another plan"):
+        pretrain(plan.model_copy(update={"seed": 8}), data_root=data, output=tmp_path, resume=True)
+
+
+def test_training_can_start_from_a_model_file(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    first = pretrain(plan, data_root=data, output=tmp_path / "first", stop_after=1)
+    still = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"learning_rate": 1e-12})})
+    second = pretrain(still, data_root=data, output=tmp_path / "second", initial=first, stop_after=1)
+    a, b = read_model_file(first), read_model_file(second)
+    torch.testing.assert_close(a.head_weight, b.head_weight, rtol=0, atol=1e-4)
+    name = "down.0.first.convolution.weight"
+    torch.testing.assert_close(a.encoder[name], b.encoder[name], rtol=0, atol=1e-3)
+
+
+def test_the_rate_warms_up_and_falls_to_nothing(plan: PretrainingPlan) -> None:
+    rates = [learning_rate(plan, step) for step in range(plan.schedule.steps)]
+    assert rates[0] == pytest.approx(0.005)
+    assert max(rates) == pytest.approx(0.01)
+    assert rates[-1] == pytest.approx(0.005 * (1 + np.cos(np.pi * 3 / 4)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("steps = 6", "steps = 0"), "schedule.steps"),
+        (('"spleen"]\n[encoder]', '"spleen", "unseen"]\n[encoder]'), "no data set annotates"),
+        (("liver = 1", "lever = 1"), "lever"),
+        (("seed = 7", "seeds = 7"), "seed"),
+    ],
+)
+def test_a_wrong_plan_is_refused_by_the_name_of_its_key(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.replace(*change))
+    with pytest.raises(InputError, match=message):
+        read_plan(path)
+
+
+def test_an_unreadable_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("= nothing")
+    with pytest.raises(UnreadableFileError, match="no readable TOML"):
+        read_plan(tmp_path / "plan.toml")
+
+
+def test_organ_names_of_phantom_plans_are_the_generators(plan: PretrainingPlan) -> None:
+    assert set(plan.dataset[1].annotated()) <= set(ORGANS)
