@@ -108,12 +108,13 @@ def main() -> None:
             _keep(file, results)
         for shots in arguments.shots:
             for draw in range(arguments.draws):
-                _run_draw(bench, arguments, shots, draw, results, file)
+                _run_draw(bench, arguments=arguments, shots=shots, draw=draw, results=results, file=file)
     print(markdown(results, arguments.on))
 
 
 def _run_draw(
     bench: Bench,
+    *,
     arguments: argparse.Namespace,
     shots: int,
     draw: int,

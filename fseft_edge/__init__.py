@@ -5,7 +5,8 @@ Every command has its twin here, imported when it is first used::
     import fseft_edge
 
     fseft_edge.export_encoder(None, model="edge_base", output=Path("edge_base.encoder"))
-    fseft_edge.adapt(Path("edge_base.encoder"), images, labels, [fseft_edge.OrganLabel("liver", 6)], Path("liver.adapter"))
+    liver = fseft_edge.OrganLabel("liver", 6)
+    fseft_edge.adapt(Path("edge_base.encoder"), images, labels, [liver], Path("liver.adapter"))
     fseft_edge.segment([Path("ct.nii.gz")], [Path("liver.adapter")], Path("out"))
 """
 

@@ -56,7 +56,8 @@ def adapt(
         training: schedule and seed.
         cases: names of the cases to use; None takes all that have an annotation.
         cache: folder in which feature maps are kept; None keeps none.
-        device, backend: see :func:`fseft_edge.runtime.session.open_session`.
+        device: where to encode (see :func:`fseft_edge.runtime.session.open_session`).
+        backend: the inference engine (see the same).
         progress: where to show progress.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -113,9 +113,10 @@ def read_adapter(path: Path) -> AdapterFile:
             )
         description = AdapterDescription.model_validate_json(header)
         levels = [FeatureLevel(stride, channels) for stride, channels in description.levels]
-        adapter = Adapter(AdapterSettings(**description.settings), levels, len(description.organs))  # type: ignore[arg-type]  # the values were checked by load_state_dict below
+        settings = TypeAdapter(AdapterSettings).validate_python(description.settings)
+        adapter = Adapter(settings, levels, len(description.organs))
         adapter.load_state_dict(tensors)
-    except (ValidationError, ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise AdapterError(
             f"{path} holds weights or settings that do not fit together.", remedy="Adapt again with this version."
         ) from error

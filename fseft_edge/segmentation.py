@@ -76,7 +76,8 @@ def segment(
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
         preview: also write ``output/<case>.png``, three planes with the organs outlined.
         cache: folder in which feature maps are kept; None keeps none.
-        device, backend: see :func:`fseft_edge.runtime.session.open_session`.
+        device: where to encode (see :func:`fseft_edge.runtime.session.open_session`).
+        backend: the inference engine (see the same).
         progress: where to show progress.
 
     Returns:
@@ -103,7 +104,9 @@ def segment(
         task = stack.enter_context(progress.task("segment", len(paths)))
         for path in paths:
             try:
-                done.append(_segment_file(path, files, output, bundle, session, store, preview=preview))
+                done.append(
+                    _segment_file(path, files, output, bundle=bundle, session=session, store=store, preview=preview)
+                )
             except FseftEdgeError as error:
                 if len(paths) == 1:
                     raise
@@ -212,10 +215,10 @@ def _segment_file(
     path: Path,
     adapters: Sequence[AdapterFile],
     output: Path,
+    *,
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
-    *,
     preview: bool,
 ) -> SegmentedCase:
     volume = read_ct(path)

@@ -47,7 +47,7 @@ def encode_scan(
         coarsest = max(level.stride for level in bundle.levels)
         layout = WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
         meta = FeatureMapMeta(
-            shape=grid.shape,
+            grid_shape=grid.shape,
             padded_shape=layout.padded_shape,
             levels=bundle.levels,
             dtype=storage,

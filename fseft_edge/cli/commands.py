@@ -41,14 +41,15 @@ def demo(output: Path, quiet: bool) -> None:
 @click.option(
     "--model",
     default=None,
-    help="edge_base (built in, needs no CHECKPOINT), fseft, or custom (a model file of `pretrain`; the default with one).",
+    help="edge_base (built in, needs no CHECKPOINT), fseft, or custom (a model file of `pretrain`).  "
+    "[default: custom with CHECKPOINT, edge_base without]",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="The encoder bundle to write, NAME.encoder.")
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="Write the ONNX graph beside the weights.")
 @click.option("--parity-ct", type=PATH, multiple=True, help="A CT to compare ONNX with PyTorch on; may be repeated.")
 @talk_options
 def export(
-    checkpoint: Path | None, model: str | None, output: Path, onnx: bool, parity_ct: tuple[Path, ...], quiet: bool
+    *, checkpoint: Path | None, model: str | None, output: Path, onnx: bool, parity_ct: tuple[Path, ...], quiet: bool
 ) -> None:
     """Export the frozen encoder of CHECKPOINT once, as a bundle that the other commands use."""
     from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
@@ -224,7 +225,7 @@ def _echo_table(table: Table) -> None:
 @click.option("--initial", type=PATH, help="Model file to start from.  [default: random weights]")
 @click.option("--resume", is_flag=True, help="Continue the run that the output folder holds.")
 @talk_options
-def pretrain(plan: Path, data_root: Path, output: Path, initial: Path | None, resume: bool, quiet: bool) -> None:
+def pretrain(*, plan: Path, data_root: Path, output: Path, initial: Path | None, resume: bool, quiet: bool) -> None:
     """Train an encoder on the data sets that the TOML file PLAN lists; they may be annotated only in part."""
     from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - brings in torch
     from fseft_edge.pretraining import read_plan  # noqa: PLC0415

@@ -7,13 +7,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
 from fseft_edge.report.progress import ProgressDisplay, open_progress
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 
@@ -31,22 +29,22 @@ class Common:
         return open_progress(quiet=self.quiet)
 
 
-def talk_options(command: _Command) -> _Command:
+def talk_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``--quiet`` and ``--verbose``, and set up logging to stderr; the command receives ``quiet``."""
 
     @click.option("-q", "--quiet", is_flag=True, help="Show errors and results only.")
     @click.option("-v", "--verbose", is_flag=True, help="Show what is decided and why.")
     @functools.wraps(command)
-    def wrapped(*args: Any, quiet: bool, verbose: bool, **options: Any) -> Any:
+    def wrapped(*, quiet: bool, verbose: bool, **options: object) -> None:
         level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
         logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
         logging.getLogger("fseft_edge").setLevel(level)
-        return command(*args, quiet=quiet, **options)
+        command(quiet=quiet, **options)
 
-    return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature that click reads
+    return wrapped
 
 
-def common_options(command: _Command) -> _Command:
+def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``--device``, ``--backend``, ``--cache``, ``--quiet`` and ``--verbose``; the command receives ``common``."""
 
     @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -56,7 +54,7 @@ def common_options(command: _Command) -> _Command:
     )
     @talk_options
     @functools.wraps(command)
-    def wrapped(*args: Any, device: str, backend: str, cache: Path | None, quiet: bool, **options: Any) -> Any:
-        return command(*args, common=Common(device, backend, cache, quiet), **options)
+    def wrapped(*, device: str, backend: str, cache: Path | None, quiet: bool, **options: object) -> None:
+        command(common=Common(device, backend, cache, quiet), **options)
 
-    return wrapped  # type: ignore[return-value]  # functools.wraps keeps the signature that click reads
+    return wrapped

@@ -43,7 +43,14 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Crops of one optimiser step: ``image``, ``clean`` ``[n, 1, X, Y, Z]``, ``targets`` ``[n, K, ...]``, ``task_mask``."""
+    """Crops of one optimiser step.
+
+    Attributes:
+        image: ``[n, 1, X, Y, Z]``, boxes of some crops erased.
+        clean: the same before that.
+        targets: ``[n, K, X, Y, Z]`` of 0 and 1.
+        task_mask: ``[n, K]`` of 0 and 1.
+    """
 
     image: Tensor
     clean: Tensor
@@ -137,8 +144,9 @@ def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArr
 
 
 def _split_halves(region: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the patient's (right, left) parts of an organ that straddles the midline; the grid's x axis runs to the
-    patient's right (RAS+), and the cut is the middle of the organ's extent.
+    """Return the patient's (right, left) parts of an organ that straddles the midline.
+
+    The grid's x axis runs to the patient's right (RAS+); the cut is the middle of the organ's extent.
     """
     extent = np.flatnonzero(region.any(axis=(1, 2)))
     middle = (int(extent[0]) + int(extent[-1]) + 1) // 2
@@ -189,8 +197,9 @@ def _lattice(edge: int) -> Tensor:
 
 
 def _random_turn(random: np.random.Generator) -> Tensor:
-    """Return a rotation of up to 12 degrees about each axis times a zoom of 0.8 to 1.25. Never a reflection: left and
-    right are what tells paired organs apart.
+    """Return a rotation of up to 12 degrees about each axis times a zoom of 0.8 to 1.25.
+
+    Never a reflection: left and right are what tells paired organs apart.
     """
     turn = torch.eye(3)
     for axis, angle in enumerate(random.uniform(-np.pi / 15, np.pi / 15, 3)):

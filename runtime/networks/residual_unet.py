@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +73,7 @@ class ResidualUNet(FeatureNetwork):
             for level, width in enumerate(widths)
         )
         self.up = nn.ModuleList(
-            nn.ConvTranspose3d(deeper, width, kernel_size=2, stride=2)
-            for width, deeper in zip(widths[:-1], widths[1:], strict=True)
+            nn.ConvTranspose3d(deeper, width, kernel_size=2, stride=2) for width, deeper in pairwise(widths)
         )
         self.merge = nn.ModuleList(ResidualBlock(2 * width, width) for width in widths[:-1])
 

@@ -139,16 +139,16 @@ def _position_bias(table: Tensor, tokens: int) -> Tensor:
     codes = (span * span * steps[:, None, None] + span * steps[:, None] + steps).reshape(-1)[:tokens]
     centre = (span**3 - 1) // 2
     index = codes[:, None] - codes[None, :] + centre
-    return table[index.reshape(-1)].reshape(tokens, tokens, -1).permute(2, 0, 1)
+    return F.embedding(index, table).permute(2, 0, 1)
 
 
 def _regions(size: torch.Size, window: list[int], shift: list[int], device: torch.device) -> Tensor:
     """Return region ids ``[1, X, Y, Z, 1]`` of a shifted lattice: what a window holds from two sides of the scan."""
-    ids = torch.zeros(1, device=device)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
     for length, side, step in zip(size, window, shift, strict=True):
         places = torch.arange(length, device=device)
-        along = (places >= length - side).float() + (places >= length - step).float() if step else torch.zeros(length)
-        ids = 3.0 * ids[..., None] + along.to(device)
+        along = (places >= length - side).long() + (places >= length - step).long()
+        ids = 3 * ids[..., None] + (along if step else torch.zeros_like(places))
     return ids.reshape(1, *size, 1)
 
 

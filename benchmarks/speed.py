@@ -1,0 +1,127 @@
+"""Speed and memory of encoding one clinical-size scan: `make benchmark BENCHMARK=speed`.
+
+Every measurement runs in a process of its own, so that peak memory is that measurement's; rounds alternate between the
+competitors and the ratio is that of the fastest round of each. Compared are
+
+- MONAI's sliding_window_inference of the same network in eager PyTorch, every pyramid level blended, the same windows
+  and overlap, the resampled scan given;
+- `encode_scan` with each backend: reading, resampling, encoding, blending and writing the cached map included;
+- `encode_scan` of the same scan stacked twice along its slices (peak memory must not grow).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import headneck
+import numpy as np
+import torch
+
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding import OVERLAP, encode_scan
+from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.grid import Grid
+from fseft_edge.runtime.nifti import read_ct, write_ct
+from fseft_edge.runtime.session import open_session
+from fseft_edge.runtime.volume import Volume
+from fseft_edge.runtime.windows import WindowLayout
+
+
+def encode_with_monai(bundle: EncoderBundle, scan: Path) -> float:
+    """Return the seconds that MONAI's sliding window takes for all levels of the resampled scan."""
+    from monai.inferers import sliding_window_inference  # noqa: PLC0415 - only this measurement may pay for it
+
+    network = bundle.network().eval()
+    volume = read_ct(scan)
+    grid = Grid.of(volume, bundle.preprocessing)
+    coarsest = max(level.stride for level in bundle.levels)
+    layout = WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
+    section = torch.from_numpy(grid.section(volume, 0, grid.shape[2]))
+    padding = [n for size, full in zip(grid.shape, layout.padded_shape, strict=True) for n in (full - size, 0)][::-1]
+    padded = torch.nn.functional.pad(section, padding)[None, None]
+    started = time.monotonic()
+    with torch.inference_mode():
+        sliding_window_inference(
+            padded, bundle.window, 1, lambda x: tuple(network(x)), overlap=OVERLAP, mode="gaussian", sigma_scale=0.125
+        )
+    return time.monotonic() - started
+
+
+def encode_with_ours(bundle: EncoderBundle, scan: Path, backend: str) -> float:
+    """Return the seconds from the file to the cached map."""
+    with tempfile.TemporaryDirectory() as folder, open_session(bundle, backend=backend) as session:
+        started = time.monotonic()
+        encode_scan(read_ct(scan), bundle=bundle, session=session, store=FeatureStore(Path(folder)))
+        return time.monotonic() - started
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run one measurement in this process and print it as JSON."""
+    bundle = EncoderBundle.open(arguments.encoder)
+    if arguments.measure == "monai":
+        seconds = encode_with_monai(bundle, arguments.scan)
+    else:
+        seconds = encode_with_ours(bundle, arguments.scan, arguments.measure)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "peak_mib": peak}))
+
+
+def in_a_process(encoder: Path, scan: Path, what: str) -> dict[str, float]:
+    """Return one measurement, made in a fresh process."""
+    command = [sys.executable, __file__, "--encoder", str(encoder), "--scan", str(scan), "--measure", what]
+    result: dict[str, float] = json.loads(subprocess.check_output(command))
+    return result
+
+
+def stacked_twice(scan: Path, folder: Path) -> Path:
+    """Write the scan stacked on itself along its slice axis, and return the file."""
+    volume = read_ct(scan)
+    double = Volume(np.concatenate([volume.array] * 2, axis=2), volume.affine, volume.slope, volume.intercept)
+    path = folder / "stacked.nii.gz"
+    write_ct(path, double)
+    return path
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scan", type=Path)
+    parser.add_argument("--encoder", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments)
+        return
+    scan = arguments.scan or headneck.data_root() / "fullsize" / "thorax_512.nii.gz"
+    encoder = arguments.encoder or headneck.encoder(None).path
+    names = ("monai", "torch", "onnxruntime")
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(arguments.rounds):
+        for name in names:
+            rounds[name].append(in_a_process(encoder, scan, name))
+    with tempfile.TemporaryDirectory() as folder:
+        double = in_a_process(encoder, stacked_twice(scan, Path(folder)), "auto")
+    single = in_a_process(encoder, scan, "auto")
+    reference = min(result["seconds"] for result in rounds["monai"])
+    reference_peak = min(result["peak_mib"] for result in rounds["monai"])
+    print("| encode | seconds | times faster | peak MiB | share of MONAI's |\n|---|---|---|---|---|")
+    for name in names:
+        seconds = min(result["seconds"] for result in rounds[name])
+        peak = max(result["peak_mib"] for result in rounds[name])
+        print(f"| {name} | {seconds:.1f} | {reference / seconds:.2f} | {peak:.0f} | {peak / reference_peak:.2f} |")
+    print(
+        f"\nscan stacked twice: {double['peak_mib']:.0f} MiB against {single['peak_mib']:.0f} MiB, "
+        f"ratio {double['peak_mib'] / single['peak_mib']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
