@@ -73,7 +73,12 @@ def released_loop(
 
 
 def _crop(
-    image: np.ndarray, occupancy: np.ndarray, window: tuple[int, int, int], random: np.random.Generator, *, positive: bool
+    image: np.ndarray,
+    occupancy: np.ndarray,
+    window: tuple[int, int, int],
+    random: np.random.Generator,
+    *,
+    positive: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     pads = [(0, max(0, size - n)) for size, n in zip(window, image.shape, strict=True)]
     image, occupancy = np.pad(image, pads), np.pad(occupancy, [(0, 0), *pads])
@@ -120,8 +125,7 @@ def main() -> None:
 
 def _row(name: str, seconds: float, scores: Sequence[dict[str, float]]) -> None:
     base, novel = (
-        np.mean([score[organ.name] for score in scores for organ in group])
-        for group in (headneck.BASE, headneck.NOVEL)
+        np.mean([score[organ.name] for score in scores for organ in group]) for group in (headneck.BASE, headneck.NOVEL)
     )
     print(f"| {name} | {seconds:.0f} | {base:.3f} | {novel:.3f} |")
 

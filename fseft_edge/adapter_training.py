@@ -20,7 +20,7 @@ from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.blocks import Box, read_block, stack_blocks
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.runtime.feature_store import FeatureMap
+from fseft_edge.runtime.feature_map import FeatureMap
 
 _STATISTICS_BLOCKS = 6
 _POSITIONS = 4000
@@ -57,6 +57,7 @@ class TrainingSettings:
         blocks_per_epoch: blocks per scan and epoch.
         blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, the paper's number).
         epochs: at most; None divides ``blocks`` by what an epoch holds.
+        bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the CPU has instructions for it.
         learning_rate: peak rate of AdamW; warm-up over the first epoch, then a cosine to zero. None chooses by method.
         patience: end when the loss, smoothed over ``smoothing`` epochs, has gained less than ``least_gain`` in this
             many epochs.
@@ -68,6 +69,7 @@ class TrainingSettings:
     blocks_per_epoch: int = 6
     blocks: int = 2400
     epochs: int | None = None
+    bfloat16: bool | None = None
     learning_rate: float | None = None
     smoothing: int = 10
     patience: int = 20
@@ -119,6 +121,7 @@ def train_adapter(
     adapter.train()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=training.rate(settings), weight_decay=0.0)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
+    bfloat16 = _cpu_has_bfloat16() if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support))
     sampler = _BlockSampler(adapter, support, training, random)
     losses: list[float] = []
@@ -132,9 +135,9 @@ def train_adapter(
                 share = (epoch * steps + step + 1) / (epochs * steps)
                 for group in optimizer.param_groups:
                     group["lr"] = training.rate(settings) * _schedule(share, 1 / epochs)
-                loss = adaptation_loss(
-                    adapter(batch.features, sampler.core), batch.targets, batch.annotated, settings.activation
-                )
+                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                    logits = adapter(batch.features, sampler.core)
+                loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -161,6 +164,12 @@ def untrained_adapter(
     _fit_normalisation(adapter, support, np.random.default_rng(seed))
     adapter.start_from_head(head_rows)
     return adapter
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Return whether the CPU multiplies bfloat16 itself; where it does not, PyTorch emulates it slowly."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16", False))
 
 
 def _schedule(share: float, warmup: float) -> float:
@@ -260,7 +269,8 @@ def _positions(scan: SupportScan, random: np.random.Generator) -> _Positions:
 def _draw_centre(positions: _Positions, random: np.random.Generator, *, positive: bool) -> NDArray[np.int64]:
     if positive and positions.organs:
         organ = positions.organs[random.integers(len(positions.organs))]
-        return organ[random.integers(len(organ))] + random.integers(-8, 9, 3)
+        centre: NDArray[np.int64] = organ[random.integers(len(organ))] + random.integers(-8, 9, 3)
+        return centre
     return random.integers(0, positions.shape)
 
 

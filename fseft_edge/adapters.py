@@ -106,19 +106,27 @@ class Adapter(nn.Module):
             rows: for each organ, the head's weight ``[C_0]`` and bias, or None where the encoder does not know it.
         """
         first = self.classes - len(rows)
+        bias = self.direct.bias
+        assert bias is not None  # noqa: S101 - narrows the type for the checker
         with torch.no_grad():
             if first:
-                self.direct.bias[0] = 0.0
+                bias[0] = 0.0
             for k, row in enumerate(rows, start=first):
                 if row is None:
-                    self.direct.bias[k] = 0.0 if first else _UNKNOWN_ORGAN_BIAS
+                    bias[k] = 0.0 if first else _UNKNOWN_ORGAN_BIAS
                     continue
-                weight, bias = row
+                weight, known_bias = row
                 self.direct.weight[k, :, 0, 0, 0] = weight * self.scale(0)
-                self.direct.bias[k] = bias + float(weight @ self.mean(0))
+                bias[k] = known_bias + float(weight @ self.mean(0))
                 if self.settings.reads == "pyramid":
-                    for extra in self.project if self.settings.method == "linear" else [self.classifier]:
+                    for extra in self._other_classifiers():
                         extra.weight[k] = 0.0
+
+    def _other_classifiers(self) -> list[nn.Conv3d]:
+        """The 1x1x1 classifiers beside ``direct``: one a coarser level (linear), or the residual path's."""
+        if self.settings.method == "linear":
+            return [module for module in self.project if isinstance(module, nn.Conv3d)]
+        return [self.classifier]
 
     def mean(self, level: int) -> Tensor:
         """Return the level's channel means over the support set, ``[C_l]``."""
@@ -151,15 +159,13 @@ class Adapter(nn.Module):
             return self._linear(normalised, boxes)
         if self.settings.reads == "last":
             return self._classify(normalised[0], self.direct)
-        x: Tensor | None = None
-        for level in reversed(range(len(self.levels))):
-            projected = self.project[level](normalised[level])
-            if x is not None:
-                projected = projected + upsample_into(x, boxes[level + 1].grown(-self._halo(level + 1)), boxes[level])
-            if level == 0:
-                return self._classify(projected, self.classifier) + self.direct(_inner(normalised[0], self._halo(0)))
-            x = self.steps[level](projected)
-        raise AssertionError("an encoder has at least one level")
+        x: Tensor = self.project[-1](normalised[-1])
+        for level in reversed(range(len(self.levels) - 1)):
+            coarse: Tensor = self.steps[level + 1](x)
+            coarse_box = boxes[level + 1].grown(-self._halo(level + 1))
+            x = self.project[level](normalised[level]) + upsample_into(coarse, coarse_box, boxes[level])
+        zero_shot: Tensor = self.direct(_inner(normalised[0], self._halo(0)))
+        return self._classify(x, self.classifier) + zero_shot
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return probabilities of the same shape; with softmax, class 0 is the background."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fseft_edge.runtime.feature_store import FeatureMap
+from fseft_edge.runtime.feature_map import FeatureMap
 
 Range = tuple[int, int]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,7 @@ def largest_component_share(mask: NDArray[np.bool_]) -> float:
     except ImportError:
         from scipy.ndimage import label  # noqa: PLC0415 - the fallback
 
-        components, _ = label(part, np.ones((3, 3, 3)))
+        components: NDArray[Any] = label(part, np.ones((3, 3, 3)))[0]
     else:
         components = cc3d.connected_components(part, connectivity=26)
     sizes = np.bincount(components.ravel())[1:]

@@ -23,7 +23,7 @@ from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
-from fseft_edge.runtime.errors import FseftEdgeError, InputError, SomeCasesFailedError, UsageError
+from fseft_edge.runtime.errors import EncoderBundleError, FseftEdgeError, InputError, SomeCasesFailedError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
@@ -84,11 +84,13 @@ def segment(
         The cases in the order given.
 
     Raises:
+        UsageError: nothing to segment or to segment with, or the output would take a scan's place.
         InputError: the only case, an adapter or the encoder is not usable.
         SomeCasesFailedError: of several cases some failed; the others are written.
     """
     progress = progress or SilentProgress()
     paths = _cases(scans)
+    _check_output(output, paths)
     files = [read_adapter(path) for path in adapters]
     if not files:
         raise UsageError("No adapter was given.", remedy="Name at least one by --adapter.")
@@ -188,8 +190,11 @@ def find_encoder(adapter: Path, encoder_id: str) -> Path:
     """
     for folder in (adapter.resolve().parent, Path.cwd()):
         for path in sorted(folder.glob("*.encoder")):
-            if EncoderBundle.open(path).encoder_id == encoder_id:
-                return path
+            try:
+                if EncoderBundle.open(path).encoder_id == encoder_id:
+                    return path
+            except EncoderBundleError as error:
+                _LOG.warning("%s passed over: %s", path, error)
     raise InputError(
         f"The encoder that {adapter} was trained with is neither beside it nor in the working folder.",
         remedy="Name it by --encoder.",
@@ -209,6 +214,14 @@ def _cases(scans: Sequence[Path]) -> list[Path]:
                 remedy="Rename one, or segment them into different folders.",
             )
     return paths
+
+
+def _check_output(output: Path, scans: Sequence[Path]) -> None:
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file.", remedy="Name a folder for the masks.")
+    overwritten = [scan for scan in scans if scan.resolve() == (output / f"{case_name(scan)}.nii.gz").resolve()]
+    if overwritten:
+        raise UsageError(f"{overwritten[0]} would be overwritten by its mask.", remedy="Write to another folder.")
 
 
 def _segment_file(

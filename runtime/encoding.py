@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.feature_store import FeatureMap, FeatureMapMeta, FeatureStore
+from fseft_edge.runtime.feature_map import FeatureMap, FeatureMapMeta
+from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import Volume

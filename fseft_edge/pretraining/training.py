@@ -50,6 +50,20 @@ class PretrainingNetwork(nn.Module):
         pyramid = self.encoder(windows)
         return [head(level) for head, level in zip(self.heads, pyramid, strict=False)], self.restorer(pyramid[0])
 
+    @property
+    def head(self) -> nn.Conv3d:
+        """The classifier on level 0, which is the encoder's head."""
+        head = self.heads[0]
+        assert isinstance(head, nn.Conv3d)  # noqa: S101 - narrows the type for the checker
+        return head
+
+    @property
+    def head_bias(self) -> Tensor:
+        """The head's bias ``[K]``."""
+        bias = self.head.bias
+        assert bias is not None  # noqa: S101 - narrows the type for the checker
+        return bias
+
     def freeze_statistics(self) -> None:
         """Let every batch normalisation use its running statistics from now on, and keep them."""
         for module in self.modules():
@@ -145,12 +159,12 @@ def _start_from(network: PretrainingNetwork, path: Path, plan: PretrainingPlan) 
     model = read_model_file(path)
     load_weights(network.encoder, model.encoder, source=str(path))
     rows = {organ: row for row, organ in enumerate(model.description.organs)}
-    head = network.heads[0]
+    head = network.head
     with torch.no_grad():
         for row, organ in enumerate(plan.organs):
             if organ in rows:
                 head.weight[row] = model.head_weight[rows[organ]].reshape(head.weight[row].shape)
-                head.bias[row] = model.head_bias[rows[organ]]
+                network.head_bias[row] = model.head_bias[rows[organ]]
 
 
 def _train_step(state: _State, batch: Batch, plan: PretrainingPlan) -> float:
@@ -207,9 +221,6 @@ def _restore(state: _State, path: Path, plan: PretrainingPlan) -> None:
 
 
 def _write_model(state: _State, plan: PretrainingPlan, output: Path, cases: list[int]) -> Path:
-    head = state.network.heads[0]
-    assert isinstance(head, nn.Conv3d)  # noqa: S101 - narrows the type for the checker
-    assert head.bias is not None  # noqa: S101 - likewise
     description = ModelDescription(
         name=plan.name,
         architecture=plan.encoder.architecture,
@@ -228,5 +239,13 @@ def _write_model(state: _State, plan: PretrainingPlan, output: Path, cases: list
     )
     path = output / f"{plan.name}.safetensors"
     encoder = state.network.encoder.state_dict()
-    write_model_file(path, ModelFile(description, encoder, head.weight.detach().flatten(1), head.bias.detach()))
+    write_model_file(
+        path,
+        ModelFile(
+            description,
+            encoder,
+            state.network.head.weight.detach().flatten(1),
+            state.network.head_bias.detach(),
+        ),
+    )
     return path

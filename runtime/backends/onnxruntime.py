@@ -1,0 +1,102 @@
+"""The onnxruntime backend: the exported graph, on the CPU or an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.errors import EncoderBundleError, MissingBackendError
+from fseft_edge.runtime.session import EncoderSession
+
+_MAX_BATCH_CPU = 1  # more windows at once cost memory and gain nothing measurable
+_MAX_BATCH_CUDA = 4
+
+
+class OnnxRuntimeSession(EncoderSession):
+    """Features by ONNX Runtime, in float32."""
+
+    backend: ClassVar[str] = "onnxruntime"
+
+    def __init__(self, bundle: EncoderBundle, device: torch.device, threads: int) -> None:
+        super().__init__(bundle, device, _MAX_BATCH_CPU if device.type == "cpu" else _MAX_BATCH_CUDA)
+        if bundle.graph is None:
+            raise EncoderBundleError(
+                f"The encoder bundle {bundle.path} has no ONNX graph.",
+                remedy="Export it again without --no-onnx, or use --backend torch.",
+            )
+        self._runner: GraphRunner | None = GraphRunner(bundle.graph, device, threads)
+
+    def _encode_batch(self, windows: Tensor) -> list[Tensor]:
+        assert self._runner is not None  # noqa: S101 - encode() refuses a closed session
+        return [level.to(self.device) for level in self._runner(windows)]
+
+    def close(self) -> None:
+        """Free the graph; the session cannot be used any more."""
+        super().close()
+        self._runner = None
+
+
+class GraphRunner:
+    """An ONNX graph of one input and several outputs, loaded.
+
+    Args:
+        graph: the file.
+        device: where it computes.
+        threads: CPU threads for one operator.
+
+    Raises:
+        MissingBackendError: when onnxruntime is not installed or cannot use the device.
+    """
+
+    def __init__(self, graph: Path, device: torch.device, threads: int) -> None:
+        library = import_onnxruntime()
+        options = library.SessionOptions()
+        options.intra_op_num_threads = threads
+        # Threads that spin between operators take the cores from whatever runs between two windows.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._options = library.RunOptions()
+        self._session = library.InferenceSession(graph, options, providers=[_provider(library, device)])
+        if device.type == "cpu":
+            # Without this the arena keeps the largest window's memory twice, for the features it hands out.
+            self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._input: str = self._session.get_inputs()[0].name
+
+    def __call__(self, windows: Tensor) -> list[Tensor]:
+        """Return the outputs for windows on any device, as tensors on the CPU."""
+        feed = {self._input: windows.cpu().contiguous().numpy()}
+        return [torch.from_numpy(level) for level in self._session.run(None, feed, self._options)]
+
+
+def import_onnxruntime() -> ModuleType:
+    """Return the library.
+
+    Raises:
+        MissingBackendError: when it is not installed, or not for this machine.
+    """
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingBackendError(
+            f"The backend onnxruntime cannot be loaded: {error}.",
+            remedy="Install it with `pip install 'fseft-edge[cpu]'`, for an NVIDIA GPU with "
+            "`pip install 'fseft-edge[gpu]'`, or use --backend torch.",
+        ) from error
+
+
+def _provider(library: ModuleType, device: torch.device) -> str | tuple[str, dict[str, Any]]:
+    """Return ONNX Runtime's name of the device, with the settings that keep float32 exact."""
+    if device.type == "cpu":
+        return "CPUExecutionProvider"
+    if "CUDAExecutionProvider" not in library.get_available_providers():
+        raise MissingBackendError(
+            "The installed onnxruntime cannot use the NVIDIA GPU.",
+            remedy="Replace it: `pip uninstall onnxruntime`, then `pip install 'fseft-edge[gpu]'`; or use --backend torch.",
+        )
+    return "CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}
