@@ -24,7 +24,6 @@ from torch import Tensor
 
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import CheckpointError
-from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -77,16 +76,6 @@ class ModelFile:
     encoder: Mapping[str, Tensor]
     head_weight: Tensor
     head_bias: Tensor
-
-    def network(self) -> FeatureNetwork:
-        """Return the encoder with these weights, in evaluation mode.
-
-        Raises:
-            CheckpointError: when the weights are not those of the architecture.
-        """
-        network = build_network(self.description.architecture, **self.description.settings)
-        load_weights(network, self.encoder, source=self.description.name)
-        return network.eval()
 
 
 def write_model_file(path: Path, model: ModelFile) -> None:

@@ -19,7 +19,7 @@ from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import encode_scan
-from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
@@ -61,10 +61,13 @@ def adapt(
         progress: where to show progress.
 
     Raises:
+        UsageError: ``output`` is a folder.
         InputError: an image or annotation is not usable.
         LabelError: an organ is annotated in no case.
     """
     progress = progress or SilentProgress()
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder.", remedy="Name the file to write, such as liver.adapter.")
     bundle = EncoderBundle.open(encoder)
     pairs = _pairs(images, labels, cases)
     with ExitStack() as stack:

@@ -58,7 +58,9 @@ class TrainingSettings:
         blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, the paper's number).
         epochs: at most; None divides ``blocks`` by what an epoch holds.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the CPU has instructions for it.
-        learning_rate: peak rate of AdamW; warm-up over the first epoch, then a cosine to zero. None chooses by method.
+        linear_rate: AdamW's peak rate for parameters that the logits are linear in; warm-up over the first epoch, then
+            a cosine to zero.
+        residual_rate: the same for convolutions of the residual path.
         patience: end when the loss, smoothed over ``smoothing`` epochs, has gained less than ``least_gain`` in this
             many epochs.
     """
@@ -70,7 +72,8 @@ class TrainingSettings:
     blocks: int = 2400
     epochs: int | None = None
     bfloat16: bool | None = None
-    learning_rate: float | None = None
+    linear_rate: float = 1e-2
+    residual_rate: float = 2e-3
     smoothing: int = 10
     patience: int = 20
     least_gain: float = 1e-3
@@ -80,12 +83,6 @@ class TrainingSettings:
         if self.epochs is not None:
             return self.epochs
         return max(1, min(_PAPER_EPOCHS, round(self.blocks / (self.blocks_per_epoch * shots))))
-
-    def rate(self, settings: AdapterSettings) -> float:
-        """Return the peak learning rate for a kind of adapter."""
-        if self.learning_rate is not None:
-            return self.learning_rate
-        return 1e-2 if settings.method == "linear" else 2e-3
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def train_adapter(
     random = np.random.default_rng(training.seed)
     adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed)
     adapter.train()
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=training.rate(settings), weight_decay=0.0)
+    optimizer = _optimizer(adapter, training)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
     bfloat16 = _cpu_has_bfloat16() if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support))
@@ -134,7 +131,7 @@ def train_adapter(
                 upcoming = reader.submit(sampler.draw)
                 share = (epoch * steps + step + 1) / (epochs * steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = training.rate(settings) * _schedule(share, 1 / epochs)
+                    group["lr"] = group["peak"] * _schedule(share, 1 / epochs)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     logits = adapter(batch.features, sampler.core)
                 loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
@@ -164,6 +161,16 @@ def untrained_adapter(
     _fit_normalisation(adapter, support, np.random.default_rng(seed))
     adapter.start_from_head(head_rows)
     return adapter
+
+
+def _optimizer(adapter: Adapter, training: TrainingSettings) -> torch.optim.AdamW:
+    linear = adapter.linear_parameters()
+    chosen = {id(parameter) for parameter in linear}
+    residual = [parameter for parameter in adapter.parameters() if id(parameter) not in chosen]
+    groups = [(linear, training.linear_rate), (residual, training.residual_rate)]
+    return torch.optim.AdamW(
+        [{"params": parameters, "peak": rate} for parameters, rate in groups if parameters], weight_decay=0.0
+    )
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -4,8 +4,9 @@
 method      on ``last``                                            on ``pyramid``
 =========== ====================================================== =============================================
 linear      1x1x1 classifier (linear probe)                        one 1x1x1 classifier a level, upsampled, summed
-pointwise   ``x + C1(ReLU(C1(x)))``, classifier                    each level projected to ``width`` channels; the
-spatial     ``x + C3(ReLU(C3(x)))``, classifier                    same residual step at every level, coarse to fine
+pointwise   ``x + C1(ReLU(C1(x)))``, classifier                    the same, plus: each level projected to ``width``
+spatial     ``x + C3(ReLU(C3(x)))``, classifier                    channels, the residual step at every level, coarse
+                                                                   to fine, classifier
 =========== ====================================================== =============================================
 
 The second convolution of a residual step starts at zero. Where the encoder's head knows an organ, the classifier starts
@@ -88,8 +89,8 @@ class Adapter(nn.Module):
             self.register_buffer(f"scale_{index}", torch.ones(level.channels))
         finest = self.levels[0].channels
         self.direct = nn.Conv3d(finest, self.classes, 1)
+        self.coarse = nn.ModuleList(nn.Conv3d(x.channels, self.classes, 1, bias=False) for x in self.levels[1:])
         if settings.method == "linear":
-            self.project = nn.ModuleList(nn.Conv3d(x.channels, self.classes, 1, bias=False) for x in self.levels[1:])
             return
         kernel = 3 if settings.method == "spatial" else 1
         if settings.reads == "last":
@@ -123,10 +124,15 @@ class Adapter(nn.Module):
                         extra.weight[k] = 0.0
 
     def _other_classifiers(self) -> list[nn.Conv3d]:
-        """The 1x1x1 classifiers beside ``direct``: one a coarser level (linear), or the residual path's."""
-        if self.settings.method == "linear":
-            return [module for module in self.project if isinstance(module, nn.Conv3d)]
-        return [self.classifier]
+        """The classifiers beside ``direct``: one a coarser level, and that of the residual path."""
+        linear = [module for module in self.coarse if isinstance(module, nn.Conv3d)]
+        return linear if self.settings.method == "linear" else [*linear, self.classifier]
+
+    def linear_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that logits are linear in whatever the others are; they bear a higher learning rate."""
+        if self.settings.method != "linear" and self.settings.reads == "last":
+            return []
+        return [*self.direct.parameters(), *self.coarse.parameters()]
 
     def mean(self, level: int) -> Tensor:
         """Return the level's channel means over the support set, ``[C_l]``."""
@@ -156,7 +162,7 @@ class Adapter(nn.Module):
         ]
         boxes = self.boxes(core)
         if self.settings.method == "linear":
-            return self._linear(normalised, boxes)
+            return self._linear(normalised, boxes, core)
         if self.settings.reads == "last":
             return self._classify(normalised[0], self.direct)
         x: Tensor = self.project[-1](normalised[-1])
@@ -164,8 +170,7 @@ class Adapter(nn.Module):
             coarse: Tensor = self.steps[level + 1](x)
             coarse_box = boxes[level + 1].grown(-self._halo(level + 1))
             x = self.project[level](normalised[level]) + upsample_into(coarse, coarse_box, boxes[level])
-        zero_shot: Tensor = self.direct(_inner(normalised[0], self._halo(0)))
-        return self._classify(x, self.classifier) + zero_shot
+        return self._classify(x, self.classifier) + self._linear(normalised, boxes, core)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return probabilities of the same shape; with softmax, class 0 is the background."""
@@ -186,13 +191,17 @@ class Adapter(nn.Module):
         straight: Tensor = classifier(_inner(x, step.halo))
         return straight + F.conv3d(torch.relu(step.first(x)), folded)
 
-    def _linear(self, normalised: Sequence[Tensor], boxes: Sequence[Box]) -> Tensor:
-        coarse: Tensor | None = None
+    def _linear(self, normalised: Sequence[Tensor], boxes: Sequence[Box], core: Box) -> Tensor:
+        """Return the sum of every level's own 1x1x1 classifier, interpolated to ``core``."""
+        wanted = [core]
+        for _ in self.coarse:
+            wanted.append(wanted[-1].coarser())
+        logits: Tensor = self.direct(_part(normalised[0], boxes[0], core))
+        below: Tensor | None = None
         for level in reversed(range(1, len(self.levels))):
-            here: Tensor = self.project[level - 1](normalised[level])
-            coarse = here if coarse is None else here + upsample_into(coarse, boxes[level + 1], boxes[level])
-        logits: Tensor = self.direct(normalised[0])
-        return logits if coarse is None else logits + upsample_into(coarse, boxes[1], boxes[0])
+            here: Tensor = self.coarse[level - 1](_part(normalised[level], boxes[level], wanted[level]))
+            below = here if below is None else here + upsample_into(below, wanted[level + 1], wanted[level])
+        return logits if below is None else logits + upsample_into(below, wanted[1], core)
 
     def _halo(self, level: int) -> int:
         if self.settings.method != "spatial":
@@ -200,6 +209,11 @@ class Adapter(nn.Module):
         step = self.steps[level]
         assert isinstance(step, ResidualStep)  # noqa: S101 - narrows the type for the checker
         return step.halo
+
+
+def _part(x: Tensor, box: Box, wanted: Box) -> Tensor:
+    """Return the part ``wanted`` of what lies at ``box``."""
+    return x[:, :, *(slice(a - low, b - low) for (a, b), (low, _) in zip(wanted.ranges, box.ranges, strict=True))]
 
 
 def _inner(x: Tensor, halo: int) -> Tensor:

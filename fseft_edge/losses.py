@@ -64,7 +64,8 @@ def adaptation_loss(
     """Return soft Dice plus cross-entropy over a batch of blocks.
 
     A block holds only a piece of an organ, so overlap and size are summed over the whole batch before the Dice quotient
-    is formed, instead of one quotient a sample as in :func:`soft_dice_loss`.
+    is formed, instead of one quotient a sample as in :func:`soft_dice_loss`. An organ that no block of the batch holds
+    counts by its cross-entropy alone: its Dice would do nothing but push it towards an empty mask.
 
     Args:
         logits: ``[n, K, X, Y, Z]``; with softmax ``[n, 1 + K, X, Y, Z]``, background first.
@@ -86,6 +87,6 @@ def adaptation_loss(
     axes = (0, 2, 3, 4)
     overlap = (probabilities * targets * masked).sum(axes)
     total = ((probabilities + targets) * masked).sum(axes)
-    seen = (weight.sum(0) > 0).float()
+    seen = ((targets * masked).sum(axes) > 0).float()
     dice = ((1 - (2 * overlap + 1) / (total + 1)) * seen).sum() / seen.sum().clamp_min(1.0)
     return dice + entropy

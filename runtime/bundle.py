@@ -92,7 +92,7 @@ class BundleManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = _SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: str = Field(min_length=1)
     architecture: str
     settings: dict[str, JsonValue]
@@ -248,7 +248,7 @@ class EncoderBundle:
         return network.eval()
 
     def head_weight(self) -> Tensor:
-        """Return the pre-trained classifier's weights, float32 ``[K, C_0]``; row k is the organ ``manifest.organs[k]``."""
+        """Return the pre-trained classifier, float32 ``[K, C_0]``; row k is for the organ ``manifest.organs[k]``."""
         return load_file(self.path / HEAD)["weight"]
 
     def head_bias(self) -> Tensor:

@@ -48,7 +48,8 @@ class EncoderSession(ABC):
             windows: float32 ``[n, 1, X, Y, Z]`` on any device, n at least 1, scaled to 0..1 by the grid.
 
         Returns:
-            Per level, finest first, float32 ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` on the session's device, any strides.
+            Per level, finest first, float32 ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` on the session's device; any memory
+            order.
 
         Raises:
             ValueError: when the windows have another shape or type.
@@ -57,9 +58,8 @@ class EncoderSession(ABC):
         if not self._open:
             raise RuntimeError("the encoder session is closed")
         if windows.shape[0] == 0 or windows.shape[1:] != (1, *self.window) or windows.dtype != torch.float32:
-            raise ValueError(
-                f"windows are {windows.dtype} {list(windows.shape)}, not float32 [n, 1, {', '.join(map(str, self.window))}]"
-            )
+            expected = ["n", 1, *self.window]
+            raise ValueError(f"windows are {windows.dtype} {list(windows.shape)}, not torch.float32 {expected}")
         with torch.no_grad():
             batches = [self._encode_batch(batch) for batch in windows.split(self.max_batch)]
             return batches[0] if len(batches) == 1 else [torch.cat(level) for level in zip(*batches, strict=True)]
@@ -122,22 +122,23 @@ def _resolve_device(name: str) -> torch.device:
     if index >= count:
         raise EnvironmentProblemError(
             f"The device {name} was asked for, but PyTorch sees {count} NVIDIA GPUs.",
-            remedy="Check the driver and that PyTorch was installed for CUDA (`fseft-edge doctor`), or use --device cpu.",
+            remedy="Check the driver and PyTorch's build for CUDA with `fseft-edge doctor`, or use --device cpu.",
         )
     return torch.device("cuda", index)
 
 
 def _choose_backend(bundle: EncoderBundle, device: torch.device) -> str:
-    """Return the first backend in order of speed that can be used; see ``benchmarks/encoder_backends.py``."""
-    for name in _FASTEST_FIRST:
-        reason = _passed_over(name, bundle, device)
+    """Return the fastest backend that can be used, by what ``benchmarks/encoder_backends.py`` measures."""
+    on_cpu = device.type == "cpu"
+    for name in _FASTEST_ON_CPU[bundle.manifest.architecture] if on_cpu else _FASTEST_ON_CUDA:
+        reason = _passed_over(name, bundle)
         if reason is None:
             return name
         _log.info("backend %s passed over: %s", name, reason)
     return "torch"
 
 
-def _passed_over(name: str, bundle: EncoderBundle, device: torch.device) -> str | None:
+def _passed_over(name: str, bundle: EncoderBundle) -> str | None:
     """Return why ``auto`` does not take a backend, or ``None`` when it may."""
     if name == "torch":
         return None
@@ -164,6 +165,11 @@ def _open_onnxruntime(bundle: EncoderBundle, device: torch.device, threads: int)
 
     return OnnxRuntimeSession(bundle, device, threads)
 
+
+# On a CPU, convolutions alone run fastest in PyTorch with oneDNN (channels last), attention in ONNX Runtime, which
+# fuses what PyTorch writes to memory and reads again.
+_FASTEST_ON_CPU = {"residual_unet": ("torch", "onnxruntime"), "swin_unetr": ("onnxruntime", "torch")}
+_FASTEST_ON_CUDA = ("torch", "onnxruntime")
 
 _BACKENDS: dict[str, Callable[[EncoderBundle, torch.device, int], EncoderSession]] = {
     "torch": _open_torch,

@@ -97,6 +97,7 @@ def _provider(library: ModuleType, device: torch.device) -> str | tuple[str, dic
     if "CUDAExecutionProvider" not in library.get_available_providers():
         raise MissingBackendError(
             "The installed onnxruntime cannot use the NVIDIA GPU.",
-            remedy="Replace it: `pip uninstall onnxruntime`, then `pip install 'fseft-edge[gpu]'`; or use --backend torch.",
+            remedy="Replace it (`pip uninstall onnxruntime`, then `pip install 'fseft-edge[gpu]'`), "
+            "or use --backend torch.",
         )
     return "CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0}

@@ -26,7 +26,7 @@ class TorchSession(EncoderSession):
         on_cpu = device.type == "cpu"
         super().__init__(bundle, device, _MAX_BATCH_CPU if on_cpu else _MAX_BATCH_CUDA)
         network = inference_network(bundle.network())
-        if on_cpu and torch.backends.mkldnn.is_available():
+        if on_cpu and torch.backends.mkldnn.is_available() and not _normalises_each_window(network):
             _use_onednn(network)
             network = network.to(memory_format=torch.channels_last_3d)
         self._network: FeatureNetwork | None = network.to(device)
@@ -58,7 +58,7 @@ class _OneDnnConvolution(nn.Module):
 
     PyTorch itself prefers its own im2col for a single window with few channels or voxels in plane (ATen's
     ``ConvParams::use_mkldnn``): for the compact encoder those are the first and the deepest convolutions, and the
-    whole network takes a third longer.
+    whole network takes a third longer with them.
     """
 
     def __init__(self, convolution: nn.Conv3d) -> None:
@@ -71,6 +71,11 @@ class _OneDnnConvolution(nn.Module):
         return torch.mkldnn_convolution(
             x, self.weight, self.bias, self._padding, self._stride, self._dilation, self._groups
         )
+
+
+def _normalises_each_window(network: nn.Module) -> bool:
+    """Return whether there are instance normalisations, which copy channels-last features there and back."""
+    return any(isinstance(module, nn.InstanceNorm3d) for module in network.modules())
 
 
 def _use_onednn(module: nn.Module) -> None:

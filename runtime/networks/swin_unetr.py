@@ -79,7 +79,7 @@ def _stage(stage: nn.Module, x: Tensor) -> Tensor:
     x = x.permute(0, 2, 3, 4, 1)
     for position, block in enumerate(cast(nn.ModuleList, stage.blocks)):
         x = x + _attention(block, x, shifted=position % 2 == 1)
-        x = x + block.mlp(block.norm2(x))
+        x = x + cast(nn.Module, block.mlp)(cast(nn.LayerNorm, block.norm2)(x))
     merging = cast(nn.Module, stage.downsample)
     x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in _MERGED_OFFSETS], dim=-1)
     x = cast(nn.Linear, merging.reduction)(cast(nn.LayerNorm, merging.norm)(x))

@@ -15,7 +15,7 @@ from fseft_edge.blocks import Box, read_block
 from fseft_edge.runtime.feature_store import FeatureMap
 
 SHAPE = (48, 40, 48)
-FAST = TrainingSettings(block=16, batch=4, epochs=12, learning_rate=0.05)
+FAST = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.05, residual_rate=0.05)
 
 
 def _scan(seed: int) -> SupportScan:
@@ -61,7 +61,7 @@ def test_another_seed_gives_other_weights() -> None:
         settings,
         [_scan(1)],
         head_rows=[None],
-        training=TrainingSettings(seed=5, block=16, epochs=12, learning_rate=0.05),
+        training=TrainingSettings(seed=5, block=16, epochs=12, linear_rate=0.05, residual_rate=0.05),
     )
     assert not torch.equal(first.adapter.direct.weight, second.adapter.direct.weight)
 
@@ -82,7 +82,7 @@ def test_normalisation_is_the_supports_mean_and_deviation() -> None:
 
 def test_training_ends_early_once_the_smoothed_loss_stands_still() -> None:
     training = TrainingSettings(
-        block=16, batch=4, epochs=60, learning_rate=1e-9, smoothing=2, patience=3, least_gain=1e-3
+        block=16, batch=4, epochs=60, linear_rate=1e-9, residual_rate=1e-9, smoothing=2, patience=3, least_gain=1e-3
     )
     trained = train_adapter(AdapterSettings("linear", "last"), [_scan(1)], head_rows=[None], training=training)
     assert len(trained.losses) < 60

@@ -435,7 +435,7 @@ def test_a_preview_is_a_picture_and_only_made_when_asked_for(site: Site, tmp_pat
 
 @pytest.mark.real_ct
 def test_a_mask_of_a_real_ct_lies_on_its_lattice(site: Site, real_ct: Path, tmp_path: Path) -> None:
-    """The clinical-size thorax is too slow here; the abdominal CT is stored L-P-S at 1.5 mm."""
+    """The slab is thinner than the encoder's window."""
     path = next((real_ct / "abdomen").glob("ct_sm.nii*"))
     write_random_adapter(tmp_path / "a.adapter", site.bundle, settings=SPATIAL)
     (case,) = site.segment([path], [tmp_path / "a.adapter"], tmp_path / "out")

@@ -1,0 +1,110 @@
+"""Export: a checkpoint becomes an encoder bundle, once."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from fseft_edge.export.checkpoints import load_weights
+from fseft_edge.export.onnx_graph import write_graph
+from fseft_edge.export.parity import onnxruntime_parity
+from fseft_edge.export.zoo import load_model
+from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, sha256_of_file
+from fseft_edge.runtime.errors import CheckpointError, UsageError
+from fseft_edge.runtime.networks import build_network
+
+_TOOLS = ("fseft-edge", "torch", "onnx", "onnxscript")
+
+_log = logging.getLogger(__name__)
+
+
+def export_encoder(
+    checkpoint: Path | None,
+    *,
+    model: str,
+    output: Path,
+    onnx: bool = True,
+    parity_volumes: Sequence[Path] = (),
+) -> EncoderBundle:
+    """Write the encoder of a checkpoint as a bundle, and return it; the twin of ``fseft-edge export``.
+
+    Args:
+        checkpoint: a published checkpoint, or a model file of ``pretrain``; ``None`` for a built-in model.
+        model: name in :data:`fseft_edge.export.zoo.MODELS`.
+        output: the bundle's folder, which must not exist yet.
+        onnx: also write the ONNX graph, and compare it with PyTorch where onnxruntime is installed.
+        parity_volumes: CTs to compare on; without any, seeded noise.
+
+    Raises:
+        UsageError: when options contradict one another, or ``output`` exists.
+        CheckpointError: when the checkpoint is not one of that model.
+        InputError: when a CT to compare on cannot be read.
+        OutOfSpaceError: when the disk is full or not writable.
+    """
+    if output.exists():
+        raise UsageError(f"{output} already exists.", remedy="Choose another name, or remove it first.")
+    if parity_volumes and not onnx:
+        raise UsageError(
+            "Without an ONNX graph there is nothing to compare.", remedy="Leave out one of the two options."
+        )
+    loaded = load_model(model, checkpoint)
+    description, source = loaded.model.description, loaded.source
+    network = build_network(description.architecture, **description.settings).eval()
+    load_weights(network, loaded.model.encoder, source=str(source))
+    channels = network.levels[0].channels
+    if loaded.model.head_weight.shape != (len(description.organs), channels):
+        raise CheckpointError(
+            f"The classifier in {source} is {list(loaded.model.head_weight.shape)}, "
+            f"not [{len(description.organs)}, {channels}].",
+            remedy="Check that --model names the network that the checkpoint was made for.",
+        )
+    with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
+        graph = Path(folder) / "encoder.onnx"
+        parity: dict[str, ParityReport] = {}
+        if onnx:
+            _log.info("writing the ONNX graph of %s", description.name)
+            write_graph(network, description.window, graph)
+        if onnx and find_spec("onnxruntime") is not None:
+            report = onnxruntime_parity(
+                network,
+                graph,
+                window=description.window,
+                preprocessing=description.preprocessing,
+                volumes=parity_volumes,
+            )
+            parity[report.backend] = report
+            _log_parity(report)
+        return EncoderBundle.write(
+            output,
+            BundleContents(
+                name=description.name,
+                architecture=description.architecture,
+                settings=description.settings,
+                preprocessing=description.preprocessing,
+                window=description.window,
+                organs=description.organs,
+                checkpoint_sha256=sha256_of_file(source),
+                tools={tool: version(tool) for tool in _TOOLS},
+                parity=parity,
+                network=network,
+                head_weight=loaded.model.head_weight,
+                head_bias=loaded.model.head_bias,
+                graph=graph if onnx else None,
+            ),
+        )
+
+
+def _log_parity(report: ParityReport) -> None:
+    level = logging.INFO if report.passed else logging.WARNING
+    _log.log(
+        level,
+        "%s differs from PyTorch by at most %.1e of a level's largest feature (gate %.0e): %s",
+        report.backend,
+        max(report.relative_error),
+        report.gate,
+        "passed" if report.passed else "failed, it will not be chosen by itself",
+    )
