@@ -80,7 +80,7 @@ def _ct_windows(
     for path in volumes:
         volume = read_ct(path)
         grid = Grid.of(volume, preprocessing)
-        corner_x, corner_y = (max(0, (size - side) // 2) for size, side in zip(grid.shape, window, strict=False))
+        corner_x, corner_y = (max(0, (size - side) // 2) for size, side in zip(grid.shape[:2], window[:2], strict=True))
         for part in range(_WINDOWS_A_CT):
             centre = grid.shape[2] * (part + 1) // (_WINDOWS_A_CT + 1)
             start = min(max(0, centre - window[2] // 2), max(0, grid.shape[2] - window[2]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,10 +100,19 @@ class CaseFailure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a set of predictions, by case and organ in the order they were asked for."""
+    """The scores of a set of predictions, by case and organ in the order they were asked for.
+
+    Attributes:
+        rows: one for each organ of each case compared.
+        failures: predictions that could not be compared.
+        without_prediction: references that no prediction belongs to.
+        organs: names, in order.
+        nsd_tolerance_mm: how far a surface may be off and still count as right.
+    """
 
     rows: tuple[EvaluationRow, ...]
     failures: tuple[CaseFailure, ...]
+    without_prediction: tuple[str, ...]
     organs: tuple[str, ...]
     nsd_tolerance_mm: float
 
@@ -165,6 +174,8 @@ class Evaluation:
             parts.append(f"{absent} absent (not annotated in the reference): not averaged")
         if missed:
             parts.append(f"{missed} missed: DSC and NSD 0, no HD95")
+        if self.without_prediction:
+            parts.append(f"{len(self.without_prediction)} references without a prediction: left out")
         if self.failures:
             parts.append(f"{len(self.failures)} {'case' if len(self.failures) == 1 else 'cases'} failed")
         return "; ".join(parts)
@@ -196,6 +207,7 @@ class Evaluation:
             "nsd_tolerance_mm": self.nsd_tolerance_mm,
             "organs": [asdict(summary) for summary in self.summaries()],
             "cases": [asdict(row) for row in self.rows],
+            "without_prediction": list(self.without_prediction),
             "failures": [asdict(failure) for failure in self.failures],
         }
 
@@ -211,9 +223,10 @@ def evaluate(
 ) -> Evaluation:
     """Score every predicted label map against the reference of the same case name.
 
-    Two folders pair by name, and a file without partner on either side is a failed case. A single file pairs with
-    the file of its name in the other folder, or with the other single file whatever its name. A case that fails is
-    listed and the others go on.
+    Two folders pair by name. A prediction without a reference is a failed case; references without a prediction are
+    counted and left out, so that part of a reference folder can be scored. A single file pairs with the file of its
+    name in the other folder, or with the other single file whatever its name. A case that fails is listed and the
+    others go on.
 
     Args:
         predictions: a label map or a folder of them, as ``segment`` writes.
@@ -237,7 +250,7 @@ def evaluate(
             f"No label value is given for {', '.join(missing)} in the predictions.",
             remedy="Give one for every organ, or none to read them from the predictions' JSON.",
         )
-    pairs, failures = _paired(predictions, references)
+    pairs, failures, without_prediction = _paired(predictions, references)
     rows: list[EvaluationRow] = []
     with (progress or SilentProgress()).task("evaluate", total=len(pairs)) as task:
         for pair in pairs:
@@ -252,7 +265,7 @@ def evaluate(
         raise LabelError(
             f"No reference in {references} has a voxel of {wanted}.", remedy="Check the label values of the references."
         )
-    return Evaluation(tuple(rows), tuple(failures), tuple(organs), nsd_tolerance_mm)
+    return Evaluation(tuple(rows), tuple(failures), without_prediction, tuple(organs), nsd_tolerance_mm)
 
 
 @dataclass(frozen=True)
@@ -262,22 +275,26 @@ class _Pair:
     reference: Path
 
 
-def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[CaseFailure]]:
+def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[CaseFailure], tuple[str, ...]]:
     predicted, reference = _by_case(predictions), _by_case(references)
     if predictions.is_file() and references.is_file():
-        return [_Pair(case_name(predictions), predictions, references)], []
+        return [_Pair(case_name(predictions), predictions, references)], [], ()
     pairs = [_Pair(case, path, reference[case]) for case, path in predicted.items() if case in reference]
     if not pairs:
         raise InputError(
             f"No prediction in {predictions} has the name of a reference in {references}.",
             remedy="Name the files of one case alike, such as hn_002.nii.gz in both folders.",
         )
-    failures = []
-    if references.is_dir():
-        failures += _without_partner(predicted, reference, references, "reference")
-    if predictions.is_dir():
-        failures += _without_partner(reference, predicted, predictions, "prediction")
-    return pairs, failures
+    failures = [
+        CaseFailure(
+            case,
+            f"{path} has no reference of its name in {references}.",
+            f"Add {case}.nii.gz to {references}, or leave it out.",
+        )
+        for case, path in predicted.items()
+        if references.is_dir() and case not in reference
+    ]
+    return pairs, failures, tuple(sorted(reference.keys() - predicted.keys()))
 
 
 def _by_case(path: Path) -> dict[str, Path]:
@@ -287,21 +304,6 @@ def _by_case(path: Path) -> dict[str, Path]:
         if earlier != file:
             raise InputError(f"{earlier} and {file} are the same case.", remedy="Keep one of the two.")
     return cases
-
-
-def _without_partner(
-    cases: Mapping[str, Path], partners: Iterable[str], folder: Path, partner: str
-) -> list[CaseFailure]:
-    have = set(partners)
-    return [
-        CaseFailure(
-            case,
-            f"{path} has no {partner} of its name in {folder}.",
-            f"Add {case}.nii.gz to {folder}, or leave it out.",
-        )
-        for case, path in cases.items()
-        if case not in have
-    ]
 
 
 def _evaluate_case(

@@ -28,14 +28,14 @@ class TorchSession(EncoderSession):
         network = inference_network(bundle.network())
         if on_cpu and torch.backends.mkldnn.is_available() and not _normalises_each_window(network):
             _use_onednn(network)
-            network = network.to(memory_format=torch.channels_last_3d)
         self._network: FeatureNetwork | None = network.to(device)
         self._threads = threads
 
     def _encode_batch(self, windows: Tensor) -> list[Tensor]:
         assert self._network is not None  # noqa: S101 - encode() refuses a closed session
         with _threads(self._threads), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            return self._network(windows.to(self.device))
+            pyramid: list[Tensor] = self._network(windows.to(self.device))
+            return pyramid
 
     def close(self) -> None:
         """Free the network; the session cannot be used any more."""
@@ -79,9 +79,11 @@ def _normalises_each_window(network: nn.Module) -> bool:
 
 
 def _use_onednn(module: nn.Module) -> None:
-    """Replace the convolutions within a module, in place."""
+    """Make the convolutions within a module run in oneDNN on channels-last features, in place."""
     for name, child in module.named_children():
-        if type(child) is nn.Conv3d and child.padding_mode == "zeros":
+        if isinstance(child, nn.Conv3d | nn.ConvTranspose3d):
+            child.weight.data = child.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        if isinstance(child, nn.Conv3d):
             setattr(module, name, _OneDnnConvolution(child))
         else:
             _use_onednn(child)
