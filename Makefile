@@ -44,7 +44,7 @@ lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --editable '.[cpu,dev]' 'torch==2.13.0'
 	{ echo '# Exact versions that the Makefile installs; made by `make lock`.'; \
-	  build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements.lock
+	  build/lock/bin/pip freeze --exclude-editable | sed -e 's/+cpu$$//' -e 's/^onnxruntime==\(.*\)/&\nonnxruntime-gpu==\1/'; } > requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist demo

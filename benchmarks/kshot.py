@@ -101,7 +101,7 @@ def main() -> None:
     with open_session(bundle) as session:
         bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
         known = [organ for organ in headneck.ORGANS if organ.name in bundle.manifest.organs]
-        key = f"zero-shot|0|0|{arguments.on}"
+        key = f"zero-shot|0|0|{arguments.on}|{bundle.encoder_id[:12]}|{arguments.cases}"
         if key not in results:
             cases = headneck.split(arguments.on)[: arguments.cases]
             results[key] = {"scores": [bench.score(case, [zero_shot_adapter(bundle, known)])[0] for case in cases]}
@@ -125,7 +125,7 @@ def _run_draw(
     cases = [case for case in headneck.split(arguments.on) if case not in support][: arguments.cases]
     files, keys = [], []
     for variant in arguments.variants:
-        key = f"{variant}|{shots}|{draw}|{arguments.on}"
+        key = f"{variant}|{shots}|{draw}|{arguments.on}|{bench.bundle.encoder_id[:12]}|{arguments.cases}"
         if key in results:
             continue
         torch.manual_seed(0)
@@ -153,7 +153,7 @@ def markdown(results: dict[str, dict[str, object]], on: str) -> str:
     names = [organ.name for organ in headneck.ORGANS]
     groups: dict[tuple[str, int], list[dict[str, object]]] = {}
     for key, result in results.items():
-        variant, shots, _, where = key.split("|")
+        variant, shots, _, where, *_ = key.split("|")
         if where == on:
             groups.setdefault((variant, int(shots)), []).append(result)
     lines = [

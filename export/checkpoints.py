@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import struct
-import zipfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fseft_edge.runtime.atomic import atomic_path
@@ -32,6 +31,7 @@ _ENCODER_PREFIX = "encoder."
 _HEAD_WEIGHT = "head.weight"
 _HEAD_BIAS = "head.bias"
 _KEYS_IN_A_MESSAGE = 3
+_SIGNS_OF_CODE = ("GLOBAL", "Can only create new object", "Can only build", "REDUCE")  # of torch.load's refusals
 _FETCH_AGAIN = "Fetch the checkpoint again and compare its size and checksum with its source."
 
 
@@ -101,7 +101,8 @@ def write_model_file(path: Path, model: ModelFile) -> None:
             remedy="Training diverged: lower the learning rate and train again.",
         )
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={_METADATA_KEY: model.description.model_dump_json()})
+        # Not save_file: it reports a full disk as a SafetensorError.
+        temporary.write_bytes(save(tensors, metadata={_METADATA_KEY: model.description.model_dump_json()}))
 
 
 def read_model_file(path: Path) -> ModelFile:
@@ -143,15 +144,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}.", remedy="Check the path.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "Weights only load failed" in str(error):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what it cannot read, it refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # in a damaged file the unpickler may fail anywhere, with anything
+        if isinstance(error, pickle.UnpicklingError) and any(sign in str(error) for sign in _SIGNS_OF_CODE):
             raise CheckpointError(
                 f"{path} holds more than weights: loading it would execute code from the file, so it is refused.",
                 remedy="Ask its source for a file of weights only (safetensors, or torch.save of a state dict).",
             ) from error
-        raise CheckpointError(f"{path} is no checkpoint of PyTorch.", remedy=_FETCH_AGAIN) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is truncated or no checkpoint of PyTorch.", remedy=_FETCH_AGAIN) from error
     return _state_dict(content, path)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fseft_edge.evaluation import evaluate
     from fseft_edge.export.export import export_encoder
     from fseft_edge.organs import OrganLabel
-    from fseft_edge.pretraining import pretrain
+    from fseft_edge.pretraining import pretrain, read_plan
     from fseft_edge.segmentation import segment
 
 _HOMES = {
@@ -36,6 +36,7 @@ _HOMES = {
     "evaluate": "fseft_edge.evaluation",
     "export_encoder": "fseft_edge.export.export",
     "pretrain": "fseft_edge.pretraining",
+    "read_plan": "fseft_edge.pretraining",
     "run_demo": "fseft_edge.demonstration",
     "segment": "fseft_edge.segmentation",
 }
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "export_encoder",
     "pretrain",
+    "read_plan",
     "run_demo",
     "segment",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,8 +19,8 @@ from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import encode_scan
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map
+from fseft_edge.runtime.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.nifti import case_name, cases_by_name, read_ct, read_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
 
@@ -39,6 +38,7 @@ def adapt(
     training: TrainingSettings | None = None,
     cases: Sequence[str] | None = None,
     cache: Path | None = None,
+    cache_gb: float | None = None,
     device: str = "auto",
     backend: str = "auto",
     progress: Progress | None = None,
@@ -56,6 +56,7 @@ def adapt(
         training: schedule and seed.
         cases: names of the cases to use; None takes all that have an annotation.
         cache: folder in which feature maps are kept; None keeps none.
+        cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
         device: where to encode (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
         progress: where to show progress.
@@ -71,8 +72,7 @@ def adapt(
     bundle = EncoderBundle.open(encoder)
     pairs = _pairs(images, labels, cases)
     with ExitStack() as stack:
-        folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-")))
-        store = FeatureStore(folder)
+        store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
         support: list[SupportScan] = []
         with progress.task("encode", len(pairs)) as task:
@@ -82,6 +82,7 @@ def adapt(
                 support.append(support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
                 task.advance(1)
         _check_annotated(support, organs, pairs, labels)
+        _check_background(support, settings or AdapterSettings())
         trained = train_adapter(
             settings or AdapterSettings(),
             support,
@@ -145,7 +146,7 @@ def zero_shot_adapter(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> Ad
         )
     adapter = Adapter(AdapterSettings(method="linear", reads="last"), bundle.levels, len(organs))
     adapter.start_from_head(rows)
-    return describe(TrainedAdapter(adapter.eval(), (), 0), [], organs, bundle=bundle, seed=0)
+    return describe(TrainedAdapter(adapter.eval(), (), 0, bfloat16=False), [], organs, bundle=bundle, seed=0)
 
 
 def describe(
@@ -172,17 +173,17 @@ def describe(
         shots=len(support),
         seed=seed,
         steps=trained.steps,
+        bfloat16=trained.bfloat16,
         losses=tuple(round(loss, 6) for loss in trained.losses),
     )
     return AdapterFile(description, trained.adapter)
 
 
 def _pairs(images: Path, labels: Path, cases: Sequence[str] | None) -> list[tuple[Path, Path]]:
-    annotations = {case_name(path): path for path in list_cases(labels)}
-    scans = {case_name(path): path for path in list_cases(images)}
+    annotations, scans = cases_by_name(labels), cases_by_name(images)
     if images.is_file() and labels.is_file():
         return [(images, labels)]
-    wanted = list(cases) if cases is not None else [name for name in scans if name in annotations]
+    wanted = list(dict.fromkeys(cases)) if cases is not None else [name for name in scans if name in annotations]
     missing = [name for name in wanted if name not in scans or name not in annotations]
     if missing:
         raise UnreadableFileError(
@@ -198,6 +199,14 @@ def _pairs(images: Path, labels: Path, cases: Sequence[str] | None) -> list[tupl
     if cases is None and left_out:
         _LOG.warning("no annotation for %s: left out", ", ".join(left_out))
     return [(scans[name], annotations[name]) for name in wanted]
+
+
+def _check_background(support: Sequence[SupportScan], settings: AdapterSettings) -> None:
+    if settings.activation == "softmax" and not any(scan.annotated.all() for scan in support):
+        raise LabelError(
+            "No scan is annotated for all the organs, so softmax never sees background.",
+            remedy="Use --activation sigmoid, or annotate every organ in at least one scan.",
+        )
 
 
 def _check_annotated(

@@ -9,11 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.runtime.bundle import sha256_of_file
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.networks.base import FeatureLevel
 
@@ -40,7 +41,7 @@ class AdapterDescription(BaseModel):
     """What an adapter is, for which encoder, and how it was trained.
 
     Attributes:
-        cross_validated_dsc: mean DSC of each organ by leave-one-out over the support set; empty when not run.
+        bfloat16: whether training computed in bfloat16.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,15 +57,22 @@ class AdapterDescription(BaseModel):
     seed: int
     steps: int
     losses: tuple[float, ...]
-    cross_validated_dsc: dict[str, float] = {}
+    bfloat16: bool
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterFile:
-    """A trained adapter with its description."""
+    """A trained adapter with its description.
+
+    Attributes:
+        description: what it is.
+        adapter: the network, in evaluation mode.
+        sha256: of the file it was read from; None for one that was not.
+    """
 
     description: AdapterDescription
     adapter: Adapter
+    sha256: str | None = None
 
     def check_encoder(self, encoder_id: str, *, path: Path) -> None:
         """Raise :class:`AdapterError` unless the adapter was trained on this encoder's features."""
@@ -85,7 +93,8 @@ def write_adapter(path: Path, file: AdapterFile) -> None:
     """Write an adapter; it appears complete or not at all, and the same adapter gives the same bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in file.adapter.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={_METADATA_KEY: file.description.model_dump_json()})
+        # Not save_file: it reports a full disk as a SafetensorError.
+        temporary.write_bytes(save(tensors, metadata={_METADATA_KEY: file.description.model_dump_json()}))
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -120,4 +129,4 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(
             f"{path} holds weights or settings that do not fit together.", remedy="Adapt again with this version."
         ) from error
-    return AdapterFile(description, adapter.eval())
+    return AdapterFile(description, adapter.eval(), sha256_of_file(path))

@@ -87,11 +87,19 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter and how its training went; ``losses`` holds the mean loss of every epoch."""
+    """An adapter and how its training went.
+
+    Attributes:
+        adapter: the network, in evaluation mode.
+        losses: mean loss of every epoch.
+        steps: optimiser steps.
+        bfloat16: whether the network computed in bfloat16.
+    """
 
     adapter: Adapter
     losses: tuple[float, ...]
     steps: int
+    bfloat16: bool
 
 
 def train_adapter(
@@ -144,7 +152,7 @@ def train_adapter(
             if _has_settled(losses, training):
                 break
         upcoming.cancel()
-    return TrainedAdapter(adapter.eval(), tuple(losses), len(losses) * steps)
+    return TrainedAdapter(adapter.eval(), tuple(losses), len(losses) * steps, bfloat16)
 
 
 def untrained_adapter(

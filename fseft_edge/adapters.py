@@ -111,6 +111,7 @@ class Adapter(nn.Module):
         assert bias is not None  # noqa: S101 - narrows the type for the checker
         with torch.no_grad():
             if first:
+                nn.init.xavier_uniform_(self.direct.weight[:1])
                 bias[0] = 0.0
             for k, row in enumerate(rows, start=first):
                 if row is None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from fseft_edge.adaptation import adapt, zero_shot_adapter
 from fseft_edge.adapter_file import write_adapter
+from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.evaluation import Evaluation, evaluate
 from fseft_edge.export.export import export_encoder
 from fseft_edge.organs import OrganLabel
@@ -38,6 +39,7 @@ _SITE = "shifted"
 _SHAPE = (128, 96, 104)
 _SUPPORT_SEEDS = (1, 2, 3)
 _QUERY_SEEDS = (11, 12)
+_BLOCKS = 600
 _ORGANS = ("liver", "spleen", "left_kidney", "aorta", "pancreas")
 
 
@@ -112,6 +114,7 @@ def run_demo(output: Path, *, progress: Progress | None = None) -> DemoResult:
         output / "support" / "labels",
         organs,
         output / "site.adapter",
+        training=TrainingSettings(blocks=_BLOCKS),
         cache=cache,
         progress=progress,
     )

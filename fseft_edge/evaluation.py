@@ -20,7 +20,7 @@ from fseft_edge.metrics import DEFAULT_NSD_TOLERANCE_MM, score_mask, volume_ml
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import FseftEdgeError, GeometryError, InputError, LabelError, UsageError
-from fseft_edge.runtime.nifti import case_name, list_cases, read_label_map
+from fseft_edge.runtime.nifti import case_name, cases_by_name, read_label_map
 from fseft_edge.runtime.volume import same_lattice, spacing_of
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Evaluation:
         if missed:
             parts.append(f"{missed} missed: DSC and NSD 0, no HD95")
         if self.without_prediction:
-            parts.append(f"{len(self.without_prediction)} references without a prediction: left out")
+            parts.append(f"references without a prediction, left out: {len(self.without_prediction)}")
         if self.failures:
             parts.append(f"{len(self.failures)} {'case' if len(self.failures) == 1 else 'cases'} failed")
         return "; ".join(parts)
@@ -233,7 +233,7 @@ def evaluate(
         references: a label map or a folder of them.
         organs: name → label value in the references.
         prediction_ids: name → label value in the predictions; when None they are read from the ``<case>.json`` that
-            ``segment`` writes beside the mask, and without that file the organs' labels are 1, 2, ... in order.
+            ``segment`` writes beside the mask; without that file they are those of the references.
         nsd_tolerance_mm: how far a surface may be off and still count as right, mm.
         progress: told of every case.
 
@@ -276,7 +276,7 @@ class _Pair:
 
 
 def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[CaseFailure], tuple[str, ...]]:
-    predicted, reference = _by_case(predictions), _by_case(references)
+    predicted, reference = cases_by_name(predictions), cases_by_name(references)
     if predictions.is_file() and references.is_file():
         return [_Pair(case_name(predictions), predictions, references)], [], ()
     pairs = [_Pair(case, path, reference[case]) for case, path in predicted.items() if case in reference]
@@ -295,15 +295,6 @@ def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[Case
         if references.is_dir() and case not in reference
     ]
     return pairs, failures, tuple(sorted(reference.keys() - predicted.keys()))
-
-
-def _by_case(path: Path) -> dict[str, Path]:
-    cases: dict[str, Path] = {}
-    for file in list_cases(path):
-        earlier = cases.setdefault(case_name(file), file)
-        if earlier != file:
-            raise InputError(f"{earlier} and {file} are the same case.", remedy="Keep one of the two.")
-    return cases
 
 
 def _evaluate_case(
@@ -336,14 +327,14 @@ def _ids_in_prediction(prediction: Path, organs: Mapping[str, int]) -> dict[str,
     """The label value of each organ in a predicted mask, from the JSON that ``segment`` writes beside it."""
     description = prediction.with_name(f"{case_name(prediction)}.json")
     if not description.exists():
-        return {name: label for label, name in enumerate(organs, start=1)}
+        return dict(organs)
     try:
         entries = json.loads(description.read_text(encoding="utf-8"))["organs"]
         ids = {str(entry["name"]): int(entry["label"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabelError(
             f"{description} does not say which label is which organ.",
-            remedy="Segment the case again, or remove the file so that labels 1, 2, ... are taken in order.",
+            remedy="Segment the case again, or remove the file so that the references' label values are taken.",
         ) from error
     if missing := [name for name in organs if name not in ids]:
         raise LabelError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.errors import EncoderBundleError, FseftEdgeError, InputError, SomeCasesFailedError, UsageError
-from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
@@ -61,6 +60,7 @@ def segment(
     encoder: Path | None = None,
     preview: bool = False,
     cache: Path | None = None,
+    cache_gb: float | None = None,
     device: str = "auto",
     backend: str = "auto",
     progress: Progress | None = None,
@@ -76,6 +76,7 @@ def segment(
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
         preview: also write ``output/<case>.png``, three planes with the organs outlined.
         cache: folder in which feature maps are kept; None keeps none.
+        cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
         device: where to encode (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
         progress: where to show progress.
@@ -100,15 +101,15 @@ def segment(
     done: list[SegmentedCase] = []
     failed: list[str] = []
     with ExitStack() as stack:
-        folder = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-")))
-        store = FeatureStore(folder)
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
         task = stack.enter_context(progress.task("segment", len(paths)))
         for path in paths:
             try:
-                done.append(
-                    _segment_file(path, files, output, bundle=bundle, session=session, store=store, preview=preview)
-                )
+                with open_store(cache, cache_gb) as store:
+                    case = _segment_file(
+                        path, files, output, bundle=bundle, session=session, store=store, preview=preview
+                    )
+                done.append(case)
             except FseftEdgeError as error:
                 if len(paths) == 1:
                     raise
@@ -119,6 +120,7 @@ def segment(
         raise SomeCasesFailedError(
             f"{len(failed)} of {len(paths)} cases failed: {', '.join(failed)}.",
             remedy="The reasons stand above; the other cases are written.",
+            completed=done,
         )
     return done
 
@@ -219,9 +221,10 @@ def _cases(scans: Sequence[Path]) -> list[Path]:
 def _check_output(output: Path, scans: Sequence[Path]) -> None:
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file.", remedy="Name a folder for the masks.")
-    overwritten = [scan for scan in scans if scan.resolve() == (output / f"{case_name(scan)}.nii.gz").resolve()]
-    if overwritten:
-        raise UsageError(f"{overwritten[0]} would be overwritten by its mask.", remedy="Write to another folder.")
+    if output.resolve() in {scan.resolve().parent for scan in scans}:
+        raise UsageError(
+            f"{output} holds the scans: masks would overwrite what lies there.", remedy="Write to another folder."
+        )
 
 
 def _segment_file(
@@ -238,13 +241,12 @@ def _segment_file(
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
     labels = LabelMap(segment_encoded(encoded, adapters), volume.affine)
     organs = tuple(_measured(labels, adapters))
-    output.mkdir(parents=True, exist_ok=True)
     case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)
-    write_label_map(case.mask, labels)
     _write_summary(case, volume, bundle, adapters)
     if preview:
         masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
         three_plane_picture(volume, masks, output / f"{case.case}.png")
+    write_label_map(case.mask, labels)
     return case
 
 
@@ -266,7 +268,9 @@ def _write_summary(case: SegmentedCase, volume: Volume, bundle: EncoderBundle, a
         "shape": list(volume.shape),
         "spacing_mm": [round(float(value), 6) for value in volume.spacing],
         "encoder": {"name": bundle.manifest.name, "id": bundle.encoder_id},
-        "adapters": [[organ.name for organ in file.description.organs] for file in adapters],
+        "adapters": [
+            {"sha256": file.sha256, "organs": [organ.name for organ in file.description.organs]} for file in adapters
+        ],
         "toolkit_version": __version__,
     }
     with atomic_path(case.mask.with_name(f"{case.case}.json")) as temporary:

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fseft_edge.runtime.atomic import atomic_folder
@@ -175,8 +175,8 @@ class EncoderBundle:
         state = {key: value.detach().cpu().contiguous() for key, value in contents.network.state_dict().items()}
         head = {"weight": contents.head_weight.float().contiguous(), "bias": contents.head_bias.float().contiguous()}
         with atomic_folder(path) as folder:
-            save_file(state, folder / WEIGHTS)
-            save_file(head, folder / HEAD)
+            for file, tensors in ((WEIGHTS, state), (HEAD, head)):
+                (folder / file).write_bytes(save(tensors))  # save_file reports a full disk as a SafetensorError
             if contents.graph is not None:
                 shutil.copyfile(contents.graph, folder / GRAPH)
             manifest = BundleManifest(

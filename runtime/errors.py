@@ -7,6 +7,7 @@ a traceback is shown only for what is not a :class:`FseftEdgeError`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -88,6 +89,16 @@ class OutOfMemoryError(EnvironmentProblemError):
 
 
 class SomeCasesFailedError(FseftEdgeError):
-    """A run over several cases finished, but not for all of them."""
+    """A run over several cases finished, but not for all of them.
+
+    Args:
+        message: see :class:`FseftEdgeError`.
+        remedy: see the same.
+        completed: results of the cases that did not fail.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, *, remedy: str, completed: Sequence[object] = ()) -> None:
+        super().__init__(message, remedy=remedy)
+        self.completed = tuple(completed)

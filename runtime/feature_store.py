@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 import shutil
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -41,6 +42,21 @@ _log = logging.getLogger(__name__)
 
 # Maps that this process holds open, by entry folder: verified once, and never evicted by this process.
 _open_maps: weakref.WeakValueDictionary[Path, FeatureMap] = weakref.WeakValueDictionary()
+
+
+@contextlib.contextmanager
+def open_store(folder: Path | None, max_gb: float | None = None) -> Iterator[FeatureStore]:
+    """Yield the store in a folder, or for None one that is removed at the end.
+
+    Args:
+        folder: of the cache.
+        max_gb: size that a kept cache is held to, in units of 1e9 bytes; None: no limit.
+    """
+    if folder is not None:
+        yield FeatureStore(folder, None if max_gb is None else int(max_gb * 1e9))
+        return
+    with tempfile.TemporaryDirectory(prefix="fseft-edge-") as passing:
+        yield FeatureStore(Path(passing))
 
 
 class FeatureStore:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import (
     GeometryError,
+    InputError,
     LabelError,
     NotACtError,
     OutOfSpaceError,
@@ -132,6 +133,21 @@ def list_cases(path: Path) -> list[Path]:
     if not _is_nifti_name(path.name):
         raise UnreadableFileError(f"{path} is no .nii or .nii.gz file.", remedy="Convert the scan to NIfTI.")
     return [path]
+
+
+def cases_by_name(path: Path) -> dict[str, Path]:
+    """The NIfTI files of a file or folder by the name of their case.
+
+    Raises:
+        UnreadableFileError: see :func:`list_cases`.
+        InputError: two files are the same case, such as ``a.nii`` and ``a.nii.gz``.
+    """
+    cases: dict[str, Path] = {}
+    for file in list_cases(path):
+        earlier = cases.setdefault(case_name(file), file)
+        if earlier != file:
+            raise InputError(f"{earlier} and {file} are the same case.", remedy="Keep one of the two.")
+    return cases
 
 
 def case_name(path: Path) -> str:

@@ -122,7 +122,7 @@ def _resolve_device(name: str) -> torch.device:
     if index >= count:
         raise EnvironmentProblemError(
             f"The device {name} was asked for, but PyTorch sees {count} NVIDIA GPUs.",
-            remedy="Check the driver and PyTorch's build for CUDA with `fseft-edge doctor`, or use --device cpu.",
+            remedy="Check the driver and that PyTorch was built for CUDA, or use --device cpu.",
         )
     return torch.device("cuda", index)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -72,8 +73,8 @@ def export(
 @click.option("--method", type=click.Choice(["linear", "pointwise", "spatial"]), default="spatial", show_default=True)
 @click.option("--reads", type=click.Choice(["last", "pyramid"]), default="pyramid", show_default=True)
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
-@click.option("--epochs", type=click.IntRange(min=1), help="At most this many epochs.  [default: by method]")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), help="At most this many epochs.  [default: by number of scans]")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the adapter's description as JSON.")
 @common_options
 def adapt(
@@ -109,6 +110,7 @@ def adapt(
             training=TrainingSettings(seed=seed, epochs=epochs),
             cases=cases or None,
             cache=common.cache,
+            cache_gb=common.cache_gb,
             device=common.device,
             backend=common.backend,
             progress=progress,
@@ -143,27 +145,33 @@ def segment(
     """Segment CTs (NIfTI files or folders of them); every mask lies on its scan's own lattice."""
     from fseft_edge.segmentation import segment as run  # noqa: PLC0415 - brings in torch
 
-    with common.progress() as progress:
-        results = run(
-            scans,
-            adapters,
-            output,
-            encoder=encoder,
-            preview=preview,
-            cache=common.cache,
-            device=common.device,
-            backend=common.backend,
-            progress=progress,
-        )
-    click.echo(_segment_json(results) if as_json else _segment_text(results))
+    show = _segment_json if as_json else _segment_text
+    try:
+        with common.progress() as progress:
+            results = run(
+                scans,
+                adapters,
+                output,
+                encoder=encoder,
+                preview=preview,
+                cache=common.cache,
+                cache_gb=common.cache_gb,
+                device=common.device,
+                backend=common.backend,
+                progress=progress,
+            )
+    except SomeCasesFailedError as error:
+        click.echo(show(cast("tuple[SegmentedCase, ...]", error.completed)))
+        raise
+    click.echo(show(results))
 
 
-def _segment_json(results: list[SegmentedCase]) -> str:
+def _segment_json(results: Sequence[SegmentedCase]) -> str:
     cases = [{"case": r.case, "mask": str(r.mask), "organs": [asdict(organ) for organ in r.organs]} for r in results]
     return json.dumps(cases, indent=2)
 
 
-def _segment_text(results: list[SegmentedCase]) -> str:
+def _segment_text(results: Sequence[SegmentedCase]) -> str:
     lines = []
     for result in results:
         organs = ", ".join(
@@ -178,7 +186,13 @@ def _segment_text(results: list[SegmentedCase]) -> str:
 @click.option("--predictions", type=PATH, required=True, help="Folder that `segment` wrote (or any label maps).")
 @click.option("--references", type=PATH, required=True, help="Folder of annotations, same file names.")
 @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
-@click.option("--nsd-tolerance", type=float, default=2.0, show_default=True, help="Surface tolerance in mm.")
+@click.option(
+    "--nsd-tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Surface tolerance in mm.",
+)
 @click.option("--csv", "csv_file", type=PATH, help="Write the rows as CSV.")
 @click.option("--json", "json_file", type=PATH, help="Write the rows and the summary as JSON.")
 @talk_options

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib
 import logging
+import signal
 import sys
 import traceback
+from types import FrameType
+from typing import NoReturn
 
 import click
 
 from fseft_edge._version import __version__
-from fseft_edge.runtime.errors import FseftEdgeError
+from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, OutOfMemoryError
 
 _COMMANDS = ("demo", "export", "adapt", "segment", "evaluate", "pretrain")
 _INTERRUPTED = 130
 _UNEXPECTED = 1
+_MEMORY_REMEDY = "Close other programs, segment fewer organs at once, or use a machine with more memory."
 
 
 class _LazyGroup(click.Group):
@@ -39,9 +43,20 @@ def cli() -> None:
     """
 
 
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    """Return whether PyTorch says that memory is used up; its CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+
+
+def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - the signal handler's signature
+    """End as Ctrl-C does, so that temporary files, which derive from patients' images, are removed."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run the command line; a traceback is shown only for bugs."""
     logging.captureWarnings(capture=True)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -53,12 +68,17 @@ def main() -> None:
         click.echo(f"Error: {error.message}\n{error.remedy}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted. Nothing is left half-written; run the same command to begin again.", err=True)
+        click.echo(
+            "Interrupted. Nothing is left half-written; run the command again (`pretrain` with --resume).", err=True
+        )
         sys.exit(_INTERRUPTED)
-    except MemoryError:
-        click.echo("Error: the machine's memory is used up.\nClose other programs, or use a larger machine.", err=True)
-        sys.exit(4)
-    except Exception:
+    except OSError as error:
+        click.echo(f"Error: {error}.\nCheck that the file is there and that you may read and write it.", err=True)
+        sys.exit(EnvironmentProblemError.exit_code)
+    except Exception as error:
+        if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+            click.echo(f"Error: out of memory.\n{_MEMORY_REMEDY}", err=True)
+            sys.exit(OutOfMemoryError.exit_code)
         traceback.print_exc()
         click.echo("This is a bug in fseft-edge: please report it with the lines above.", err=True)
         sys.exit(_UNEXPECTED)

@@ -22,6 +22,7 @@ class Common:
     device: str
     backend: str
     cache: Path | None
+    cache_gb: float
     quiet: bool
 
     def progress(self) -> ProgressDisplay:
@@ -45,16 +46,25 @@ def talk_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add ``--device``, ``--backend``, ``--cache``, ``--quiet`` and ``--verbose``; the command receives ``common``."""
+    """Add what :class:`Common` holds, and ``--verbose``; the command receives ``common``."""
 
     @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
     @click.option("--backend", default="auto", show_default=True, help="auto, torch or onnxruntime.")
     @click.option(
         "--cache", type=PATH, help="Folder in which feature maps are kept for later runs; nothing is kept without it."
     )
+    @click.option(
+        "--cache-gb",
+        type=click.FloatRange(min=0),
+        default=50.0,
+        show_default=True,
+        help="Size of the cache in GB; maps used least recently go first.",
+    )
     @talk_options
     @functools.wraps(command)
-    def wrapped(*, device: str, backend: str, cache: Path | None, quiet: bool, **options: object) -> None:
-        command(common=Common(device, backend, cache, quiet), **options)
+    def wrapped(
+        *, device: str, backend: str, cache: Path | None, cache_gb: float, quiet: bool, **options: object
+    ) -> None:
+        command(common=Common(device, backend, cache, cache_gb, quiet), **options)
 
     return wrapped

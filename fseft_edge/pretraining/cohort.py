@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fseft_edge.pretraining.plan import FilesPlan, PhantomsPlan, PretrainingPlan, case_names
 from fseft_edge.report.progress import Progress
-from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
@@ -91,6 +91,12 @@ def _file_scans(plan: FilesPlan, root: Path) -> _Scans:
     paths = list_cases(root / plan.images)
     wanted = case_names(plan, root)
     if wanted is not None:
+        missing = sorted(set(wanted) - {case_name(path) for path in paths})
+        if missing:
+            raise UnreadableFileError(
+                f"{root / plan.images} lacks {', '.join(missing[:5])}, which {plan.cases} lists.",
+                remedy="Add the scans, or take them off the list.",
+            )
         paths = [path for path in paths if case_name(path) in set(wanted)]
 
     def read() -> Iterator[tuple[Volume, LabelMap, dict[str, int]]]:

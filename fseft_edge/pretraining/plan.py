@@ -68,10 +68,17 @@ class FilesPlan(_Strict):
     images: str
     labels: str
     cases: str | None = None
-    organs: dict[str, int] = Field(min_length=1)
+    organs: dict[str, Annotated[int, Field(ge=1)]] = Field(min_length=1)
     partial: bool = False
     halves: dict[str, tuple[str, str]] = {}
     crops_per_step: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _halves_are_of_organs(self) -> Self:
+        unknown = sorted(set(self.halves) - set(self.organs))
+        if unknown:
+            raise ValueError(f"'halves' has organs that 'organs' does not list: {unknown}")
+        return self
 
     def annotated(self) -> list[str]:
         """Return the organs that this data set can annotate."""
@@ -89,6 +96,15 @@ class PhantomsPlan(_Strict):
     organs: tuple[str, ...] = Field(min_length=1)
     shape: tuple[int, int, int]
     crops_per_step: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _phantoms_have_them(self) -> Self:
+        from fseft_edge.phantom import ORGANS, SITES  # noqa: PLC0415 - needed for phantom plans only
+
+        unknown = sorted((set(self.sites) - set(SITES)) | (set(self.organs) - set(ORGANS)))
+        if unknown:
+            raise ValueError(f"phantoms have no {unknown}; sites are {list(SITES)}, organs {list(ORGANS)}")
+        return self
 
     def annotated(self) -> list[str]:
         """Return the organs that this cohort annotates."""
@@ -119,6 +135,11 @@ class PretrainingPlan(_Strict):
             unknown = sorted(set(dataset.annotated()) - set(self.organs))
             if unknown:
                 raise ValueError(f"data set {dataset.name!r} has organs that 'organs' does not list: {unknown}")
+        stride = 2 ** (len(self.encoder.channels) - 1)
+        if any(size % stride for size in (*self.encoder.window, self.schedule.crop)):
+            raise ValueError(f"window and crop must be multiples of {stride}, the encoder's coarsest stride")
+        if len(self.schedule.deep_supervision) > len(self.encoder.channels) - 2:
+            raise ValueError("'deep_supervision' has more weights than the encoder has coarser levels")
         never = sorted(set(self.organs) - {organ for dataset in self.dataset for organ in dataset.annotated()})
         if never:
             raise ValueError(f"no data set annotates {never}")

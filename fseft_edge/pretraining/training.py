@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import pickle
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from fseft_edge.pretraining.cohort import Batch, draw_batch, load_cohorts
 from fseft_edge.pretraining.plan import PretrainingPlan
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.runtime.bundle import sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
@@ -75,6 +77,7 @@ class PretrainingNetwork(nn.Module):
 class _State:
     network: PretrainingNetwork
     optimizer: torch.optim.AdamW
+    initial_sha256: str | None = None
     step: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -152,7 +155,7 @@ def _initial_state(plan: PretrainingPlan, initial: Path | None) -> _State:
         _start_from(network, initial, plan)
     network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=plan.schedule.weight_decay)
-    return _State(network, optimizer)
+    return _State(network, optimizer, None if initial is None else sha256_of_file(initial))
 
 
 def _start_from(network: PretrainingNetwork, path: Path, plan: PretrainingPlan) -> None:
@@ -210,8 +213,13 @@ def _save(state: _State, path: Path, plan: PretrainingPlan) -> None:
 
 
 def _restore(state: _State, path: Path, plan: PretrainingPlan) -> None:
-    content = torch.load(path, weights_only=True)
-    if content["plan"] != _plan_id(plan):
+    try:
+        content = torch.load(path, weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{path} is damaged.", remedy="Remove it and begin again, or restore it from a copy."
+        ) from error
+    if not isinstance(content, dict) or content.get("plan") != _plan_id(plan):
         raise CheckpointError(
             f"{path} was made with another plan.", remedy="Continue with the same plan, or choose another --output."
         )
@@ -231,6 +239,7 @@ def _write_model(state: _State, plan: PretrainingPlan, output: Path, cases: list
         training={
             "seed": plan.seed,
             "steps": state.step,
+            "initial_sha256": state.initial_sha256,
             "planned_steps": plan.schedule.steps,
             "plan_sha256": _plan_id(plan),
             "data_sets": {dataset.name: count for dataset, count in zip(plan.dataset, cases, strict=True)},

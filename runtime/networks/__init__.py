@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.networks.base import FeatureNetwork
 
 
-def build_network(architecture: str, **settings: Any) -> FeatureNetwork:
+def build_network(architecture: str, **settings: Any) -> FeatureNetwork:  # noqa: ANN401 - each architecture checks its own
     """Return a freshly initialised network.
 
     Args:

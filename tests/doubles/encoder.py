@@ -21,7 +21,7 @@ from fseft_edge.runtime.bundle import BundleContents, EncoderBundle
 from fseft_edge.runtime.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.nifti import write_ct, write_label_map
 from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.runtime.volume import LabelMap, Volume
+from fseft_edge.runtime.volume import LabelMap
 
 CHANNELS = (4, 6, 8, 8)
 WINDOW = (32, 32, 32)
@@ -42,12 +42,12 @@ def scan(seed: int) -> Phantom:
     return phantom(seed, shape=SHAPE, spacing=SPACING)
 
 
-def write_tiny_encoder(path: Path, *, seed: int = 0, name: str = "tiny") -> EncoderBundle:
+def write_tiny_encoder(path: Path, *, seed: int = 0, graph: Path | None = None) -> EncoderBundle:
     """Write a bundle through the project's own writer; another seed is another encoder."""
     network, _ = _calibrated(seed)
     generator = torch.Generator().manual_seed(seed)
     contents = BundleContents(
-        name=name,
+        name="tiny",
         architecture="residual_unet",
         settings={"channels": list(CHANNELS)},
         preprocessing=Preprocessing(spacing=SPACING),
@@ -59,7 +59,7 @@ def write_tiny_encoder(path: Path, *, seed: int = 0, name: str = "tiny") -> Enco
         network=network,
         head_weight=torch.randn(len(HEAD_ORGANS), CHANNELS[0], generator=generator),
         head_bias=torch.tensor([-0.25, 0.125]),
-        graph=None,
+        graph=graph,
     )
     return EncoderBundle.write(path, contents)
 
@@ -122,12 +122,6 @@ def write_case(root: Path, name: str, seed: int, *, only: Sequence[str] | None =
     write_ct(image, patient.volume)
     write_label_map(annotation, LabelMap(labels, patient.labels.affine))
     return image, annotation
-
-
-def unlike_ct(seed: int = 1) -> Volume:
-    """Return an image on a phantom's lattice that is no CT: scaled to 0..1000."""
-    patient = scan(seed)
-    return Volume(np.clip(patient.volume.array, 0, 1000), patient.volume.affine)
 
 
 @functools.cache

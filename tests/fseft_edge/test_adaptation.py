@@ -221,6 +221,11 @@ def test_only_the_cases_asked_for_are_used(site: Site, tmp_path: Path) -> None:
     assert file.description.organs[0].support_volumes_ml == pytest.approx((volume,), abs=1e-3)
 
 
+def test_a_case_named_twice_counts_once(site: Site, tmp_path: Path) -> None:
+    file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_2", "case_1", "case_2"])
+    assert file.description.shots == 2
+
+
 @pytest.mark.parametrize("missing", ["images", "labels"])
 def test_a_case_asked_for_that_lacks_a_partner_is_named(site: Site, copied: Path, missing: str) -> None:
     (copied / missing / "case_2.nii.gz").unlink()

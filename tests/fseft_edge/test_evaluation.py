@@ -208,14 +208,15 @@ def test_csv_json_and_table_hold_every_row(predictions: Path, references: Path, 
     document = json.loads((tmp_path / "scores.json").read_text())
     assert document == evaluation.as_dict() | {"cases": document["cases"]}
     assert [EvaluationRow(**case) for case in document["cases"]] == list(evaluation.rows)
-    assert [failure["case"] for failure in document["failures"]] == ["c"]
+    assert document["without_prediction"] == ["c"]
+    assert document["failures"] == []
     assert document["organs"][0]["dsc"]["mean"] == pytest.approx(0.9)
 
     console = Console(file=io.StringIO(), width=120)
     console.print(evaluation.table())
     assert isinstance(console.file, io.StringIO)
     text = " ".join(console.file.getvalue().split())
-    for part in ("0.800", "absent", "0.900 ± 0.141", "mean of 2", "NSD 2 mm", "1 absent", "1 missed", "1 case failed"):
+    for part in ("0.800", "absent", "0.900 ± 0.141", "mean of 2", "NSD 2 mm", "1 absent", "1 missed", "left out: 1"):
         assert part in text, part
 
 

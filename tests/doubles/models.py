@@ -1,0 +1,70 @@
+"""Small networks with random weights and statistics, and models made of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fseft_edge.export.checkpoints import ModelDescription, ModelFile
+from fseft_edge.runtime.bundle import BundleContents
+from fseft_edge.runtime.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.preprocessing import Preprocessing
+
+CHANNELS = (4, 6, 8)
+WINDOW = (16, 16, 16)
+ORGANS = ("liver", "spleen")
+
+
+def small_network(seed: int = 0) -> ResidualUNet:
+    """Return a residual U-Net whose batch normalisations are far from the identity."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResidualUNet(CHANNELS).eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.running_mean.normal_(0.0, 0.3)
+                module.running_var.uniform_(0.5, 2.0)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0.0, 0.3)
+    return network
+
+
+def small_model(seed: int = 0) -> ModelFile:
+    """Return that network as what `pretrain` makes."""
+    description = ModelDescription(
+        name="small",
+        architecture="residual_unet",
+        settings={"channels": list(CHANNELS)},
+        preprocessing=Preprocessing(spacing=(6.0, 6.0, 6.0)),
+        window=WINDOW,
+        organs=ORGANS,
+        training={"seed": seed},
+    )
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(len(ORGANS), CHANNELS[0], generator=generator)
+    return ModelFile(description, small_network(seed).state_dict(), weight, torch.tensor([0.5, -0.25]))
+
+
+def small_contents(seed: int = 0, **changes: object) -> BundleContents:
+    """Return that network as what a bundle is written from, without a graph."""
+    entries: dict[str, object] = {
+        "name": "small",
+        "architecture": "residual_unet",
+        "settings": {"channels": list(CHANNELS)},
+        "preprocessing": Preprocessing(spacing=(6.0, 6.0, 6.0)),
+        "window": WINDOW,
+        "organs": ORGANS,
+        "checkpoint_sha256": "0" * 64,
+        "tools": {"fseft-edge": "0.0.0"},
+        "parity": {},
+        "network": small_network(seed),
+        "head_weight": torch.ones(len(ORGANS), CHANNELS[0]),
+        "head_bias": torch.tensor([0.5, -0.25]),
+        "graph": None,
+    }
+    return BundleContents(**{**entries, **changes})  # type: ignore[arg-type]
+
+
+def windows(count: int, seed: int = 0) -> torch.Tensor:
+    """Return input windows `[n, 1, X, Y, Z]`."""
+    return torch.rand(count, 1, *WINDOW, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,120 @@
+"""From a checkpoint to a bundle, and every way it can go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from doubles.models import ORGANS, small_model, small_network, windows
+
+from fseft_edge.export import export
+from fseft_edge.export.checkpoints import read_model_file, write_model_file
+from fseft_edge.export.export import export_encoder
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.errors import CheckpointError, UsageError
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.safetensors"
+    write_model_file(path, small_model())
+    return path
+
+
+def test_bundle_holds_the_encoder_its_head_and_a_passed_parity_report(model_file: Path, tmp_path: Path) -> None:
+    export_encoder(model_file, model="custom", output=tmp_path / "small.encoder")
+    bundle = EncoderBundle.open(tmp_path / "small.encoder")
+    manifest = bundle.manifest
+    assert manifest.name == "small"
+    assert manifest.organs == ORGANS
+    assert manifest.checkpoint_sha256 == hashlib.sha256(model_file.read_bytes()).hexdigest()
+    assert set(manifest.files) == {"encoder.onnx", "encoder.safetensors", "head.safetensors"}
+    assert manifest.parity["onnxruntime"].passed
+    assert torch.equal(bundle.head_weight(), small_model().head_weight)
+    reference = small_network()
+    reference.load_state_dict(dict(read_model_file(model_file).encoder))
+    with torch.no_grad():
+        expected, features = reference(windows(1)), bundle.network()(windows(1))
+    assert all(torch.equal(a, b) for a, b in zip(expected, features, strict=True))
+
+
+@pytest.fixture
+def copied_graph(small_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for the exporter, which takes seconds, with a graph that is there already."""
+    monkeypatch.setattr(export, "write_graph", lambda network, window, path: shutil.copyfile(small_graph, path))
+
+
+@pytest.mark.usefixtures("copied_graph")
+def test_encoder_id_does_not_depend_on_the_graph(model_file: Path, tmp_path: Path) -> None:
+    ids = {
+        export_encoder(model_file, model="custom", output=tmp_path / f"{onnx}.encoder", onnx=onnx).encoder_id
+        for onnx in (True, False)
+    }
+    assert len(ids) == 1
+
+
+def test_export_without_graph_needs_no_exporter(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "write_graph", None)
+    bundle = export_encoder(model_file, model="custom", output=tmp_path / "s.encoder", onnx=False)
+    assert bundle.graph is None
+    assert bundle.manifest.parity == {}
+
+
+@pytest.mark.usefixtures("copied_graph")
+def test_export_without_onnxruntime_leaves_the_report_out(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    bundle = export_encoder(model_file, model="custom", output=tmp_path / "s.encoder")
+    assert bundle.graph is not None
+    assert bundle.manifest.parity == {}
+
+
+def test_existing_output_is_refused_and_kept(model_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "s.encoder"
+    output.mkdir()
+    (output / "mine").touch()
+    with pytest.raises(UsageError, match=r"s\.encoder already exists"):
+        export_encoder(model_file, model="custom", output=output)
+    assert [path.name for path in output.iterdir()] == ["mine"]
+
+
+def test_interrupted_export_leaves_nothing(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fseft_edge.runtime.bundle.sha256_of_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_encoder(model_file, model="custom", output=tmp_path / "s.encoder", onnx=False)
+    assert [path.name for path in tmp_path.iterdir()] == [model_file.name]
+
+
+def test_volumes_to_compare_on_need_a_graph(model_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing to compare"):
+        export_encoder(
+            model_file, model="custom", output=tmp_path / "s", onnx=False, parity_volumes=[tmp_path / "ct.nii.gz"]
+        )
+
+
+def test_checkpoint_of_another_network_is_refused_by_name(tmp_path: Path) -> None:
+    weights = {
+        "encoder.first.weight": torch.zeros(2),
+        "classifier.weight": torch.zeros(29, 48, 1, 1, 1),
+        "classifier.bias": torch.zeros(29),
+    }
+    torch.save(weights, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth.*missing \(swinViT.*unexpected \(encoder\.first\.weight\)"):
+        export_encoder(tmp_path / "other.pth", model="fseft", output=tmp_path / "s.encoder")
+    assert not (tmp_path / "s.encoder").exists()
+
+
+def test_classifier_of_another_width_is_refused(tmp_path: Path) -> None:
+    write_model_file(tmp_path / "m.safetensors", replace(small_model(), head_weight=torch.zeros(2, 9)))
+    with pytest.raises(CheckpointError, match=r"\[2, 9\], not \[2, 4\]"):
+        export_encoder(tmp_path / "m.safetensors", model="custom", output=tmp_path / "s.encoder")

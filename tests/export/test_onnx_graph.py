@@ -1,0 +1,51 @@
+"""The exported graph of the compact encoder: equal to PyTorch, small, clean, the same every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from doubles.models import WINDOW, small_network, windows
+
+from fseft_edge.export.onnx_graph import write_graph
+from fseft_edge.runtime.backends.onnxruntime import GraphRunner
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_graph_equals_pytorch_for_any_number_of_windows(small_graph: Path, count: int) -> None:
+    features = GraphRunner(small_graph, torch.device("cpu"), 1)(windows(count))
+    with torch.no_grad():
+        expected = small_network()(windows(count))
+    assert len(features) == len(expected)
+    for a, b in zip(expected, features, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+
+
+def test_same_network_gives_the_same_bytes_and_stays_as_it_was(small_graph: Path, tmp_path: Path) -> None:
+    network = small_network()
+    write_graph(network, WINDOW, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == small_graph.read_bytes()
+    before = small_network().state_dict()
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_graph_is_valid_and_folded(small_graph: Path) -> None:
+    model = onnx.load(small_graph)
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [20]
+    operators = {node.op_type for node in model.graph.node}
+    assert operators == {"Conv", "ConvTranspose", "Relu", "Add", "Concat"}
+    names = [output.name for output in model.graph.output]
+    assert names == ["level_0", "level_1"]
+
+
+def test_graph_tells_nothing_of_the_machine_that_made_it(small_graph: Path) -> None:
+    content = small_graph.read_bytes()
+    assert b"site-packages" not in content
+    assert str(Path(torch.__file__).parents[2]).encode() not in content
+    assert str(Path(__file__).parents[2]).encode() not in content

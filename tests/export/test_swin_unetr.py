@@ -1,0 +1,96 @@
+"""SwinUNETR: MONAI's network in another forward pass, and its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from monai.networks.nets import swin_unetr
+from torch import Tensor, nn
+
+from fseft_edge.export.onnx_graph import write_graph
+from fseft_edge.runtime.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
+
+FEATURE_SIZE = 12
+WINDOW = (64, 64, 64)
+
+
+def published_merging(module: nn.Module, x: Tensor) -> Tensor:
+    """The merging of MONAI 0.9 to 1.5 and of FSEFT's own network, written out slice by slice."""
+    x0 = x[:, 0::2, 0::2, 0::2, :]
+    x1 = x[:, 1::2, 0::2, 0::2, :]
+    x2 = x[:, 0::2, 1::2, 0::2, :]
+    x3 = x[:, 0::2, 0::2, 1::2, :]
+    x4 = x[:, 1::2, 0::2, 1::2, :]
+    x5 = x[:, 0::2, 1::2, 0::2, :]
+    x6 = x[:, 0::2, 0::2, 1::2, :]
+    x7 = x[:, 1::2, 1::2, 1::2, :]
+    return module.reduction(module.norm(torch.cat([x0, x1, x2, x3, x4, x5, x6, x7], -1)))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[nn.Module]:
+    """MONAI's SwinUNETR with weights that matter everywhere, biases and position tables included."""
+    pytest.importorskip("einops", reason="MONAI's own forward pass needs einops")
+    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swin_unetr.PatchMerging, "forward", published_merging)
+        torch.manual_seed(0)
+        network = swin_unetr.SwinUNETR(in_channels=1, out_channels=3, feature_size=FEATURE_SIZE).eval()
+        for name, parameter in network.named_parameters():
+            if "bias" in name:
+                nn.init.normal_(parameter, std=0.5)
+        yield network
+
+
+@pytest.fixture(scope="module")
+def network() -> SwinUnetrFeatures:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return SwinUnetrFeatures(FEATURE_SIZE).eval()
+
+
+def window(seed: int) -> Tensor:
+    return torch.rand(1, 1, *WINDOW, generator=torch.Generator().manual_seed(seed))
+
+
+def test_pyramid_is_that_of_monai_with_monai_weights(reference: nn.Module) -> None:
+    decoder: dict[int, Tensor] = {}
+    for level in range(5):
+        reference.get_submodule(f"decoder{level + 1}").register_forward_hook(
+            lambda _module, _inputs, output, level=level: decoder.update({level: output})
+        )
+    features = SwinUnetrFeatures(FEATURE_SIZE).eval()
+    weights = {key: value for key, value in reference.state_dict().items() if not key.startswith("out.")}
+    features.load_state_dict(weights)
+    with torch.no_grad():
+        logits = reference(window(0))
+        pyramid = features(window(0))
+        head = reference.get_submodule("out")(pyramid[0])
+    for level, (feature, description) in enumerate(zip(pyramid, features.levels, strict=True)):
+        assert feature.shape[1:] == (description.channels, *(side // description.stride for side in WINDOW))
+        assert float((feature - decoder[level]).abs().max()) <= 1e-5 * float(decoder[level].abs().max())
+    assert torch.allclose(head, logits, atol=1e-5)
+
+
+def test_graph_equals_pytorch_and_holds_no_masks(network: SwinUnetrFeatures, tmp_path: Path) -> None:
+    # One plain and one shifted block in the first stage, one plain block in the others: every operator, half the time.
+    for stage in range(2, 5):
+        layer = network.get_submodule(f"swinViT.layers{stage}.0")
+        layer.blocks = nn.ModuleList([layer.blocks[0]])
+    path = tmp_path / "encoder.onnx"
+    write_graph(network, WINDOW, path)
+    both = torch.cat([window(0), window(1)])
+    with torch.no_grad():
+        expected = network(both)
+    run = GraphRunner(path, torch.device("cpu"), 1)
+    for batch in (slice(0, 1), slice(0, 2)):
+        for a, b in zip(expected, run(both[batch]), strict=True):
+            assert float((a[batch] - b).abs().max()) <= 1e-4 * float(a.abs().max())
+    largest_parameter = max(parameter.numel() * 4 for parameter in network.parameters())
+    assert max(len(entry.raw_data) for entry in onnx.load(path).graph.initializer) <= largest_parameter
+    weights = sum(parameter.numel() * 4 for parameter in network.parameters())
+    assert path.stat().st_size < weights + 6e6

@@ -1,0 +1,71 @@
+"""The table of models, and what choosing one wrongly says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from doubles.models import small_model
+
+from fseft_edge.export.checkpoints import write_model_file
+from fseft_edge.export.zoo import MODELS, load_model
+from fseft_edge.runtime.errors import CheckpointError, UsageError
+
+
+def test_fseft_is_described_as_published() -> None:
+    # github.com/jusiro/fewshot-finetuning: models/configs.py and pretrain/datasets/templates.py (ids there start at 1)
+    description = MODELS["fseft"].published
+    assert description is not None
+    assert description.preprocessing.hu_window == (-175.0, 250.0)
+    assert description.preprocessing.spacing == (1.5, 1.5, 1.5)
+    assert description.window == (96, 96, 96)
+    assert len(description.organs) == 29
+    published = {
+        1: "spleen",
+        6: "liver",
+        9: "postcava",
+        11: "pancreas",
+        20: "celiac_trunk",
+        23: "bone",
+        29: "colon_tumour",
+    }
+    assert {number: description.organs[number - 1] for number in published} == published
+
+
+def test_classifier_of_a_published_checkpoint_becomes_the_head(tmp_path: Path) -> None:
+    weight, bias = torch.randn(29, 48, 1, 1, 1), torch.randn(29)
+    torch.save({"net": {"a": torch.ones(2), "classifier.weight": weight, "classifier.bias": bias}}, tmp_path / "f.pth")
+    model = load_model("fseft", tmp_path / "f.pth").model
+    assert set(model.encoder) == {"a"}
+    assert torch.equal(model.head_weight, weight[:, :, 0, 0, 0])
+    assert torch.equal(model.head_bias, bias)
+
+
+def test_checkpoint_without_classifier_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "f.pth")
+    with pytest.raises(CheckpointError, match=r"f\.pth has no classifier"):
+        load_model("fseft", tmp_path / "f.pth")
+
+
+def test_custom_model_is_a_model_file(tmp_path: Path) -> None:
+    write_model_file(tmp_path / "m.safetensors", small_model())
+    loaded = load_model("custom", tmp_path / "m.safetensors")
+    assert loaded.model.description == small_model().description
+    assert loaded.source == tmp_path / "m.safetensors"
+
+
+def test_unknown_model_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"'nobody' is unknown.*edge_base.*fseft.*custom"):
+        load_model("nobody", None)
+
+
+@pytest.mark.parametrize("name", ["fseft", "custom"])
+def test_model_that_is_not_built_in_needs_a_checkpoint(name: str) -> None:
+    with pytest.raises(UsageError, match="needs its checkpoint"):
+        load_model(name, None)
+
+
+def test_built_in_model_takes_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="built in"):
+        load_model("edge_base", tmp_path / "m.safetensors")

@@ -1,0 +1,188 @@
+"""EncoderSession: every backend under one contract, and how one is chosen."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from doubles.models import WINDOW, small_contents, small_network, windows
+
+from fseft_edge.export.onnx_graph import write_graph
+from fseft_edge.runtime.backends import pytorch
+from fseft_edge.runtime.bundle import EncoderBundle, ParityReport
+from fseft_edge.runtime.errors import EncoderBundleError, EnvironmentProblemError, MissingBackendError, UsageError
+from fseft_edge.runtime.session import EncoderSession, open_session
+
+BACKENDS = ["torch", "onnxruntime"]
+PASSED = ParityReport(backend="onnxruntime", version="1", source="noise", windows=1, gate=1e-4, relative_error=(1e-6,))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> EncoderBundle:
+    folder = tmp_path_factory.mktemp("session")
+    write_graph(small_network(), WINDOW, folder / "graph.onnx")
+    contents = small_contents(graph=folder / "graph.onnx", parity={"onnxruntime": PASSED})
+    return EncoderBundle.write(folder / "small.encoder", contents)
+
+
+@pytest.fixture(params=BACKENDS)
+def session(request: pytest.FixtureRequest, bundle: EncoderBundle) -> Iterator[EncoderSession]:
+    with open_session(bundle, device="cpu", backend=request.param) as opened:
+        yield opened
+
+
+def described_as(bundle: EncoderBundle, **changes: object) -> EncoderBundle:
+    return replace(bundle, manifest=bundle.manifest.model_copy(update=changes))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("max_batch", [1, 2, 8])
+def test_features_are_those_of_plain_pytorch(session: EncoderSession, count: int, max_batch: int) -> None:
+    session.max_batch = max_batch
+    features = session.encode(windows(count))
+    with torch.no_grad():
+        expected = small_network()(windows(count))
+    for level, a, b in zip(session.levels, expected, features, strict=True):
+        assert b.shape == (count, level.channels, *(side // level.stride for side in WINDOW))
+        assert b.dtype == torch.float32
+        assert b.device == session.device
+        assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+
+
+def test_session_says_what_it_is(session: EncoderSession, bundle: EncoderBundle) -> None:
+    assert session.backend in BACKENDS
+    assert session.device == torch.device("cpu")
+    assert session.precision == "float32"
+    assert session.window == bundle.window
+    assert session.levels == bundle.levels
+    assert session.max_batch >= 1
+
+
+def test_windows_of_any_memory_order_are_taken(session: EncoderSession) -> None:
+    turned = windows(2).permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)
+    for a, b in zip(session.encode(windows(2)), session.encode(turned), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_encoding_again_gives_the_same_bits(session: EncoderSession) -> None:
+    first, second = session.encode(windows(1)), session.encode(windows(1))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_features_may_enter_training(session: EncoderSession) -> None:
+    feature = session.encode(windows(1))[0]
+    weight = torch.ones(feature.shape[1], requires_grad=True)
+    (feature * weight[:, None, None, None]).sum().backward()
+    assert weight.grad is not None
+    assert not feature.requires_grad
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [windows(0), windows(1)[0], windows(1)[..., :8], windows(1).double(), windows(1).expand(1, 2, *WINDOW)],
+    ids=["none", "no batch", "shape", "type", "channels"],
+)
+def test_windows_of_another_shape_or_type_are_refused(session: EncoderSession, wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"not torch.float32 \['n', 1, 16, 16, 16\]"):
+        session.encode(wrong)
+
+
+def test_closed_session_is_refused(session: EncoderSession) -> None:
+    session.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.encode(windows(1))
+
+
+def test_torch_session_leaves_the_number_of_threads_alone(bundle: EncoderBundle) -> None:
+    before = torch.get_num_threads()
+    with open_session(bundle, device="cpu", backend="torch", threads=before + 1) as session:
+        session.encode(windows(1))
+    assert torch.get_num_threads() == before
+
+
+def test_network_without_onednn_gives_the_same_features(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(bundle, device="cpu", backend="torch") as session:
+        expected = session.encode(windows(1))
+    monkeypatch.setattr(pytorch.torch.backends.mkldnn, "is_available", lambda: False)
+    with open_session(bundle, device="cpu", backend="torch") as session:
+        for a, b in zip(expected, session.encode(windows(1)), strict=True):
+            assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), [("gpu", "torch"), ("cuda:", "torch"), ("cuda:x", "torch"), ("cpu", "tf")]
+)
+def test_unknown_device_or_backend_is_wrong_use(bundle: EncoderBundle, device: str, backend: str) -> None:
+    with pytest.raises(UsageError, match="is unknown"):
+        open_session(bundle, device=device, backend=backend)
+
+
+@pytest.mark.parametrize(("device", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 2)])
+def test_absent_gpu_is_a_problem_of_the_environment(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, device: str, count: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(EnvironmentProblemError, match=f"{device} was asked for, but PyTorch sees {count}") as caught:
+        open_session(bundle, device=device)
+    assert caught.value.exit_code == 4
+
+
+def test_missing_onnxruntime_says_how_to_install_it(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingBackendError, match=r"pip install 'fseft-edge\[cpu\]'") as caught:
+        open_session(bundle, device="cpu", backend="onnxruntime")
+    assert caught.value.exit_code == 4
+
+
+def test_onnxruntime_needs_a_graph(tmp_path: Path) -> None:
+    bundle = EncoderBundle.write(tmp_path / "small.encoder", small_contents())
+    with pytest.raises(EncoderBundleError, match="has no ONNX graph"):
+        open_session(bundle, device="cpu", backend="onnxruntime")
+
+
+def test_auto_takes_torch_for_convolutions_on_a_cpu(bundle: EncoderBundle) -> None:
+    with open_session(bundle, device="cpu") as session:
+        assert session.backend == "torch"
+
+
+def test_auto_takes_onnxruntime_for_attention_on_a_cpu(bundle: EncoderBundle) -> None:
+    with open_session(described_as(bundle, architecture="swin_unetr"), device="cpu") as session:
+        assert session.backend == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("changes", "installed", "reason"),
+    [
+        ({"parity": {}}, True, "no parity report"),
+        ({"parity": {"onnxruntime": PASSED.model_copy(update={"relative_error": (0.5,)})}}, True, "5.0e-01 exceeds"),
+        ({"files": {}}, True, "without an ONNX graph"),
+        ({}, False, "not installed"),
+    ],
+)
+def test_auto_passes_over_what_cannot_be_used_and_says_why(
+    bundle: EncoderBundle,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, object],
+    installed: bool,
+    reason: str,
+) -> None:
+    chosen: list[EncoderBundle] = []
+    monkeypatch.setitem(
+        sys.modules["fseft_edge.runtime.session"]._BACKENDS,
+        "torch",
+        lambda opened, device, threads: chosen.append(opened) or pytorch.TorchSession(bundle, device, threads),
+    )
+    if not installed:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    attention = described_as(bundle, architecture="swin_unetr", **changes)
+    with caplog.at_level(logging.INFO), open_session(attention, device="cpu") as session:
+        assert session.backend == "torch"
+    assert chosen == [attention]
+    assert "backend onnxruntime passed over: " in caplog.text
+    assert reason in caplog.text

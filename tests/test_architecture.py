@@ -1,0 +1,145 @@
+"""What holds for the code as a whole, read from its source."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fseft_edge
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ("runtime", "export", "fseft_edge")
+EVERYTHING = (*PACKAGE, "tests", "benchmarks")
+
+
+def files(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert found
+    return found
+
+
+def named(paths: list[Path]) -> dict[str, Path]:
+    return {str(path.relative_to(ROOT)): path for path in paths}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield every module that a file imports, wherever in the file, as ``package.module`` or ``package.module.name``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relative to itself"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            target = node.args[0]
+            if isinstance(target, ast.Constant) and isinstance(target.value, str):
+                yield target.value
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize(
+    ("folder", "allowed"),
+    [("runtime", ["fseft_edge.runtime"]), ("export", ["fseft_edge.runtime", "fseft_edge.export"])],
+)
+def test_imports_point_one_way(folder: str, allowed: list[str]) -> None:
+    wrong = [
+        f"{name} imports {module}"
+        for name, path in named(files(folder)).items()
+        for module in imports(path)
+        if within(module, "fseft_edge") and not any(within(module, package) for package in allowed)
+    ]
+    assert not wrong
+
+
+def test_only_cli_code_reads_command_lines_and_nothing_below_it_prints() -> None:
+    wrong = [
+        f"{name} imports {module}"
+        for name, path in named(files(*PACKAGE)).items()
+        if "cli" not in path.parts
+        for module in imports(path)
+        if within(module, "click") or within(module, "fseft_edge.cli")
+    ]
+    assert not wrong
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    """Nothing that could execute what a file holds: no pickle, and torch.load with ``weights_only=True`` alone."""
+    wrong = []
+    for name, path in named(files(*PACKAGE, "benchmarks")).items():
+        wrong += [
+            f"{name} imports {module}"
+            for module in imports(path)
+            if module.split(".")[0] in {"dill", "cloudpickle", "joblib", "shelve", "marshal"}
+            or within(module, "pickle.load")
+            or within(module, "pickle.loads")
+        ]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            unsafe = (
+                called in {"eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load"}
+                or (called == "torch.load" and keywords.get("weights_only") != "True")
+                or (called in {"np.load", "numpy.load"} and keywords.get("allow_pickle", "False") != "False")
+            )
+            if unsafe:
+                wrong.append(f"{name}:{node.lineno} calls {ast.unparse(node)}")
+    assert not wrong
+
+
+def test_the_check_for_unpickling_sees_what_it_should(tmp_path: Path) -> None:
+    """The other tests here read source; this one makes sure that they would find something."""
+    path = tmp_path / "bad.py"
+    path.write_text("def f():\n    from fseft_edge.adapters import Adapter\n    import click\n")
+    assert list(imports(path)) == ["fseft_edge.adapters.Adapter", "click"]
+
+
+SUPPRESSION = re.compile(
+    r"#\s*(?:noqa: [A-Z]+[0-9]+(?:, ?[A-Z]+[0-9]+)*|type: ignore\[[a-z-]+(?:, ?[a-z-]+)*\])(?P<reason>.*)"
+)
+
+
+@pytest.mark.parametrize("folder", EVERYTHING)
+def test_every_suppression_names_its_rule_and_its_reason(folder: str) -> None:
+    wrong = []
+    for name, path in named(files(folder)).items():
+        for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+            if token.type != tokenize.COMMENT or not re.search(r"#\s*(noqa|type:\s*ignore|pragma)", token.string):
+                continue
+            matched = SUPPRESSION.match(token.string)
+            if matched is None or not re.search(r"[a-zA-Z]{2,}.*[a-zA-Z]{2,}", matched["reason"]):
+                wrong.append(f"{name}:{token.start[0]} {token.string}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", PACKAGE)
+def test_no_file_is_longer_than_400_lines(folder: str) -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in named(files(folder)).items()}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+def test_every_error_class_has_an_exit_code_that_is_documented() -> None:
+    from fseft_edge.runtime import errors
+
+    documented = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and kind is not errors.FseftEdgeError]
+    codes = {kind.__name__: kind.exit_code for kind in classes if issubclass(kind, errors.FseftEdgeError)}
+    assert set(codes.values()) == {2, 3, 4, 5}
+    assert [name for name in codes if name not in documented] == []
+
+
+def test_every_public_name_can_be_imported_and_others_are_refused() -> None:
+    for name in fseft_edge.__all__:
+        assert getattr(fseft_edge, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'unheard_of'"):
+        _ = fseft_edge.unheard_of
