@@ -275,7 +275,8 @@ def _render(manifest: BundleManifest) -> bytes:
     """Return the manifest's file: JSON that ends with the sha256 of itself, taken with zeros in that place."""
     entries = {**manifest.model_dump(mode="json"), _SELF: _NO_DIGEST}
     text = f"{json.dumps(entries, indent=2, ensure_ascii=False)}\n".encode()
-    return text.replace(_NO_DIGEST.encode(), hashlib.sha256(text).hexdigest().encode())
+    before, _, after = text.rpartition(_NO_DIGEST.encode())
+    return before + hashlib.sha256(text).hexdigest().encode() + after
 
 
 def _read_manifest(path: Path) -> BundleManifest:
@@ -296,7 +297,8 @@ def _read_manifest(path: Path) -> BundleManifest:
             f"{file} has schema version {version}; this version of fseft-edge reads {_SCHEMA_VERSION}.",
             remedy="Update fseft-edge, or export the encoder again with this version.",
         )
-    if hashlib.sha256(content.replace(digest.encode(), _NO_DIGEST.encode())).hexdigest() != digest:
+    before, _, after = content.rpartition(digest.encode())
+    if hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != digest:
         raise EncoderBundleError(f"{file} has changed since the encoder was exported.", remedy=_EXPORT_AGAIN)
     try:
         return BundleManifest.model_validate_json(json.dumps(entries))

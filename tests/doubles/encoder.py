@@ -99,6 +99,7 @@ def write_random_adapter(
         seed=seed,
         steps=0,
         losses=(),
+        bfloat16=False,
     )
     file = AdapterFile(description, adapter.eval())
     write_adapter(path, file)

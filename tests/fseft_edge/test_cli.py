@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ Run = Callable[..., Outcome]
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Run ``fseft-edge`` as its console script does, in this process."""
     logger = logging.getLogger("fseft_edge")
-    level = logger.level
+    level, on_termination = logger.level, signal.getsignal(signal.SIGTERM)
 
     def run_main(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["fseft-edge", *map(str, arguments)])
@@ -69,6 +70,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     yield run_main
     logger.setLevel(level)
     logging.captureWarnings(capture=False)
+    signal.signal(signal.SIGTERM, on_termination)
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ ERRORS: dict[str, Case] = {
     ),
     "an output among the inputs": (
         2,
-        ["case_1.nii.gz would be overwritten", "another folder"],
+        ["images holds the scans", "another folder"],
         lambda s, t: s.segment(s / "images", output=s / "images"),
     ),
     "an existing bundle": (
@@ -418,6 +420,16 @@ def test_a_folder_that_may_not_be_written_to_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["adapt", "segment", "evaluate --csv"])
+def test_an_output_below_a_file_is_named(site: Site, tmp_path: Path, run: Run, command: str) -> None:
+    (tmp_path / "out").touch()
+    outcome = run(*FULL[command](site, tmp_path / "out" / "below"))
+    assert (outcome.code, outcome.out) == (4, ""), outcome.err
+    assert str(tmp_path / "out") in outcome.err
+    assert "Traceback" not in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def _interrupt(*_: object, **__: object) -> list[torch.Tensor]:
     signal.raise_signal(signal.SIGINT)
     return []
@@ -436,6 +448,24 @@ def test_an_interrupt_while_encoding_ends_in_130_and_leaves_nothing(
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] in ([], ["lock"])
+
+
+def test_termination_ends_as_an_interrupt_does(
+    site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminate(*_: object) -> list[torch.Tensor]:
+        signal.raise_signal(signal.SIGTERM)
+        return []
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(EncoderSession, "encode", terminate)
+    arguments = [
+        *("segment", site / "images/case_1.nii.gz", "--adapter", site / "a.adapter"),
+        *("-o", tmp_path / "out", *ON_CPU),
+    ]
+    assert run(*arguments).code == 130
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
 def test_an_interrupt_while_a_mask_is_written_keeps_the_earlier_one(
@@ -498,6 +528,9 @@ def test_a_failed_case_among_several_gives_its_reason_and_exit_code_5(site: Site
     assert "Error: 1 of 3 cases failed: truncated." in done.stderr
     assert "encoding with torch on cpu" in done.stderr
     assert "Traceback" not in done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
+        str(tmp_path / "out" / f"case_{number}.nii.gz") for number in (1, 2)
+    ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"case_{number}.{kind}" for number in (1, 2) for kind in ("json", "nii.gz")
     ]
@@ -535,6 +568,7 @@ def test_help_explains_every_option(run: Run, command: list[str]) -> None:
 def test_help_and_the_package_import_nothing_heavy() -> None:
     script = """
 import sys
+import tempfile
 import fseft_edge
 at_once = set(sys.modules)
 from fseft_edge.cli.main import cli, main

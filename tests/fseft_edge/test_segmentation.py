@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -204,7 +205,8 @@ def test_the_summary_says_what_the_mask_holds(site: Site, tmp_path: Path) -> Non
     assert summary["shape"] == list(SHAPE)
     assert summary["spacing_mm"] == list(SPACING)
     assert summary["encoder"] == {"name": "tiny", "id": site.bundle.encoder_id}
-    assert summary["adapters"] == [list(organs)]
+    adapter_sha256 = hashlib.sha256((tmp_path / "a.adapter").read_bytes()).hexdigest()
+    assert summary["adapters"] == [{"sha256": adapter_sha256, "organs": list(organs)}]
     voxel_ml = float(np.prod(mask.header.get_zooms())) / 1000
     for label, (organ, entry) in enumerate(zip(organs, summary["organs"], strict=True), start=1):
         voxels = int((array == label).sum())
@@ -280,8 +282,8 @@ def test_a_scan_is_never_overwritten_by_its_own_mask(site: Site, tmp_path: Path)
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     shutil.copytree(site.root / "images", tmp_path / "scans")
     before = {path.name: path.read_bytes() for path in (tmp_path / "scans").iterdir()}
-    with pytest.raises(UsageError, match=r"case_1\.nii\.gz"):
-        site.segment([tmp_path / "scans"], [tmp_path / "a.adapter"], tmp_path / "scans" / ".." / "scans")
+    with pytest.raises(UsageError, match="scans holds the scans"):
+        site.segment([tmp_path / "scans"], [tmp_path / "a.adapter"], tmp_path / "out" / ".." / "scans")
     assert {path.name: path.read_bytes() for path in (tmp_path / "scans").iterdir()} == before
 
 
@@ -304,6 +306,7 @@ def test_one_bad_scan_of_three_leaves_the_others_segmented(
         site.segment([scans], [tmp_path / "a.adapter"], tmp_path / "out", preview=True)
     assert caught.value.exit_code == 5
     assert "1 of 3 cases failed: case_2" in caught.value.message
+    assert [case.case for case in caught.value.completed] == ["case_1", "case_3"]
     assert f"{scans / 'case_2.nii.gz'} is truncated" in caplog.text
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == [f"case_{n}.{kind}" for n in (1, 3) for kind in ("json", "nii.gz", "png")]
