@@ -46,7 +46,7 @@ def largest_component_share(mask: NDArray[np.bool_]) -> float:
         slice(int(filled[0]), int(filled[-1]) + 1)
         for filled in (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
     )
-    part = mask[box]
+    part = np.pad(mask[box], 1)  # a box that is a line of voxels raises RuntimeError in cc3d 4.1.1
     try:
         import cc3d  # noqa: PLC0415 - scipy serves where its wheel is missing
     except ImportError:

@@ -130,7 +130,7 @@ def _resolve_device(name: str) -> torch.device:
 def _choose_backend(bundle: EncoderBundle, device: torch.device) -> str:
     """Return the fastest backend that can be used, by what ``benchmarks/encoder_backends.py`` measures."""
     on_cpu = device.type == "cpu"
-    for name in _FASTEST_ON_CPU[bundle.manifest.architecture] if on_cpu else _FASTEST_ON_CUDA:
+    for name in _FASTEST_ON_CPU.get(bundle.manifest.architecture, ()) if on_cpu else _FASTEST_ON_CUDA:
         reason = _passed_over(name, bundle)
         if reason is None:
             return name

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import fseft_edge
 from fseft_edge.runtime import errors
 
 ROOT = Path(__file__).parents[1]
@@ -106,20 +107,26 @@ def test_the_check_for_unpickling_sees_what_it_should(tmp_path: Path) -> None:
 
 
 SUPPRESSION = re.compile(
-    r"#\s*(?:noqa: [A-Z]+[0-9]+(?:, ?[A-Z]+[0-9]+)*|type: ignore\[[a-z-]+(?:, ?[a-z-]+)*\])(?P<reason>.*)"
+    r"#\s*(?P<rule>noqa: [A-Z]+[0-9]+(?:, ?[A-Z]+[0-9]+)*|type: ignore\[[a-z-]+(?:, ?[a-z-]+)*\])(?P<reason>.*)"
 )
 
 
 @pytest.mark.parametrize("folder", EVERYTHING)
 def test_every_suppression_names_its_rule_and_its_reason(folder: str) -> None:
+    """A reason holds for the lines directly below too, as long as they suppress the same rule."""
     wrong = []
     for name, path in named(files(folder)).items():
+        explained: tuple[int, str] | None = None
         for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
             if token.type != tokenize.COMMENT or not re.search(r"#\s*(noqa|type:\s*ignore|pragma)", token.string):
                 continue
-            matched = SUPPRESSION.match(token.string)
-            if matched is None or not re.search(r"[a-zA-Z]{2,}.*[a-zA-Z]{2,}", matched["reason"]):
-                wrong.append(f"{name}:{token.start[0]} {token.string}")
+            line, matched = token.start[0], SUPPRESSION.match(token.string)
+            if matched and (
+                re.search(r"[a-zA-Z]{2,}.*[a-zA-Z]{2,}", matched["reason"]) or explained == (line - 1, matched["rule"])
+            ):
+                explained = (line, matched["rule"])
+            else:
+                wrong.append(f"{name}:{line} {token.string}")
     assert not wrong
 
 
@@ -127,6 +134,11 @@ def test_every_suppression_names_its_rule_and_its_reason(folder: str) -> None:
 def test_no_file_is_longer_than_400_lines(folder: str) -> None:
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in named(files(folder)).items()}
     assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+@pytest.mark.xfail(reason="pythonpath = tests lets the folder tests/fseft_edge hide an editable install's package")
+def test_the_package_that_tests_import_is_the_projects_own() -> None:
+    assert fseft_edge.__file__ is not None  # a folder without __init__.py has none
 
 
 def test_every_error_class_has_an_exit_code_that_is_documented() -> None:

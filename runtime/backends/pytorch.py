@@ -26,15 +26,17 @@ class TorchSession(EncoderSession):
         on_cpu = device.type == "cpu"
         super().__init__(bundle, device, _MAX_BATCH_CPU if on_cpu else _MAX_BATCH_CUDA)
         network = inference_network(bundle.network())
+        self._order = torch.contiguous_format
         if on_cpu and torch.backends.mkldnn.is_available() and not _normalises_each_window(network):
             _use_onednn(network)
+            self._order = torch.channels_last_3d
         self._network: FeatureNetwork | None = network.to(device)
         self._threads = threads
 
     def _encode_batch(self, windows: Tensor) -> list[Tensor]:
         assert self._network is not None  # noqa: S101 - encode() refuses a closed session
         with _threads(self._threads), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            pyramid: list[Tensor] = self._network(windows.to(self.device))
+            pyramid: list[Tensor] = self._network(windows.to(self.device).to(memory_format=self._order))
             return pyramid
 
     def close(self) -> None:
@@ -82,7 +84,7 @@ def _use_onednn(module: nn.Module) -> None:
     """Make the convolutions within a module run in oneDNN on channels-last features, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv3d | nn.ConvTranspose3d):
-            child.weight.data = child.weight.data.contiguous(memory_format=torch.channels_last_3d)
+            child.weight.data = child.weight.data.to(memory_format=torch.channels_last_3d)
         if isinstance(child, nn.Conv3d):
             setattr(module, name, _OneDnnConvolution(child))
         else:

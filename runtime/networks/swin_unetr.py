@@ -31,7 +31,7 @@ _MERGED_OFFSETS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1,
 class SwinUnetrFeatures(FeatureNetwork):
     """The feature pyramid of a SwinUNETR: its five decoder levels, strides 1, 2, 4, 8, 16.
 
-    Input windows have sides that are multiples of 32, at least 64 (the bottleneck normalises over its voxels).
+    Input windows have sides that are multiples of 32, not all of them 32: the bottleneck normalises over its voxels.
 
     Args:
         feature_size: channels of the finest level, a multiple of 12; 48 in every published checkpoint.

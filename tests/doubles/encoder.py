@@ -42,13 +42,15 @@ def scan(seed: int) -> Phantom:
     return phantom(seed, shape=SHAPE, spacing=SPACING)
 
 
-def write_tiny_encoder(path: Path, *, seed: int = 0, graph: Path | None = None) -> EncoderBundle:
+def write_tiny_encoder(
+    path: Path, *, seed: int = 0, graph: Path | None = None, architecture: str = "residual_unet"
+) -> EncoderBundle:
     """Write a bundle through the project's own writer; another seed is another encoder."""
     network, _ = _calibrated(seed)
     generator = torch.Generator().manual_seed(seed)
     contents = BundleContents(
         name="tiny",
-        architecture="residual_unet",
+        architecture=architecture,
         settings={"channels": list(CHANNELS)},
         preprocessing=Preprocessing(spacing=SPACING),
         window=WINDOW,

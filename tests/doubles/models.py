@@ -62,7 +62,7 @@ def small_contents(seed: int = 0, **changes: object) -> BundleContents:
         "head_bias": torch.tensor([0.5, -0.25]),
         "graph": None,
     }
-    return BundleContents(**{**entries, **changes})  # type: ignore[arg-type]
+    return BundleContents(**{**entries, **changes})  # type: ignore[arg-type]  # each entry has its own type
 
 
 def windows(count: int, seed: int = 0) -> torch.Tensor:

@@ -16,7 +16,7 @@ from fseft_edge.runtime.backends.onnxruntime import GraphRunner
 from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
 
 FEATURE_SIZE = 12
-WINDOW = (64, 64, 64)
+WINDOW = (64, 32, 32)  # the third stage shifts its attention windows along one axis only
 
 
 def published_merging(module: nn.Module, x: Tensor) -> Tensor:
@@ -77,10 +77,9 @@ def test_pyramid_is_that_of_monai_with_monai_weights(reference: nn.Module) -> No
 
 
 def test_graph_equals_pytorch_and_holds_no_masks(network: SwinUnetrFeatures, tmp_path: Path) -> None:
-    # One plain and one shifted block in the first stage, one plain block in the others: every operator, half the time.
+    # A plain and a shifted block in the first stage, none in the others: every operator in half the time.
     for stage in range(2, 5):
-        layer = network.get_submodule(f"swinViT.layers{stage}.0")
-        layer.blocks = nn.ModuleList([layer.blocks[0]])
+        network.get_submodule(f"swinViT.layers{stage}.0").blocks = nn.ModuleList()
     path = tmp_path / "encoder.onnx"
     write_graph(network, WINDOW, path)
     both = torch.cat([window(0), window(1)])

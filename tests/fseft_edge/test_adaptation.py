@@ -109,7 +109,7 @@ def test_the_adapter_file_says_what_was_learned_from_what(site: Site, tmp_path: 
     training = TrainingSettings(seed=5, epochs=2, block=16, batch=2, blocks_per_epoch=3)
     file = site.adapt([LIVER, SPLEEN], tmp_path / "a.adapter", training=training)
     description = read_adapter(tmp_path / "a.adapter").description
-    assert description == file.description
+    assert description.losses == file.description.losses
     assert description.encoder_id == site.bundle.encoder_id
     assert description.encoder_name == "tiny"
     assert (description.shots, description.seed, description.steps) == (2, 5, 2 * 3)

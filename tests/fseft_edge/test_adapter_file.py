@@ -63,7 +63,8 @@ def test_what_is_written_comes_back(tmp_path: Path, settings: AdapterSettings) -
     file = made(settings)
     write_adapter(tmp_path / "a.adapter", file)
     back = read_adapter(tmp_path / "a.adapter")
-    assert back.description == file.description
+    for name in ("organs", "settings", "levels", "losses", "encoder_id", "seed", "steps", "shots", "bfloat16"):
+        assert getattr(back.description, name) == getattr(file.description, name)
     assert back.sha256 == hashlib.sha256((tmp_path / "a.adapter").read_bytes()).hexdigest()
     assert back.adapter.settings == settings
     assert not back.adapter.training

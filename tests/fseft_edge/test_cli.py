@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -27,6 +27,9 @@ from doubles.encoder import label_of, write_case, write_random_adapter, write_ti
 from fseft_edge._version import __version__
 from fseft_edge.adapter_file import read_adapter
 from fseft_edge.cli.main import cli, main
+from fseft_edge.demonstration import DemoResult
+from fseft_edge.evaluation import Evaluation, EvaluationRow
+from fseft_edge.report.progress import Progress
 from fseft_edge.runtime import atomic
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.nifti import read_label_map
@@ -101,6 +104,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     write_random_adapter(root / "a.adapter", site.bundle, ("liver", "spleen"), support_volumes_ml=(1.0,))
     other = write_tiny_encoder(root / "elsewhere" / "other.encoder", seed=9)
     write_random_adapter(root / "elsewhere" / "other.adapter", other)
+    write_tiny_encoder(root / "elsewhere" / "future.encoder", architecture="net_of_2030")
     broken = root / "elsewhere" / "broken.encoder"
     shutil.copytree(site.bundle.path, broken)
     weights = bytearray((broken / "encoder.safetensors").read_bytes())
@@ -177,6 +181,31 @@ def test_quiet_prints_results_only(site: Site, tmp_path: Path, run: Run) -> None
     outcome = run(*site.segment(site / "images", output=tmp_path), "--quiet")
     assert len(outcome.out.splitlines()) == 2
     assert outcome.err == ""
+
+
+def test_the_demo_prints_its_figures_and_where_the_pictures_are(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = EvaluationRow("phantom_11", "liver", "scored", 0.625, 4.0, 0.5, 1500.0, 1600.0)
+    before, after = (
+        Evaluation(
+            rows=(replace(row, dsc=dsc),), failures=(), without_prediction=(), organs=("liver",), nsd_tolerance_mm=2.0
+        )
+        for dsc in (0.625, 0.875)
+    )
+    folders: list[Path] = []
+
+    def done(output: Path, progress: Progress) -> DemoResult:
+        folders.append(output)
+        return DemoResult(before, after, output / "index.html")
+
+    monkeypatch.setattr("fseft_edge.demonstration.run_demo", done)
+    outcome = run("demo", "-o", tmp_path / "demo", "--quiet")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert folders == [tmp_path / "demo"]
+    (line,) = (line for line in outcome.out.splitlines() if "phantom_11" in line)
+    assert re.search(r"liver.*0\.625.*0\.875", line)
+    assert f"Pictures: {tmp_path / 'demo' / 'index.html'}" in outcome.out
 
 
 def test_the_version_is_printed(run: Run) -> None:
@@ -277,6 +306,13 @@ ERRORS: dict[str, Case] = {
         3,
         ["broken.encoder/encoder.safetensors has changed", "Export the encoder again"],
         lambda s, t: s.adapt("--organ", LIVER, "--encoder", s / "elsewhere/broken.encoder", output=t / "out"),
+    ),
+    "a bundle of a newer version": (
+        3,
+        ["'net_of_2030' is unknown", "Update fseft-edge"],
+        lambda s, t: s.adapt(
+            *("--organ", LIVER, "--backend", "auto", "--encoder", s / "elsewhere/future.encoder"), output=t / "out"
+        ),
     ),
     "no bundle": (
         3,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import html.parser
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from fseft_edge.adaptation import adapt
 from fseft_edge.adapter_file import AdapterFile, read_adapter
 from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.adapters import AdapterSettings
-from fseft_edge.cli.main import main
 from fseft_edge.demonstration import DemoResult, run_demo
 from fseft_edge.phantom import ORGANS, SITES, phantom
 from fseft_edge.report.progress import SilentProgress
@@ -171,15 +169,3 @@ def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a demo's folder"):
         run_demo(tmp_path / "file")
     assert (tmp_path / "thesis.tex").read_text() == "five years"
-
-
-def test_the_command_prints_the_table_and_where_the_pictures_are(
-    result: DemoResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demonstration, "run_demo", lambda output, progress: result)
-    monkeypatch.setattr(sys, "argv", ["fseft-edge", "demo", "-o", "somewhere", "--quiet"])
-    main()
-    printed = capsys.readouterr()
-    assert f"Pictures: {result.page}" in printed.out
-    assert all(change.organ in printed.out for change in result.changes())
-    assert printed.err == ""

@@ -216,4 +216,4 @@ def test_sharp_kernel_keeps_steeper_edges_than_a_smooth_one() -> None:
 @pytest.mark.parametrize("settings", [{"noise_hu": -1.0}, {"kernel_fwhm_mm": -1.0}, {"contrast_phase": "late"}])
 def test_impossible_site_is_refused(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError):
-        Site(**settings)  # type: ignore[arg-type]
+        Site(**settings)  # type: ignore[arg-type]  # the wrong settings are the point

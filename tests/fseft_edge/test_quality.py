@@ -100,6 +100,17 @@ def test_pieces_with_a_voxel_between_them_are_two() -> None:
     assert largest_component_share(box((2, 4), (2, 4), (2, 4)) | box((5, 7), (2, 4), (2, 4))) == 0.5
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_specks_on_one_line_of_voxels_are_counted(axis: int) -> None:
+    """Their bounding box is one voxel wide, which cc3d 4.1.1 does not bear."""
+    mask = np.zeros(SHAPE, bool)
+    for place in (2, 4, 5):
+        index = [3, 3, 3]
+        index[axis] = place
+        mask[tuple(index)] = True
+    assert largest_component_share(mask) == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("mask", [INNER, box((11, 12), (9, 10), (7, 8)), np.ones(SHAPE, bool)])
 def test_one_piece_is_whole_wherever_it_lies(mask: Mask) -> None:
     assert largest_component_share(mask) == 1.0

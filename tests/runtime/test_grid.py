@@ -224,7 +224,7 @@ def test_antialiasing_equals_torch_where_the_fields_of_view_coincide():
 
 
 def test_grid_content_equals_monai_on_the_same_lattice():
-    from monai.data import MetaTensor  # noqa: PLC0415
+    from monai.data import MetaTensor  # noqa: PLC0415 - seconds to import, for this test alone
     from monai.transforms import Orientation, Spacing, SpatialResample  # noqa: PLC0415
 
     voxels = np.random.default_rng(6).integers(-1000, 1500, (21, 17, 9)).astype(np.float32)
