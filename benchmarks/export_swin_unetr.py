@@ -57,7 +57,8 @@ def main() -> None:
             graphs.append(hashlib.sha256(bundle.graph.read_bytes()).hexdigest())
             report = bundle.manifest.parity["onnxruntime"]
             print(
-                f"export with parity: {seconds:.0f} s ({busy:.0f} s of processor time on {torch.get_num_threads()} threads)"
+                f"export with parity: {seconds:.0f} s "
+                f"({busy:.0f} s of processor time, {torch.get_num_threads()} threads)"
             )
             print(f"ONNX graph: {bundle.graph.stat().st_size / 1e6:.1f} MB")
             errors = ", ".join(f"{error:.1e}" for error in report.relative_error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,11 +12,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.runtime.atomic import atomic_path
-from fseft_edge.runtime.bundle import sha256_of_file
+from fseft_edge.runtime.bundle import sha256_of_file, sha256_of_weights
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.networks.base import FeatureLevel
 
@@ -42,6 +45,7 @@ class AdapterDescription(BaseModel):
 
     Attributes:
         bfloat16: whether training computed in bfloat16.
+        content_sha256: of the weights and of everything else here; set when the file is written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +62,7 @@ class AdapterDescription(BaseModel):
     steps: int
     losses: tuple[float, ...]
     bfloat16: bool
+    content_sha256: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +97,10 @@ def adapter_settings(settings: AdapterSettings) -> dict[str, str | int]:
 def write_adapter(path: Path, file: AdapterFile) -> None:
     """Write an adapter; it appears complete or not at all, and the same adapter gives the same bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in file.adapter.state_dict().items()}
+    description = file.description.model_copy(update={"content_sha256": _digest(file.description, tensors)})
     with atomic_path(path) as temporary:
         # Not save_file: it reports a full disk as a SafetensorError.
-        temporary.write_bytes(save(tensors, metadata={_METADATA_KEY: file.description.model_dump_json()}))
+        temporary.write_bytes(save(tensors, metadata={_METADATA_KEY: description.model_dump_json()}))
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -129,4 +135,12 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(
             f"{path} holds weights or settings that do not fit together.", remedy="Adapt again with this version."
         ) from error
+    if description.content_sha256 != _digest(description, tensors):
+        raise AdapterError(f"{path} has changed since it was written.", remedy="Copy the adapter again, or adapt again.")
     return AdapterFile(description, adapter.eval(), sha256_of_file(path))
+
+
+def _digest(description: AdapterDescription, tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of all that an adapter file holds."""
+    text = description.model_copy(update={"content_sha256": ""}).model_dump_json()
+    return hashlib.sha256(f"{text}{sha256_of_weights(tensors)}".encode()).hexdigest()

@@ -98,6 +98,7 @@ def segment(
     bundle = EncoderBundle.open(encoder or find_encoder(adapters[0], files[0].description.encoder_id))
     for path, file in zip(adapters, files, strict=True):
         file.check_encoder(bundle.encoder_id, path=path)
+    _check_organs(files)
     done: list[SegmentedCase] = []
     failed: list[str] = []
     with ExitStack() as stack:
@@ -216,6 +217,15 @@ def _cases(scans: Sequence[Path]) -> list[Path]:
                 remedy="Rename one, or segment them into different folders.",
             )
     return paths
+
+
+def _check_organs(files: Sequence[AdapterFile]) -> None:
+    names = [organ.name for file in files for organ in file.description.organs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(
+            f"Two adapters segment {', '.join(twice)}.", remedy="Give one of them, or segment into two folders."
+        )
 
 
 def _check_output(output: Path, scans: Sequence[Path]) -> None:

@@ -136,7 +136,6 @@ def test_no_file_is_longer_than_400_lines(folder: str) -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-@pytest.mark.xfail(reason="pythonpath = tests lets the folder tests/fseft_edge hide an editable install's package")
 def test_the_package_that_tests_import_is_the_projects_own() -> None:
     assert fseft_edge.__file__ is not None  # a folder without __init__.py has none
 

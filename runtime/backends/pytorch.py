@@ -14,7 +14,7 @@ from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.session import EncoderSession
 
 _MAX_BATCH_CPU = 1  # more windows at once cost memory and gain nothing measurable
-_MAX_BATCH_CUDA = 4
+_MAX_BATCH_CUDA = 2  # attention of SwinUNETR-48 at 96^3 alone takes 1.5 GB a window
 
 
 class TorchSession(EncoderSession):
