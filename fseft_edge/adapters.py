@@ -47,7 +47,7 @@ class AdapterSettings:
     method: Method = "spatial"
     reads: Reads = "pyramid"
     activation: Activation = "sigmoid"
-    width: int = 32
+    width: int = 16
 
 
 class ResidualStep(nn.Module):

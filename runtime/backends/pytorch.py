@@ -52,7 +52,7 @@ class _Foldable(Protocol):
 
 def inference_network(network: FeatureNetwork) -> FeatureNetwork:
     """Return the same function in its form for inference: evaluation mode, normalisations folded where they can be."""
-    return (network.folded() if isinstance(network, _Foldable) else network).eval().requires_grad_(False)
+    return (network.folded() if isinstance(network, _Foldable) else network).eval()
 
 
 class _OneDnnConvolution(nn.Module):
