@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from fseft_edge.export.export import export_encoder
 from fseft_edge.organs import OrganLabel
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.bundle import EncoderBundle, sha256_of_file
 
 BASE = (OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 7))
 NOVEL = (OrganLabel("parotid_right", 3), OrganLabel("parotid_left", 4))
@@ -53,7 +54,8 @@ def draw_support(shots: int, draw: int) -> list[str]:
 
 def encoder(model: Path | None) -> EncoderBundle:
     """Return the bundle of a model file (the built-in encoder for None), exported when it is not there yet."""
-    output = RUNS / f"{model.stem if model else 'edge_base'}.encoder"
+    source = model or Path(str(files("fseft_edge") / "encoders" / "edge_base.safetensors"))
+    output = RUNS / f"{source.stem}-{sha256_of_file(source)[:12]}.encoder"
     if output.exists():
         return EncoderBundle.open(output)
     return export_encoder(model, model="custom" if model else "edge_base", output=output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import Tensor, nn
 
 from fseft_edge.runtime.backends.pytorch import inference_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
@@ -22,8 +24,9 @@ def write_graph(network: FeatureNetwork, window: tuple[int, int, int], path: Pat
     """Write a network as one ONNX file; the same network gives the same bytes.
 
     The input ``windows`` is float32 ``[n, 1, X, Y, Z]`` with any n; the outputs are ``level_0`` (finest), ``level_1``,
-    ... Batch normalisations are folded. The exporter's notes on where in the source an operator comes from are left
-    out: they name folders of the machine that exported.
+    ... Batch normalisations are folded, instance normalisations written out (:class:`_StagedInstanceNorm`). The
+    exporter's notes on where in the source an operator comes from are left out: they name folders of the machine that
+    exported.
 
     Args:
         network: what to export; it stays as it is.
@@ -33,7 +36,7 @@ def write_graph(network: FeatureNetwork, window: tuple[int, int, int], path: Pat
     example = torch.zeros(2, 1, *window)  # a batch of 1 would be taken for a constant
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
-            inference_network(network),
+            _with_staged_statistics(inference_network(network)),
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -46,6 +49,42 @@ def write_graph(network: FeatureNetwork, window: tuple[int, int, int], path: Pat
     model = program.model_proto
     _drop_notes(model)
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+class _StagedInstanceNorm(nn.Module):
+    """An instance normalisation whose means are taken along one axis after another.
+
+    ONNX Runtime's own operator adds a whole window up in float32. A CT window is constant over large parts (air, and
+    whatever the HU window clips), so that the rounding errors of the sum all have one sign: on 96^3 voxels of a real
+    abdomen the normalised features were wrong by 2e-4 of their largest, twice the parity gate; written out, by 1e-7.
+    """
+
+    def __init__(self, norm: nn.InstanceNorm3d) -> None:
+        super().__init__()
+        self._eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - _staged_mean(x)
+        return centred * torch.rsqrt(_staged_mean(centred * centred) + self._eps)
+
+
+def _staged_mean(x: Tensor) -> Tensor:
+    """Return the mean over X, Y, Z of ``[n, C, X, Y, Z]``, as ``[n, C, 1, 1, 1]``."""
+    return x.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True)
+
+
+def _with_staged_statistics(network: FeatureNetwork) -> FeatureNetwork:
+    """Return a copy without plain instance normalisations, or the network itself where it has none."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.InstanceNorm3d)]
+    if not names:
+        return network
+    network = copy.deepcopy(network)
+    for name in names:
+        norm = network.get_submodule(name)
+        assert isinstance(norm, nn.InstanceNorm3d)  # noqa: S101 - chosen so
+        assert not norm.affine  # noqa: S101 - no architecture here learns a scale
+        network.set_submodule(name, _StagedInstanceNorm(norm))
+    return network
 
 
 def _drop_notes(model: onnx.ModelProto) -> None:

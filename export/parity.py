@@ -91,10 +91,10 @@ def _ct_windows(
 
 
 def _noise_windows(window: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Yield windows ``[1, 1, X, Y, Z]`` of smooth and fine noise together, 0..1, with clipped parts as a CT has."""
+    """Yield windows ``[1, 1, X, Y, Z]`` of noise on smooth shapes; half is exactly 0 and a part exactly 1, as in a CT."""
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     coarse_size = [max(2, side // 16) for side in window]
     for _ in range(_NOISE_WINDOWS):
         coarse = torch.randn(1, 1, *coarse_size, generator=generator)
         smooth = F.interpolate(coarse, size=window, mode="trilinear", align_corners=False)
-        yield (0.5 + 0.5 * smooth + 0.05 * torch.randn(1, 1, *window, generator=generator)).clamp(0.0, 1.0)
+        yield (smooth + 0.05 * torch.randn(1, 1, *window, generator=generator)).clamp(0.0, 1.0)

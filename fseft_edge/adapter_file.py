@@ -136,7 +136,9 @@ def read_adapter(path: Path) -> AdapterFile:
             f"{path} holds weights or settings that do not fit together.", remedy="Adapt again with this version."
         ) from error
     if description.content_sha256 != _digest(description, tensors):
-        raise AdapterError(f"{path} has changed since it was written.", remedy="Copy the adapter again, or adapt again.")
+        raise AdapterError(
+            f"{path} has changed since it was written.", remedy="Copy the adapter again, or adapt again."
+        )
     return AdapterFile(description, adapter.eval(), sha256_of_file(path))
 
 

@@ -48,7 +48,7 @@ class SupportScan:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How an adapter is trained. The defaults were chosen by cross-validation (docs/architecture.md, "Constants").
+    """How an adapter is trained. Where the defaults come from: docs/architecture.md, "Constants".
 
     Attributes:
         seed: of everything random.
@@ -58,6 +58,8 @@ class TrainingSettings:
         blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, the paper's number).
         epochs: at most; None divides ``blocks`` by what an epoch holds.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the CPU has instructions for it.
+        feature_shift: each block's channels are shifted by noise of this standard deviation (1 is the channel's own).
+        channel_dropout: share of the channels of levels 1, 2, ... that a block does without.
         linear_rate: AdamW's peak rate for parameters that the logits are linear in; warm-up over the first epoch, then
             a cosine to zero.
         residual_rate: the same for convolutions of the residual path.
@@ -69,9 +71,11 @@ class TrainingSettings:
     block: int = 32
     batch: int = 4
     blocks_per_epoch: int = 6
-    blocks: int = 2400
+    blocks: int = 1200
     epochs: int | None = None
     bfloat16: bool | None = None
+    feature_shift: float = 0.5
+    channel_dropout: float = 0.5
     linear_rate: float = 1e-2
     residual_rate: float = 2e-3
     smoothing: int = 10
@@ -125,6 +129,7 @@ def train_adapter(
     adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed)
     adapter.train()
     optimizer = _optimizer(adapter, training)
+    generator = torch.Generator().manual_seed(training.seed)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
     bfloat16 = _cpu_has_bfloat16() if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support))
@@ -141,7 +146,7 @@ def train_adapter(
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * _schedule(share, 1 / epochs)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                    logits = adapter(batch.features, sampler.core)
+                    logits = adapter(_perturbed(batch.features, adapter, training, generator), sampler.core)
                 loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
                 optimizer.zero_grad()
                 loss.backward()
@@ -169,6 +174,28 @@ def untrained_adapter(
     _fit_normalisation(adapter, support, np.random.default_rng(seed))
     adapter.start_from_head(head_rows)
     return adapter
+
+
+def _perturbed(
+    features: Sequence[Tensor], adapter: Adapter, training: TrainingSettings, generator: torch.Generator
+) -> list[Tensor]:
+    """Return features as another scan might have shown them, so that the adapter leans on no single channel.
+
+    A handful of scans cannot tell what a channel says about the organ from what it says about the scan: deep channels
+    are offset from one scan to the next. Each block's channels are shifted as a whole, and coarse ones dropped.
+    """
+    perturbed = []
+    for level, x in enumerate(features):
+        mean, scale = adapter.mean(level), adapter.scale(level)
+        shift = training.feature_shift * scale * torch.randn(*x.shape[:2], generator=generator)
+        changed = x + shift[..., None, None, None]
+        if level and training.channel_dropout:
+            kept = torch.rand(*x.shape[:2], generator=generator) >= training.channel_dropout
+            gain = (kept / (1 - training.channel_dropout))[..., None, None, None]
+            centre = mean[:, None, None, None]
+            changed = centre + (changed - centre) * gain
+        perturbed.append(changed)
+    return perturbed
 
 
 def _optimizer(adapter: Adapter, training: TrainingSettings) -> torch.optim.AdamW:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from doubles.models import WINDOW, small_network, windows
 
+from torch import Tensor, nn
+
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -49,3 +52,26 @@ def test_graph_tells_nothing_of_the_machine_that_made_it(small_graph: Path) -> N
     assert b"site-packages" not in content
     assert str(Path(torch.__file__).parents[2]).encode() not in content
     assert str(Path(__file__).parents[2]).encode() not in content
+
+
+class NormOnly(FeatureNetwork):
+    """An instance normalisation and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = (FeatureLevel(1, 1),)
+        self.norm = nn.InstanceNorm3d(1)
+
+    def forward(self, windows: Tensor) -> list[Tensor]:
+        return [self.norm(windows)]
+
+
+def test_instance_normalisation_is_exact_where_large_parts_of_a_window_are_constant(tmp_path: Path) -> None:
+    window = torch.rand(1, 1, 96, 96, 96, generator=torch.Generator().manual_seed(0))
+    window[..., 40:] = 0.3
+    network = NormOnly().eval()
+    write_graph(network, (96, 96, 96), tmp_path / "norm.onnx")
+    (features,) = GraphRunner(tmp_path / "norm.onnx", torch.device("cpu"), 1)(window)
+    expected = nn.functional.instance_norm(window.double())
+    assert float((features - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
+    assert isinstance(network.norm, nn.InstanceNorm3d)
