@@ -91,7 +91,7 @@ def _ct_windows(
 
 
 def _noise_windows(window: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Yield windows ``[1, 1, X, Y, Z]`` of noise on smooth shapes; half is exactly 0 and a part exactly 1, as in a CT."""
+    """Yield windows ``[1, 1, X, Y, Z]`` of noise on smooth shapes; half is exactly 0 and some is 1, as in a CT."""
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     coarse_size = [max(2, side // 16) for side in window]
     for _ in range(_NOISE_WINDOWS):

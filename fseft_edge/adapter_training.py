@@ -146,7 +146,7 @@ def train_adapter(
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * _schedule(share, 1 / epochs)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                    logits = adapter(_perturbed(batch.features, adapter, training, generator), sampler.core)
+                    logits = adapter(perturbed(batch.features, adapter, training, generator), sampler.core)
                 loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
                 optimizer.zero_grad()
                 loss.backward()
@@ -176,7 +176,7 @@ def untrained_adapter(
     return adapter
 
 
-def _perturbed(
+def perturbed(
     features: Sequence[Tensor], adapter: Adapter, training: TrainingSettings, generator: torch.Generator
 ) -> list[Tensor]:
     """Return features as another scan might have shown them, so that the adapter leans on no single channel.

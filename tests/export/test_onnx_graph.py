@@ -8,7 +8,6 @@ import onnx
 import pytest
 import torch
 from doubles.models import WINDOW, small_network, windows
-
 from torch import Tensor, nn
 
 from fseft_edge.export.onnx_graph import write_graph

@@ -352,7 +352,15 @@ def test_adaptation_finds_an_organ_of_a_patient_it_has_not_seen(site: Site, tmp_
     """The liver, on top of an encoder and a head with random weights."""
     image, reference = write_case(tmp_path / "query", "case_3", 3)
     trained = TrainingSettings(
-        epochs=20, block=16, batch=4, blocks_per_epoch=8, linear_rate=0.02, residual_rate=0.01, bfloat16=False
+        epochs=20,
+        block=16,
+        batch=4,
+        blocks_per_epoch=8,
+        feature_shift=0.0,
+        channel_dropout=0.0,
+        linear_rate=0.02,
+        residual_rate=0.01,
+        bfloat16=False,
     )
     dsc = []
     for name, training in (("before", UNTOUCHED), ("after", trained)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from doubles.features import MemoryFeatures
 
-from fseft_edge.adapter_training import SupportScan, TrainingSettings, train_adapter, untrained_adapter
+from fseft_edge.adapter_training import SupportScan, TrainingSettings, perturbed, train_adapter, untrained_adapter
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.blocks import Box, read_block
 from fseft_edge.runtime.feature_store import FeatureMap
@@ -104,3 +104,23 @@ def test_epochs_follow_the_size_of_the_support_set_up_to_the_papers_number() -> 
     assert training.epochs_for(1) == 200
     assert training.epochs_for(10) == training.blocks // 60
     assert TrainingSettings(epochs=3).epochs_for(10) == 3
+
+
+def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_only() -> None:
+    scan = _scan(1)
+    adapter = untrained_adapter(AdapterSettings("linear", "pyramid"), [scan], head_rows=[None])
+    features = [torch.full((200, level.channels, 1, 1, 1), 5.0) for level in adapter.levels]
+    generator = torch.Generator().manual_seed(0)
+    training = TrainingSettings(feature_shift=0.5, channel_dropout=0.5)
+    finest, coarse = perturbed(features, adapter, training, generator)
+    for level, changed in enumerate((finest, coarse)):
+        offset = (changed - 5.0).flatten(1) / adapter.scale(level)
+        if level == 0:
+            assert float(offset.std()) == pytest.approx(0.5, rel=0.1)
+            assert float(offset.mean()) == pytest.approx(0, abs=0.1)
+    left_out = (coarse.flatten(1) == adapter.mean(1)).float().mean()
+    assert float(left_out) == pytest.approx(0.5, abs=0.1)
+    assert not bool((finest.flatten(1) == adapter.mean(0)).any())
+    still = perturbed(features, adapter, TrainingSettings(feature_shift=0, channel_dropout=0), generator)
+    for before, after in zip(features, still, strict=True):
+        assert torch.equal(before, after)
