@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,9 @@ def real_ct() -> Path:
     if not root:
         pytest.skip("FSEFT_EDGE_DATA is unset: no real CT to test on")
     return Path(root)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Let SIGINT interrupt, also where the tests run in the background of a shell, which ignores it there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

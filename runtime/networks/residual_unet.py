@@ -52,8 +52,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[n, outputs, X / stride, Y / stride, Z / stride]``."""
-        inner = self.second(torch.relu(self.first(x)))
-        return torch.relu(inner + self.shortcut(x))
+        inner: Tensor = self.second(torch.relu_(self.first(x)))
+        inner += self.shortcut(x)
+        return torch.relu_(inner)
 
 
 class ResidualUNet(FeatureNetwork):

@@ -19,6 +19,7 @@ from fseft_edge.runtime.volume import LabelMap
 
 AFFINE = np.diag([1.0, 2.0, 4.0, 1.0])
 ORGANS = {"liver": 6, "spleen": 1}
+FOUND = {"liver": 1, "spleen": 2}
 
 
 def labels(**boxes: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -54,7 +55,7 @@ def test_scores_volumes_and_summaries_of_known_masks(predictions: Path, referenc
     for case, shift in (("a", 0), ("b", 2), ("c", 5)):
         write(references, case, labels(id6=(5, 15, 3), id1=(5, 15, 12)))
         write(predictions, case, labels(id1=(5 + shift, 15 + shift, 3), id2=(5, 15, 12)))
-    evaluation = evaluate(predictions, references, ORGANS)
+    evaluation = evaluate(predictions, references, ORGANS, prediction_ids=FOUND)
     assert [(r.case, r.organ) for r in evaluation.rows] == [(c, o) for c in "abc" for o in ORGANS]
     assert [row(evaluation, case, "liver").dsc for case in "abc"] == pytest.approx([1.0, 0.8, 0.5])
     assert [row(evaluation, case, "liver").hd95_mm for case in "abc"] == pytest.approx([0, 2, 5])
@@ -73,8 +74,10 @@ def test_scores_volumes_and_summaries_of_known_masks(predictions: Path, referenc
 def test_tolerance_of_the_surface_distance_is_in_mm(predictions: Path, references: Path) -> None:
     write(references, "a", labels(id6=(5, 15, 3)))
     write(predictions, "a", labels(id1=(8, 18, 3)))
-    strict = row(evaluate(predictions, references, {"liver": 6}), "a", "liver")
-    loose = row(evaluate(predictions, references, {"liver": 6}, nsd_tolerance_mm=3.0), "a", "liver")
+    strict = row(evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND), "a", "liver")
+    loose = row(
+        evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND, nsd_tolerance_mm=3.0), "a", "liver"
+    )
     assert strict.nsd is not None
     assert strict.nsd < 1
     assert loose.nsd == 1
@@ -85,7 +88,7 @@ def test_organ_without_annotation_is_absent_and_not_averaged(predictions: Path, 
     write(references, "b", labels(id1=(5, 15, 12)))
     for case in "ab":
         write(predictions, case, labels(id1=(5, 15, 3), id2=(5, 15, 12)))
-    evaluation = evaluate(predictions, references, ORGANS)
+    evaluation = evaluate(predictions, references, ORGANS, prediction_ids=FOUND)
     assert row(evaluation, "b", "liver") == EvaluationRow("b", "liver", "absent", None, None, None, 1.28, None)
     liver, spleen = evaluation.summaries()
     assert (liver.scored, liver.absent) == (1, 1)
@@ -99,7 +102,7 @@ def test_missed_organ_counts_as_zero_and_has_no_distance(predictions: Path, refe
         write(references, case, labels(id6=(5, 15, 3)))
     write(predictions, "a", labels(id1=(5, 15, 3)))
     write(predictions, "b", labels())
-    evaluation = evaluate(predictions, references, {"liver": 6})
+    evaluation = evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND)
     assert row(evaluation, "b", "liver") == EvaluationRow("b", "liver", "missed", 0.0, None, 0.0, 0.0, 1.28)
     (liver,) = evaluation.summaries()
     assert (liver.scored, liver.missed) == (1, 1)
@@ -144,7 +147,7 @@ def test_cases_without_partner_and_of_another_lattice_are_listed_and_the_others_
     write(predictions, "other_place", array, AFFINE + np.array([[0, 0, 0, 0.5]] + 3 * [[0, 0, 0, 0]]))
     write(predictions, "only_prediction", array)
     (predictions / "damaged.nii.gz").write_bytes(b"\x1f\x8b not really")
-    evaluation = evaluate(predictions, references, {"liver": 6})
+    evaluation = evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND)
     assert [r.case for r in evaluation.rows] == ["good"]
     messages = {failure.case: failure.message for failure in evaluation.failures}
     assert set(messages) == {"other_shape", "other_place", "only_prediction", "damaged"}
@@ -159,9 +162,9 @@ def test_single_file_pairs_by_name_with_a_folder_and_with_any_other_file(predict
     for case in "ab":
         write(references, case, labels(id6=(5, 15, 3)))
     one = write(predictions, "a", labels(id1=(5, 15, 3)))
-    evaluation = evaluate(one, references, {"liver": 6})
+    evaluation = evaluate(one, references, {"liver": 6}, prediction_ids=FOUND)
     assert ([r.case for r in evaluation.rows], evaluation.failures) == (["a"], ())
-    other = evaluate(one, references / "b.nii.gz", {"liver": 6})
+    other = evaluate(one, references / "b.nii.gz", {"liver": 6}, prediction_ids=FOUND)
     assert [r.dsc for r in other.rows] == [1]
 
 
@@ -190,7 +193,7 @@ def test_csv_json_and_table_hold_every_row(predictions: Path, references: Path, 
     write(references, "c", labels(id6=(5, 15, 3)))
     write(predictions, "a", labels(id1=(7, 17, 3)))
     write(predictions, "b", labels(id1=(5, 15, 3)))
-    evaluation = evaluate(predictions, references, ORGANS)
+    evaluation = evaluate(predictions, references, ORGANS, prediction_ids=FOUND)
     evaluation.to_csv(tmp_path / "scores.csv")
     evaluation.to_json(tmp_path / "scores.json")
 
