@@ -147,7 +147,7 @@ class Evaluation:
     def table(self) -> Table:
         """Every row, then each organ's mean ± standard deviation, for a terminal or a log."""
         from rich.table import Table  # noqa: PLC0415  only where a table is shown
-        from rich.text import Text  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415 - likewise
 
         table = Table(caption=self._caption(), caption_justify="left")
         for heading in ("case", "organ"):

@@ -103,8 +103,8 @@ def surface_scores(
         return math.inf, 0.0
 
     import torch  # noqa: PLC0415  seconds to import, and DSC alone needs neither
-    from monai.metrics.hausdorff_distance import compute_hausdorff_distance  # noqa: PLC0415
-    from monai.metrics.surface_dice import compute_surface_dice  # noqa: PLC0415
+    from monai.metrics.hausdorff_distance import compute_hausdorff_distance  # noqa: PLC0415 - likewise
+    from monai.metrics.surface_dice import compute_surface_dice  # noqa: PLC0415 - likewise
 
     y_pred, y = (torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (prediction, reference))
     with warnings.catch_warnings():

@@ -96,8 +96,8 @@ def adapt(
     """Learn organs from a few annotated CTs and write an adapter."""
     wanted = parse_organs(organs)
     from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415
-    from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415
+    from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
+    from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
 
     with common.progress() as progress:
         file = run(
@@ -242,7 +242,7 @@ def _echo_table(table: Table) -> None:
 def pretrain(*, plan: Path, data_root: Path, output: Path, initial: Path | None, resume: bool, quiet: bool) -> None:
     """Train an encoder on the data sets that the TOML file PLAN lists; they may be annotated only in part."""
     from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.pretraining import read_plan  # noqa: PLC0415
+    from fseft_edge.pretraining import read_plan  # noqa: PLC0415 - likewise
 
     with open_progress(quiet=quiet) as progress:
         model = run(

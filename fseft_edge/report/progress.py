@@ -158,8 +158,8 @@ class BarProgress(_Scope):
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console  # noqa: PLC0415  not needed where nothing is shown
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415
-        from rich.progress import Progress as RichBars  # noqa: PLC0415
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415 - likewise
+        from rich.progress import Progress as RichBars  # noqa: PLC0415 - likewise
 
         self._bars = RichBars(
             TextColumn("{task.description}", markup=False),

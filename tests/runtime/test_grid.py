@@ -225,7 +225,7 @@ def test_antialiasing_equals_torch_where_the_fields_of_view_coincide():
 
 def test_grid_content_equals_monai_on_the_same_lattice():
     from monai.data import MetaTensor  # noqa: PLC0415 - seconds to import, for this test alone
-    from monai.transforms import Orientation, Spacing, SpatialResample  # noqa: PLC0415
+    from monai.transforms import Orientation, Spacing, SpatialResample  # noqa: PLC0415 - likewise
 
     voxels = np.random.default_rng(6).integers(-1000, 1500, (21, 17, 9)).astype(np.float32)
     affine = lattice((-0.9, 1.3, -4.0), angles=(5, -8, 3))
