@@ -43,6 +43,22 @@ def atomic_path(target: Path) -> Iterator[Path]:
         _flush(target.parent)
 
 
+def check_writable(target: Path) -> None:
+    """Make sure, before long work, that a file can be written under this name; nothing stays behind.
+
+    Raises:
+        OutOfSpaceError: the folder, or the nearest one above it that exists, cannot be written to.
+        UsageError: ``target`` is a folder.
+    """
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder, not a file.", remedy="Name a file to write to.")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    probe = _temporary_sibling(folder / target.name)
+    with _explained(target, probe):
+        probe.touch()
+        probe.unlink()
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a new temporary folder next to ``target``; it becomes ``target`` when the body ends well.

@@ -224,11 +224,14 @@ def write_feature_map(
             if section.z0 != reached:
                 raise ValueError(f"section {section.z0}:{section.z1} does not continue at slice {reached}")
             reached = section.z1
-            for number, (writer, features) in enumerate(zip(writers, section.levels, strict=True)):
+            if len(section.levels) != len(writers):
+                raise ValueError(f"a section has {len(section.levels)} levels instead of {len(writers)}")
+            for number, writer in enumerate(writers):
                 expected = _section_shape(meta, number, section)
-                if features.shape != expected:
-                    raise ValueError(f"level {number} has shape {tuple(features.shape)} instead of {expected}")
-                writer.append(_stored(features, meta.dtype))
+                if section.levels[0].shape != expected:
+                    raise ValueError(f"level {number} has shape {tuple(section.levels[0].shape)} instead of {expected}")
+                # Taken out of the section, so that each level's memory is free as soon as it is converted.
+                writer.append(_stored(section.levels.pop(0), meta.dtype))
     if reached != meta.padded_shape[2]:
         raise ValueError(f"sections end at slice {reached} of {meta.padded_shape[2]}")
     frames = tuple(tuple(writer.frames) for writer in writers)

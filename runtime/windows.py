@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.session import EncoderSession
 
 # Slices handed on at a time: bounds what a consumer holds next to the one window depth of the blend itself.
-_SECTION_DEPTH = 32
+_SECTION_DEPTH = 16
 
 
 def gaussian_importance(window: tuple[int, int, int], sigma_scale: float = 0.125) -> Tensor:
@@ -158,14 +158,16 @@ def stream_features(
     read_up_to = 0
     for row, following in itertools.zip_longest(rows, rows[1:], fillvalue=padded_z):
         stop = min(row + depth, grid_z)
-        image[:grid_x, :grid_y, read_up_to - row : stop - row] = torch.from_numpy(read_section(read_up_to, stop))
+        for z0 in range(read_up_to, stop, _SECTION_DEPTH):
+            z1 = min(z0 + _SECTION_DEPTH, stop)
+            image[:grid_x, :grid_y, z0 - row : z1 - row] = torch.from_numpy(read_section(z0, z1))
         read_up_to = stop
         _add_row(image, layout, session, blends)
         final = following - row
         thickness = max(_SECTION_DEPTH // layout.lattice, 1) * layout.lattice
         for z0 in range(0, final, thickness):
             z1 = min(z0 + thickness, final)
-            yield FeatureSection(row + z0, row + z1, [blend.blended(z0, z1) for blend in blends])
+            yield FeatureSection(row + z0, row + z1, [blend.blended(row, z0, z1) for blend in blends])
         if following < padded_z:
             _shift_down(image, final)
             for blend in blends:
@@ -179,54 +181,55 @@ def _add_row(image: Tensor, layout: WindowLayout, session: EncoderSession, blend
     corners = list(itertools.product(*layout.origins[:2]))
     for first in range(0, len(corners), session.max_batch):
         batch = corners[first : first + session.max_batch]
-        pyramid = session.encode(torch.stack([image[None, x : x + size_x, y : y + size_y] for x, y in batch]))
-        for blend, features in zip(blends, pyramid, strict=True):
-            for corner, window_features in zip(batch, features, strict=True):
-                blend.add(window_features, corner)
-    for blend in blends:
-        blend.finish_row()
+        windows = torch.stack([image[None, x : x + size_x, y : y + size_y] for x, y in batch])
+        for blend, features in zip(blends, session.encode(windows), strict=True):
+            for number, corner in enumerate(batch):
+                blend.add(features[number], corner)
+        del features  # not needed while the next windows are encoded, which is when memory peaks
 
 
 class _LevelBlend:
-    """``Σ w f`` and ``Σ w`` of one level over one window depth, starting at the current row's origin."""
+    """``Σ w f`` of one level over one window depth, starting at the current row's origin."""
 
     def __init__(self, level: FeatureLevel, layout: WindowLayout, device: torch.device) -> None:
         self._stride = level.stride
         self._size = [size // level.stride for size in layout.window]
-        importance = F.avg_pool3d(gaussian_importance(layout.window)[None], level.stride)[0]
+        self._origins = [[origin // level.stride for origin in origins] for origins in layout.origins]
+        self._importance = F.avg_pool3d(gaussian_importance(layout.window)[None], level.stride)[0].to(device)
+        # Channels last, as the engines for CPUs return features.
         width, height = (size // level.stride for size in layout.padded_shape[:2])
-        self._importance = importance.to(device)
-        # Every row lies on the same in-plane origins, so one row's Σ w serves all.
-        row_weight = torch.zeros(width, height, self._size[2])
-        for corner in itertools.product(*layout.origins[:2]):
-            self._under_window(row_weight, corner).add_(importance)
-        self._row_weight = row_weight.to(device)
-        self._weight = torch.zeros_like(self._row_weight)
-        self._features = torch.zeros(level.channels, width, height, self._size[2], device=device)
-
-    def _under_window(self, lattice: Tensor, corner: tuple[int, ...]) -> Tensor:
-        """Return the view of ``lattice`` ``[..., X, Y, depth]`` that the window at ``corner`` covers."""
-        x, y = (origin // self._stride for origin in corner)
-        return lattice[..., x : x + self._size[0], y : y + self._size[1], :]
+        self._features = torch.zeros(width, height, self._size[2], level.channels, device=device).movedim(-1, 0)
 
     def add(self, features: Tensor, corner: tuple[int, ...]) -> None:
         """Add one window's features ``[C, x, y, depth]`` at its in-plane origin, in voxels of the grid."""
-        self._under_window(self._features, corner).addcmul_(features, self._importance)
-
-    def finish_row(self) -> None:
-        """Account for the weights of a whole row."""
-        self._weight.add_(self._row_weight)
+        x, y = (origin // self._stride for origin in corner)
+        under_window = self._features[:, x : x + self._size[0], y : y + self._size[1]]
+        under_window.addcmul_(features, self._importance)
 
     @torch.no_grad()
-    def blended(self, z0: int, z1: int) -> Tensor:
-        """Return ``Σ w f / Σ w`` of the slices ``z0:z1`` (voxels of the grid, from the row's origin)."""
-        final = slice(z0 // self._stride, z1 // self._stride)
-        return (self._features[..., final] / self._weight[..., final]).contiguous()
+    def blended(self, row: int, z0: int, z1: int) -> Tensor:
+        """Return ``Σ w f / Σ w`` of the final slices ``z0:z1`` (voxels of the grid, from the row's origin ``row``)."""
+        row, z0, z1 = (z // self._stride for z in (row, z0, z1))
+        sums, weight = self._features[..., z0:z1], self._weight(row + z0, row + z1)
+        features = torch.empty(sums.shape, device=sums.device)
+        for x in range(sums.shape[1]):  # plane by plane, which the cache holds: from channels last to channels first
+            torch.div(sums[:, x], weight[x], out=features[:, x])
+        return features
+
+    def _weight(self, z0: int, z1: int) -> Tensor:
+        """Return ``Σ w`` of the slices ``z0:z1`` of the level; held for a few slices only, since it is soon made."""
+        weight = torch.zeros(*self._features.shape[1:3], z1 - z0, device=self._features.device)
+        size_x, size_y, depth = self._size
+        for x, y, z in itertools.product(*self._origins):
+            start, stop = max(z, z0), min(z + depth, z1)
+            if start < stop:
+                importance = self._importance[..., start - z : stop - z]
+                weight[x : x + size_x, y : y + size_y, start - z0 : stop - z0].add_(importance)
+        return weight
 
     def advance(self, slices: int) -> None:
         """Move on to the row that begins ``slices`` voxels of the grid later."""
         _shift_down(self._features, slices // self._stride)
-        _shift_down(self._weight, slices // self._stride)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,9 @@ def real_ct() -> Path:
 def _interruptible() -> None:
     """Let SIGINT interrupt, also where the tests run in the background of a shell, which ignores it there."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Give every test the same random numbers, alone or among others."""
+    torch.manual_seed(0)

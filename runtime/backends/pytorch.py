@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.networks.slabwise import SlabwiseResidualUNet
 from fseft_edge.runtime.session import EncoderSession
 
 _MAX_BATCH_CPU = 1  # more windows at once cost memory and gain nothing measurable
@@ -26,6 +28,8 @@ class TorchSession(EncoderSession):
         on_cpu = device.type == "cpu"
         super().__init__(bundle, device, _MAX_BATCH_CPU if on_cpu else _MAX_BATCH_CUDA)
         network = inference_network(bundle.network())
+        if on_cpu and isinstance(network, ResidualUNet):
+            network = SlabwiseResidualUNet(network)
         self._order = torch.contiguous_format
         if on_cpu and torch.backends.mkldnn.is_available() and not _normalises_each_window(network):
             _use_onednn(network)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fseft_edge.runtime.atomic import atomic_folder, atomic_path
+from fseft_edge.runtime.atomic import atomic_folder, atomic_path, check_writable
 from fseft_edge.runtime.errors import OutOfSpaceError, UsageError
 
 INTERRUPTIONS = [ValueError("bug"), KeyboardInterrupt(), SystemExit(1)]
@@ -80,6 +80,20 @@ def test_full_disk_while_writing_names_the_file(tmp_path):
     as_raised_by_write = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # carries no file name
     with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"):
         write_file(target, "half", then=as_raised_by_write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writability_is_checked_without_leaving_anything(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "liver.adapter")
+    check_writable(tmp_path / "liver.adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_unwritable_target_is_named_before_any_work(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(Path, "touch", fail_with(code))
+    with pytest.raises(OutOfSpaceError, match=r"liver\.adapter"):
+        check_writable(tmp_path / "new" / "liver.adapter")
     assert list(tmp_path.iterdir()) == []
 
 

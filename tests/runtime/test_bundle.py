@@ -132,6 +132,12 @@ def test_weights_of_another_architecture_are_refused(path: Path) -> None:
         EncoderBundle.open(path).network()
 
 
+def test_settings_of_a_later_version_are_refused(path: Path) -> None:
+    forged(path, settings={"channels": [4, 8], "from_the_future": True})
+    with pytest.raises(EncoderBundleError, match="from_the_future"):
+        EncoderBundle.open(path).network()
+
+
 def test_architecture_of_a_later_version_is_refused(path: Path) -> None:
     forged(path, architecture="from_the_future")
     with pytest.raises(EncoderBundleError, match="from_the_future"):

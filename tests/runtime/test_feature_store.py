@@ -127,6 +127,18 @@ def test_sections_that_do_not_tile_the_grid_leave_no_entry(tmp_path: Path, bound
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("change", [lambda levels: levels[:-1], lambda levels: [*levels, levels[-1]]])
+def test_sections_of_another_pyramid_leave_no_entry(
+    tmp_path: Path, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+) -> None:
+    wrong = (FeatureSection(s.z0, s.z1, change(s.levels)) for s in sections(pyramid()))
+    store = FeatureStore(tmp_path)
+    with pytest.raises(ValueError, match="levels instead of"):
+        store.build(KEY, META, wrong)
+    assert store.get(KEY) is None
+    assert files(tmp_path) == []
+
+
 def test_features_beyond_float16_are_refused_but_fit_float32(tmp_path: Path) -> None:
     store, features = FeatureStore(tmp_path), pyramid()
     features[1][0, 0, 0, 0] = 70_000.0
