@@ -35,6 +35,9 @@ class SchedulePlan(_Strict):
             running statistics, so that training ends under the conditions of inference.
         deep_supervision: loss weight of the classifiers on levels 1, 2, ... (level 0 has weight 1).
         inpainting: loss weight of restoring the image where boxes of it were erased; needs no annotation.
+        dice: over what the Dice quotient is formed: each ``crop`` (the paper's equation 1), or the whole ``batch``, of
+            organs that the batch shows. With short training and small organs, the quotient of many crops that lack an
+            organ holds it at nothing.
         bfloat16: run the network in bfloat16 (weights and losses stay float32).
     """
 
@@ -46,6 +49,7 @@ class SchedulePlan(_Strict):
     frozen_norm_fraction: float = Field(default=0.2, ge=0, le=1)
     deep_supervision: tuple[float, ...] = (0.5, 0.25)
     inpainting: float = Field(default=1.0, ge=0)
+    dice: Literal["crop", "batch"] = "crop"
     bfloat16: bool = True
     checkpoint_every: int = Field(default=200, gt=0)
 

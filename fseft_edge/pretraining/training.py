@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
-from fseft_edge.losses import partial_label_loss
+from fseft_edge.losses import adaptation_loss, partial_label_loss
 from fseft_edge.pretraining.cohort import Batch, draw_batch, load_cohorts
 from fseft_edge.pretraining.plan import PretrainingPlan
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -185,7 +186,11 @@ def _train_step(state: _State, batch: Batch, plan: PretrainingPlan) -> float:
     for level, weight in enumerate((1.0, *schedule.deep_supervision)):
         if level:
             targets = F.avg_pool3d(targets, 2)
-        loss = loss + weight * partial_label_loss(logits[level].float(), targets, batch.task_mask)
+        if schedule.dice == "crop":
+            labelled = partial_label_loss(logits[level].float(), targets, batch.task_mask)
+        else:
+            labelled = adaptation_loss(logits[level].float(), targets, batch.task_mask, "sigmoid")
+        loss = loss + weight * labelled
     state.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -206,8 +211,10 @@ def _save(state: _State, path: Path, plan: PretrainingPlan) -> None:
         "network": state.network.state_dict(),
         "optimizer": state.optimizer.state_dict(),
     }
+    serialised = io.BytesIO()
+    torch.save(content, serialised)
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(serialised.getbuffer())  # a full disk is an OSError here, in torch.save it is not
     with atomic_path(path.with_name("losses.json")) as temporary:
         temporary.write_text(json.dumps(state.losses))
 

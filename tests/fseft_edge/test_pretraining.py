@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from fseft_edge.pretraining import PretrainingPlan, pretrain, read_plan
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.report.progress import SilentProgress
-from fseft_edge.runtime.errors import CheckpointError, InputError, UnreadableFileError
+from fseft_edge.runtime.errors import CheckpointError, InputError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.runtime.nifti import write_ct, write_label_map
 from fseft_edge.runtime.volume import LabelMap
 
@@ -107,13 +109,28 @@ def test_a_step_always_shows_the_same_crops(data: Path, plan: PretrainingPlan) -
     assert first.targets.shape == (2, 5, 32, 32, 32)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dice", ["crop", "batch"])
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    data: Path, plan: PretrainingPlan, tmp_path: Path, dice: str
+) -> None:
+    plan = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"dice": dice})})
     straight = pretrain(plan, data_root=data, output=tmp_path / "straight")
     pretrain(plan, data_root=data, output=tmp_path / "broken", stop_after=4)
     resumed = pretrain(plan, data_root=data, output=tmp_path / "broken", resume=True)
     assert resumed.read_bytes() == straight.read_bytes()
     assert read_model_file(resumed).description.training["steps"] == 6
     assert len(json.loads((tmp_path / "straight" / "losses.json").read_text())) == 6
+
+
+def test_a_full_disk_is_named(
+    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OutOfSpaceError, match=r"checkpoint\.pt"):
+        pretrain(plan, data_root=data, output=tmp_path / "run", stop_after=1)
 
 
 def test_an_earlier_run_is_not_overwritten_and_not_mixed_with_another_plan(
