@@ -8,21 +8,21 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from fseft_edge.adapter_file import AdapterDescription, AdapterFile, AdapterOrgan, write_adapter
-from fseft_edge.adapter_training import SupportScan, TrainedAdapter, TrainingSettings, train_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings
+from fseft_edge.adapters import AdapterSettings, zero_shot
+from fseft_edge.block_sampling import SupportScan
 from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import encode_scan
-from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
-from fseft_edge.runtime.feature_store import FeatureStore, open_store
-from fseft_edge.runtime.nifti import case_name, cases_by_name, read_ct, read_label_map
-from fseft_edge.runtime.session import EncoderSession, open_session
-from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
+from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.feature_store import open_store
+from fseft_edge.runtime.session import open_session
+from fseft_edge.support import check_annotations, find_pairs, load_support
+from fseft_edge.validation import Candidate, Validated, best_of, candidates, leave_one_out
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ def adapt(
     *,
     settings: AdapterSettings | None = None,
     training: TrainingSettings | None = None,
+    choose: bool = False,
+    validate: bool = True,
     cases: Sequence[str] | None = None,
     cache: Path | None = None,
     cache_gb: float | None = None,
@@ -54,6 +56,9 @@ def adapt(
         output: the adapter file, ``NAME.adapter``.
         settings: the kind of adapter; spatial on the pyramid by default.
         training: schedule and seed.
+        choose: take the method, and what it reads, that validates best; ``settings`` gives activation and width only.
+        validate: leave every scan out once, so that the file says what to expect on new scans; takes as long as the
+            training once a scan. With one scan there is nothing to validate.
         cases: names of the cases to use; None takes all that have an annotation.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
@@ -63,59 +68,37 @@ def adapt(
 
     Raises:
         UsageError: ``output`` is a folder.
+        OutOfSpaceError: ``output`` cannot be written.
         InputError: an image or annotation is not usable.
         LabelError: an organ is annotated in no case.
     """
     progress = progress or SilentProgress()
-    if output.is_dir():
-        raise UsageError(f"{output} is a folder.", remedy="Name the file to write, such as liver.adapter.")
+    settings = settings or AdapterSettings()
+    check_writable(output)
     bundle = EncoderBundle.open(encoder)
-    pairs = _pairs(images, labels, cases)
+    pairs = find_pairs(images, labels, cases)
+    check_annotations(pairs, organs, labels, settings)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
-        support: list[SupportScan] = []
-        with progress.task("encode", len(pairs)) as task:
-            for image, annotation in pairs:
-                volume, label_map = read_ct(image), read_label_map(annotation)
-                check_labels_match(volume, label_map)
-                support.append(support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
-                task.advance(1)
-        _check_annotated(support, organs, pairs, labels)
-        _check_background(support, settings or AdapterSettings())
-        trained = train_adapter(
-            settings or AdapterSettings(),
-            support,
-            head_rows=head_rows(bundle, organs),
-            training=training,
-            progress=progress,
-        )
-        file = describe(trained, support, organs, bundle=bundle, seed=(training or TrainingSettings()).seed)
+        support = load_support(pairs, organs, bundle=bundle, session=session, store=store, progress=progress)
+        training = training or TrainingSettings()
+        rows = head_rows(bundle, organs)
+        candidate = Candidate(f"{settings.method} on {settings.reads}", settings, training)
+        validated: Validated | None = None
+        if len(support) == 1 and (choose or validate):
+            _LOG.warning("one scan alone validates nothing: %s it is", candidate.name)
+        elif choose:
+            validated, all_of_them = best_of(candidates(training, settings, rows), support, rows, progress=progress)
+            candidate = validated.candidate
+            for result in all_of_them:
+                _LOG.info("%s: DSC %.3f", result.candidate.name, result.mean)
+        elif validate:
+            validated = leave_one_out(candidate, support, rows, progress=progress)
+        trained = candidate.make(support, rows, progress)
+        file = describe(trained, support, organs, bundle=bundle, seed=training.seed, validated=validated)
     write_adapter(output, file)
     return file
-
-
-def support_scan(
-    volume: Volume,
-    labels: LabelMap,
-    organs: Sequence[OrganLabel],
-    *,
-    bundle: EncoderBundle,
-    session: EncoderSession,
-    store: FeatureStore,
-) -> SupportScan:
-    """Return an annotated scan on the grid, its features from the store if they are there."""
-    encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
-    masks = [labels.array == organ.label for organ in organs]
-    occupancy = np.stack([np.rint(255 * encoded.grid.occupancy(mask)).astype(np.uint8) for mask in masks])
-    voxels = [int(mask.sum()) for mask in masks]
-    return SupportScan(
-        features=encoded.features,
-        shape=encoded.grid.shape,
-        occupancy=occupancy,
-        annotated=np.array([count > 0 for count in voxels]),
-        volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
-    )
 
 
 def head_rows(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> list[tuple[Tensor, float] | None]:
@@ -144,9 +127,8 @@ def zero_shot_adapter(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> Ad
             f"The encoder {bundle.manifest.name} does not know {', '.join(unknown)}.",
             remedy=f"It knows {', '.join(bundle.manifest.organs)}; adapt it to others.",
         )
-    adapter = Adapter(AdapterSettings(method="linear", reads="last"), bundle.levels, len(organs))
-    adapter.start_from_head(rows)
-    return describe(TrainedAdapter(adapter.eval(), (), 0, bfloat16=False), [], organs, bundle=bundle, seed=0)
+    trained = TrainedAdapter(zero_shot(bundle.levels, rows), (), 0, bfloat16=False)
+    return describe(trained, [], organs, bundle=bundle, seed=0)
 
 
 def describe(
@@ -156,8 +138,10 @@ def describe(
     *,
     bundle: EncoderBundle,
     seed: int,
+    validated: Validated | None = None,
 ) -> AdapterFile:
     """Return a trained adapter with the description that its file carries."""
+    left_out = validated.dsc if validated else ((),) * len(organs)
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
@@ -167,8 +151,13 @@ def describe(
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
         settings=asdict(trained.adapter.settings),
         organs=tuple(
-            AdapterOrgan(name=organ.name, label=organ.label, support_volumes_ml=volume)
-            for organ, volume in zip(organs, volumes, strict=True)
+            AdapterOrgan(
+                name=organ.name,
+                label=organ.label,
+                support_volumes_ml=volume,
+                left_out_dsc=tuple(round(score, 4) for score in scores),
+            )
+            for organ, volume, scores in zip(organs, volumes, left_out, strict=True)
         ),
         shots=len(support),
         seed=seed,
@@ -177,50 +166,3 @@ def describe(
         losses=tuple(round(loss, 6) for loss in trained.losses),
     )
     return AdapterFile(description, trained.adapter)
-
-
-def _pairs(images: Path, labels: Path, cases: Sequence[str] | None) -> list[tuple[Path, Path]]:
-    annotations, scans = cases_by_name(labels), cases_by_name(images)
-    if images.is_file() and labels.is_file():
-        return [(images, labels)]
-    wanted = list(dict.fromkeys(cases)) if cases is not None else [name for name in scans if name in annotations]
-    missing = [name for name in wanted if name not in scans or name not in annotations]
-    if missing:
-        raise UnreadableFileError(
-            f"The cases {', '.join(missing)} lack an image in {images} or an annotation in {labels}.",
-            remedy="An image and its annotation share their file name.",
-        )
-    if not wanted:
-        raise UnreadableFileError(
-            f"No image in {images} has an annotation of the same file name in {labels}.",
-            remedy="Give each annotation its CT's file name.",
-        )
-    left_out = sorted(scans.keys() - annotations.keys())
-    if cases is None and left_out:
-        _LOG.warning("no annotation for %s: left out", ", ".join(left_out))
-    return [(scans[name], annotations[name]) for name in wanted]
-
-
-def _check_background(support: Sequence[SupportScan], settings: AdapterSettings) -> None:
-    if settings.activation == "softmax" and not any(scan.annotated.all() for scan in support):
-        raise LabelError(
-            "No scan is annotated for all the organs, so softmax never sees background.",
-            remedy="Use --activation sigmoid, or annotate every organ in at least one scan.",
-        )
-
-
-def _check_annotated(
-    support: Sequence[SupportScan],
-    organs: Sequence[OrganLabel],
-    pairs: Sequence[tuple[Path, Path]],
-    labels: Path,
-) -> None:
-    for k, organ in enumerate(organs):
-        without = [case_name(path) for scan, (path, _) in zip(support, pairs, strict=True) if not scan.annotated[k]]
-        if len(without) == len(support):
-            raise LabelError(
-                f"No annotation in {labels} contains the label {organ.label} ({organ.name}).",
-                remedy="Check the number in --organ NAME=ID against the annotation files.",
-            )
-        if without:
-            _LOG.warning("%s: label %d is missing in %s: not annotated there", organ.name, organ.label, without)

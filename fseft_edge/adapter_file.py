@@ -31,6 +31,8 @@ class AdapterOrgan(BaseModel):
         name: as the user named it.
         label: its value in the support set's annotation files.
         support_volumes_ml: its volume in every support scan that annotates it; the size prior comes from these.
+        left_out_dsc: DSC on every support scan that annotates it, of an adapter made from the others: what to expect on
+            a new scan. Empty where nothing was validated.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +40,7 @@ class AdapterOrgan(BaseModel):
     name: str
     label: int
     support_volumes_ml: tuple[float, ...]
+    left_out_dsc: tuple[float, ...] = ()
 
 
 class AdapterDescription(BaseModel):
@@ -50,7 +53,7 @@ class AdapterDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     toolkit_version: str = __version__
     encoder_id: str
     encoder_name: str
@@ -121,7 +124,7 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(f"{path} is no adapter file.", remedy="Give the file that `fseft-edge adapt` wrote.")
     try:
         version = json.loads(header).get("schema_version")
-        if version != 1:
+        if version != 2:
             raise AdapterError(
                 f"{path} has the adapter schema {version}, which this version does not read.",
                 remedy="Update fseft-edge, or adapt again with this version.",

@@ -13,37 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.blocks import Box, read_block, stack_blocks
+from fseft_edge.block_sampling import BlockSampler, SupportScan, aligned_core, draw_centre, organ_positions
+from fseft_edge.blocks import Box, read_block
+from fseft_edge.linear_probe import Voxels, gather_voxels, solve
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.runtime.feature_map import FeatureMap
 
 _STATISTICS_BLOCKS = 6
-_POSITIONS = 4000
 _PAPER_EPOCHS = 200
-
-
-@dataclass(frozen=True)
-class SupportScan:
-    """One annotated scan on the grid.
-
-    Attributes:
-        features: its cached feature map.
-        shape: grid voxels that belong to the scan, ``[X, Y, Z]``; the map may be padded beyond them.
-        occupancy: uint8 ``[K, X, Y, Z]``; share of each voxel that the organ fills, 255 is all of it.
-        annotated: bool ``[K]``; False where nobody contoured the organ in this scan, which then says nothing on it.
-        volumes_mm3: volume of each organ on the source lattice, 0 where not annotated.
-    """
-
-    features: FeatureMap
-    shape: tuple[int, int, int]
-    occupancy: NDArray[np.uint8]
-    annotated: NDArray[np.bool_]
-    volumes_mm3: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +43,9 @@ class TrainingSettings:
         linear_rate: AdamW's peak rate for parameters that the logits are linear in; warm-up over the first epoch, then
             a cosine to zero.
         residual_rate: the same for convolutions of the residual path.
+        linear_blocks: blocks per scan that a linear adapter is solved on.
+        ridge: strength of a linear adapter's pull towards its start.
+        anchor: weight of the squared distance of known organs' classifiers from the encoder's head, where they start.
         patience: end when the loss, smoothed over ``smoothing`` epochs, has gained less than ``least_gain`` in this
             many epochs.
     """
@@ -78,6 +61,9 @@ class TrainingSettings:
     channel_dropout: float = 0.5
     linear_rate: float = 1e-2
     residual_rate: float = 2e-3
+    linear_blocks: int = 24
+    ridge: float = 1e-2
+    anchor: float = 0.03
     smoothing: int = 10
     patience: int = 20
     least_gain: float = 1e-3
@@ -127,13 +113,16 @@ def train_adapter(
     progress = progress or SilentProgress()
     random = np.random.default_rng(training.seed)
     adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed)
+    if settings.method == "linear":
+        return _solved(adapter, support, training, random, progress)
     adapter.train()
+    anchor = _Anchor(adapter, head_rows, training.anchor)
     optimizer = _optimizer(adapter, training)
     generator = torch.Generator().manual_seed(training.seed)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
     bfloat16 = _cpu_has_bfloat16() if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support))
-    sampler = _BlockSampler(adapter, support, training, random)
+    sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
     losses: list[float] = []
     with progress.task("adapt", epochs) as task, ThreadPoolExecutor(1) as reader:
         upcoming = reader.submit(sampler.draw)
@@ -149,7 +138,7 @@ def train_adapter(
                     logits = adapter(perturbed(batch.features, adapter, training, generator), sampler.core)
                 loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
                 optimizer.zero_grad()
-                loss.backward()
+                (loss + anchor.penalty()).backward()
                 optimizer.step()
                 total += float(loss.detach())
             losses.append(total / steps)
@@ -158,6 +147,35 @@ def train_adapter(
                 break
         upcoming.cancel()
     return TrainedAdapter(adapter.eval(), tuple(losses), len(losses) * steps, bfloat16)
+
+
+def _solved(
+    adapter: Adapter,
+    support: Sequence[SupportScan],
+    training: TrainingSettings,
+    random: np.random.Generator,
+    progress: Progress,
+) -> TrainedAdapter:
+    generator = torch.Generator().manual_seed(training.seed)
+    sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
+    parts: list[Voxels] = []
+    batches = math.ceil(training.linear_blocks * len(support) / training.batch)
+    with progress.task("adapt", batches) as task, torch.no_grad():
+        for _ in range(batches):
+            batch = sampler.draw()
+            for number in range(training.batch):
+                block = [level[number : number + 1] for level in batch.features]
+                parts.append(gather_voxels(adapter, block, batch.targets[number], batch.annotated[number], generator))
+            task.advance(1)
+    solution = solve(
+        Voxels.joined(parts),
+        adapter.linear_weight(),
+        adapter.linear_bias(),
+        ridge=training.ridge,
+        activation=adapter.settings.activation,
+    )
+    adapter.set_linear(solution.weight, solution.bias)
+    return TrainedAdapter(adapter.eval(), (solution.loss,), solution.evaluations, bfloat16=False)
 
 
 def untrained_adapter(
@@ -198,6 +216,25 @@ def perturbed(
     return perturbed
 
 
+class _Anchor:
+    """Ties the classifiers of organs that the encoder knows to where they start (L2-SP; Li et al., ICML 2018).
+
+    A few scans say little that the many scans of pre-training did not; what they do say is worth its distance.
+    """
+
+    def __init__(self, adapter: Adapter, head_rows: Sequence[tuple[Tensor, float] | None], weight: float) -> None:
+        first = adapter.classes - len(head_rows)
+        self._rows = [first + k for k, row in enumerate(head_rows) if row is not None]
+        self._weight = weight
+        self._pairs = [(weights, weights.detach().clone()) for weights in adapter.classifiers()]
+
+    def penalty(self) -> Tensor:
+        """Return the weighted squared distance, 0 where no organ is known."""
+        return self._weight * sum(
+            ((weights - start)[self._rows].square().sum() for weights, start in self._pairs), torch.zeros(())
+        )
+
+
 def _optimizer(adapter: Adapter, training: TrainingSettings) -> torch.optim.AdamW:
     linear = adapter.linear_parameters()
     chosen = {id(parameter) for parameter in linear}
@@ -234,10 +271,10 @@ def _fit_normalisation(adapter: Adapter, support: Sequence[SupportScan], random:
     sums = [torch.zeros(2, level.channels, dtype=torch.float64) for level in adapter.levels]
     counts = [0] * len(adapter.levels)
     for scan in support:
-        positions = _positions(scan, random)
+        positions = organ_positions(scan, random)
         for number in range(_STATISTICS_BLOCKS):
-            centre = _draw_centre(positions, random, positive=number % 2 == 0)
-            core = _aligned_core(centre, 32, adapter)
+            centre = draw_centre(positions, random, positive=number % 2 == 0)
+            core = aligned_core(centre, 32, adapter)
             boxes = [core]
             for _ in adapter.levels[1:]:
                 boxes.append(Box(*((low // 2, high // 2) for low, high in boxes[-1].ranges)))
@@ -251,85 +288,3 @@ def _fit_normalisation(adapter: Adapter, support: Sequence[SupportScan], random:
         deviation = (squares / counts[level] - mean.square()).clamp_min(0).sqrt()
         adapter.mean(level).copy_(mean)
         adapter.scale(level).copy_(deviation.clamp_min(1e-3 * float(deviation.max().clamp_min(1e-6))))
-
-
-@dataclass(frozen=True)
-class _Batch:
-    features: list[Tensor]
-    targets: Tensor
-    annotated: Tensor
-
-
-@dataclass(frozen=True)
-class _Positions:
-    """Grid positions ``[m, 3]`` of each annotated organ present, and the scan's shape to draw anywhere from."""
-
-    organs: tuple[NDArray[np.int64], ...]
-    shape: tuple[int, int, int]
-
-
-class _BlockSampler:
-    def __init__(
-        self, adapter: Adapter, support: Sequence[SupportScan], training: TrainingSettings, random: np.random.Generator
-    ) -> None:
-        self._adapter, self._support, self._training, self._random = adapter, support, training, random
-        self._positions = [_positions(scan, random) for scan in support]
-        self._order: list[int] = []
-        self._drawn = 0
-        edge = training.block
-        self.core = Box((0, edge), (0, edge), (0, edge))
-
-    def draw(self) -> _Batch:
-        """Return the next batch; scans take turns, positive and negative blocks alternate."""
-        blocks, targets, annotated = [], [], []
-        for _ in range(self._training.batch):
-            if not self._order:
-                self._order = list(self._random.permutation(len(self._support)))
-            index = self._order.pop()
-            scan = self._support[index]
-            centre = _draw_centre(self._positions[index], self._random, positive=self._drawn % 2 == 0)
-            self._drawn += 1
-            core = _aligned_core(centre, self._training.block, self._adapter)
-            blocks.append(read_block(scan.features, self._adapter.boxes(core)))
-            targets.append(_target(scan.occupancy, core))
-            annotated.append(torch.from_numpy(scan.annotated).float())
-        return _Batch(stack_blocks(blocks), torch.stack(targets), torch.stack(annotated))
-
-
-def _positions(scan: SupportScan, random: np.random.Generator) -> _Positions:
-    organs = []
-    for organ in scan.occupancy:
-        flat = np.flatnonzero(organ > 127)
-        if len(flat) == 0:
-            continue
-        if len(flat) > _POSITIONS:
-            flat = random.choice(flat, _POSITIONS, replace=False)
-        organs.append(np.stack(np.unravel_index(flat, organ.shape), axis=1))
-    return _Positions(tuple(organs), scan.shape)
-
-
-def _draw_centre(positions: _Positions, random: np.random.Generator, *, positive: bool) -> NDArray[np.int64]:
-    if positive and positions.organs:
-        organ = positions.organs[random.integers(len(positions.organs))]
-        centre: NDArray[np.int64] = organ[random.integers(len(organ))] + random.integers(-8, 9, 3)
-        return centre
-    return random.integers(0, positions.shape)
-
-
-def _aligned_core(centre: NDArray[np.int64], edge: int, adapter: Adapter) -> Box:
-    """Return a block around ``centre`` that starts on the coarsest level's lattice, as blocks of one batch must."""
-    stride = adapter.levels[-1].stride
-    starts = [int(c - edge // 2 + stride // 2) // stride * stride for c in centre]
-    return Box(*((start, start + edge) for start in starts))
-
-
-def _target(occupancy: NDArray[np.uint8], core: Box) -> Tensor:
-    inside = [
-        (max(low, 0), min(high, size)) for (low, high), size in zip(core.ranges, occupancy.shape[1:], strict=True)
-    ]
-    target = torch.zeros(len(occupancy), *core.shape)
-    if all(low < high for low, high in inside):
-        part = torch.from_numpy(occupancy[:, *(slice(low, high) for low, high in inside)].astype(np.float32) / 255)
-        where = (slice(low - start, high - start) for (low, high), (start, _) in zip(inside, core.ranges, strict=True))
-        target[:, *where] = part
-    return target

@@ -83,7 +83,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.settings = settings
         self.levels = tuple(levels if settings.reads == "pyramid" else levels[:1])
-        self.classes = organs + (1 if settings.activation == "softmax" else 0)
+        self.backgrounds = 1 if settings.activation == "softmax" else 0
+        self.classes = organs + self.backgrounds
         for index, level in enumerate(self.levels):
             self.register_buffer(f"mean_{index}", torch.zeros(level.channels))
             self.register_buffer(f"scale_{index}", torch.ones(level.channels))
@@ -116,24 +117,49 @@ class Adapter(nn.Module):
             for k, row in enumerate(rows, start=first):
                 if row is None:
                     bias[k] = 0.0 if first else _UNKNOWN_ORGAN_BIAS
+                    if self.settings.method == "linear":  # solved, with a ridge towards what stands here
+                        for weight in self.classifiers():
+                            weight[k] = 0.0
                     continue
-                weight, known_bias = row
-                self.direct.weight[k, :, 0, 0, 0] = weight * self.scale(0)
-                bias[k] = known_bias + float(weight @ self.mean(0))
+                known, known_bias = row
+                self.direct.weight[k, :, 0, 0, 0] = known * self.scale(0)
+                bias[k] = known_bias + float(known @ self.mean(0))
                 if self.settings.reads == "pyramid":
                     for extra in self._other_classifiers():
                         extra.weight[k] = 0.0
 
+    def classifiers(self) -> list[Tensor]:
+        """Return the weights ``[classes, C, 1, 1, 1]`` that make logits: ``direct`` first."""
+        return [layer.weight for layer in (self.direct, *self._other_classifiers())]
+
     def _other_classifiers(self) -> list[nn.Conv3d]:
         """The classifiers beside ``direct``: one a coarser level, and that of the residual path."""
         linear = [module for module in self.coarse if isinstance(module, nn.Conv3d)]
-        return linear if self.settings.method == "linear" else [*linear, self.classifier]
+        return [*linear, self.classifier] if hasattr(self, "classifier") else linear
 
     def linear_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that logits are linear in whatever the others are; they bear a higher learning rate."""
         if self.settings.method != "linear" and self.settings.reads == "last":
             return []
         return [*self.direct.parameters(), *self.coarse.parameters()]
+
+    def linear_weight(self) -> Tensor:
+        """Return the weights ``[classes, Σ C_l]`` of a linear adapter, in the order of :meth:`linear_features`."""
+        return torch.cat([weight.detach().flatten(1) for weight in self.classifiers()], dim=1)
+
+    def linear_bias(self) -> Tensor:
+        """Return the bias ``[classes]`` of a linear adapter."""
+        bias = self.direct.bias
+        assert bias is not None  # noqa: S101 - narrows the type for the checker
+        return bias.detach()
+
+    @torch.no_grad()
+    def set_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Replace what :meth:`linear_weight` and :meth:`linear_bias` return."""
+        classifiers = self.classifiers()
+        for mine, new in zip(classifiers, weight.split([mine.shape[1] for mine in classifiers], dim=1), strict=True):
+            mine.copy_(new[..., None, None, None])
+        self.linear_bias().copy_(bias)
 
     def mean(self, level: int) -> Tensor:
         """Return the level's channel means over the support set, ``[C_l]``."""
@@ -157,10 +183,7 @@ class Adapter(nn.Module):
             features: each level's part ``boxes(core)``, ``[n, C_l, ...]``.
             core: where the wanted voxels lie (for blocks of one batch: any of them, they share their alignment).
         """
-        normalised = [
-            (x - self.mean(level)[:, None, None, None]) / self.scale(level)[:, None, None, None]
-            for level, x in enumerate(features)
-        ]
+        normalised = [self._normalised(x, level) for level, x in enumerate(features)]
         boxes = self.boxes(core)
         if self.settings.method == "linear":
             return self._linear(normalised, boxes, core)
@@ -173,9 +196,24 @@ class Adapter(nn.Module):
             x = self.project[level](normalised[level]) + upsample_into(coarse, coarse_box, boxes[level])
         return self._classify(x, self.classifier) + self._linear(normalised, boxes, core)
 
+    def linear_features(self, features: Sequence[Tensor], core: Box) -> Tensor:
+        """Return what a linear adapter sees at every voxel, ``[n, Σ C_l, *core.shape]``: every level, interpolated."""
+        boxes = self.boxes(core)
+        below: Tensor | None = None
+        for level in reversed(range(len(self.levels))):
+            here = self._normalised(features[level], level)
+            if below is not None:
+                here = torch.cat([here, upsample_into(below, boxes[level + 1], boxes[level])], dim=1)
+            below = here
+        assert below is not None  # noqa: S101 - narrows the type for the checker
+        return below
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return probabilities of the same shape; with softmax, class 0 is the background."""
         return torch.sigmoid(logits) if self.settings.activation == "sigmoid" else torch.softmax(logits, dim=1)
+
+    def _normalised(self, x: Tensor, level: int) -> Tensor:
+        return (x - self.mean(level)[:, None, None, None]) / self.scale(level)[:, None, None, None]
 
     def _classify(self, x: Tensor, classifier: nn.Conv3d) -> Tensor:
         """Return ``V(x + C(ReLU(C(x))))`` of the finest level's step and its classifier ``V``.
@@ -210,6 +248,13 @@ class Adapter(nn.Module):
         step = self.steps[level]
         assert isinstance(step, ResidualStep)  # noqa: S101 - narrows the type for the checker
         return step.halo
+
+
+def zero_shot(levels: Sequence[FeatureLevel], rows: Sequence[tuple[Tensor, float] | None]) -> Adapter:
+    """Return the encoder's own classifiers as an adapter (see :meth:`Adapter.start_from_head`)."""
+    adapter = Adapter(AdapterSettings(method="linear", reads="last"), levels, len(rows))
+    adapter.start_from_head(rows)
+    return adapter.eval()
 
 
 def _part(x: Tensor, box: Box, wanted: Box) -> Tensor:

@@ -115,6 +115,7 @@ def run_demo(output: Path, *, progress: Progress | None = None) -> DemoResult:
         organs,
         output / "site.adapter",
         training=TrainingSettings(blocks=_BLOCKS),
+        validate=False,
         cache=cache,
         progress=progress,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -238,7 +239,7 @@ def evaluate(
         progress: told of every case.
 
     Raises:
-        UsageError: no organ, or ``prediction_ids`` lacks one.
+        UsageError: no organ, ``prediction_ids`` lacks one, or the tolerance is no length.
         UnreadableFileError: predictions or references are not there at all.
         InputError: no prediction has a reference of its name.
         LabelError: no reference that could be read has any of the organs.
@@ -249,6 +250,10 @@ def evaluate(
         raise UsageError(
             f"No label value is given for {', '.join(missing)} in the predictions.",
             remedy="Give one for every organ, or none to read them from the predictions' JSON.",
+        )
+    if not (math.isfinite(nsd_tolerance_mm) and nsd_tolerance_mm >= 0):
+        raise UsageError(
+            f"A surface tolerance of {nsd_tolerance_mm} mm is impossible.", remedy="Give 0 or a few millimetres."
         )
     pairs, failures, without_prediction = _paired(predictions, references)
     rows: list[EvaluationRow] = []

@@ -59,9 +59,14 @@ def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor) -> Te
 
 
 def adaptation_loss(
-    logits: Tensor, targets: Tensor, annotated: Tensor, activation: Literal["sigmoid", "softmax"]
+    logits: Tensor,
+    targets: Tensor,
+    annotated: Tensor,
+    activation: Literal["sigmoid", "softmax"],
+    *,
+    dice_weight: float = 1.0,
 ) -> Tensor:
-    """Return soft Dice plus cross-entropy over a batch of blocks.
+    """Return cross-entropy plus ``dice_weight`` times soft Dice over a batch of blocks, or of single voxels.
 
     A block holds only a piece of an organ, so overlap and size are summed over the whole batch before the Dice quotient
     is formed, instead of one quotient a sample as in :func:`soft_dice_loss`. An organ that no block of the batch holds
@@ -70,9 +75,10 @@ def adaptation_loss(
     Args:
         logits: ``[n, K, X, Y, Z]``; with softmax ``[n, 1 + K, X, Y, Z]``, background first.
         targets: ``[n, K, X, Y, Z]``, share of the voxel that the organ fills.
-        annotated: ``[n, K]`` of 0 and 1. With softmax a block that lacks any organ's annotation is left out whole,
-            since its background is not known.
+        annotated: ``[n, K]``, 0 where the organ is not annotated, else 1 or what the sample counts. With softmax a
+            block that lacks any organ's annotation is left out whole, since its background is not known.
         activation: of the adapter.
+        dice_weight: 0 leaves the cross-entropy alone.
     """
     if activation == "softmax":
         known = annotated.amin(1, keepdim=True)
@@ -89,4 +95,4 @@ def adaptation_loss(
     total = ((probabilities + targets) * masked).sum(axes)
     seen = ((targets * masked).sum(axes) > 0).float()
     dice = ((1 - (2 * overlap + 1) / (total + 1)) * seen).sum() / seen.sum().clamp_min(1.0)
-    return dice + entropy
+    return dice_weight * dice + entropy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from fseft_edge._version import __version__
 from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
+from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box, read_block, tiles
+from fseft_edge.organs import OrganLabel
 from fseft_edge.quality import quality_flags
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -27,6 +29,8 @@ from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
+from fseft_edge.support import check_annotations, find_pairs, load_support
+from fseft_edge.transduction import OrganOutcome, TransductionPlan, tuned_adapters
 
 _LOG = logging.getLogger(__name__)
 _SLAB = 32
@@ -58,6 +62,7 @@ def segment(
     output: Path,
     *,
     encoder: Path | None = None,
+    transduction: TransductionPlan | None = None,
     preview: bool = False,
     cache: Path | None = None,
     cache_gb: float | None = None,
@@ -74,6 +79,7 @@ def segment(
         adapters: adapter files, all trained on the same encoder.
         output: folder, made if need be.
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
+        transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
         preview: also write ``output/<case>.png``, three planes with the organs outlined.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
@@ -99,16 +105,22 @@ def segment(
     for path, file in zip(adapters, files, strict=True):
         file.check_encoder(bundle.encoder_id, path=path)
     _check_organs(files)
+    if transduction is not None:
+        transduction.check(files)
     done: list[SegmentedCase] = []
     failed: list[str] = []
     with ExitStack() as stack:
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
+        tune: _Tune = _unchanged
+        if transduction is not None:
+            supports = stack.enter_context(open_store(cache, cache_gb))
+            tune = _tuner(transduction, files, bundle=bundle, session=session, store=supports, progress=progress)
         task = stack.enter_context(progress.task("segment", len(paths)))
         for path in paths:
             try:
                 with open_store(cache, cache_gb) as store:
                     case = _segment_file(
-                        path, files, output, bundle=bundle, session=session, store=store, preview=preview
+                        path, files, output, bundle=bundle, session=session, store=store, tune=tune, preview=preview
                     )
                 done.append(case)
             except FseftEdgeError as error:
@@ -126,9 +138,9 @@ def segment(
     return done
 
 
-def segment_encoded(encoded: EncodedScan, adapters: Sequence[AdapterFile]) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def segment_encoded(encoded: EncodedScan, adapters: Sequence[Adapter]) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
-    organs = sum(len(file.description.organs) for file in adapters)
+    organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
     labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
     for piece in encoded.grid.to_source(predict_sections(encoded, adapters)):
         where = [slice(None)] * 3
@@ -137,11 +149,9 @@ def segment_encoded(encoded: EncodedScan, adapters: Sequence[AdapterFile]) -> ND
     return labels
 
 
-def predict_sections(
-    encoded: EncodedScan, adapters: Sequence[AdapterFile]
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def predict_sections(encoded: EncodedScan, adapters: Sequence[Adapter]) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield ``(z0, probabilities)`` of the grid slab by slab: float32 ``[Σ classes, X, Y, n]``, adapters in order."""
-    classes = [file.adapter.classes for file in adapters]
+    classes = [adapter.classes for adapter in adapters]
     x, y, z = encoded.grid.shape
     for start in range(0, z, _SLAB):
         depth = min(_SLAB, z - start)
@@ -149,33 +159,33 @@ def predict_sections(
         for tile in tiles((x, y, depth), (_TILE, _TILE, _SLAB)):
             core = Box(tile.x, tile.y, (start, start + depth))
             first = 0
-            for file, count in zip(adapters, classes, strict=True):
-                probabilities = _predict_block(file, encoded, core)
+            for adapter, count in zip(adapters, classes, strict=True):
+                probabilities = _predict_block(adapter, encoded, core)
                 slab[first : first + count, slice(*tile.x), slice(*tile.y)] = probabilities
                 first += count
         yield start, slab
 
 
-def _predict_block(file: AdapterFile, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
+def _predict_block(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
     with torch.inference_mode():
-        features = read_block(encoded.features, file.adapter.boxes(core))
-        probabilities: NDArray[np.float32] = file.adapter.probabilities(file.adapter(features, core))[0].numpy()
+        features = read_block(encoded.features, adapter.boxes(core))
+        probabilities: NDArray[np.float32] = adapter.probabilities(adapter(features, core))[0].numpy()
     return probabilities
 
 
 def _decide(
-    probabilities: NDArray[np.float32], adapters: Sequence[AdapterFile], dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
+    probabilities: NDArray[np.float32], adapters: Sequence[Adapter], dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Give every voxel to its most probable organ: above 1/2 (sigmoid), or above the background (softmax)."""
     labels = np.zeros(probabilities.shape[1:], dtype)
     best = np.zeros(probabilities.shape[1:], np.float32)
     channel, label = 0, 0
-    for file in adapters:
+    for adapter in adapters:
         threshold: NDArray[np.float32] | float = 0.5
-        if file.adapter.settings.activation == "softmax":
+        if adapter.backgrounds:
             threshold = probabilities[channel]
             channel += 1
-        for _ in file.description.organs:
+        for _ in range(adapter.classes - adapter.backgrounds):
             label += 1
             here = probabilities[channel]
             wins = (here > threshold) & (here > best)
@@ -202,6 +212,31 @@ def find_encoder(adapter: Path, encoder_id: str) -> Path:
         f"The encoder that {adapter} was trained with is neither beside it nor in the working folder.",
         remedy="Name it by --encoder.",
     )
+
+
+_Tune = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]
+
+
+def _unchanged(files: Sequence[AdapterFile], _: EncodedScan) -> tuple[Sequence[Adapter], Sequence[OrganOutcome]]:
+    return [file.adapter for file in files], ()
+
+
+def _tuner(
+    plan: TransductionPlan,
+    files: Sequence[AdapterFile],
+    *,
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    store: FeatureStore,
+    progress: Progress,
+) -> _Tune:
+    supports = []
+    for file in files:
+        organs = [OrganLabel(organ.name, organ.label) for organ in file.description.organs]
+        pairs = find_pairs(plan.images, plan.labels)
+        check_annotations(pairs, organs, plan.labels, file.adapter.settings)
+        supports.append(load_support(pairs, organs, bundle=bundle, session=session, store=store, progress=progress))
+    return lambda adapters, encoded: tuned_adapters(adapters, encoded, supports, plan, progress)
 
 
 def _cases(scans: Sequence[Path]) -> list[Path]:
@@ -245,14 +280,16 @@ def _segment_file(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
+    tune: _Tune,
     preview: bool,
 ) -> SegmentedCase:
     volume = read_ct(path)
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
-    labels = LabelMap(segment_encoded(encoded, adapters), volume.affine)
-    organs = tuple(_measured(labels, adapters))
+    tuned, outcomes = tune(adapters, encoded)
+    labels = LabelMap(segment_encoded(encoded, tuned), volume.affine)
+    organs = tuple(_measured(labels, adapters, outcomes))
     case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)
-    _write_summary(case, volume, bundle, adapters)
+    _write_summary(case, volume, bundle, adapters, outcomes)
     if preview:
         masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
         three_plane_picture(volume, masks, output / f"{case.case}.png")
@@ -260,17 +297,26 @@ def _segment_file(
     return case
 
 
-def _measured(labels: LabelMap, adapters: Sequence[AdapterFile]) -> Iterator[SegmentedOrgan]:
+def _measured(
+    labels: LabelMap, adapters: Sequence[AdapterFile], outcomes: Sequence[OrganOutcome]
+) -> Iterator[SegmentedOrgan]:
     organs: list[AdapterOrgan] = [organ for file in adapters for organ in file.description.organs]
     for label, organ in enumerate(organs, start=1):
         mask = labels.array == label
         volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
-        yield SegmentedOrgan(
-            organ.name, label, round(volume_ml, 3), quality_flags(mask, volume_ml, organ.support_volumes_ml)
-        )
+        flags = quality_flags(mask, volume_ml, organ.support_volumes_ml)
+        if outcomes:
+            flags += outcomes[label - 1].notes
+        yield SegmentedOrgan(organ.name, label, round(volume_ml, 3), flags)
 
 
-def _write_summary(case: SegmentedCase, volume: Volume, bundle: EncoderBundle, adapters: Sequence[AdapterFile]) -> None:
+def _write_summary(
+    case: SegmentedCase,
+    volume: Volume,
+    bundle: EncoderBundle,
+    adapters: Sequence[AdapterFile],
+    outcomes: Sequence[OrganOutcome],
+) -> None:
     summary = {
         "schema_version": 1,
         "case": case.case,
@@ -283,5 +329,9 @@ def _write_summary(case: SegmentedCase, volume: Volume, bundle: EncoderBundle, a
         ],
         "toolkit_version": __version__,
     }
+    if outcomes:
+        summary["transduction"] = [
+            {"name": organ.name, **asdict(outcome)} for organ, outcome in zip(case.organs, outcomes, strict=True)
+        ]
     with atomic_path(case.mask.with_name(f"{case.case}.json")) as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

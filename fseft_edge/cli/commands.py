@@ -14,12 +14,13 @@ import click
 from fseft_edge.cli.options import PATH, Common, common_options, talk_options
 from fseft_edge.organs import parse_organs
 from fseft_edge.report.progress import open_progress
-from fseft_edge.runtime.errors import SomeCasesFailedError
+from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from fseft_edge.segmentation import SegmentedCase
+    from fseft_edge.transduction import TransductionPlan
 
 _ORGAN_HELP = "What to segment and its label value in the annotation files: NAME=ID[,NAME=ID...]; may be repeated."
 
@@ -70,8 +71,20 @@ def export(
 @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
 @click.option("-o", "--output", type=PATH, required=True, help="The adapter to write, NAME.adapter.")
 @click.option("--case", "cases", multiple=True, help="Use only this case; may be repeated. Default: all annotated.")
-@click.option("--method", type=click.Choice(["linear", "pointwise", "spatial"]), default="spatial", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "linear", "pointwise", "spatial"]),
+    default="spatial",
+    show_default=True,
+    help="auto takes the method that does best on scans left out, and what it reads.",
+)
 @click.option("--reads", type=click.Choice(["last", "pyramid"]), default="pyramid", show_default=True)
+@click.option(
+    "--validate/--no-validate",
+    default=True,
+    show_default=True,
+    help="Leave each scan out once, to say what to expect on new ones.",
+)
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), help="At most this many epochs.  [default: by number of scans]")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
@@ -87,6 +100,7 @@ def adapt(
     cases: tuple[str, ...],
     method: str,
     reads: str,
+    validate: bool,
     activation: str,
     epochs: int | None,
     seed: int,
@@ -99,6 +113,8 @@ def adapt(
     from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
     from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
 
+    kind = {} if method == "auto" else {"method": method, "reads": reads}
+    settings = AdapterSettings(activation=activation, **kind)  # type: ignore[arg-type]  # click.Choice has checked them
     with common.progress() as progress:
         file = run(
             encoder,
@@ -106,8 +122,10 @@ def adapt(
             labels,
             wanted,
             output,
-            settings=AdapterSettings(method=method, reads=reads, activation=activation),  # type: ignore[arg-type]  # click.Choice has checked them
+            settings=settings,
             training=TrainingSettings(seed=seed, epochs=epochs),
+            choose=method == "auto",
+            validate=validate,
             cases=cases or None,
             cache=common.cache,
             cache_gb=common.cache_gb,
@@ -119,9 +137,17 @@ def adapt(
         click.echo(file.description.model_dump_json(indent=2))
         return
     for organ in file.description.organs:
-        volumes = organ.support_volumes_ml
-        click.echo(f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml")
-    click.echo(f"{output}: {file.description.steps} steps, loss {file.description.losses[-1]:.3f}")
+        volumes, left_out = organ.support_volumes_ml, organ.left_out_dsc
+        expected = (
+            f"; expect a DSC of {sum(left_out) / len(left_out):.2f} on new scans ({min(left_out):.2f} to "
+            f"{max(left_out):.2f} on those left out)"
+            if left_out
+            else ""
+        )
+        click.echo(f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}")
+    made = file.description
+    how = f"{made.settings['method']} on {made.settings['reads']}" if made.steps else "the encoder's own classifiers"
+    click.echo(f"{output}: {how}" + (f", {made.steps} steps, loss {made.losses[-1]:.3f}" if made.steps else ""))
 
 
 @click.command()
@@ -129,6 +155,21 @@ def adapt(
 @click.option("--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter; may be repeated.")
 @click.option("-o", "--output", type=PATH, required=True, help="Folder for masks and their JSON.")
 @click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
+@click.option(
+    "--transductive", is_flag=True, help="Tune the adapters to each scan, so that organs have plausible sizes."
+)
+@click.option("--support-images", type=PATH, help="With --transductive: the annotated CTs that adapt was given.")
+@click.option("--support-labels", type=PATH, help="With --transductive: their annotations.")
+@click.option(
+    "--size-prior",
+    "size_priors",
+    multiple=True,
+    metavar="NAME=LOW..HIGHml",
+    help="With --transductive: sizes that an organ may have.  [default: support volumes, 30 % either way]",
+)
+@click.option(
+    "--size-volumes", type=PATH, help="With --transductive: CSV of volumes to make priors of (organ,volume_ml)."
+)
 @click.option("--preview", is_flag=True, help="Write a picture of each mask, <case>.png.")
 @click.option("--json", "as_json", is_flag=True, help="Print volumes and flags as JSON.")
 @common_options
@@ -138,11 +179,21 @@ def segment(
     adapters: tuple[Path, ...],
     output: Path,
     encoder: Path | None,
+    transductive: bool,
+    support_images: Path | None,
+    support_labels: Path | None,
+    size_priors: tuple[str, ...],
+    size_volumes: Path | None,
     preview: bool,
     as_json: bool,
     common: Common,
 ) -> None:
     """Segment CTs (NIfTI files or folders of them); every mask lies on its scan's own lattice."""
+    plan = None
+    if transductive:
+        plan = _transduction_plan(support_images, support_labels, size_priors, size_volumes)
+    elif support_images or support_labels or size_priors or size_volumes:
+        raise UsageError("Support scans and size priors serve --transductive.", remedy="Add it, or leave them out.")
     from fseft_edge.segmentation import segment as run  # noqa: PLC0415 - brings in torch
 
     show = _segment_json if as_json else _segment_text
@@ -153,6 +204,7 @@ def segment(
                 adapters,
                 output,
                 encoder=encoder,
+                transduction=plan,
                 preview=preview,
                 cache=common.cache,
                 cache_gb=common.cache_gb,
@@ -164,6 +216,21 @@ def segment(
         click.echo(show(cast("tuple[SegmentedCase, ...]", error.completed)))
         raise
     click.echo(show(results))
+
+
+def _transduction_plan(
+    images: Path | None, labels: Path | None, size_priors: Sequence[str], size_volumes: Path | None
+) -> TransductionPlan:
+    if images is None or labels is None:
+        raise UsageError(
+            "--transductive needs the annotated scans that the adapter was trained on.",
+            remedy="Name their folders by --support-images and --support-labels.",
+        )
+    from fseft_edge.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only this mode needs it
+    from fseft_edge.transduction import TransductionPlan  # noqa: PLC0415 - brings in torch
+
+    table = read_size_priors(size_volumes) if size_volumes else {}
+    return TransductionPlan(images, labels, parse_size_priors(size_priors), table)
 
 
 def _segment_json(results: Sequence[SegmentedCase]) -> str:

@@ -35,6 +35,7 @@ from fseft_edge.runtime.nifti import read_label_map, write_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume
 from fseft_edge.segmentation import SegmentedCase, segment
+from fseft_edge.validation import Candidate, Validated, candidates
 
 LINEAR = AdapterSettings(method="linear", reads="last")
 SPATIAL = AdapterSettings(method="spatial", reads="pyramid", width=4)
@@ -62,6 +63,7 @@ class Site:
         more = {
             "settings": LINEAR,
             "training": ONE_STEP,
+            "validate": False,
             "cache": self.root / "cache",
             "device": "cpu",
             "backend": "torch",
@@ -107,7 +109,7 @@ def copied(site: Site, tmp_path: Path) -> Path:
 
 def test_the_adapter_file_says_what_was_learned_from_what(site: Site, tmp_path: Path) -> None:
     training = TrainingSettings(seed=5, epochs=2, block=16, batch=2, blocks_per_epoch=3)
-    file = site.adapt([LIVER, SPLEEN], tmp_path / "a.adapter", training=training)
+    file = site.adapt([LIVER, SPLEEN], tmp_path / "a.adapter", settings=SPATIAL, training=training)
     description = read_adapter(tmp_path / "a.adapter").description
     assert description.losses == file.description.losses
     assert description.encoder_id == site.bundle.encoder_id
@@ -139,7 +141,10 @@ def test_another_seed_gives_another_adapter(site: Site, tmp_path: Path) -> None:
     assert not all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_label_that_no_annotation_holds_is_named_and_nothing_is_written(site: Site, tmp_path: Path) -> None:
+def test_a_label_that_no_annotation_holds_is_named_before_any_encoding(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EncoderSession, "encode", None)
     with pytest.raises(LabelError) as caught:
         site.adapt([LIVER, OrganLabel("adrenal", 77)], tmp_path / "a.adapter")
     assert "label 77 (adrenal)" in caught.value.message
@@ -261,7 +266,7 @@ def test_scans_of_different_size_and_orientation_train_together(site: Site, tmp_
     assert file.description.organs[0].support_volumes_ml[1] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["linear", "pointwise", "spatial"])
+@pytest.mark.parametrize("method", ["pointwise", "spatial"])
 @pytest.mark.parametrize("reads", ["last", "pyramid"])
 def test_before_its_first_step_an_adapter_is_the_heads_classifier(
     site: Site, tmp_path: Path, method: str, reads: str
@@ -344,7 +349,7 @@ def test_an_interrupted_adaptation_leaves_no_file(site: Site, tmp_path: Path, mo
 
     monkeypatch.setattr("fseft_edge.adapter_training.adaptation_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        site.adapt([LIVER], tmp_path / "a.adapter")
+        site.adapt([LIVER], tmp_path / "a.adapter", settings=SPATIAL)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -400,3 +405,59 @@ def test_a_real_scan_can_be_adapted_to_and_segmented_on_its_own_lattice(
     contour = nib.load(label)
     voxels = int((np.asanyarray(contour.dataobj) == 7).sum())
     assert volume_ml == pytest.approx(voxels * abs(np.linalg.det(contour.affine[:3, :3])) / 1000, abs=1e-2)
+
+
+def test_a_left_out_score_is_that_of_an_adapter_made_from_the_others(site: Site, tmp_path: Path) -> None:
+    training = TrainingSettings(epochs=10, block=16, batch=2, blocks_per_epoch=4, residual_rate=1e-2)
+    both = site.adapt([LIVER], tmp_path / "both.adapter", settings=SPATIAL, training=training, validate=True)
+    site.adapt([LIVER], tmp_path / "one.adapter", settings=SPATIAL, training=training, cases=["case_2"])
+    site.segment(site.root / "images" / "case_1.nii.gz", tmp_path / "one.adapter", tmp_path / "masks")
+    (row,) = evaluate(tmp_path / "masks", site.root / "labels", {"liver": LIVER.label}).rows
+    assert len(both.description.organs[0].left_out_dsc) == 2
+    assert both.description.organs[0].left_out_dsc[0] == pytest.approx(row.dsc, abs=1e-4)
+    assert read_adapter(tmp_path / "both.adapter").description.organs == both.description.organs
+
+
+def test_an_organ_that_only_the_left_out_scan_shows_is_not_scored(site: Site, tmp_path: Path, copied: Path) -> None:
+    path = copied / "labels" / "case_1.nii.gz"
+    labels = read_label_map(path)
+    array = np.where(labels.array == SPLEEN.label, 0, labels.array)
+    write_label_map(path, LabelMap(array, labels.affine))
+    file = site.adapt(
+        [LIVER, SPLEEN], tmp_path / "a.adapter", images=copied / "images", labels=copied / "labels", validate=True
+    )
+    liver, spleen = file.description.organs
+    assert (len(liver.left_out_dsc), len(spleen.left_out_dsc)) == (2, 0)
+
+
+def test_one_scan_validates_nothing_and_says_so(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_1"], choose=True, validate=True)
+    assert file.description.organs[0].left_out_dsc == ()
+    assert file.description.settings["method"] == "linear"
+    assert "one scan alone validates nothing" in caplog.text
+
+
+def test_the_method_that_validates_best_is_taken_and_a_dearer_one_only_if_it_is_worth_it(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {"zero-shot": 0.5, "linear on last": 0.7, "linear on pyramid": 0.8, "spatial on pyramid": 0.803}
+
+    def validated(candidate: Candidate, support: Any, rows: Any, *, progress: Any) -> Validated:
+        return Validated(candidate, ((scores.get(candidate.name, 0.1),) * len(support),) * len(rows))
+
+    monkeypatch.setattr("fseft_edge.validation.leave_one_out", validated)
+    file = site.adapt([LIVER], tmp_path / "a.adapter", choose=True)
+    assert (file.description.settings["method"], file.description.settings["reads"]) == ("linear", "pyramid")
+    assert file.description.organs[0].left_out_dsc == (0.8, 0.8)
+    scores["zero-shot"] = 0.9
+    file = site.adapt([LIVER], tmp_path / "b.adapter", choose=True)
+    assert file.description.steps == 0
+    write_adapter(tmp_path / "head.adapter", zero_shot_adapter(site.bundle, [LIVER]))
+    head = read_adapter(tmp_path / "head.adapter").adapter
+    assert torch.equal(file.adapter.direct.weight, head.direct.weight)
+
+
+def test_zero_shot_is_no_choice_where_the_encoder_does_not_know_an_organ(site: Site) -> None:
+    names = [kind.name for kind in candidates(TrainingSettings(), AdapterSettings(), [None])]
+    assert "zero-shot" not in names
+    assert names == [f"{m} on {r}" for m in ("linear", "pointwise", "spatial") for r in ("last", "pyramid")]

@@ -46,7 +46,7 @@ def made(settings: AdapterSettings = KINDS[0]) -> AdapterFile:
         levels=tuple((level.stride, level.channels) for level in LEVELS),
         settings=adapter_settings(settings),
         organs=(
-            AdapterOrgan(name="liver", label=6, support_volumes_ml=(1500.125, 1712.5)),
+            AdapterOrgan(name="liver", label=6, support_volumes_ml=(1500.125, 1712.5), left_out_dsc=(0.75,)),
             AdapterOrgan(name="spleen", label=1, support_volumes_ml=()),
         ),
         shots=2,
@@ -105,8 +105,9 @@ def test_the_file_is_plain_safetensors_with_its_description_as_json(tmp_path: Pa
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
     description = json.loads(header["__metadata__"][KEY])
-    assert description["schema_version"] == 1
-    assert description["organs"][0] == {"name": "liver", "label": 6, "support_volumes_ml": [1500.125, 1712.5]}
+    assert description["schema_version"] == 2
+    liver = {"name": "liver", "label": 6, "support_volumes_ml": [1500.125, 1712.5], "left_out_dsc": [0.75]}
+    assert description["organs"][0] == liver
     assert load_file(path).keys() == made().adapter.state_dict().keys()
 
 
@@ -167,7 +168,7 @@ def rewritten(path: Path, **changes: object) -> None:
     save_file(dict(file.adapter.state_dict()), path, metadata={KEY: json.dumps(description)})
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, 3, None, "1"])
 def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object) -> None:
     rewritten(tmp_path / "a.adapter", schema_version=version)
     with pytest.raises(AdapterError, match=f"schema {version}") as caught:

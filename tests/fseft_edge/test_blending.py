@@ -36,7 +36,7 @@ def test_zero_shot_on_a_real_ct_equals_monais_blended_logits(
             store=FeatureStore(tmp_path / "cache"),
             storage=storage,  # type: ignore[arg-type]  # parametrised literals
         )
-    ours = np.concatenate([section for _, section in predict_sections(encoded, [zero_shot])], axis=3)
+    ours = np.concatenate([section for _, section in predict_sections(encoded, [zero_shot.adapter])], axis=3)
 
     grid, network = encoded.grid, bundle.network().eval()
     image = torch.from_numpy(grid.section(volume, 0, grid.shape[2]))

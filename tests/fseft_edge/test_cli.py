@@ -252,6 +252,34 @@ ERRORS: dict[str, Case] = {
             *("--organ", LIVER, "--nsd-tolerance", -1),
         ],
     ),
+    "transduction without support": (
+        2,
+        ["--transductive needs the annotated scans", "--support-images"],
+        lambda s, t: [*s.segment(s / "images/case_1.nii.gz", output=t / "out"), "--transductive"],
+    ),
+    "a prior without transduction": (
+        2,
+        ["serve --transductive", "Add it"],
+        lambda s, t: [*s.segment(s / "images/case_1.nii.gz", output=t / "out"), "--size-prior", "liver=1..2ml"],
+    ),
+    "a prior upside down": (
+        2,
+        ["A size prior of 2 to 1 ml is impossible", "the smaller volume first"],
+        lambda s, t: [
+            *s.segment(s / "images/case_1.nii.gz", output=t / "out"),
+            *("--transductive", "--support-images", s / "images", "--support-labels", s / "labels"),
+            *("--size-prior", "liver=2..1ml"),
+        ],
+    ),
+    "a prior of another organ": (
+        2,
+        ["prior of tail concerns no organ", "They segment"],
+        lambda s, t: [
+            *s.segment(s / "images/case_1.nii.gz", output=t / "out"),
+            *("--transductive", "--support-images", s / "images", "--support-labels", s / "labels"),
+            *("--size-prior", "tail=1..2ml"),
+        ],
+    ),
     "an output among the inputs": (
         2,
         ["images holds the scans", "another folder"],

@@ -187,6 +187,12 @@ def test_nothing_to_compare_is_an_error(predictions: Path, references: Path) -> 
         evaluate(predictions, references, ORGANS)
 
 
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
+def test_impossible_surface_tolerance_is_refused(predictions: Path, references: Path, tolerance: float) -> None:
+    with pytest.raises(UsageError, match="tolerance"):
+        evaluate(predictions, references, {"liver": 1}, nsd_tolerance_mm=tolerance)
+
+
 def test_csv_json_and_table_hold_every_row(predictions: Path, references: Path, tmp_path: Path) -> None:
     write(references, "a", labels(id6=(5, 15, 3)))
     write(references, "b", labels(id6=(5, 15, 3), id1=(5, 15, 12)))

@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from doubles.encoder import SHAPE, SPACING, scan, write_case, write_random_adapter, write_tiny_encoder
+from doubles.encoder import SHAPE, SPACING, label_of, scan, write_case, write_random_adapter, write_tiny_encoder
 from numpy.typing import NDArray
 from PIL import Image
 
+from fseft_edge.adaptation import adapt
 from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
+from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.adapters import AdapterSettings
+from fseft_edge.organs import OrganLabel
 from fseft_edge.phantom import phantom
 from fseft_edge.quality import quality_flags
 from fseft_edge.runtime.bundle import EncoderBundle
@@ -39,6 +42,8 @@ from fseft_edge.runtime.nifti import read_ct, read_label_map, write_ct
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.segmentation import SegmentedCase, predict_sections, segment, segment_encoded
+from fseft_edge.size_priors import SizePrior
+from fseft_edge.transduction import TransductionPlan, TransductionSettings
 
 SOFTMAX = AdapterSettings(method="linear", reads="pyramid", activation="softmax")
 SPATIAL = AdapterSettings(method="spatial", reads="pyramid", width=4)
@@ -87,7 +92,7 @@ def labels_in(case: SegmentedCase) -> NDArray[np.unsignedinteger]:
 def probabilities(encoded: EncodedScan, file: AdapterFile) -> NDArray[np.float32]:
     """Return one adapter's probabilities on the scan's own lattice, ``[classes, X, Y, Z]``."""
     whole = np.full((file.adapter.classes, *encoded.grid.source_shape), np.nan, np.float32)
-    for piece in encoded.grid.to_source(predict_sections(encoded, [file])):
+    for piece in encoded.grid.to_source(predict_sections(encoded, [file.adapter])):
         where = [slice(None)] * 4
         where[1 + piece.axis] = slice(piece.start, piece.stop)
         whole[tuple(where)] = piece.probabilities
@@ -189,7 +194,7 @@ def test_softmax_and_sigmoid_adapters_share_a_mask(site: Site, encoded: EncodedS
         ]
     )
     wanted = np.where(candidates.max(0) > 0, candidates.argmax(0) + 1, 0)
-    np.testing.assert_array_equal(segment_encoded(encoded, [soft, sigmoid]), wanted)
+    np.testing.assert_array_equal(segment_encoded(encoded, [soft.adapter, sigmoid.adapter]), wanted)
     assert set(np.unique(wanted)) == {0, 1, 2, 3}
 
 
@@ -446,3 +451,55 @@ def test_a_mask_of_a_real_ct_lies_on_its_lattice(site: Site, real_ct: Path, tmp_
     assert mask.shape == source.shape
     np.testing.assert_array_equal(mask.affine, source.affine)
     assert read_adapter(tmp_path / "a.adapter").description.organs[0].name == case.organs[0].name
+
+
+def test_a_transductive_run_says_what_became_of_every_organ(site: Site, tmp_path: Path) -> None:
+    """Through the whole command: the support volumes' prior for one organ, one given by hand for the other."""
+    organs = [OrganLabel(name, label_of(name)) for name in ("liver", "spleen")]
+    adapter = tmp_path / "a.adapter"
+    adapt(
+        site.bundle.path,
+        site.root / "images",
+        site.root / "labels",
+        organs,
+        adapter,
+        settings=SPATIAL,
+        training=TrainingSettings(epochs=2, block=16, batch=2, blocks_per_epoch=2),
+        cases=["case_1", "case_2"],
+        validate=False,
+        cache=site.cache,
+        device="cpu",
+        backend="torch",
+    )
+    plan = TransductionPlan(
+        site.root / "images",
+        site.root / "labels",
+        {"spleen": SizePrior(1.0, 2.0)},
+        {"liver": SizePrior(1.0, 1e6), "heart": SizePrior(1.0, 2.0)},
+        TransductionSettings(steps=2, training=TrainingSettings(block=16, batch=1)),
+    )
+    (case,) = site.segment([site.image("case_3")], [adapter], tmp_path / "out", transduction=plan)
+    summary = json.loads((tmp_path / "out" / "case_3.json").read_text())
+    liver, spleen = summary["transduction"]
+    assert (liver["name"], liver["prior"]) == ("liver", {"low_ml": 1.0, "high_ml": 1e6})
+    assert (spleen["name"], spleen["prior"]) == ("spleen", {"low_ml": 1.0, "high_ml": 2.0})
+    for outcome, organ in zip((liver, spleen), case.organs, strict=True):
+        assert outcome["before_ml"] > 0
+        assert set(outcome["notes"]) <= set(organ.flags)
+    without = json.loads((tmp_path / "out" / "case_3.json").read_text())
+    site.segment([site.image("case_3")], [adapter], tmp_path / "plain")
+    assert "transduction" not in json.loads((tmp_path / "plain" / "case_3.json").read_text())
+    assert without["adapters"] == json.loads((tmp_path / "plain" / "case_3.json").read_text())["adapters"]
+
+
+def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Site, tmp_path: Path) -> None:
+    write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen", "left_lung"))
+    file = read_adapter(tmp_path / "a.adapter")
+    organs = [
+        organ.model_copy(update={"support_volumes_ml": (100.0,) if organ.name == "left_lung" else (10.0,)})
+        for organ in file.description.organs
+    ]
+    file = replace(file, description=file.description.model_copy(update={"organs": tuple(organs)}))
+    by_hand, table = SizePrior(1, 2), SizePrior(3, 4)
+    plan = TransductionPlan(tmp_path, tmp_path, {"liver": by_hand}, {"liver": table, "spleen": table})
+    assert plan.priors_for(file) == [by_hand, table, SizePrior.from_volumes([100.0])]

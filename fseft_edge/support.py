@@ -1,0 +1,143 @@
+"""Annotated scans: found on disk, checked, encoded, and laid on the grid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fseft_edge.adapters import AdapterSettings
+from fseft_edge.block_sampling import SupportScan
+from fseft_edge.organs import OrganLabel
+from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding import encode_scan
+from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.nifti import case_name, cases_by_name, read_ct, read_label_map
+from fseft_edge.runtime.session import EncoderSession
+from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
+
+_LOG = logging.getLogger(__name__)
+
+
+def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -> list[tuple[Path, Path]]:
+    """Return each CT with its annotation.
+
+    Args:
+        images: folder of CTs, or one CT.
+        labels: folder of annotations of the same file names, or one.
+        cases: names of the cases wanted; None takes all that have an annotation.
+
+    Raises:
+        UnreadableFileError: there is none, or a case that was asked for lacks one of the two.
+    """
+    annotations, scans = cases_by_name(labels), cases_by_name(images)
+    if images.is_file() and labels.is_file():
+        return [(images, labels)]
+    wanted = list(dict.fromkeys(cases)) if cases is not None else [name for name in scans if name in annotations]
+    missing = [name for name in wanted if name not in scans or name not in annotations]
+    if missing:
+        raise UnreadableFileError(
+            f"The cases {', '.join(missing)} lack an image in {images} or an annotation in {labels}.",
+            remedy="An image and its annotation share their file name.",
+        )
+    if not wanted:
+        raise UnreadableFileError(
+            f"No image in {images} has an annotation of the same file name in {labels}.",
+            remedy="Give each annotation its CT's file name.",
+        )
+    left_out = sorted(scans.keys() - annotations.keys())
+    if cases is None and left_out:
+        _LOG.warning("no annotation for %s: left out", ", ".join(left_out))
+    return [(scans[name], annotations[name]) for name in wanted]
+
+
+def check_annotations(
+    pairs: Sequence[tuple[Path, Path]], organs: Sequence[OrganLabel], labels: Path, settings: AdapterSettings
+) -> None:
+    """Make sure that there is something to learn from, before any encoding.
+
+    Raises:
+        LabelError: an organ is annotated in no case; with softmax, no case is annotated for all of them.
+    """
+    present = [_labels_in(annotation, organs) for _, annotation in pairs]
+    for organ in organs:
+        without = [
+            case_name(image) for (image, _), values in zip(pairs, present, strict=True) if organ.label not in values
+        ]
+        if len(without) == len(pairs):
+            raise LabelError(
+                f"No annotation in {labels} contains the label {organ.label} ({organ.name}).",
+                remedy="Check the number in --organ NAME=ID against the annotation files.",
+            )
+        if without:
+            _LOG.warning("%s: label %d is missing in %s: not annotated there", organ.name, organ.label, without)
+    if settings.activation == "softmax" and not any(
+        all(organ.label in values for organ in organs) for values in present
+    ):
+        raise LabelError(
+            "No scan is annotated for all the organs, so softmax never sees background.",
+            remedy="Use --activation sigmoid, or annotate every organ in at least one scan.",
+        )
+
+
+def _labels_in(annotation: Path, organs: Sequence[OrganLabel]) -> set[int]:
+    array = read_label_map(annotation).array
+    return {organ.label for organ in organs if bool((array == organ.label).any())}
+
+
+def load_support(
+    pairs: Sequence[tuple[Path, Path]],
+    organs: Sequence[OrganLabel],
+    *,
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    store: FeatureStore,
+    progress: Progress | None = None,
+) -> list[SupportScan]:
+    """Encode annotated scans.
+
+    Args:
+        pairs: a CT and its annotation each, see :func:`find_pairs`.
+        organs: what to take from the annotations.
+        bundle: the encoder.
+        session: the same encoder, opened.
+        store: where feature maps are kept.
+        progress: where to show progress.
+    """
+    support: list[SupportScan] = []
+    with (progress or SilentProgress()).task("encode", len(pairs)) as task:
+        for image, annotation in pairs:
+            volume, label_map = read_ct(image), read_label_map(annotation)
+            check_labels_match(volume, label_map)
+            support.append(support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
+            task.advance(1)
+    return support
+
+
+def support_scan(
+    volume: Volume,
+    labels: LabelMap,
+    organs: Sequence[OrganLabel],
+    *,
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    store: FeatureStore,
+) -> SupportScan:
+    """Return an annotated scan on the grid, its features from the store if they are there."""
+    encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
+    masks = [labels.array == organ.label for organ in organs]
+    occupancy = np.stack([np.rint(255 * encoded.grid.occupancy(mask)).astype(np.uint8) for mask in masks])
+    voxels = [int(mask.sum()) for mask in masks]
+    return SupportScan(
+        features=encoded.features,
+        shape=encoded.grid.shape,
+        occupancy=occupancy,
+        annotated=np.array([count > 0 for count in voxels]),
+        volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
+        grid=encoded.grid,
+        reference=(labels, tuple(organ.label for organ in organs)),
+    )

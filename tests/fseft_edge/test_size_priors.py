@@ -1,0 +1,70 @@
+"""Priors on organ sizes: how they come about, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fseft_edge.runtime.errors import UnreadableFileError, UsageError
+from fseft_edge.size_priors import SizePrior, parse_size_priors, read_size_priors
+
+
+def test_the_prior_is_the_mean_of_the_volumes_less_outliers_from_five_on() -> None:
+    one = SizePrior.from_volumes([10.0])
+    assert (one.low_ml, one.high_ml) == (pytest.approx(7.0), pytest.approx(13.0))
+    four = SizePrior.from_volumes([10, 10, 10, 50])
+    assert four.high_ml == pytest.approx(1.3 * 20)
+    five = SizePrior.from_volumes([10, 10, 10, 10, 50])
+    assert (five.low_ml, five.high_ml) == (pytest.approx(7.0), pytest.approx(13.0))
+    wide = SizePrior.from_volumes([8, 12], gamma=0.5)
+    assert (wide.low_ml, wide.high_ml) == (pytest.approx(5.0), pytest.approx(15.0))
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (0.0, 0.0), (-1.0, 2.0), (1.0, float("inf")), (1, float("nan"))])
+def test_an_impossible_prior_is_refused(low: float, high: float) -> None:
+    with pytest.raises(UsageError, match="prior"):
+        SizePrior(low, high)
+
+
+def test_no_volume_makes_no_prior() -> None:
+    with pytest.raises(UsageError, match="prior"):
+        SizePrior.from_volumes([])
+
+
+def test_priors_given_by_hand() -> None:
+    priors = parse_size_priors(["liver=1200..1800ml", "left_kidney=90.5..200"])
+    assert priors == {"liver": SizePrior(1200, 1800), "left_kidney": SizePrior(90.5, 200)}
+    assert parse_size_priors([]) == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["liver", "liver=1200", "liver=..5ml", "liver=1..2l", "=1..2ml", "liver=1.2.3..4ml", "liver=5..1ml"]
+)
+def test_a_malformed_or_inverted_prior_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="prior"):
+        parse_size_priors([text])
+
+
+def test_an_organ_has_one_prior() -> None:
+    with pytest.raises(UsageError, match="two size priors"):
+        parse_size_priors(["liver=1..2ml", "liver=3..4ml"])
+
+
+def test_a_table_of_volumes_makes_priors(tmp_path: Path) -> None:
+    file = tmp_path / "volumes.csv"
+    file.write_text("case,organ,volume_ml\na,liver,1000\nb,liver,2000\na,spleen,100\n")
+    priors = read_size_priors(file)
+    assert priors["liver"].low_ml == pytest.approx(0.7 * 1500)
+    assert priors["spleen"].high_ml == pytest.approx(130)
+
+
+@pytest.mark.parametrize("text", ["", "organ\nliver\n", "organ,volume_ml\nliver,big\n", "organ,volume_ml\nliver\n"])
+def test_what_is_no_table_of_volumes_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "volumes.csv"
+    file.write_text(text)
+    if text == "":
+        assert read_size_priors(file) == {}
+        return
+    with pytest.raises(UnreadableFileError, match=r"volumes\.csv"):
+        read_size_priors(file)
