@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bundle = headneck.encoder(None)
     volume = read_ct(headneck.image_path(arguments.case))
-    organs = zero_shot_adapter(bundle, headneck.BASE)
+    organs = zero_shot_adapter(bundle, headneck.BASE).adapter
     probabilities, finest = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for backend, storage in (("torch", "float32"), ("onnxruntime", "float32"), ("torch", "float16")):

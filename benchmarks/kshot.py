@@ -18,11 +18,12 @@ import headneck
 import numpy as np
 import torch
 
-from fseft_edge.adaptation import describe, head_rows, support_scan, zero_shot_adapter
-from fseft_edge.adapter_file import AdapterFile
-from fseft_edge.adapter_training import TrainingSettings, train_adapter
-from fseft_edge.adapters import AdapterSettings
+from fseft_edge.adaptation import head_rows, zero_shot_adapter
+from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
+from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
+from fseft_edge.organs import OrganLabel
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import encode_scan
@@ -30,6 +31,9 @@ from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import read_ct, read_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.segmentation import segment_encoded
+from fseft_edge.size_priors import SizePrior
+from fseft_edge.support import load_support
+from fseft_edge.transduction import transduce
 
 VARIANTS = {
     "linear last": AdapterSettings(method="linear", reads="last"),
@@ -50,37 +54,47 @@ class Bench:
     session: EncoderSession
     store: FeatureStore
 
-    def score(self, case: str, files: Sequence[AdapterFile]) -> list[dict[str, float]]:
-        """Return the DSC of every organ of a case for each adapter."""
+    def score(
+        self,
+        case: str,
+        adapters: Sequence[Adapter],
+        organs: Sequence[OrganLabel] = headneck.ORGANS,
+        *,
+        transduced_on: Sequence[SupportScan] | None = None,
+    ) -> list[dict[str, float]]:
+        """Return the DSC of every organ of a case for each adapter of these organs.
+
+        With ``transduced_on``, the adapters' support set, each is tuned to the case first.
+        """
         volume = read_ct(headneck.image_path(case))
         reference = read_label_map(headneck.label_path(case)).array
         encoded = encode_scan(volume, bundle=self.bundle, session=self.session, store=self.store)
         scores = []
-        for file in files:
-            labels = segment_encoded(encoded, [file])
+        for adapter in adapters:
+            if transduced_on is not None:
+                priors = [
+                    SizePrior.from_volumes([scan.volumes_mm3[k] / 1000 for scan in transduced_on])
+                    for k in range(len(organs))
+                ]
+                adapter = transduce(adapter, encoded, transduced_on, priors).adapter  # noqa: PLW2901 - its tuned twin
+            labels = segment_encoded(encoded, [adapter])
             scores.append(
                 {
                     organ.name: float(dice(labels == number, reference == organ.label) or 0.0)
-                    for number, organ in enumerate(file.description.organs, start=1)
+                    for number, organ in enumerate(organs, start=1)
                 }
             )
         return scores
 
-    def train(self, cases: Sequence[str], settings: AdapterSettings, training: TrainingSettings) -> AdapterFile:
+    def support(self, cases: Sequence[str]) -> list[SupportScan]:
+        """Return annotated scans with all five organs."""
+        pairs = [(headneck.image_path(case), headneck.label_path(case)) for case in cases]
+        return load_support(pairs, headneck.ORGANS, bundle=self.bundle, session=self.session, store=self.store)
+
+    def train(self, cases: Sequence[str], settings: AdapterSettings, training: TrainingSettings) -> TrainedAdapter:
         """Return an adapter for all five organs, trained on the cases."""
-        support = [
-            support_scan(
-                read_ct(headneck.image_path(case)),
-                read_label_map(headneck.label_path(case)),
-                headneck.ORGANS,
-                bundle=self.bundle,
-                session=self.session,
-                store=self.store,
-            )
-            for case in cases
-        ]
-        trained = train_adapter(settings, support, head_rows=head_rows(self.bundle, headneck.ORGANS), training=training)
-        return describe(trained, support, headneck.ORGANS, bundle=self.bundle, seed=training.seed)
+        rows = head_rows(self.bundle, headneck.ORGANS)
+        return train_adapter(settings, self.support(cases), head_rows=rows, training=training)
 
 
 def main() -> None:
@@ -90,6 +104,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[5])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT))
+    parser.add_argument("--transductive", action="store_true", help="tune the adapters to every case, by size")
     parser.add_argument("--on", choices=["test", "support"], default="test")
     parser.add_argument("--cases", type=int, help="score on the first so many cases only")
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "kshot")
@@ -104,7 +119,8 @@ def main() -> None:
         key = f"zero-shot|0|0|{arguments.on}|{bundle.encoder_id[:12]}|{arguments.cases}"
         if key not in results:
             cases = headneck.split(arguments.on)[: arguments.cases]
-            results[key] = {"scores": [bench.score(case, [zero_shot_adapter(bundle, known)])[0] for case in cases]}
+            zero_shot = [zero_shot_adapter(bundle, known).adapter]
+            results[key] = {"scores": [bench.score(case, zero_shot, known)[0] for case in cases]}
             _keep(file, results)
         for shots in arguments.shots:
             for draw in range(arguments.draws):
@@ -123,19 +139,22 @@ def _run_draw(
 ) -> None:
     support = headneck.draw_support(shots, draw)
     cases = [case for case in headneck.split(arguments.on) if case not in support][: arguments.cases]
-    files, keys = [], []
+    adapters, keys = [], []
     for variant in arguments.variants:
-        key = f"{variant}|{shots}|{draw}|{arguments.on}|{bench.bundle.encoder_id[:12]}|{arguments.cases}"
+        name = f"{variant} + transduction" if arguments.transductive else variant
+        key = f"{name}|{shots}|{draw}|{arguments.on}|{bench.bundle.encoder_id[:12]}|{arguments.cases}"
         if key in results:
             continue
         torch.manual_seed(0)
         started = time.monotonic()
-        files.append(bench.train(support, VARIANTS[variant], TrainingSettings(seed=draw)))
-        results[key] = {"seconds": time.monotonic() - started, "support": support, "steps": files[-1].description.steps}
+        trained = bench.train(support, VARIANTS[variant], TrainingSettings(seed=draw))
+        adapters.append(trained.adapter)
+        results[key] = {"seconds": time.monotonic() - started, "support": support, "steps": trained.steps}
         keys.append(key)
     scores: dict[str, list[dict[str, float]]] = {key: [] for key in keys}
+    tuned = bench.support(support) if keys and arguments.transductive else None
     for case in cases if keys else []:
-        for key, score in zip(keys, bench.score(case, files), strict=True):
+        for key, score in zip(keys, bench.score(case, adapters, transduced_on=tuned), strict=True):
             scores[key].append(score)
     for key in keys:
         results[key]["scores"] = scores[key]
