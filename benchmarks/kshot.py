@@ -88,8 +88,8 @@ class Bench:
 
     def support(self, cases: Sequence[str]) -> list[SupportScan]:
         """Return annotated scans with all five organs."""
-        pairs = [(headneck.image_path(case), headneck.label_path(case)) for case in cases]
-        return load_support(pairs, headneck.ORGANS, bundle=self.bundle, session=self.session, store=self.store)
+        annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in cases]
+        return load_support(annotated, headneck.ORGANS, bundle=self.bundle, session=self.session, store=self.store)
 
     def train(self, cases: Sequence[str], settings: AdapterSettings, training: TrainingSettings) -> TrainedAdapter:
         """Return an adapter for all five organs, trained on the cases."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
-from fseft_edge.adapter_file import AdapterDescription, AdapterFile, AdapterOrgan, write_adapter
+from fseft_edge.adapter_file import AdapterDescription, AdapterFile, AdapterOrgan, adapter_settings, write_adapter
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters import AdapterSettings, zero_shot
 from fseft_edge.block_sampling import SupportScan
@@ -21,8 +20,8 @@ from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.feature_store import open_store
 from fseft_edge.runtime.session import open_session
-from fseft_edge.support import check_annotations, find_pairs, load_support
-from fseft_edge.validation import Candidate, Validated, best_of, candidates, leave_one_out
+from fseft_edge.support import find_pairs, load_support, read_annotations
+from fseft_edge.validation import Candidate, Validated, best_of, can_validate, candidates, leave_one_out
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def adapt(
         training: schedule and seed.
         choose: take the method, and what it reads, that validates best; ``settings`` gives activation and width only.
         validate: leave every scan out once, so that the file says what to expect on new scans; takes as long as the
-            training once a scan. With one scan there is nothing to validate.
+            training once a scan. Where no organ is annotated in two scans, nothing can be validated.
         cases: names of the cases to use; None takes all that have an annotation.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
@@ -77,17 +76,17 @@ def adapt(
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
     pairs = find_pairs(images, labels, cases)
-    check_annotations(pairs, organs, labels, settings)
+    annotated = read_annotations(pairs, organs, labels, settings)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
-        support = load_support(pairs, organs, bundle=bundle, session=session, store=store, progress=progress)
+        support = load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress)
         training = training or TrainingSettings()
         rows = head_rows(bundle, organs)
         candidate = Candidate(f"{settings.method} on {settings.reads}", settings, training)
         validated: Validated | None = None
-        if len(support) == 1 and (choose or validate):
-            _LOG.warning("one scan alone validates nothing: %s it is", candidate.name)
+        if (choose or validate) and not can_validate(support):
+            _LOG.warning("no organ is annotated in two scans, so nothing can be validated: %s it is", candidate.name)
         elif choose:
             validated, all_of_them = best_of(candidates(training, settings, rows), support, rows, progress=progress)
             candidate = validated.candidate
@@ -149,7 +148,7 @@ def describe(
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
-        settings=asdict(trained.adapter.settings),
+        settings=adapter_settings(trained.adapter.settings),
         organs=tuple(
             AdapterOrgan(
                 name=organ.name,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows
 from fseft_edge.block_sampling import BlockSampler, SupportScan, aligned_core, draw_centre, organ_positions
 from fseft_edge.blocks import Box, read_block
 from fseft_edge.linear_probe import Voxels, gather_voxels, solve
@@ -36,7 +36,7 @@ class TrainingSettings:
         batch: blocks a step; half of them are centred on an organ, half anywhere.
         blocks_per_epoch: blocks per scan and epoch.
         blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, the paper's number).
-        epochs: at most; None divides ``blocks`` by what an epoch holds.
+        epochs: at most; a linear adapter has none. None divides ``blocks`` by what an epoch holds.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the CPU has instructions for it.
         feature_shift: each block's channels are shifted by noise of this standard deviation (1 is the channel's own).
         channel_dropout: share of the channels of levels 1, 2, ... that a block does without.
@@ -81,8 +81,8 @@ class TrainedAdapter:
 
     Attributes:
         adapter: the network, in evaluation mode.
-        losses: mean loss of every epoch.
-        steps: optimiser steps.
+        losses: mean loss of every epoch; of a linear adapter, which is solved, the loss of the solution alone.
+        steps: optimiser steps; of a linear adapter, evaluations of the loss.
         bfloat16: whether the network computed in bfloat16.
     """
 
@@ -96,7 +96,7 @@ def train_adapter(
     settings: AdapterSettings,
     support: Sequence[SupportScan],
     *,
-    head_rows: Sequence[tuple[Tensor, float] | None],
+    head_rows: HeadRows,
     training: TrainingSettings | None = None,
     progress: Progress | None = None,
 ) -> TrainedAdapter:
@@ -182,7 +182,7 @@ def untrained_adapter(
     settings: AdapterSettings,
     support: Sequence[SupportScan],
     *,
-    head_rows: Sequence[tuple[Tensor, float] | None],
+    head_rows: HeadRows,
     seed: int = 0,
 ) -> Adapter:
     """Return the adapter that training starts from: normalised to the support's features, started from the head."""
@@ -222,9 +222,8 @@ class _Anchor:
     A few scans say little that the many scans of pre-training did not; what they do say is worth its distance.
     """
 
-    def __init__(self, adapter: Adapter, head_rows: Sequence[tuple[Tensor, float] | None], weight: float) -> None:
-        first = adapter.classes - len(head_rows)
-        self._rows = [first + k for k, row in enumerate(head_rows) if row is not None]
+    def __init__(self, adapter: Adapter, head_rows: HeadRows, weight: float) -> None:
+        self._rows = [adapter.backgrounds + k for k, row in enumerate(head_rows) if row is not None]
         self._weight = weight
         self._pairs = [(weights, weights.detach().clone()) for weights in adapter.classifiers()]
 

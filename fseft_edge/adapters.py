@@ -30,6 +30,9 @@ Method = Literal["linear", "pointwise", "spatial"]
 Reads = Literal["last", "pyramid"]
 Activation = Literal["sigmoid", "softmax"]
 
+HeadRows = Sequence[tuple[Tensor, float] | None]
+"""For each organ the weight ``[C_0]`` and bias of the encoder's own classifier, None where it does not know it."""
+
 _UNKNOWN_ORGAN_BIAS = -3.0
 
 
@@ -101,15 +104,13 @@ class Adapter(nn.Module):
             self.steps = nn.ModuleList(ResidualStep(settings.width, kernel) for _ in self.levels)
             self.classifier = nn.Conv3d(settings.width, self.classes, 1, bias=False)
 
-    def start_from_head(self, rows: Sequence[tuple[Tensor, float] | None]) -> None:
+    def start_from_head(self, rows: HeadRows) -> None:
         """Start the classifier of known organs from the encoder's head.
 
         Args:
-            rows: for each organ, the head's weight ``[C_0]`` and bias, or None where the encoder does not know it.
+            rows: the head's classifiers.
         """
-        first = self.classes - len(rows)
-        bias = self.direct.bias
-        assert bias is not None  # noqa: S101 - narrows the type for the checker
+        first, bias = self.backgrounds, self.linear_bias()
         with torch.no_grad():
             if first:
                 nn.init.xavier_uniform_(self.direct.weight[:1])
@@ -135,11 +136,12 @@ class Adapter(nn.Module):
     def _other_classifiers(self) -> list[nn.Conv3d]:
         """The classifiers beside ``direct``: one a coarser level, and that of the residual path."""
         linear = [module for module in self.coarse if isinstance(module, nn.Conv3d)]
-        return [*linear, self.classifier] if hasattr(self, "classifier") else linear
+        has_residual_path = self.settings.method != "linear" and self.settings.reads == "pyramid"
+        return [*linear, self.classifier] if has_residual_path else linear
 
     def linear_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that logits are linear in whatever the others are; they bear a higher learning rate."""
-        if self.settings.method != "linear" and self.settings.reads == "last":
+        """Return the parameters beside the residual path, which logits are linear in; they bear a higher rate."""
+        if self.settings.reads == "last":
             return []
         return [*self.direct.parameters(), *self.coarse.parameters()]
 
@@ -250,7 +252,7 @@ class Adapter(nn.Module):
         return step.halo
 
 
-def zero_shot(levels: Sequence[FeatureLevel], rows: Sequence[tuple[Tensor, float] | None]) -> Adapter:
+def zero_shot(levels: Sequence[FeatureLevel], rows: HeadRows) -> Adapter:
     """Return the encoder's own classifiers as an adapter (see :meth:`Adapter.start_from_head`)."""
     adapter = Adapter(AdapterSettings(method="linear", reads="last"), levels, len(rows))
     adapter.start_from_head(rows)

@@ -29,7 +29,7 @@ from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
-from fseft_edge.support import check_annotations, find_pairs, load_support
+from fseft_edge.support import find_pairs, load_support, read_annotations
 from fseft_edge.transduction import OrganOutcome, TransductionPlan, tuned_adapters
 
 _LOG = logging.getLogger(__name__)
@@ -231,11 +231,11 @@ def _tuner(
     progress: Progress,
 ) -> _Tune:
     supports = []
+    pairs = find_pairs(plan.images, plan.labels)
     for file in files:
         organs = [OrganLabel(organ.name, organ.label) for organ in file.description.organs]
-        pairs = find_pairs(plan.images, plan.labels)
-        check_annotations(pairs, organs, plan.labels, file.adapter.settings)
-        supports.append(load_support(pairs, organs, bundle=bundle, session=session, store=store, progress=progress))
+        annotated = read_annotations(pairs, organs, plan.labels, file.adapter.settings)
+        supports.append(load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress))
     return lambda adapters, encoded: tuned_adapters(adapters, encoded, supports, plan, progress)
 
 

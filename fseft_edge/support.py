@@ -55,15 +55,17 @@ def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -
     return [(scans[name], annotations[name]) for name in wanted]
 
 
-def check_annotations(
+def read_annotations(
     pairs: Sequence[tuple[Path, Path]], organs: Sequence[OrganLabel], labels: Path, settings: AdapterSettings
-) -> None:
-    """Make sure that there is something to learn from, before any encoding.
+) -> list[tuple[Path, LabelMap]]:
+    """Return each CT with its annotation read, having made sure that there is something to learn from.
 
     Raises:
+        UnreadableFileError: an annotation cannot be read.
         LabelError: an organ is annotated in no case; with softmax, no case is annotated for all of them.
     """
-    present = [_labels_in(annotation, organs) for _, annotation in pairs]
+    annotated = [(image, read_label_map(annotation)) for image, annotation in pairs]
+    present = [_labels_in(label_map, organs) for _, label_map in annotated]
     for organ in organs:
         without = [
             case_name(image) for (image, _), values in zip(pairs, present, strict=True) if organ.label not in values
@@ -82,15 +84,15 @@ def check_annotations(
             "No scan is annotated for all the organs, so softmax never sees background.",
             remedy="Use --activation sigmoid, or annotate every organ in at least one scan.",
         )
+    return annotated
 
 
-def _labels_in(annotation: Path, organs: Sequence[OrganLabel]) -> set[int]:
-    array = read_label_map(annotation).array
-    return {organ.label for organ in organs if bool((array == organ.label).any())}
+def _labels_in(label_map: LabelMap, organs: Sequence[OrganLabel]) -> set[int]:
+    return {organ.label for organ in organs if bool((label_map.array == organ.label).any())}
 
 
 def load_support(
-    pairs: Sequence[tuple[Path, Path]],
+    annotated: Sequence[tuple[Path, LabelMap]],
     organs: Sequence[OrganLabel],
     *,
     bundle: EncoderBundle,
@@ -101,7 +103,7 @@ def load_support(
     """Encode annotated scans.
 
     Args:
-        pairs: a CT and its annotation each, see :func:`find_pairs`.
+        annotated: a CT and its annotation each, see :func:`read_annotations`.
         organs: what to take from the annotations.
         bundle: the encoder.
         session: the same encoder, opened.
@@ -109,9 +111,9 @@ def load_support(
         progress: where to show progress.
     """
     support: list[SupportScan] = []
-    with (progress or SilentProgress()).task("encode", len(pairs)) as task:
-        for image, annotation in pairs:
-            volume, label_map = read_ct(image), read_label_map(annotation)
+    with (progress or SilentProgress()).task("encode", len(annotated)) as task:
+        for image, label_map in annotated:
+            volume = read_ct(image)
             check_labels_match(volume, label_map)
             support.append(support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
             task.advance(1)

@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
 
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings, Method, Reads, zero_shot
+from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows, Method, Reads, zero_shot
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.encoding import EncodedScan
 from fseft_edge.segmentation import segment_encoded
-
-HeadRows = Sequence[tuple[Tensor, float] | None]
 
 _READS: tuple[Reads, ...] = ("last", "pyramid")
 
@@ -81,6 +78,11 @@ def candidates(training: TrainingSettings, settings: AdapterSettings, rows: Head
             kind = replace(settings, method=method, reads=reads)
             kinds.append(Candidate(f"{method} on {reads}", kind, training))
     return kinds
+
+
+def can_validate(support: Sequence[SupportScan]) -> bool:
+    """Return whether leaving scans out tells anything: some organ is annotated in two scans at least."""
+    return bool((np.sum([scan.annotated for scan in support], axis=0) >= 2).any())
 
 
 def leave_one_out(

@@ -86,7 +86,11 @@ def export(
     help="Leave each scan out once, to say what to expect on new ones.",
 )
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
-@click.option("--epochs", type=click.IntRange(min=1), help="At most this many epochs.  [default: by number of scans]")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="At most this many epochs (not for linear).  [default: by number of scans]",
+)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the adapter's description as JSON.")
 @common_options

@@ -38,7 +38,7 @@ class SlabwiseResidualUNet(FeatureNetwork):
         self._first = _SlabwiseBlock(_residual_block(network.down[0]))
         self._second = _SlabwiseStridedBlock(_residual_block(network.down[1]))
         self._down = network.down[2:]
-        self._up = nn.ModuleList(_Upsampling(layer) for layer in network.up if isinstance(layer, nn.ConvTranspose3d))
+        self._up = nn.ModuleList(_Upsampling(layer) for layer in network.up)
         fine, self._merge_coarse = network.merge[:_FINE_LEVELS], network.merge[_FINE_LEVELS:]
         self._merge_fine = nn.ModuleList(_SlabwiseBlock(_residual_block(block)) for block in fine)
 
@@ -160,8 +160,9 @@ class _SlabwiseStridedBlock(nn.Module):
 class _Upsampling(nn.Module):
     """A transposed convolution of kernel and stride 2: on channels-last features it is one matrix product."""
 
-    def __init__(self, convolution: nn.ConvTranspose3d) -> None:
+    def __init__(self, convolution: nn.Module) -> None:
         super().__init__()
+        assert isinstance(convolution, nn.ConvTranspose3d)  # noqa: S101 - narrows the type for the checker
         inputs, outputs = convolution.in_channels, convolution.out_channels
         self._weight = nn.Parameter(convolution.weight.detach().movedim(1, -1).reshape(inputs, 8 * outputs))
         bias = convolution.bias

@@ -266,12 +266,13 @@ def test_scans_of_different_size_and_orientation_train_together(site: Site, tmp_
     assert file.description.organs[0].support_volumes_ml[1] == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", ["pointwise", "spatial"])
+@pytest.mark.parametrize("method", ["linear", "pointwise", "spatial"])
 @pytest.mark.parametrize("reads", ["last", "pyramid"])
 def test_before_its_first_step_an_adapter_is_the_heads_classifier(
-    site: Site, tmp_path: Path, method: str, reads: str
+    site: Site, tmp_path: Path, method: str, reads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a learning rate of zero the masks of known organs are those of the encoder's own head."""
+    """With a learning rate of zero, or no iteration, the masks of known organs are those of the encoder's own head."""
+    monkeypatch.setattr("fseft_edge.linear_probe._MOST_ITERATIONS", 0)
     known = [OrganLabel(name, label_of(name)) for name in HEAD_ORGANS]
     site.adapt(
         known,
@@ -434,7 +435,26 @@ def test_one_scan_validates_nothing_and_says_so(site: Site, tmp_path: Path, capl
     file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_1"], choose=True, validate=True)
     assert file.description.organs[0].left_out_dsc == ()
     assert file.description.settings["method"] == "linear"
-    assert "one scan alone validates nothing" in caplog.text
+    assert "no organ is annotated in two scans, so nothing can be validated" in caplog.text
+
+
+def test_scans_that_share_no_organ_validate_nothing(
+    site: Site, tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, kept in (("case_1", LIVER.label), ("case_2", SPLEEN.label)):
+        path = copied / "labels" / f"{name}.nii.gz"
+        labels = read_label_map(path)
+        write_label_map(path, LabelMap(np.where(labels.array == kept, labels.array, 0), labels.affine))
+    file = site.adapt(
+        [LIVER, SPLEEN],
+        tmp_path / "a.adapter",
+        images=copied / "images",
+        labels=copied / "labels",
+        cases=["case_1", "case_2"],
+        choose=True,
+    )
+    assert [organ.left_out_dsc for organ in file.description.organs] == [(), ()]
+    assert "nothing can be validated" in caplog.text
 
 
 def test_the_method_that_validates_best_is_taken_and_a_dearer_one_only_if_it_is_worth_it(

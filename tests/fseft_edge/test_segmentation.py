@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -23,7 +24,7 @@ from PIL import Image
 from fseft_edge.adaptation import adapt
 from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
 from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.adapters import AdapterSettings
+from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.organs import OrganLabel
 from fseft_edge.phantom import phantom
 from fseft_edge.quality import quality_flags
@@ -43,7 +44,7 @@ from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.segmentation import SegmentedCase, predict_sections, segment, segment_encoded
 from fseft_edge.size_priors import SizePrior
-from fseft_edge.transduction import TransductionPlan, TransductionSettings
+from fseft_edge.transduction import OrganOutcome, Transduced, TransductionPlan, TransductionSettings
 
 SOFTMAX = AdapterSettings(method="linear", reads="pyramid", activation="softmax")
 SPATIAL = AdapterSettings(method="spatial", reads="pyramid", width=4)
@@ -486,10 +487,29 @@ def test_a_transductive_run_says_what_became_of_every_organ(site: Site, tmp_path
     for outcome, organ in zip((liver, spleen), case.organs, strict=True):
         assert outcome["before_ml"] > 0
         assert set(outcome["notes"]) <= set(organ.flags)
-    without = json.loads((tmp_path / "out" / "case_3.json").read_text())
     site.segment([site.image("case_3")], [adapter], tmp_path / "plain")
-    assert "transduction" not in json.loads((tmp_path / "plain" / "case_3.json").read_text())
-    assert without["adapters"] == json.loads((tmp_path / "plain" / "case_3.json").read_text())["adapters"]
+    plain = json.loads((tmp_path / "plain" / "case_3.json").read_text())
+    assert "transduction" not in plain
+    assert summary["adapters"] == plain["adapters"]
+
+
+def test_the_mask_is_that_of_the_tuned_adapter(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
+
+    def emptied(adapter: Adapter, _: EncodedScan, __: object, priors: Sequence[SizePrior], **___: object) -> Transduced:
+        tuned = copy.deepcopy(adapter)
+        with torch.no_grad():
+            tuned.linear_bias().fill_(-1e4)
+        return Transduced(tuned, (OrganOutcome(9.0, 0.0, priors[0], ("outside_prior",)),), 1)
+
+    plan = TransductionPlan(site.root / "images", site.root / "labels")
+    scans = [site.image("case_1"), site.image("case_2")]
+    plain = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "plain")
+    monkeypatch.setattr("fseft_edge.transduction.transduce", emptied)
+    tuned = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "out", transduction=plan)
+    assert all(labels_in(case).any() for case in plain)
+    assert not any(labels_in(case).any() for case in tuned)
+    assert all("outside_prior" in case.organs[0].flags for case in tuned)
 
 
 def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Site, tmp_path: Path) -> None:
