@@ -1,41 +1,40 @@
 """The k-shot table on real CT: `make benchmark BENCHMARK=kshot`, or this script with options.
 
-Draws support sets from the `support` split, trains each kind of adapter on them and reports mean DSC on `test`, on the
+Draws support sets from the `support` split, makes an adapter on them by every method and scores it on `test`, on the
 scans' own lattice. `--on support` scores on the rest of `support` instead: that is for choosing settings.
-Results are kept in OUTPUT/results.json after every step, so that an interrupted run goes on where it was.
+
+Every result is a line of OUTPUT/results.jsonl, written as soon as it is there; what is there is not done again. Several
+runs may write to the same folder. `--report` prints the table and draws the plot of what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import time
-from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import headneck
-import numpy as np
-import torch
+from bench import Bench
+from finetuning import RATES, fine_tune
+from kshot_report import markdown, plot
 
-from fseft_edge.adaptation import head_rows, zero_shot_adapter
-from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.block_sampling import SupportScan
-from fseft_edge.metrics import dice
-from fseft_edge.organs import OrganLabel
-from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.adaptation import describe, zero_shot_adapter
+from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
+from fseft_edge.adapter_training import TrainingSettings
+from fseft_edge.adapters import AdapterSettings
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import encode_scan
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.nifti import read_ct, read_label_map
-from fseft_edge.runtime.session import EncoderSession, open_session
-from fseft_edge.segmentation import segment_encoded
+from fseft_edge.runtime.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.session import open_session
 from fseft_edge.size_priors import SizePrior
-from fseft_edge.support import load_support
 from fseft_edge.transduction import transduce
 
-VARIANTS = {
+ADAPTERS = {
     "linear last": AdapterSettings(method="linear", reads="last"),
     "linear pyramid": AdapterSettings(method="linear", reads="pyramid"),
     "pointwise last": AdapterSettings(method="pointwise", reads="last"),
@@ -43,162 +42,171 @@ VARIANTS = {
     "spatial last": AdapterSettings(method="spatial", reads="last"),
     "spatial pyramid": AdapterSettings(method="spatial", reads="pyramid"),
 }
-DEFAULT = ("linear last", "linear pyramid", "spatial last", "spatial pyramid")
+TRANSDUCED = " + transduction"
+METHODS = (
+    "zero-shot",
+    *ADAPTERS,
+    *(name + TRANSDUCED for name in ADAPTERS),
+    *RATES,
+)
+DEFAULT = ("zero-shot", "linear last", "linear pyramid", "pointwise pyramid", "spatial last", "spatial pyramid")
 
 
 @dataclass(frozen=True)
-class Bench:
-    """An open encoder with its feature store."""
+class Run:
+    """One row of results, before its scores: a method on one support set."""
 
-    bundle: EncoderBundle
-    session: EncoderSession
-    store: FeatureStore
+    method: str
+    shots: int
+    draw: int
+    on: str
+    folder: Path
 
-    def score(
-        self,
-        case: str,
-        adapters: Sequence[Adapter],
-        organs: Sequence[OrganLabel] = headneck.ORGANS,
-        *,
-        transduced_on: Sequence[SupportScan] | None = None,
-    ) -> list[dict[str, float]]:
-        """Return the DSC of every organ of a case for each adapter of these organs.
+    @property
+    def name(self) -> str:
+        """For file names."""
+        return f"{self.method.replace(' ', '_')}-{self.shots}-{self.draw}"
 
-        With ``transduced_on``, the adapters' support set, each is tuned to the case first.
-        """
-        volume = read_ct(headneck.image_path(case))
-        reference = read_label_map(headneck.label_path(case)).array
-        encoded = encode_scan(volume, bundle=self.bundle, session=self.session, store=self.store)
-        scores = []
-        for adapter in adapters:
-            if transduced_on is not None:
-                priors = [
-                    SizePrior.from_volumes([scan.volumes_mm3[k] / 1000 for scan in transduced_on])
-                    for k in range(len(organs))
-                ]
-                adapter = transduce(adapter, encoded, transduced_on, priors).adapter  # noqa: PLW2901 - its tuned twin
-            labels = segment_encoded(encoded, [adapter])
-            scores.append(
-                {
-                    organ.name: float(dice(labels == number, reference == organ.label) or 0.0)
-                    for number, organ in enumerate(organs, start=1)
-                }
-            )
-        return scores
+    @property
+    def support(self) -> list[str]:
+        """The support set."""
+        return headneck.draw_support(self.shots, self.draw) if self.shots else []
 
-    def support(self, cases: Sequence[str]) -> list[SupportScan]:
-        """Return annotated scans with all five organs."""
-        annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in cases]
-        return load_support(annotated, headneck.ORGANS, bundle=self.bundle, session=self.session, store=self.store)
+    @property
+    def cases(self) -> list[str]:
+        """What is scored on."""
+        return [case for case in headneck.split(self.on) if case not in self.support]
 
-    def train(self, cases: Sequence[str], settings: AdapterSettings, training: TrainingSettings) -> TrainedAdapter:
-        """Return an adapter for all five organs, trained on the cases."""
-        rows = head_rows(self.bundle, headneck.ORGANS)
-        return train_adapter(settings, self.support(cases), head_rows=rows, training=training)
+
+@dataclass(frozen=True)
+class Made:
+    """What a training left: a file (adapter or model), and what it took."""
+
+    path: Path
+    parameters: int
+    seconds: float
+    peak_mib: float
 
 
 def main() -> None:
-    """Run what is missing of the table, and print it."""
+    """Run what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model file of another encoder than the built-in one")
-    parser.add_argument("--shots", type=int, nargs="+", default=[5])
+    parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 30])
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(DEFAULT))
-    parser.add_argument("--transductive", action="store_true", help="tune the adapters to every case, by size")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="METHOD")
     parser.add_argument("--on", choices=["test", "support"], default="test")
-    parser.add_argument("--cases", type=int, help="score on the first so many cases only")
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "kshot")
+    parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / "results.json"
-    results: dict[str, dict[str, object]] = json.loads(file.read_text()) if file.exists() else {}
-    bundle = headneck.encoder(arguments.model)
+    if not arguments.report:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        pool = len(headneck.split("support"))
+        if max(arguments.shots) > pool:
+            parser.error(f"the pool of support scans holds {pool}")
+        bundle = headneck.encoder(arguments.model)
+        for shots in arguments.shots:
+            for draw in range(arguments.draws if shots < pool else 1):
+                for method in arguments.methods:
+                    run = Run(
+                        method, *((0, 0) if method == "zero-shot" else (shots, draw)), arguments.on, arguments.output
+                    )
+                    _do(run, bundle)
+    results = read_results(arguments.output)
+    print(markdown(results, arguments.on))
+    plot(results, arguments.on, arguments.output / "kshot.png")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Return every result of a folder."""
+    file = folder / "results.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _do(run: Run, bundle: EncoderBundle) -> None:
+    identity = {
+        "method": run.method,
+        "shots": run.shots,
+        "draw": run.draw,
+        "on": run.on,
+        "encoder": bundle.encoder_id[:12],
+    }
+    if any(identity.items() <= result.items() for result in read_results(run.folder)):
+        return
+    made = None
+    if run.shots:
+        # A process of its own, so that its peak memory is the method's.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+            made = executor.submit(_make, run, bundle.path).result()
+    started = time.monotonic()
+    scores = _scores(run, bundle, made)
+    result = {
+        **identity,
+        "parameters": made.parameters if made else 0,
+        "seconds": round(made.seconds, 1) if made else 0,
+        "peak_mib": round(made.peak_mib) if made else None,
+        "seconds_a_case": round((time.monotonic() - started) / len(run.cases), 2),
+        "scores": {case: {organ: round(dsc, 4) for organ, dsc in of_case.items()} for case, of_case in scores.items()},
+    }
+    with (run.folder / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    print(markdown([result], run.on).splitlines()[-1], flush=True)
+
+
+def _make(run: Run, encoder: Path) -> Made:
+    """Train, and write what came out."""
+    if run.method in RATES:
+        tuned = fine_tune(run.method, run.support, seed=run.draw, output=run.folder / "models")
+        return Made(tuned.model, tuned.parameters, tuned.seconds, _peak_mib())
+    name = run.method.removesuffix(TRANSDUCED)
+    path = run.folder / "adapters" / f"{name.replace(' ', '_')}-{run.shots}-{run.draw}.adapter"
+    bundle = EncoderBundle.open(encoder)
+    path.parent.mkdir(exist_ok=True)
     with open_session(bundle) as session:
         bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
-        known = [organ for organ in headneck.ORGANS if organ.name in bundle.manifest.organs]
-        key = f"zero-shot|0|0|{arguments.on}|{bundle.encoder_id[:12]}|{arguments.cases}"
-        if key not in results:
-            cases = headneck.split(arguments.on)[: arguments.cases]
-            zero_shot = [zero_shot_adapter(bundle, known).adapter]
-            results[key] = {"scores": [bench.score(case, zero_shot, known)[0] for case in cases]}
-            _keep(file, results)
-        for shots in arguments.shots:
-            for draw in range(arguments.draws):
-                _run_draw(bench, arguments=arguments, shots=shots, draw=draw, results=results, file=file)
-    print(markdown(results, arguments.on))
-
-
-def _run_draw(
-    bench: Bench,
-    *,
-    arguments: argparse.Namespace,
-    shots: int,
-    draw: int,
-    results: dict[str, dict[str, object]],
-    file: Path,
-) -> None:
-    support = headneck.draw_support(shots, draw)
-    cases = [case for case in headneck.split(arguments.on) if case not in support][: arguments.cases]
-    adapters, keys = [], []
-    for variant in arguments.variants:
-        name = f"{variant} + transduction" if arguments.transductive else variant
-        key = f"{name}|{shots}|{draw}|{arguments.on}|{bench.bundle.encoder_id[:12]}|{arguments.cases}"
-        if key in results:
-            continue
-        torch.manual_seed(0)
+        support = bench.support(run.support)  # before the clock starts: features are cached
         started = time.monotonic()
-        trained = bench.train(support, VARIANTS[variant], TrainingSettings(seed=draw))
-        adapters.append(trained.adapter)
-        results[key] = {"seconds": time.monotonic() - started, "support": support, "steps": trained.steps}
-        keys.append(key)
-    scores: dict[str, list[dict[str, float]]] = {key: [] for key in keys}
-    tuned = bench.support(support) if keys and arguments.transductive else None
-    for case in cases if keys else []:
-        for key, score in zip(keys, bench.score(case, adapters, transduced_on=tuned), strict=True):
-            scores[key].append(score)
-    for key in keys:
-        results[key]["scores"] = scores[key]
-    _keep(file, results)
-    print(markdown(results, arguments.on), flush=True)
+        if run.method.endswith(TRANSDUCED) and path.exists():
+            adapter = read_adapter(path).adapter
+        else:
+            trained = bench.train(run.support, ADAPTERS[name], TrainingSettings(seed=run.draw))
+            adapter = trained.adapter
+            write_adapter(path, describe(trained, support, headneck.ORGANS, bundle=bundle, seed=run.draw))
+        seconds = time.monotonic() - started
+    return Made(path, sum(parameter.numel() for parameter in adapter.parameters()), seconds, _peak_mib())
 
 
-def _keep(file: Path, results: dict[str, dict[str, object]]) -> None:
-    with atomic_path(file) as temporary:
-        temporary.write_text(json.dumps(results, indent=1))
+def _scores(run: Run, bundle: EncoderBundle, made: Made | None) -> dict[str, dict[str, float]]:
+    if made is not None and made.path.suffix != ".adapter":
+        tuned = headneck.encoder(made.path)
+        with open_session(tuned) as session, open_store(None, None) as store:
+            bench = Bench(tuned, session, store)
+            adapter = zero_shot_adapter(tuned, headneck.ORGANS).adapter
+            return {case: bench.score(case, adapter) for case in run.cases}
+    with open_session(bundle) as session:
+        bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
+        if made is None:
+            known = [organ for organ in headneck.ORGANS if organ.name in bundle.manifest.organs]
+            head = zero_shot_adapter(bundle, known).adapter
+            return {case: bench.score(case, head, known) for case in run.cases}
+        file = read_adapter(made.path)
+        if not run.method.endswith(TRANSDUCED):
+            return {case: bench.score(case, file.adapter) for case in run.cases}
+        return _transduced(bench, run, file)
 
 
-def markdown(results: dict[str, dict[str, object]], on: str) -> str:
-    """Return the table: mean DSC over cases and draws, the spread of the draws' means behind it."""
-    names = [organ.name for organ in headneck.ORGANS]
-    groups: dict[tuple[str, int], list[dict[str, object]]] = {}
-    for key, result in results.items():
-        variant, shots, _, where, *_ = key.split("|")
-        if where == on:
-            groups.setdefault((variant, int(shots)), []).append(result)
-    lines = [
-        f"| method | k | {' | '.join(names)} | base | novel | training s |",
-        f"|---|---|{'---|' * (len(names) + 3)}",
-    ]
-    for (variant, shots), draws in sorted(groups.items(), key=lambda item: item[0][1]):
-        means = {name: _draw_means(draws, [name]) for name in names}
-        means["base"] = _draw_means(draws, [organ.name for organ in headneck.BASE])
-        means["novel"] = _draw_means(draws, [organ.name for organ in headneck.NOVEL])
-        cells = [
-            "–" if not values else f"{np.mean(values):.3f}" + (f" ± {np.std(values):.3f}" if len(values) > 1 else "")
-            for values in means.values()
-        ]
-        seconds = [float(str(draw["seconds"])) for draw in draws if "seconds" in draw]
-        lines.append(f"| {variant} | {shots} | {' | '.join(cells)} | {np.mean(seconds) if seconds else 0:.0f} |")
-    return "\n".join(lines)
+def _transduced(bench: Bench, run: Run, file: AdapterFile) -> dict[str, dict[str, float]]:
+    support = bench.support(run.support)
+    priors = [SizePrior.from_volumes(organ.support_volumes_ml) for organ in file.description.organs]
+    scores = {}
+    for case in run.cases:
+        tuned = transduce(file.adapter, bench.encoded(case), support, priors)
+        scores[case] = bench.score(case, tuned.adapter)
+    return scores
 
 
-def _draw_means(draws: Sequence[dict[str, object]], names: Sequence[str]) -> list[float]:
-    means = []
-    for draw in draws:
-        scores = draw.get("scores")
-        if isinstance(scores, list) and scores and all(name in scores[0] for name in names):
-            means.append(float(np.mean([score[name] for score in scores for name in names])))
-    return means
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import headneck
 import numpy as np
 import torch
-from kshot import Bench
+from bench import Bench
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation import head_rows
@@ -138,7 +138,7 @@ def main() -> None:
         affordable = min(int(arguments.times * seconds / step_seconds), len(cases) * _EPOCHS)
         while loop.steps < affordable:
             loop.step(encode=False)
-        scores = [bench.score(case, [ours.adapter, loop.adapter.eval()]) for case in unseen]
+        scores = [[bench.score(case, adapter.eval()) for adapter in (ours.adapter, loop.adapter)] for case in unseen]
     whole = step_seconds * len(cases) * _EPOCHS
     print("| | seconds | DSC base | DSC novel |\n|---|---|---|---|")
     _row(f"adapt, encoding included ({ours.steps} steps)", seconds, [score[0] for score in scores])

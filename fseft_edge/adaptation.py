@@ -14,6 +14,7 @@ from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters import AdapterSettings, zero_shot
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.organs import OrganLabel
+from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle
@@ -141,6 +142,7 @@ def describe(
 ) -> AdapterFile:
     """Return a trained adapter with the description that its file carries."""
     left_out = validated.dsc if validated else ((),) * len(organs)
+    steps = validated.post_processing if validated else (PostProcessing(),) * len(organs)
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
@@ -155,8 +157,9 @@ def describe(
                 label=organ.label,
                 support_volumes_ml=volume,
                 left_out_dsc=tuple(round(score, 4) for score in scores),
+                post_processing=treatment,
             )
-            for organ, volume, scores in zip(organs, volumes, left_out, strict=True)
+            for organ, volume, scores, treatment in zip(organs, volumes, left_out, steps, strict=True)
         ),
         shots=len(support),
         seed=seed,

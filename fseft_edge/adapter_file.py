@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import sha256_of_file, sha256_of_weights
 from fseft_edge.runtime.errors import AdapterError
@@ -33,6 +34,7 @@ class AdapterOrgan(BaseModel):
         support_volumes_ml: its volume in every support scan that annotates it; the size prior comes from these.
         left_out_dsc: DSC on every support scan that annotates it, of an adapter made from the others: what to expect on
             a new scan. Empty where nothing was validated.
+        post_processing: of its masks, unless the user of the adapter wants it otherwise; included in ``left_out_dsc``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +43,7 @@ class AdapterOrgan(BaseModel):
     label: int
     support_volumes_ml: tuple[float, ...]
     left_out_dsc: tuple[float, ...] = ()
+    post_processing: PostProcessing = PostProcessing()
 
 
 class AdapterDescription(BaseModel):
@@ -53,7 +56,7 @@ class AdapterDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     toolkit_version: str = __version__
     encoder_id: str
     encoder_name: str
@@ -124,7 +127,7 @@ def read_adapter(path: Path) -> AdapterFile:
         raise AdapterError(f"{path} is no adapter file.", remedy="Give the file that `fseft-edge adapt` wrote.")
     try:
         version = json.loads(header).get("schema_version")
-        if version != 2:
+        if version != 3:
             raise AdapterError(
                 f"{path} has the adapter schema {version}, which this version does not read.",
                 remedy="Update fseft-edge, or adapt again with this version.",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fseft_edge.components import bounding_box, components
 
 SIZE_MARGIN = 0.3
 LARGEST_COMPONENT_SHARE = 0.9
@@ -42,18 +43,5 @@ def quality_flags(mask: NDArray[np.bool_], volume_ml: float, support_volumes_ml:
 
 def largest_component_share(mask: NDArray[np.bool_]) -> float:
     """Return the share of a non-empty mask that its largest 26-connected component holds."""
-    box = tuple(
-        slice(int(filled[0]), int(filled[-1]) + 1)
-        for filled in (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
-    )
-    part = np.pad(mask[box], 1)  # a box that is a line of voxels raises RuntimeError in cc3d 4.1.1
-    try:
-        import cc3d  # noqa: PLC0415 - scipy serves where its wheel is missing
-    except ImportError:
-        from scipy.ndimage import label  # noqa: PLC0415 - the fallback
-
-        components: NDArray[Any] = label(part, np.ones((3, 3, 3)))[0]
-    else:
-        components = cc3d.connected_components(part, connectivity=26)
-    sizes = np.bincount(components.ravel())[1:]
+    _, sizes = components(mask[bounding_box(mask)])
     return float(sizes.max() / sizes.sum())

@@ -18,6 +18,7 @@ from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box, read_block, tiles
 from fseft_edge.organs import OrganLabel
+from fseft_edge.postprocessing import PostProcessing, post_process
 from fseft_edge.quality import quality_flags
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -63,6 +64,8 @@ def segment(
     *,
     encoder: Path | None = None,
     transduction: TransductionPlan | None = None,
+    largest_component: bool | None = None,
+    fill_holes: bool | None = None,
     preview: bool = False,
     cache: Path | None = None,
     cache_gb: float | None = None,
@@ -80,6 +83,9 @@ def segment(
         output: folder, made if need be.
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
         transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
+        largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
+            to help (see :mod:`fseft_edge.validation`).
+        fill_holes: fill what an organ encloses on all sides; None likewise.
         preview: also write ``output/<case>.png``, three planes with the organs outlined.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
@@ -107,6 +113,14 @@ def segment(
     _check_organs(files)
     if transduction is not None:
         transduction.check(files)
+    treatment = [
+        PostProcessing(
+            organ.post_processing.largest_component if largest_component is None else largest_component,
+            organ.post_processing.fill_holes if fill_holes is None else fill_holes,
+        )
+        for file in files
+        for organ in file.description.organs
+    ]
     done: list[SegmentedCase] = []
     failed: list[str] = []
     with ExitStack() as stack:
@@ -120,7 +134,15 @@ def segment(
             try:
                 with open_store(cache, cache_gb) as store:
                     case = _segment_file(
-                        path, files, output, bundle=bundle, session=session, store=store, tune=tune, preview=preview
+                        path,
+                        files,
+                        output,
+                        bundle=bundle,
+                        session=session,
+                        store=store,
+                        tune=tune,
+                        treatment=treatment,
+                        preview=preview,
                     )
                 done.append(case)
             except FseftEdgeError as error:
@@ -281,12 +303,13 @@ def _segment_file(
     session: EncoderSession,
     store: FeatureStore,
     tune: _Tune,
+    treatment: Sequence[PostProcessing],
     preview: bool,
 ) -> SegmentedCase:
     volume = read_ct(path)
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
     tuned, outcomes = tune(adapters, encoded)
-    labels = LabelMap(segment_encoded(encoded, tuned), volume.affine)
+    labels = LabelMap(post_process(segment_encoded(encoded, tuned), treatment), volume.affine)
     organs = tuple(_measured(labels, adapters, outcomes))
     case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)
     _write_summary(case, volume, bundle, adapters, outcomes)

@@ -1,4 +1,4 @@
-"""Leave-one-out over the support set: what accuracy to expect on a new scan, and which method to take."""
+"""Cross-validation over the support set: what accuracy to expect on a new scan, and what to do to reach it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
 from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows, Method, Reads, zero_shot
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
+from fseft_edge.postprocessing import ALL, PostProcessing, post_process
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.encoding import EncodedScan
 from fseft_edge.segmentation import segment_encoded
 
 _READS: tuple[Reads, ...] = ("last", "pyramid")
 
+_MOST_FOLDS = 10
+
 # A method further down the list costs more; it has to be this much better to be taken.
 _WORTHWHILE = 0.005
+
+# After two folds, a candidate this far behind the best is not looked at any further.
+_HOPELESS = 0.05
+
+# What post-processing has to gain to be done by itself.
+_HELPFUL = 0.002
+
+# With weak and strong ridges; a linear adapter on the whole pyramid has the most weights for its voxels.
+_RIDGES = (1e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -48,17 +61,19 @@ class Validated:
 
     Attributes:
         candidate: what was validated.
-        dsc: for each organ the DSC of every left-out scan that annotates it, on the scan's own lattice.
+        dsc: for each organ the DSC of every left-out scan that annotates it, on the scan's own lattice, after
+            ``post_processing``.
+        post_processing: for each organ what gains the most on the left-out scans; nothing where little is gained.
     """
 
     candidate: Candidate
     dsc: tuple[tuple[float, ...], ...]
+    post_processing: tuple[PostProcessing, ...]
 
     @property
     def mean(self) -> float:
         """Mean DSC over organs; an organ that could not be validated is left out."""
-        organs = [sum(scores) / len(scores) for scores in self.dsc if scores]
-        return sum(organs) / len(organs) if organs else 0.0
+        return _mean_over_organs(self.dsc)
 
 
 def candidates(training: TrainingSettings, settings: AdapterSettings, rows: HeadRows) -> list[Candidate]:
@@ -76,7 +91,12 @@ def candidates(training: TrainingSettings, settings: AdapterSettings, rows: Head
     for method in methods:
         for reads in _READS:
             kind = replace(settings, method=method, reads=reads)
-            kinds.append(Candidate(f"{method} on {reads}", kind, training))
+            name = f"{method} on {reads}"
+            if (method, reads) == ("linear", "pyramid"):
+                for ridge in _RIDGES:
+                    kinds.append(Candidate(f"{name}, ridge {ridge:g}", kind, replace(training, ridge=ridge)))
+            else:
+                kinds.append(Candidate(name, kind, training))
     return kinds
 
 
@@ -85,10 +105,15 @@ def can_validate(support: Sequence[SupportScan]) -> bool:
     return bool((np.sum([scan.annotated for scan in support], axis=0) >= 2).any())
 
 
+def folds(scans: int) -> list[list[int]]:
+    """Return which scans are left out together: each alone, or, of more than ten scans, in ten groups."""
+    return [list(range(first, scans, _MOST_FOLDS)) for first in range(min(scans, _MOST_FOLDS))]
+
+
 def leave_one_out(
     candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows, *, progress: Progress | None = None
 ) -> Validated:
-    """Score a candidate on every scan of the support set, made from the others.
+    """Score a candidate on every scan of the support set, made without that scan.
 
     Args:
         candidate: what to validate.
@@ -96,23 +121,21 @@ def leave_one_out(
         rows: the encoder's classifiers.
         progress: where to show progress.
     """
-    progress = progress or SilentProgress()
-    scores: list[list[float]] = [[] for _ in rows]
-    with progress.task(f"validate {candidate.name}", len(support)) as task:
-        for left_out, scan in enumerate(support):
-            others = [other for index, other in enumerate(support) if index != left_out]
-            known = np.any([other.annotated for other in others], axis=0)
-            for organ, score in enumerate(_scores(candidate.make(others, rows, SilentProgress()).adapter, scan)):
-                if score is not None and known[organ]:
-                    scores[organ].append(score)
+    scores = _Scores(candidate, support, rows)
+    groups = folds(len(support))
+    with (progress or SilentProgress()).task(f"validate {candidate.name}", len(groups)) as task:
+        for left_out in groups:
+            scores.add(left_out)
             task.advance(1)
-    return Validated(candidate, tuple(tuple(organ) for organ in scores))
+    return scores.summary()
 
 
 def best_of(
     kinds: Sequence[Candidate], support: Sequence[SupportScan], rows: HeadRows, *, progress: Progress | None = None
 ) -> tuple[Validated, list[Validated]]:
-    """Return the candidate that validates best, and all of them; a dearer one has to be worth it.
+    """Return the candidate that validates best, and all that stayed in the race to its end.
+
+    A dearer candidate has to be worth it. After two folds, those that are far behind the best are given up.
 
     Args:
         kinds: cheapest first.
@@ -120,17 +143,69 @@ def best_of(
         rows: the encoder's classifiers.
         progress: where to show progress.
     """
-    validated = [leave_one_out(kind, support, rows, progress=progress) for kind in kinds]
+    running = [_Scores(kind, support, rows) for kind in kinds]
+    groups = folds(len(support))
+    with (progress or SilentProgress()).task("choose the method", len(groups)) as task:
+        for number, left_out in enumerate(groups, start=1):
+            for scores in running:
+                scores.add(left_out)
+            if number >= 2:
+                best = max(scores.mean for scores in running)
+                running = [scores for scores in running if scores.mean >= best - _HOPELESS]
+            task.advance(1)
+    validated = [scores.summary() for scores in running]
     best = max(result.mean for result in validated)
     return next(result for result in validated if result.mean >= best - _WORTHWHILE), validated
 
 
-def _scores(adapter: Adapter, scan: SupportScan) -> list[float | None]:
-    assert scan.grid is not None  # noqa: S101 - narrows the type; see the arguments
-    assert scan.reference is not None  # noqa: S101 - likewise
-    reference, values = scan.reference
-    labels = segment_encoded(EncodedScan(scan.grid, scan.features), [adapter])
-    return [
-        dice(labels == number, reference.array == value) if annotated else None
-        for number, (value, annotated) in enumerate(zip(values, scan.annotated, strict=True), start=1)
-    ]
+class _Scores:
+    """A candidate's scores so far: for each organ and each post-processing, the DSC of every scan left out."""
+
+    def __init__(self, candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows) -> None:
+        self._candidate, self._support, self._rows = candidate, support, rows
+        self._dsc: list[dict[PostProcessing, list[float]]] = [{steps: [] for steps in ALL} for _ in rows]
+
+    def add(self, left_out: Sequence[int]) -> None:
+        """Make the adapter without some scans, and score it on them."""
+        others = [scan for index, scan in enumerate(self._support) if index not in left_out]
+        adapter = self._candidate.make(others, self._rows, SilentProgress()).adapter
+        known = np.any([other.annotated for other in others], axis=0)
+        for index in left_out:
+            self._score(adapter, self._support[index], known)
+
+    def _score(self, adapter: Adapter, scan: SupportScan, known: NDArray[np.bool_]) -> None:
+        assert scan.grid is not None  # noqa: S101 - narrows the type; see the arguments
+        assert scan.reference is not None  # noqa: S101 - likewise
+        reference, values = scan.reference
+        labels = segment_encoded(EncodedScan(scan.grid, scan.features), [adapter])
+        for steps in ALL:
+            treated = post_process(labels, [steps] * len(values))
+            for organ in np.flatnonzero(scan.annotated & known):
+                score = dice(treated == organ + 1, reference.array == values[organ])
+                if score is not None:
+                    self._dsc[organ][steps].append(score)
+
+    @property
+    def mean(self) -> float:
+        """Mean DSC over organs, without post-processing."""
+        return _mean_over_organs([organ[ALL[0]] for organ in self._dsc])
+
+    def summary(self) -> Validated:
+        """Return the scores, each organ with the post-processing that helps it."""
+        chosen = [_helpful(organ) for organ in self._dsc]
+        dsc = [tuple(organ[steps]) for organ, steps in zip(self._dsc, chosen, strict=True)]
+        return Validated(self._candidate, tuple(dsc), tuple(chosen))
+
+
+def _helpful(organ: dict[PostProcessing, list[float]]) -> PostProcessing:
+    """Return the first post-processing that gains as much as the best, or none where little is gained."""
+    if not organ[ALL[0]]:
+        return ALL[0]
+    means = {steps: float(np.mean(scores)) for steps, scores in organ.items()}
+    best = max(means, key=lambda steps: means[steps])
+    return best if means[best] >= means[ALL[0]] + _HELPFUL else ALL[0]
+
+
+def _mean_over_organs(dsc: Sequence[Sequence[float]]) -> float:
+    organs = [sum(scores) / len(scores) for scores in dsc if scores]
+    return sum(organs) / len(organs) if organs else 0.0

@@ -148,7 +148,11 @@ def adapt(
             if left_out
             else ""
         )
-        click.echo(f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}")
+        done = [name.replace("_", " ") for name, wanted in asdict(organ.post_processing).items() if wanted]
+        treated = f"; its masks get {' and '.join(done)}" if done else ""
+        click.echo(
+            f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}{treated}"
+        )
     made = file.description
     how = f"{made.settings['method']} on {made.settings['reads']}" if made.steps else "the encoder's own classifiers"
     click.echo(f"{output}: {how}" + (f", {made.steps} steps, loss {made.losses[-1]:.3f}" if made.steps else ""))
@@ -174,6 +178,14 @@ def adapt(
 @click.option(
     "--size-volumes", type=PATH, help="With --transductive: CSV of volumes to make priors of (organ,volume_ml)."
 )
+@click.option(
+    "--largest-component/--all-components",
+    default=None,
+    help="Keep only the largest piece of each organ, or all.  [default: what helped on scans left out of adapt]",
+)
+@click.option(
+    "--fill-holes/--keep-holes", default=None, help="Fill the holes of each organ, or not.  [default: likewise]"
+)
 @click.option("--preview", is_flag=True, help="Write a picture of each mask, <case>.png.")
 @click.option("--json", "as_json", is_flag=True, help="Print volumes and flags as JSON.")
 @common_options
@@ -188,6 +200,8 @@ def segment(
     support_labels: Path | None,
     size_priors: tuple[str, ...],
     size_volumes: Path | None,
+    largest_component: bool | None,
+    fill_holes: bool | None,
     preview: bool,
     as_json: bool,
     common: Common,
@@ -209,6 +223,8 @@ def segment(
                 output,
                 encoder=encoder,
                 transduction=plan,
+                largest_component=largest_component,
+                fill_holes=fill_holes,
                 preview=preview,
                 cache=common.cache,
                 cache_gb=common.cache_gb,

@@ -7,7 +7,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.evaluation import evaluate
 from fseft_edge.organs import OrganLabel
+from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import (
     GeometryError,
@@ -35,7 +36,7 @@ from fseft_edge.runtime.nifti import read_label_map, write_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume
 from fseft_edge.segmentation import SegmentedCase, segment
-from fseft_edge.validation import Candidate, Validated, candidates
+from fseft_edge.validation import Candidate, Validated
 
 LINEAR = AdapterSettings(method="linear", reads="last")
 SPATIAL = AdapterSettings(method="spatial", reads="pyramid", width=4)
@@ -78,7 +79,7 @@ class Site:
             **more,
         )
 
-    def segment(self, image: Path, adapter: Path, output: Path) -> SegmentedCase:
+    def segment(self, image: Path, adapter: Path, output: Path, **more: Any) -> SegmentedCase:
         (case,) = segment(
             [image],
             [adapter],
@@ -87,6 +88,7 @@ class Site:
             cache=self.root / "cache",
             device="cpu",
             backend="torch",
+            **more,
         )
         return case
 
@@ -412,7 +414,8 @@ def test_a_left_out_score_is_that_of_an_adapter_made_from_the_others(site: Site,
     training = TrainingSettings(epochs=10, block=16, batch=2, blocks_per_epoch=4, residual_rate=1e-2)
     both = site.adapt([LIVER], tmp_path / "both.adapter", settings=SPATIAL, training=training, validate=True)
     site.adapt([LIVER], tmp_path / "one.adapter", settings=SPATIAL, training=training, cases=["case_2"])
-    site.segment(site.root / "images" / "case_1.nii.gz", tmp_path / "one.adapter", tmp_path / "masks")
+    steps = asdict(both.description.organs[0].post_processing)
+    site.segment(site.root / "images" / "case_1.nii.gz", tmp_path / "one.adapter", tmp_path / "masks", **steps)
     (row,) = evaluate(tmp_path / "masks", site.root / "labels", {"liver": LIVER.label}).rows
     assert len(both.description.organs[0].left_out_dsc) == 2
     assert both.description.organs[0].left_out_dsc[0] == pytest.approx(row.dsc, abs=1e-4)
@@ -457,27 +460,23 @@ def test_scans_that_share_no_organ_validate_nothing(
     assert "nothing can be validated" in caplog.text
 
 
-def test_the_method_that_validates_best_is_taken_and_a_dearer_one_only_if_it_is_worth_it(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = {"zero-shot": 0.5, "linear on last": 0.7, "linear on pyramid": 0.8, "spatial on pyramid": 0.803}
+def test_what_validated_best_is_what_is_made(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    winner = "linear on pyramid, ridge 0.01"
+    steps = PostProcessing(fill_holes=True)
 
-    def validated(candidate: Candidate, support: Any, rows: Any, *, progress: Any) -> Validated:
-        return Validated(candidate, ((scores.get(candidate.name, 0.1),) * len(support),) * len(rows))
+    def decided(kinds: Sequence[Candidate], *_: object, **__: object) -> tuple[Validated, list[Validated]]:
+        (candidate,) = [kind for kind in kinds if kind.name == winner]
+        validated = Validated(candidate, ((0.8, 0.7),), (steps,))
+        return validated, [validated]
 
-    monkeypatch.setattr("fseft_edge.validation.leave_one_out", validated)
+    monkeypatch.setattr("fseft_edge.adaptation.best_of", decided)
     file = site.adapt([LIVER], tmp_path / "a.adapter", choose=True)
     assert (file.description.settings["method"], file.description.settings["reads"]) == ("linear", "pyramid")
-    assert file.description.organs[0].left_out_dsc == (0.8, 0.8)
-    scores["zero-shot"] = 0.9
+    assert file.description.organs[0].left_out_dsc == (0.8, 0.7)
+    assert read_adapter(tmp_path / "a.adapter").description.organs[0].post_processing == steps
+    winner = "zero-shot"
     file = site.adapt([LIVER], tmp_path / "b.adapter", choose=True)
     assert file.description.steps == 0
     write_adapter(tmp_path / "head.adapter", zero_shot_adapter(site.bundle, [LIVER]))
     head = read_adapter(tmp_path / "head.adapter").adapter
     assert torch.equal(file.adapter.direct.weight, head.direct.weight)
-
-
-def test_zero_shot_is_no_choice_where_the_encoder_does_not_know_an_organ(site: Site) -> None:
-    names = [kind.name for kind in candidates(TrainingSettings(), AdapterSettings(), [None])]
-    assert "zero-shot" not in names
-    assert names == [f"{m} on {r}" for m in ("linear", "pointwise", "spatial") for r in ("last", "pyramid")]

@@ -22,6 +22,7 @@ from fseft_edge.adapter_file import (
 )
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.blocks import Box, read_block
+from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.runtime import atomic
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.networks.base import FeatureLevel
@@ -46,13 +47,19 @@ def made(settings: AdapterSettings = KINDS[0]) -> AdapterFile:
         levels=tuple((level.stride, level.channels) for level in LEVELS),
         settings=adapter_settings(settings),
         organs=(
-            AdapterOrgan(name="liver", label=6, support_volumes_ml=(1500.125, 1712.5), left_out_dsc=(0.75,)),
+            AdapterOrgan(
+                name="liver",
+                label=6,
+                support_volumes_ml=(1500.125, 1712.5),
+                left_out_dsc=(0.75,),
+                post_processing=PostProcessing(largest_component=True),
+            ),
             AdapterOrgan(name="spleen", label=1, support_volumes_ml=()),
         ),
         shots=2,
         seed=7,
         steps=30,
-        losses=(0.9, 0.1 + 0.2),
+        losses=(0.9, 0.1 + 0.7),
         bfloat16=True,
     )
     return AdapterFile(description, adapter.eval())
@@ -105,9 +112,14 @@ def test_the_file_is_plain_safetensors_with_its_description_as_json(tmp_path: Pa
     size = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + size])
     description = json.loads(header["__metadata__"][KEY])
-    assert description["schema_version"] == 2
-    liver = {"name": "liver", "label": 6, "support_volumes_ml": [1500.125, 1712.5], "left_out_dsc": [0.75]}
-    assert description["organs"][0] == liver
+    assert description["schema_version"] == 3
+    assert description["organs"][0] == {
+        "name": "liver",
+        "label": 6,
+        "support_volumes_ml": [1500.125, 1712.5],
+        "left_out_dsc": [0.75],
+        "post_processing": {"largest_component": True, "fill_holes": False},
+    }
     assert load_file(path).keys() == made().adapter.state_dict().keys()
 
 
@@ -168,7 +180,7 @@ def rewritten(path: Path, **changes: object) -> None:
     save_file(dict(file.adapter.state_dict()), path, metadata={KEY: json.dumps(description)})
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, None, "1"])
+@pytest.mark.parametrize("version", [0, 2, 4, None, "1"])
 def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object) -> None:
     rewritten(tmp_path / "a.adapter", schema_version=version)
     with pytest.raises(AdapterError, match=f"schema {version}") as caught:

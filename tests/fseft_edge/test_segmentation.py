@@ -27,6 +27,7 @@ from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.organs import OrganLabel
 from fseft_edge.phantom import phantom
+from fseft_edge.postprocessing import PostProcessing, post_process
 from fseft_edge.quality import quality_flags
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
@@ -523,3 +524,21 @@ def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Sit
     by_hand, table = SizePrior(1, 2), SizePrior(3, 4)
     plan = TransductionPlan(tmp_path, tmp_path, {"liver": by_hand}, {"liver": table, "spleen": table})
     assert plan.priors_for(file) == [by_hand, table, SizePrior.from_volumes([100.0])]
+
+
+def test_masks_are_treated_as_the_adapter_says_unless_told_otherwise(site: Site, tmp_path: Path) -> None:
+    file = write_random_adapter(tmp_path / "a.adapter", site.bundle)
+    organ = file.description.organs[0].model_copy(update={"post_processing": PostProcessing(largest_component=True)})
+    file = replace(file, description=file.description.model_copy(update={"organs": (organ,)}))
+    write_adapter(tmp_path / "treated.adapter", file)
+    image = [site.image("case_1")]
+    (plain,) = site.segment(image, [tmp_path / "a.adapter"], tmp_path / "plain")
+    (asked,) = site.segment(image, [tmp_path / "a.adapter"], tmp_path / "asked", largest_component=True)
+    (treated,) = site.segment(image, [tmp_path / "treated.adapter"], tmp_path / "treated")
+    (refused,) = site.segment(image, [tmp_path / "treated.adapter"], tmp_path / "refused", largest_component=False)
+    assert not np.array_equal(labels_in(plain), labels_in(treated))
+    assert np.array_equal(labels_in(asked), labels_in(treated))
+    assert np.array_equal(labels_in(plain), labels_in(refused))
+    (filled,) = site.segment(image, [tmp_path / "treated.adapter"], tmp_path / "filled", fill_holes=True)
+    expected = post_process(labels_in(plain), [PostProcessing(largest_component=True, fill_holes=True)])
+    assert np.array_equal(labels_in(filled), expected)

@@ -1,0 +1,55 @@
+"""What the benchmarks on real CT do over and over: encode, train, score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import headneck
+
+from fseft_edge.adaptation import head_rows
+from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
+from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.block_sampling import SupportScan
+from fseft_edge.metrics import dice
+from fseft_edge.organs import OrganLabel
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding import EncodedScan, encode_scan
+from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.nifti import read_ct, read_label_map
+from fseft_edge.runtime.session import EncoderSession
+from fseft_edge.segmentation import segment_encoded
+from fseft_edge.support import load_support
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An open encoder with its feature store."""
+
+    bundle: EncoderBundle
+    session: EncoderSession
+    store: FeatureStore
+
+    def encoded(self, case: str) -> EncodedScan:
+        """Return a case's features, from the store if they are there."""
+        volume = read_ct(headneck.image_path(case))
+        return encode_scan(volume, bundle=self.bundle, session=self.session, store=self.store)
+
+    def score(self, case: str, adapter: Adapter, organs: Sequence[OrganLabel] = headneck.ORGANS) -> dict[str, float]:
+        """Return the DSC of every organ of a case, on the scan's own lattice."""
+        reference = read_label_map(headneck.label_path(case)).array
+        labels = segment_encoded(self.encoded(case), [adapter])
+        return {
+            organ.name: float(dice(labels == number, reference == organ.label) or 0.0)
+            for number, organ in enumerate(organs, start=1)
+        }
+
+    def support(self, cases: Sequence[str]) -> list[SupportScan]:
+        """Return annotated scans with all five organs."""
+        annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in cases]
+        return load_support(annotated, headneck.ORGANS, bundle=self.bundle, session=self.session, store=self.store)
+
+    def train(self, cases: Sequence[str], settings: AdapterSettings, training: TrainingSettings) -> TrainedAdapter:
+        """Return an adapter for all five organs, trained on the cases."""
+        rows = head_rows(self.bundle, headneck.ORGANS)
+        return train_adapter(settings, self.support(cases), head_rows=rows, training=training)

@@ -1,0 +1,140 @@
+"""The baselines that train the network itself, on the same scans as the adapters (see kshot.py).
+
+All three see augmented crops of the support scans (turned, zoomed, restyled: the crops of `pretrain`), and learn with
+the adapters' own loss.
+
+==================== ================================ ===========================================
+baseline             starts from                      learns
+==================== ================================ ===========================================
+FT last              the encoder and its head         the last decoder block and the classifier
+full fine-tuning     the encoder and its head         everything
+from scratch         random weights                   everything
+==================== ================================ ===========================================
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import headneck
+import torch
+from torch import nn
+
+from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
+from fseft_edge.losses import adaptation_loss
+from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
+from fseft_edge.pretraining.plan import EncoderPlan, FilesPlan, PretrainingPlan, SchedulePlan
+from fseft_edge.pretraining.training import PretrainingNetwork, learning_rate
+from fseft_edge.report.progress import SilentProgress
+from fseft_edge.runtime.networks import build_network
+
+RATES = {"FT last": 2e-3, "full fine-tuning": 2e-3, "from scratch": 4e-3}
+STEPS = 400
+CROPS = 2
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A network after fine-tuning: its model file, how many of its parameters learned, and for how long."""
+
+    model: Path
+    parameters: int
+    seconds: float
+
+
+def fine_tune(kind: str, cases: Sequence[str], *, seed: int, output: Path) -> FineTuned:
+    """Train a network on support scans and write it as the model file ``output/<name>.safetensors``.
+
+    Args:
+        kind: a key of :data:`RATES`.
+        cases: names of the support scans.
+        seed: of everything random.
+        output: folder for the model file.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    built_in = read_model_file(Path(str(files("fseft_edge") / "encoders" / "edge_base.safetensors")))
+    plan = _plan(kind, cases, built_in.description, seed=seed, output=output)
+    torch.manual_seed(seed)
+    network = PretrainingNetwork(
+        build_network(plan.encoder.architecture, channels=plan.encoder.channels), len(plan.organs), 0
+    )
+    if kind != "from scratch":
+        load_weights(network.encoder, built_in.encoder, source="edge_base")
+        with torch.no_grad():
+            network.head_bias.fill_(-3.0)
+            network.head.weight.zero_()
+            for row, organ in enumerate(built_in.description.organs):
+                if organ in plan.organs:
+                    network.head.weight[plan.organs.index(organ)] = built_in.head_weight[row, :, None, None, None]
+                    network.head_bias[plan.organs.index(organ)] = built_in.head_bias[row]
+    network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
+    learned = _learned(network, kind)
+    cohorts = load_cohorts(plan, headneck.data_root(), SilentProgress())
+    optimizer = torch.optim.AdamW(learned, weight_decay=plan.schedule.weight_decay)
+    started = time.monotonic()
+    for step in range(plan.schedule.steps):
+        network.train()
+        if kind != "from scratch" or step >= plan.schedule.steps * (1 - plan.schedule.frozen_norm_fraction):
+            network.freeze_statistics()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(plan, step)
+        batch = draw_batch(plan, cohorts, step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.schedule.bfloat16):
+            (logits, *_), _ = network(batch.clean.contiguous(memory_format=torch.channels_last_3d))
+        loss = adaptation_loss(logits.float(), batch.targets, batch.task_mask, "sigmoid")
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learned, 5.0)
+        optimizer.step()
+        if step % 50 == 49:
+            print(f"{plan.name}: step {step + 1}, loss {float(loss.detach()):.3f}", flush=True)
+    seconds = time.monotonic() - started
+    description = built_in.description.model_copy(update={"name": plan.name, "organs": plan.organs, "training": {}})
+    model = output / f"{plan.name}.safetensors"
+    weights = network.head.weight.detach().flatten(1)
+    write_model_file(model, ModelFile(description, network.encoder.state_dict(), weights, network.head_bias.detach()))
+    return FineTuned(model, sum(parameter.numel() for parameter in learned), seconds)
+
+
+def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: int, output: Path) -> PretrainingPlan:
+    name = f"{kind.replace(' ', '_')}-{len(cases)}-{seed}"
+    (output / f"{name}.json").write_text(json.dumps({"cases": list(cases)}))
+    return PretrainingPlan(
+        name=name,
+        seed=seed,
+        organs=tuple(organ.name for organ in headneck.ORGANS),
+        encoder=EncoderPlan(
+            architecture="residual_unet", channels=tuple(encoder.settings["channels"]), window=encoder.window
+        ),
+        preprocessing=encoder.preprocessing,
+        schedule=SchedulePlan(
+            steps=STEPS, crop=64, learning_rate=RATES[kind], warmup_steps=20, deep_supervision=(), inpainting=0.0
+        ),
+        dataset=(
+            FilesPlan(
+                kind="files",
+                name="support",
+                images="headneck/ct",
+                labels="headneck/label",
+                cases=f"{(output / name).resolve()}.json:cases",
+                organs={organ.name: organ.label for organ in headneck.ORGANS},
+                crops_per_step=CROPS,
+            ),
+        ),
+    )
+
+
+def _learned(network: PretrainingNetwork, kind: str) -> list[nn.Parameter]:
+    """Return what the baseline trains, and freeze the rest."""
+    chosen = [*network.encoder.parameters(), *network.head.parameters()]
+    if kind == "FT last":
+        network.requires_grad_(False)
+        chosen = [*network.encoder.get_submodule("merge.0").parameters(), *network.head.parameters()]
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+    return chosen

@@ -1,0 +1,89 @@
+"""The k-shot results as a table and as a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import headneck
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+
+Result = dict[str, Any]
+_NAMES = [organ.name for organ in headneck.ORGANS]
+_GROUPS = {
+    **{name: [name] for name in _NAMES},
+    "base": [organ.name for organ in headneck.BASE],
+    "novel": [organ.name for organ in headneck.NOVEL],
+}
+
+
+def markdown(results: Sequence[Result], on: str) -> str:
+    """Return the table: mean DSC over cases and draws ± the standard deviation of the draws' means."""
+    lines = [
+        f"| method | k | draws | {' | '.join(_GROUPS)} | parameters | training s | peak MiB | s a case |",
+        f"|---|---|---|{'---|' * (len(_GROUPS) + 4)}",
+    ]
+    for (method, shots), draws in sorted(_grouped(results, on).items(), key=lambda item: item[0][1]):
+        cells = [_cell(_draw_means(draws, names)) for names in _GROUPS.values()]
+        seconds, case = (np.mean([draw[key] for draw in draws]) for key in ("seconds", "seconds_a_case"))
+        peak = f"{max(draw['peak_mib'] for draw in draws)}" if shots else "–"
+        lines.append(
+            f"| {method} | {shots} | {len(draws)} | {' | '.join(cells)} | {draws[0]['parameters']} | {seconds:.0f} | "
+            f"{peak} | {case:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: Sequence[Result], on: str, path: Path) -> None:
+    """Draw DSC against k, base and novel organs side by side."""
+    mpl.use("Agg")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    grouped = _grouped(results, on)
+    for panel, group in zip(panels, ("base", "novel"), strict=True):
+        for method in dict.fromkeys(method for method, _ in grouped):
+            points = sorted(
+                (shots, means)
+                for (name, shots), draws in grouped.items()
+                if name == method and (means := _draw_means(draws, _GROUPS[group]))
+            )
+            if not points:
+                continue
+            centre = [float(np.mean(means)) for _, means in points]
+            if method == "zero-shot":
+                panel.axhline(centre[0], color="grey", linestyle=":", label=method)
+                continue
+            spread = [float(np.std(means)) for _, means in points]
+            panel.errorbar([shots for shots, _ in points], centre, spread, marker="o", capsize=2, label=method)
+        panel.set(xscale="log", xlabel="annotated scans k", ylabel="mean DSC", title=f"{group} organs")
+        panel.set_xticks([1, 5, 10, 30], ["1", "5", "10", "30"])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _grouped(results: Sequence[Result], on: str) -> dict[tuple[str, int], list[Result]]:
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in results:
+        if result["on"] == on:
+            groups.setdefault((result["method"], result["shots"]), []).append(result)
+    return groups
+
+
+def _draw_means(draws: Sequence[Result], names: Sequence[str]) -> list[float]:
+    means = []
+    for draw in draws:
+        cases = list(draw["scores"].values())
+        if all(name in cases[0] for name in names):
+            means.append(float(np.mean([case[name] for case in cases for name in names])))
+    return means
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values):.3f}" if len(values) > 1 else "")

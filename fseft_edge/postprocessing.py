@@ -1,0 +1,55 @@
+"""What may be done to an organ's mask afterwards: keep its largest piece, fill its holes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+from scipy.ndimage import binary_fill_holes
+
+from fseft_edge.components import bounding_box, largest_component
+
+
+@dataclass(frozen=True)
+class PostProcessing:
+    """What is done to an organ's mask.
+
+    Attributes:
+        largest_component: of its 26-connected components the largest is kept, the others become background.
+        fill_holes: background that the organ encloses on all sides becomes the organ; other organs in it stay.
+    """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)  # it is part of the adapter file
+
+    largest_component: bool = False
+    fill_holes: bool = False
+
+
+ALL = tuple(PostProcessing(*steps) for steps in product((False, True), repeat=2))
+"""Every combination, that of doing nothing first."""
+
+
+def post_process(
+    labels: NDArray[np.uint8] | NDArray[np.uint16], organs: Sequence[PostProcessing]
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Return a label map ``[X, Y, Z]`` with organ ``k``, label ``k + 1``, treated by ``organs[k]``.
+
+    All organs lose their smaller components first; holes are filled afterwards, in the order of the labels.
+    """
+    done = labels.copy()
+    for label, steps in enumerate(organs, start=1):
+        mask = done == label
+        if steps.largest_component and mask.any():
+            box = bounding_box(mask)
+            done[box][mask[box] & ~largest_component(mask[box])] = 0
+    for label, steps in enumerate(organs, start=1):
+        mask = done == label
+        if steps.fill_holes and mask.any():
+            box = bounding_box(mask)
+            done[box][binary_fill_holes(mask[box]) & (done[box] == 0)] = label
+    return done
