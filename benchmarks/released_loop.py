@@ -82,7 +82,7 @@ class ReleasedLoop:
                 features = self._network(crops[:, None])[0]
         else:
             features = torch.cat([read_block(scan.features, [core])[0] for core in cores])
-        targets = torch.stack([torch.from_numpy(_cut(scan.occupancy, core).astype(np.float32) / 255) for core in cores])
+        targets = torch.stack([scan.occupancy.block(core) for core in cores])
         logits = self.adapter([torch.nn.functional.pad(features, (2,) * 6)], self._core)
         loss = soft_dice_loss(torch.sigmoid(logits), targets).mean()
         self._optimizer.zero_grad()
@@ -92,7 +92,7 @@ class ReleasedLoop:
 
 
 def _crop(scan: SupportScan, window: tuple[int, int, int], random: np.random.Generator, *, positive: bool) -> Box:
-    inside = np.argwhere(scan.occupancy.max(0) > 127)
+    inside = np.concatenate([scan.occupancy.positions(organ) for organ in range(len(scan.occupancy))])
     centre = inside[random.integers(len(inside))] if positive else random.integers(0, scan.shape)
     ranges = []
     for middle, size, voxels in zip(centre, window, scan.features.padded_shape, strict=True):

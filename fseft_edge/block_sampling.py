@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box, read_block, stack_blocks
+from fseft_edge.occupancy import Occupancy
 from fseft_edge.runtime.feature_map import FeatureMap
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.volume import LabelMap
@@ -26,7 +27,7 @@ class SupportScan:
     Attributes:
         features: its cached feature map.
         shape: grid voxels that belong to the scan, ``[X, Y, Z]``; the map may be padded beyond them.
-        occupancy: uint8 ``[K, X, Y, Z]``; share of each voxel that the organ fills, 255 is all of it.
+        occupancy: share of each voxel that each organ fills.
         annotated: bool ``[K]``; False where nobody contoured the organ in this scan, which then says nothing on it.
         volumes_mm3: volume of each organ on the source lattice, 0 where not annotated.
         grid: the scan's grid; None where nobody validates on the scan.
@@ -35,7 +36,7 @@ class SupportScan:
 
     features: FeatureMap
     shape: tuple[int, int, int]
-    occupancy: NDArray[np.uint8]
+    occupancy: Occupancy
     annotated: NDArray[np.bool_]
     volumes_mm3: tuple[float, ...]
     grid: Grid | None = None
@@ -95,7 +96,7 @@ class BlockSampler:
             self._drawn += 1
             core = aligned_core(centre, self._block, self._adapter)
             blocks.append(read_block(scan.features, self._adapter.boxes(core)))
-            targets.append(_target(scan.occupancy, core))
+            targets.append(scan.occupancy.block(core))
             annotated.append(torch.from_numpy(scan.annotated).float())
         return Batch(stack_blocks(blocks), torch.stack(targets), torch.stack(annotated))
 
@@ -103,13 +104,12 @@ class BlockSampler:
 def organ_positions(scan: SupportScan, random: np.random.Generator) -> Positions:
     """Return where the organs of a scan lie, at most 4000 voxels of each."""
     organs = []
-    for organ in scan.occupancy:
-        flat = np.flatnonzero(organ > 127)
-        if len(flat) == 0:
-            continue
-        if len(flat) > _POSITIONS:
-            flat = random.choice(flat, _POSITIONS, replace=False)
-        organs.append(np.stack(np.unravel_index(flat, organ.shape), axis=1))
+    for organ in range(len(scan.occupancy)):
+        positions = scan.occupancy.positions(organ)
+        if len(positions) > _POSITIONS:
+            positions = random.choice(positions, _POSITIONS, replace=False)
+        if len(positions):
+            organs.append(positions)
     return Positions(tuple(organs), scan.shape)
 
 
@@ -127,15 +127,3 @@ def aligned_core(centre: NDArray[np.int64], edge: int, adapter: Adapter) -> Box:
     stride = adapter.levels[-1].stride
     starts = [int(c - edge // 2 + stride // 2) // stride * stride for c in centre]
     return Box(*((start, start + edge) for start in starts))
-
-
-def _target(occupancy: NDArray[np.uint8], core: Box) -> Tensor:
-    inside = [
-        (max(low, 0), min(high, size)) for (low, high), size in zip(core.ranges, occupancy.shape[1:], strict=True)
-    ]
-    target = torch.zeros(len(occupancy), *core.shape)
-    if all(low < high for low, high in inside):
-        part = torch.from_numpy(occupancy[:, *(slice(low, high) for low, high in inside)].astype(np.float32) / 255)
-        where = (slice(low - start, high - start) for (low, high), (start, _) in zip(inside, core.ranges, strict=True))
-        target[:, *where] = part
-    return target

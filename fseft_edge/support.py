@@ -10,6 +10,7 @@ import numpy as np
 
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.block_sampling import SupportScan
+from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
@@ -131,13 +132,11 @@ def support_scan(
 ) -> SupportScan:
     """Return an annotated scan on the grid, its features from the store if they are there."""
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
-    masks = [labels.array == organ.label for organ in organs]
-    occupancy = np.stack([np.rint(255 * encoded.grid.occupancy(mask)).astype(np.uint8) for mask in masks])
-    voxels = [int(mask.sum()) for mask in masks]
+    voxels = [int((labels.array == organ.label).sum()) for organ in organs]
     return SupportScan(
         features=encoded.features,
         shape=encoded.grid.shape,
-        occupancy=occupancy,
+        occupancy=Occupancy(encoded.grid.occupancy(labels.array == organ.label) for organ in organs),
         annotated=np.array([count > 0 for count in voxels]),
         volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
         grid=encoded.grid,

@@ -9,28 +9,34 @@ import numpy as np
 import pytest
 import torch
 from doubles.features import MemoryFeatures
+from numpy.typing import NDArray
 
 from fseft_edge.adapter_training import TrainingSettings, perturbed, train_adapter, untrained_adapter
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.blocks import Box, read_block
+from fseft_edge.occupancy import Occupancy
 from fseft_edge.runtime.feature_store import FeatureMap
 
 SHAPE = (48, 40, 48)
 FAST = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.05, residual_rate=0.05)
 
 
+def _organ(seed: int) -> NDArray[np.float32]:
+    centre = np.random.default_rng(seed).uniform(16, 28, 3)
+    distance = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.indices(SHAPE), centre, strict=True)))
+    return (distance < 8).astype(np.float32)
+
+
 def _scan(seed: int) -> SupportScan:
     random = np.random.default_rng(seed)
-    centre = random.uniform(16, 28, 3)
-    distance = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.indices(SHAPE), centre, strict=True)))
-    organ = (distance < 8).astype(np.float32)
+    organ = _organ(seed)
     finest = torch.from_numpy(random.normal(0, 0.2, (3, *SHAPE)).astype(np.float32))
     finest[0] += torch.from_numpy(organ)
     coarse = torch.nn.functional.avg_pool3d(finest[None], 2)[0]
     features = cast("FeatureMap", MemoryFeatures((finest, coarse)))
     volume = float(organ.sum() * 27)
-    return SupportScan(features, SHAPE, (255 * organ[None]).astype(np.uint8), np.array([True]), (volume,))
+    return SupportScan(features, SHAPE, Occupancy([organ]), np.array([True]), (volume,))
 
 
 @pytest.mark.parametrize("reads", ["last", "pyramid"])
@@ -42,7 +48,7 @@ def test_training_finds_an_organ_that_the_features_show(method: str, reads: str)
     core = Box(*((0, size) for size in SHAPE))
     with torch.inference_mode():
         logits = trained.adapter(read_block(query.features, trained.adapter.boxes(core)), core)
-    found, truth = logits[0, 0].numpy() > 0, query.occupancy[0] > 127
+    found, truth = logits[0, 0].numpy() > 0, query.occupancy.block(core)[0].numpy() > 0.5
     dsc = 2 * (found & truth).sum() / (found.sum() + truth.sum())
     assert dsc > (0.75 if method == "linear" else 0.8)
     if method == "linear":
@@ -76,7 +82,7 @@ def test_normalisation_is_the_supports_mean_and_deviation() -> None:
     features = MemoryFeatures((torch.full((2, 64, 64, 64), 3.0), torch.zeros(1, 32, 32, 32)))
     features.tensors[0][1] = torch.randn(64, 64, 64) * 5 + 7
     scan = SupportScan(
-        cast("FeatureMap", features), (64, 64, 64), np.zeros((1, 64, 64, 64), np.uint8), np.array([True]), (0.0,)
+        cast("FeatureMap", features), (64, 64, 64), Occupancy([np.zeros((64, 64, 64))]), np.array([True]), (0.0,)
     )
     adapter = untrained_adapter(AdapterSettings("linear", "pyramid"), [scan], head_rows=[None])
     assert float(adapter.mean(0)[0]) == pytest.approx(3)
@@ -96,7 +102,7 @@ def test_training_ends_early_once_the_smoothed_loss_stands_still() -> None:
 
 def test_an_anchor_holds_the_classifiers_of_known_organs_only() -> None:
     rows = [(torch.tensor([1.0, 0.0, 0.0]), 0.0), None]
-    scan = replace(_scan(1), occupancy=_scan(1).occupancy.repeat(2, 0), annotated=np.array([True, True]))
+    scan = replace(_scan(1), occupancy=Occupancy([_organ(1)] * 2), annotated=np.array([True, True]))
     settings = AdapterSettings("spatial", "pyramid", width=4)
     start = untrained_adapter(settings, [scan], head_rows=rows)
     before = start.linear_weight()
@@ -114,7 +120,7 @@ def test_an_organ_without_annotation_in_a_scan_teaches_nothing_there() -> None:
     """A scan that is annotated for no organ has no influence at all, whatever its contours hold."""
     silent = _scan(7)
     silent = SupportScan(silent.features, SHAPE, silent.occupancy, np.array([False]), (0.0,))
-    inverted = SupportScan(silent.features, SHAPE, 255 - silent.occupancy, np.array([False]), (0.0,))
+    inverted = SupportScan(silent.features, SHAPE, Occupancy([1 - _organ(7)]), np.array([False]), (0.0,))
     training = TrainingSettings(block=16, batch=1, epochs=1, blocks_per_epoch=4)
     kinds = AdapterSettings("linear", "last")
     results = [train_adapter(kinds, [scan], head_rows=[None], training=training) for scan in (silent, inverted)]

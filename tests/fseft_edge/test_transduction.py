@@ -15,6 +15,7 @@ from fseft_edge.adapter_training import TrainingSettings, untrained_adapter
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.blocks import Box
+from fseft_edge.occupancy import Occupancy
 from fseft_edge.runtime.encoding import EncodedScan
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.feature_store import FeatureMap
@@ -47,7 +48,7 @@ def _map(seed: int, centre: tuple[float, float, float], *, strength: float = 1.0
 def _support(seed: int, centre: tuple[float, float, float] = (24, 24, 30)) -> SupportScan:
     features, organ = _map(seed, centre)
     volume = float(organ.sum() * VOXEL_MM3)
-    occupancy = (255 * organ[None]).astype(np.uint8)
+    occupancy = Occupancy([organ])
     return SupportScan(cast("FeatureMap", features), SHAPE, occupancy, np.array([True]), (volume,))
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.block_sampling import SupportScan
+from fseft_edge.occupancy import Occupancy
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.runtime.feature_map import FeatureMap
 from fseft_edge.runtime.grid import Grid
@@ -68,7 +69,7 @@ def scans(count: int) -> list[SupportScan]:
     scan = SupportScan(
         features=cast("FeatureMap", random_features(SHAPE, (1, 2))),
         shape=SHAPE,
-        occupancy=255 * labels[None],
+        occupancy=Occupancy([labels.astype(np.float32)]),
         annotated=np.array([True]),
         volumes_mm3=(27000.0,),
         grid=Grid.of(ct, Preprocessing(spacing=(3.0, 3.0, 3.0))),
