@@ -44,12 +44,21 @@ class Bench:
             for number, organ in enumerate(organs, start=1)
         }
 
-    def support(self, cases: Sequence[str]) -> list[SupportScan]:
-        """Return annotated scans with all five organs."""
+    def support(self, cases: Sequence[str], *, augment: bool = False) -> list[SupportScan]:
+        """Return annotated scans with all five organs, and their variations if wanted."""
         annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in cases]
-        return load_support(annotated, headneck.ORGANS, bundle=self.bundle, session=self.session, store=self.store)
+        return load_support(
+            annotated,
+            headneck.ORGANS,
+            bundle=self.bundle,
+            session=self.session,
+            store=self.store,
+            augment=augment,
+        )
 
-    def train(self, cases: Sequence[str], settings: AdapterSettings, training: TrainingSettings) -> TrainedAdapter:
-        """Return an adapter for all five organs, trained on the cases."""
+    def train(
+        self, support: Sequence[SupportScan], settings: AdapterSettings, training: TrainingSettings
+    ) -> TrainedAdapter:
+        """Return an adapter for all five organs."""
         rows = head_rows(self.bundle, headneck.ORGANS)
-        return train_adapter(settings, self.support(cases), head_rows=rows, training=training)
+        return train_adapter(settings, support, head_rows=rows, training=training)

@@ -42,20 +42,22 @@ class Occupancy:
         """Return float32 ``[K, *core.shape]``, 0 to 1; outside the scan is 0."""
         block = torch.zeros(len(self), *core.shape)
         for organ, patch in enumerate(self._patches):
-            source, target = [], []
+            source: list[slice] = []
+            target: list[slice] = []
             for (low, high), first, size in zip(core.ranges, patch.start, patch.values.shape, strict=True):
                 begin, end = max(low, first), min(high, first + size)
                 source.append(slice(begin - first, max(begin, end) - first))
                 target.append(slice(begin - low, max(begin, end) - low))
             part = patch.values[tuple(source)]
             if part.size:
-                block[organ, *target] = torch.from_numpy(part.astype(np.float32) / _FULL)
+                block[organ][tuple(target)] = torch.from_numpy(part.astype(np.float32) / _FULL)
         return block
 
     def positions(self, organ: int) -> NDArray[np.int64]:
         """Return the voxels ``[m, 3]`` that the organ fills by half or more, in memory order."""
         patch = self._patches[organ]
-        return np.argwhere(patch.values > _HALF) + np.asarray(patch.start)
+        positions: NDArray[np.int64] = np.argwhere(patch.values > _HALF) + np.asarray(patch.start)
+        return positions
 
 
 def _patch(share: NDArray[np.floating]) -> _Patch:

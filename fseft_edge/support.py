@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fseft_edge.adapters import AdapterSettings
+from fseft_edge.augmentation import variations
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
@@ -22,6 +25,7 @@ from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
 
 _LOG = logging.getLogger(__name__)
+_NO_LABEL = -1
 
 
 def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -> list[tuple[Path, Path]]:
@@ -99,6 +103,7 @@ def load_support(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
+    augment: bool = False,
     progress: Progress | None = None,
 ) -> list[SupportScan]:
     """Encode annotated scans.
@@ -109,22 +114,30 @@ def load_support(
         bundle: the encoder.
         session: the same encoder, opened.
         store: where feature maps are kept.
+        augment: encode variations of each scan too (see :mod:`fseft_edge.augmentation`).
         progress: where to show progress.
     """
+    encode = partial(_support_scan, bundle=bundle, session=session, store=store)
+    kinds = variations(organs) if augment else []
     support: list[SupportScan] = []
-    with (progress or SilentProgress()).task("encode", len(annotated)) as task:
+    with (progress or SilentProgress()).task("encode", len(annotated) * (1 + len(kinds))) as task:
         for image, label_map in annotated:
             volume = read_ct(image)
             check_labels_match(volume, label_map)
-            support.append(support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
+            scan = encode(volume, label_map, organs)
             task.advance(1)
+            varied = []
+            for kind in kinds:
+                varied.append(encode(kind.of_volume(volume), kind.of_labels(label_map), kind.organs(organs)))
+                task.advance(1)
+            support.append(replace(scan, variations=tuple(varied)))
     return support
 
 
-def support_scan(
+def _support_scan(
     volume: Volume,
     labels: LabelMap,
-    organs: Sequence[OrganLabel],
+    organs: Sequence[OrganLabel | None],
     *,
     bundle: EncoderBundle,
     session: EncoderSession,
@@ -132,13 +145,14 @@ def support_scan(
 ) -> SupportScan:
     """Return an annotated scan on the grid, its features from the store if they are there."""
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
-    voxels = [int((labels.array == organ.label).sum()) for organ in organs]
+    values = [organ.label if organ else _NO_LABEL for organ in organs]
+    voxels = [int((labels.array == value).sum()) for value in values]
     return SupportScan(
         features=encoded.features,
         shape=encoded.grid.shape,
-        occupancy=Occupancy(encoded.grid.occupancy(labels.array == organ.label) for organ in organs),
+        occupancy=Occupancy(encoded.grid.occupancy(labels.array == value) for value in values),
         annotated=np.array([count > 0 for count in voxels]),
         volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
         grid=encoded.grid,
-        reference=(labels, tuple(organ.label for organ in organs)),
+        reference=(labels, tuple(values)),
     )
