@@ -10,6 +10,7 @@ import headneck
 from fseft_edge.adaptation import head_rows
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
 from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.augmentation import variations
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
 from fseft_edge.organs import OrganLabel
@@ -53,7 +54,7 @@ class Bench:
             bundle=self.bundle,
             session=self.session,
             store=self.store,
-            augment=augment,
+            kinds=variations(headneck.ORGANS, "sigmoid") if augment else (),
         )
 
     def train(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fseft_edge.adapters import Activation
 from fseft_edge.organs import OrganLabel
 from fseft_edge.runtime.volume import LabelMap, Volume
 
@@ -56,10 +57,14 @@ class Variation:
         return affine
 
 
-def variations(organs: Sequence[OrganLabel]) -> list[Variation]:
-    """Return how a scan is varied: in size, and mirrored where both organs of a pair are learned."""
+def variations(organs: Sequence[OrganLabel], activation: Activation) -> list[Variation]:
+    """Return how a scan is varied: in size, and mirrored where both organs of a pair are learned.
+
+    With softmax, to which a scan that lacks an organ says nothing, all organs have to be paired for that.
+    """
     names = {organ.name for organ in organs}
-    mirrors = (False, True) if any(other_side(name) in names for name in names) else (False,)
+    paired = [other_side(name) in names for name in names]
+    mirrors = (False, True) if (all(paired) if activation == "softmax" else any(paired)) else (False,)
     every = [Variation(mirrored, zoom) for mirrored in mirrors for zoom in (1.0, *_ZOOMS)]
     return every[1:]
 

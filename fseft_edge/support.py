@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fseft_edge.adapters import AdapterSettings
-from fseft_edge.augmentation import variations
+from fseft_edge.augmentation import Variation
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
@@ -103,7 +103,7 @@ def load_support(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
-    augment: bool = False,
+    kinds: Sequence[Variation] = (),
     progress: Progress | None = None,
 ) -> list[SupportScan]:
     """Encode annotated scans.
@@ -114,11 +114,10 @@ def load_support(
         bundle: the encoder.
         session: the same encoder, opened.
         store: where feature maps are kept.
-        augment: encode variations of each scan too (see :mod:`fseft_edge.augmentation`).
+        kinds: variations of each scan that are encoded too (see :mod:`fseft_edge.augmentation`).
         progress: where to show progress.
     """
     encode = partial(_support_scan, bundle=bundle, session=session, store=store)
-    kinds = variations(organs) if augment else []
     support: list[SupportScan] = []
     with (progress or SilentProgress()).task("encode", len(annotated) * (1 + len(kinds))) as task:
         for image, label_map in annotated:

@@ -31,8 +31,10 @@ def test_the_other_side_is_in_the_name(name: str, partner: str | None) -> None:
 
 
 def test_scans_are_mirrored_only_where_both_organs_of_a_pair_are_learned() -> None:
-    assert [kind.mirrored for kind in variations([LEFT, CORD])] == [False, False]
-    both = variations([LEFT, RIGHT, CORD])
+    assert [kind.mirrored for kind in variations([LEFT, CORD], "sigmoid")] == [False, False]
+    assert not any(kind.mirrored for kind in variations([LEFT, RIGHT, CORD], "softmax"))
+    assert any(kind.mirrored for kind in variations([LEFT, RIGHT], "softmax"))
+    both = variations([LEFT, RIGHT, CORD], "sigmoid")
     assert len(both) == len(set(both)) == 5
     assert Variation() not in both
 
