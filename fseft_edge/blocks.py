@@ -6,6 +6,7 @@ for a voxel then depends on the voxel's position relative to the map alone, neve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,20 +52,33 @@ class Box:
 def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
     """Return ``coarse`` interpolated trilinearly to the next finer level, cut to ``box``.
 
+    Interpolation is linear in every axis, so it is three products with small matrices: several times faster than
+    PyTorch's own kernel forwards and backwards, and nothing outside the box is computed.
+
     Args:
         coarse: ``[n, C, *coarse_box.shape]``.
         coarse_box: where it lies; contains ``box.coarser()``.
         box: what is wanted, in voxels of the finer level.
     """
-    fine = F.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
-    return fine[
-        :,
-        :,
-        *(
-            slice(low - 2 * coarse_low, high - 2 * coarse_low)
-            for (low, high), (coarse_low, _) in zip(box.ranges, coarse_box.ranges, strict=True)
-        ),
-    ]
+    x, y, z = (
+        _interpolation(low, high, coarse_low, coarse_high).to(coarse.dtype)
+        for (low, high), (coarse_low, coarse_high) in zip(box.ranges, coarse_box.ranges, strict=True)
+    )
+    count, channels, extent, *_ = coarse.shape
+    along_z = coarse.reshape(-1, coarse.shape[-1]) @ z.T
+    along_y = y @ along_z.view(count, channels, extent, -1, len(z))
+    return (x @ along_y.flatten(3)).view(count, channels, *box.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _interpolation(low: int, high: int, coarse_low: int, coarse_high: int) -> Tensor:
+    """Return the matrix ``[fine, coarse]`` of linear interpolation along one axis between two ranges of voxels."""
+    fine = torch.arange(low, high)
+    nearest = fine.div(2, rounding_mode="floor")
+    matrix = torch.zeros(high - low, coarse_high - coarse_low)
+    matrix[fine - low, nearest - coarse_low] = 0.75
+    matrix[fine - low, nearest + 2 * (fine % 2) - 1 - coarse_low] = 0.25
+    return matrix
 
 
 def read_block(features: FeatureMap, boxes: Sequence[Box]) -> list[Tensor]:

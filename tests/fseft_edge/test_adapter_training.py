@@ -19,7 +19,7 @@ from fseft_edge.occupancy import Occupancy
 from fseft_edge.runtime.feature_store import FeatureMap
 
 SHAPE = (48, 40, 48)
-FAST = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.05, residual_rate=0.05)
+FAST = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.02, residual_rate=0.02)
 
 
 def _organ(seed: int) -> NDArray[np.float32]:
@@ -50,7 +50,7 @@ def test_training_finds_an_organ_that_the_features_show(method: str, reads: str)
         logits = trained.adapter(read_block(query.features, trained.adapter.boxes(core)), core)
     found, truth = logits[0, 0].numpy() > 0, query.occupancy.block(core)[0].numpy() > 0.5
     dsc = 2 * (found & truth).sum() / (found.sum() + truth.sum())
-    assert dsc > (0.75 if method == "linear" else 0.8)
+    assert dsc > 0.75
     if method == "linear":
         assert len(trained.losses) == 1
         assert trained.losses[0] < 0.5

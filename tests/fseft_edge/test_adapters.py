@@ -47,7 +47,7 @@ def test_a_scan_cut_into_blocks_gives_what_the_whole_scan_gives(settings: Adapte
     for box in tiles(SHAPE, (13, 24, 9)):
         part = _apply(adapter, features, box)
         wanted = whole[:, slice(*box.x), slice(*box.y), slice(*box.z)]
-        torch.testing.assert_close(part, wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(part, wanted, rtol=0, atol=3e-6 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
