@@ -10,7 +10,6 @@ import headneck
 from fseft_edge.adaptation import head_rows
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
 from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.augmentation import variations
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
 from fseft_edge.organs import OrganLabel
@@ -54,7 +53,7 @@ class Bench:
             bundle=self.bundle,
             session=self.session,
             store=self.store,
-            kinds=variations(headneck.ORGANS, "sigmoid") if augment else (),
+            augment=augment,
         )
 
     def train(

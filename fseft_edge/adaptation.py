@@ -12,7 +12,6 @@ from torch import Tensor
 from fseft_edge.adapter_file import AdapterDescription, AdapterFile, AdapterOrgan, adapter_settings, write_adapter
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters import AdapterSettings, zero_shot
-from fseft_edge.augmentation import variations
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
@@ -85,9 +84,8 @@ def adapt(
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
-        kinds = variations(organs, settings.activation) if augment else ()
         support = load_support(
-            annotated, organs, bundle=bundle, session=session, store=store, kinds=kinds, progress=progress
+            annotated, organs, bundle=bundle, session=session, store=store, augment=augment, progress=progress
         )
         training = training or TrainingSettings()
         rows = head_rows(bundle, organs)

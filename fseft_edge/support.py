@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fseft_edge.adapters import AdapterSettings
-from fseft_edge.augmentation import Variation
+from fseft_edge.augmentation import VARIATIONS
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
@@ -25,7 +25,6 @@ from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
 
 _LOG = logging.getLogger(__name__)
-_NO_LABEL = -1
 
 
 def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -> list[tuple[Path, Path]]:
@@ -103,7 +102,7 @@ def load_support(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
-    kinds: Sequence[Variation] = (),
+    augment: bool = False,
     progress: Progress | None = None,
 ) -> list[SupportScan]:
     """Encode annotated scans.
@@ -114,20 +113,21 @@ def load_support(
         bundle: the encoder.
         session: the same encoder, opened.
         store: where feature maps are kept.
-        kinds: variations of each scan that are encoded too (see :mod:`fseft_edge.augmentation`).
+        augment: encode variations of each scan too (see :mod:`fseft_edge.augmentation`).
         progress: where to show progress.
     """
-    encode = partial(_support_scan, bundle=bundle, session=session, store=store)
+    encode = partial(_support_scan, organs=organs, bundle=bundle, session=session, store=store)
+    kinds = VARIATIONS if augment else ()
     support: list[SupportScan] = []
     with (progress or SilentProgress()).task("encode", len(annotated) * (1 + len(kinds))) as task:
         for image, label_map in annotated:
             volume = read_ct(image)
             check_labels_match(volume, label_map)
-            scan = encode(volume, label_map, organs)
+            scan = encode(volume, label_map)
             task.advance(1)
             varied = []
             for kind in kinds:
-                varied.append(encode(kind.of_volume(volume), kind.of_labels(label_map), kind.organs(organs)))
+                varied.append(encode(kind.of(volume), kind.of(label_map)))
                 task.advance(1)
             support.append(replace(scan, variations=tuple(varied)))
     return support
@@ -136,15 +136,15 @@ def load_support(
 def _support_scan(
     volume: Volume,
     labels: LabelMap,
-    organs: Sequence[OrganLabel | None],
     *,
+    organs: Sequence[OrganLabel],
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
 ) -> SupportScan:
     """Return an annotated scan on the grid, its features from the store if they are there."""
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
-    values = [organ.label if organ else _NO_LABEL for organ in organs]
+    values = [organ.label for organ in organs]
     voxels = [int((labels.array == value).sum()) for value in values]
     return SupportScan(
         features=encoded.features,

@@ -89,7 +89,7 @@ def export(
     "--augment/--no-augment",
     default=True,
     show_default=True,
-    help="Learn from each scan as a larger, a smaller and (paired organs) a mirrored patient too.",
+    help="Learn from each scan as a larger and as a smaller patient too.",
 )
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
 @click.option(
