@@ -54,7 +54,7 @@ class TrainingSettings:
     block: int = 32
     batch: int = 4
     blocks_per_epoch: int = 6
-    blocks: int = 1200
+    blocks: int = 2400
     epochs: int | None = None
     bfloat16: bool | None = None
     feature_shift: float = 0.5

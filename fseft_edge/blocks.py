@@ -71,6 +71,7 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(mode=False)  # what is cached has to serve training too
 def _interpolation(low: int, high: int, coarse_low: int, coarse_high: int) -> Tensor:
     """Return the matrix ``[fine, coarse]`` of linear interpolation along one axis between two ranges of voxels."""
     fine = torch.arange(low, high)

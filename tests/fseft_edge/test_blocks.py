@@ -40,3 +40,16 @@ def test_a_block_beyond_the_map_repeats_its_edge() -> None:
             *(np.clip(range(*axis), 0, size - 1) for axis, size in zip(box.ranges, whole.shape[1:], strict=True)),
         )
         np.testing.assert_array_equal(block[0].numpy(), whole[index])
+
+
+def test_interpolation_first_used_for_inference_can_be_trained_through() -> None:
+    """The matrices are kept between calls, in whatever mode they were first asked for."""
+    coarse, box = Box((-3, 5), (-3, 5), (-3, 5)), Box((-4, 8), (-4, 8), (-4, 8))
+    values = torch.randn(1, 2, *coarse.shape)
+    with torch.inference_mode():
+        first = upsample_into(values, coarse, box)
+    trained = values.clone().requires_grad_()
+    again = upsample_into(trained, coarse, box)
+    torch.testing.assert_close(again.detach(), first.clone(), rtol=0, atol=0)
+    again.sum().backward()
+    assert float(trained.grad.sum()) == pytest.approx(again.numel(), rel=1e-5)  # weights of a voxel add up to 1
