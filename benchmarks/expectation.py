@@ -59,7 +59,7 @@ def _results(file: Path) -> list[dict[str, Any]]:
 
 
 def _compared(bench: Bench, method: str, shots: int, draw: int, adapter: Path) -> dict[str, Any]:
-    support = bench.support(headneck.draw_support(shots, draw), augment=True)
+    support = bench.support(headneck.draw_support(shots, draw))
     candidate = Candidate(method, ADAPTERS[method], TrainingSettings(seed=draw))
     started = time.monotonic()
     validated = leave_one_out(candidate, support, head_rows(bench.bundle, headneck.ORGANS))

@@ -164,7 +164,7 @@ def _make(run: Run, encoder: Path) -> Made:
     path.parent.mkdir(exist_ok=True)
     with open_session(bundle) as session:
         bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
-        support = bench.support(run.support, augment=True)  # before the clock starts: features are cached
+        support = bench.support(run.support)  # before the clock starts: features are cached
         started = time.monotonic()
         if run.method.endswith(TRANSDUCED) and path.exists():
             adapter = read_adapter(path).adapter

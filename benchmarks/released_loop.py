@@ -122,7 +122,7 @@ def main() -> None:
     with open_session(bundle) as session, tempfile.TemporaryDirectory() as fresh:
         bench = Bench(bundle, session, FeatureStore(Path(fresh)))
         started = time.monotonic()
-        ours = bench.train(bench.support(cases, augment=True), AdapterSettings(), TrainingSettings(seed=arguments.draw))
+        ours = bench.train(bench.support(cases), AdapterSettings(), TrainingSettings(seed=arguments.draw))
         seconds = time.monotonic() - started
         images = []
         for case in cases:

@@ -38,7 +38,6 @@ def adapt(
     training: TrainingSettings | None = None,
     choose: bool = False,
     validate: bool = True,
-    augment: bool = True,
     cases: Sequence[str] | None = None,
     cache: Path | None = None,
     cache_gb: float | None = None,
@@ -60,8 +59,6 @@ def adapt(
         choose: take the method, and what it reads, that validates best; ``settings`` gives activation and width only.
         validate: leave every scan out once, so that the file says what to expect on new scans; takes as long as the
             training once a scan. Where no organ is annotated in two scans, nothing can be validated.
-        augment: learn from variations of each scan too, which are encoded and cached like it (see
-            :mod:`fseft_edge.augmentation`).
         cases: names of the cases to use; None takes all that have an annotation.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
@@ -84,9 +81,7 @@ def adapt(
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
-        support = load_support(
-            annotated, organs, bundle=bundle, session=session, store=store, augment=augment, progress=progress
-        )
+        support = load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress)
         training = training or TrainingSettings()
         rows = head_rows(bundle, organs)
         candidate = Candidate(f"{settings.method} on {settings.reads}", settings, training)

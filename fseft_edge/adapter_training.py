@@ -269,15 +269,15 @@ def _fit_normalisation(adapter: Adapter, support: Sequence[SupportScan], random:
     """Set each channel's mean and standard deviation from blocks around organs and elsewhere in every scan."""
     sums = [torch.zeros(2, level.channels, dtype=torch.float64) for level in adapter.levels]
     counts = [0] * len(adapter.levels)
-    for varied in [varied for scan in support for varied in (scan, *scan.variations)]:
-        positions = organ_positions(varied, random)
+    for scan in support:
+        positions = organ_positions(scan, random)
         for number in range(_STATISTICS_BLOCKS):
             centre = draw_centre(positions, random, positive=number % 2 == 0)
             core = aligned_core(centre, 32, adapter)
             boxes = [core]
             for _ in adapter.levels[1:]:
                 boxes.append(Box(*((low // 2, high // 2) for low, high in boxes[-1].ranges)))
-            for level, block in enumerate(read_block(varied.features, boxes)):
+            for level, block in enumerate(read_block(scan.features, boxes)):
                 values = block[0].flatten(1).double()
                 sums[level][0] += values.sum(1)
                 sums[level][1] += values.square().sum(1)

@@ -32,8 +32,6 @@ class SupportScan:
         volumes_mm3: volume of each organ on the source lattice, 0 where not annotated.
         grid: the scan's grid; None where nobody validates on the scan.
         reference: its annotation on its own lattice, and the label value of each organ; likewise.
-        variations: the same scan as it might have been, of which training takes one as well as the other (see
-            :mod:`fseft_edge.augmentation`).
     """
 
     features: FeatureMap
@@ -43,7 +41,6 @@ class SupportScan:
     volumes_mm3: tuple[float, ...]
     grid: Grid | None = None
     reference: tuple[LabelMap, tuple[int, ...]] | None = None
-    variations: tuple[SupportScan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class BlockSampler:
 
     Args:
         adapter: decides what is read around a block.
-        support: the scans; of a scan with variations any of them is taken.
+        support: the scans.
         block: edge of a block in voxels.
         batch: blocks a batch.
         random: decides on everything.
@@ -80,11 +77,9 @@ class BlockSampler:
     def __init__(
         self, adapter: Adapter, support: Sequence[SupportScan], *, block: int, batch: int, random: np.random.Generator
     ) -> None:
-        self._adapter, self._random = adapter, random
+        self._adapter, self._support, self._random = adapter, support, random
         self._block, self._batch = block, batch
-        self._scans = [
-            [(varied, organ_positions(varied, random)) for varied in (scan, *scan.variations)] for scan in support
-        ]
+        self._positions = [organ_positions(scan, random) for scan in support]
         self._order: list[int] = []
         self._drawn = 0
         self.core = Box((0, block), (0, block), (0, block))
@@ -94,10 +89,10 @@ class BlockSampler:
         blocks, targets, annotated = [], [], []
         for _ in range(self._batch):
             if not self._order:
-                self._order = list(self._random.permutation(len(self._scans)))
-            varied = self._scans[self._order.pop()]
-            scan, positions = varied[self._random.integers(len(varied)) if len(varied) > 1 else 0]
-            centre = draw_centre(positions, self._random, positive=self._drawn % 2 == 0)
+                self._order = list(self._random.permutation(len(self._support)))
+            index = self._order.pop()
+            scan = self._support[index]
+            centre = draw_centre(self._positions[index], self._random, positive=self._drawn % 2 == 0)
             self._drawn += 1
             core = aligned_core(centre, self._block, self._adapter)
             blocks.append(read_block(scan.features, self._adapter.boxes(core)))

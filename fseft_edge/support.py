@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fseft_edge.adapters import AdapterSettings
-from fseft_edge.augmentation import VARIATIONS
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
@@ -102,7 +99,6 @@ def load_support(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
-    augment: bool = False,
     progress: Progress | None = None,
 ) -> list[SupportScan]:
     """Encode annotated scans.
@@ -113,31 +109,23 @@ def load_support(
         bundle: the encoder.
         session: the same encoder, opened.
         store: where feature maps are kept.
-        augment: encode variations of each scan too (see :mod:`fseft_edge.augmentation`).
         progress: where to show progress.
     """
-    encode = partial(_support_scan, organs=organs, bundle=bundle, session=session, store=store)
-    kinds = VARIATIONS if augment else ()
     support: list[SupportScan] = []
-    with (progress or SilentProgress()).task("encode", len(annotated) * (1 + len(kinds))) as task:
+    with (progress or SilentProgress()).task("encode", len(annotated)) as task:
         for image, label_map in annotated:
             volume = read_ct(image)
             check_labels_match(volume, label_map)
-            scan = encode(volume, label_map)
+            support.append(_support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
             task.advance(1)
-            varied = []
-            for kind in kinds:
-                varied.append(encode(kind.of(volume), kind.of(label_map)))
-                task.advance(1)
-            support.append(replace(scan, variations=tuple(varied)))
     return support
 
 
 def _support_scan(
     volume: Volume,
     labels: LabelMap,
-    *,
     organs: Sequence[OrganLabel],
+    *,
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,

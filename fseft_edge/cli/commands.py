@@ -85,12 +85,6 @@ def export(
     show_default=True,
     help="Leave each scan out once, to say what to expect on new ones.",
 )
-@click.option(
-    "--augment/--no-augment",
-    default=True,
-    show_default=True,
-    help="Learn from each scan as a larger and as a smaller patient too.",
-)
 @click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
 @click.option(
     "--epochs",
@@ -111,7 +105,6 @@ def adapt(
     method: str,
     reads: str,
     validate: bool,
-    augment: bool,
     activation: str,
     epochs: int | None,
     seed: int,
@@ -137,7 +130,6 @@ def adapt(
             training=TrainingSettings(seed=seed, epochs=epochs),
             choose=method == "auto",
             validate=validate,
-            augment=augment,
             cases=cases or None,
             cache=common.cache,
             cache_gb=common.cache_gb,

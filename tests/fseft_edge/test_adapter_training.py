@@ -152,16 +152,3 @@ def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_onl
     still = perturbed(features, adapter, TrainingSettings(feature_shift=0, channel_dropout=0), generator)
     for before, after in zip(features, still, strict=True):
         assert torch.equal(before, after)
-
-
-def test_variations_of_a_scan_are_learned_from_like_the_scan() -> None:
-    """What only a variation shows is found; without variations nothing changes."""
-    blank = replace(_scan(1), occupancy=Occupancy([np.zeros(SHAPE)]), annotated=np.array([False]))
-    settings = AdapterSettings("linear", "pyramid")
-    taught = train_adapter(settings, [replace(blank, variations=(_scan(2),))], head_rows=[None], training=FAST)
-    query = _scan(3)
-    core = Box(*((0, size) for size in SHAPE))
-    with torch.inference_mode():
-        logits = taught.adapter(read_block(query.features, taught.adapter.boxes(core)), core)
-    found, truth = logits[0, 0].numpy() > 0, query.occupancy.block(core)[0].numpy() > 0.5
-    assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.75
