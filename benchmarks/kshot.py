@@ -32,7 +32,7 @@ from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.session import open_session
 from fseft_edge.size_priors import SizePrior
-from fseft_edge.transduction import transduce
+from fseft_edge.transduction import TransductionSettings, support_of, transduce
 
 ADAPTERS = {
     "linear last": AdapterSettings(method="linear", reads="last"),
@@ -196,7 +196,7 @@ def _scores(run: Run, bundle: EncoderBundle, made: Made | None) -> dict[str, dic
 
 
 def _transduced(bench: Bench, run: Run, file: AdapterFile) -> dict[str, dict[str, float]]:
-    support = bench.support(run.support)
+    support = support_of(file.adapter, bench.support(run.support), TransductionSettings())
     priors = [SizePrior.from_volumes(organ.support_volumes_ml) for organ in file.description.organs]
     scores = {}
     for case in run.cases:

@@ -111,10 +111,9 @@ def train_adapter(
     """
     training = training or TrainingSettings()
     progress = progress or SilentProgress()
-    random = np.random.default_rng(training.seed)
     adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed)
     if settings.method == "linear":
-        return _solved(adapter, support, training, random, progress)
+        return _solved(adapter, support, training, progress)
     adapter.train()
     anchor = _Anchor(adapter, head_rows, training.anchor)
     optimizer = _optimizer(adapter, training)
@@ -122,6 +121,7 @@ def train_adapter(
     steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
     bfloat16 = _cpu_has_bfloat16() if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support))
+    random = np.random.default_rng(training.seed)
     sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
     losses: list[float] = []
     with progress.task("adapt", epochs) as task, ThreadPoolExecutor(1) as reader:
@@ -153,22 +153,10 @@ def _solved(
     adapter: Adapter,
     support: Sequence[SupportScan],
     training: TrainingSettings,
-    random: np.random.Generator,
     progress: Progress,
 ) -> TrainedAdapter:
-    generator = torch.Generator().manual_seed(training.seed)
-    sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
-    parts: list[Voxels] = []
-    batches = math.ceil(training.linear_blocks * len(support) / training.batch)
-    with progress.task("adapt", batches) as task, torch.no_grad():
-        for _ in range(batches):
-            batch = sampler.draw()
-            for number in range(training.batch):
-                block = [level[number : number + 1] for level in batch.features]
-                parts.append(gather_voxels(adapter, block, batch.targets[number], batch.annotated[number], generator))
-            task.advance(1)
     solution = solve(
-        Voxels.joined(parts),
+        support_voxels(adapter, support, training, blocks=training.linear_blocks * len(support), progress=progress),
         adapter.linear_weight(),
         adapter.linear_bias(),
         ridge=training.ridge,
@@ -176,6 +164,30 @@ def _solved(
     )
     adapter.set_linear(solution.weight, solution.bias)
     return TrainedAdapter(adapter.eval(), (solution.loss,), solution.evaluations, bfloat16=False)
+
+
+def support_voxels(
+    adapter: Adapter,
+    support: Sequence[SupportScan],
+    training: TrainingSettings,
+    *,
+    blocks: int,
+    progress: Progress,
+) -> Voxels:
+    """Return voxels of a support set, as an adapter's classifiers see them, from blocks drawn as in training."""
+    random = np.random.default_rng(training.seed)
+    generator = torch.Generator().manual_seed(training.seed)
+    sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
+    parts: list[Voxels] = []
+    batches = math.ceil(blocks / training.batch)
+    with progress.task("gather voxels", batches) as task, torch.no_grad():
+        for _ in range(batches):
+            batch = sampler.draw()
+            for number in range(training.batch):
+                block = [level[number : number + 1] for level in batch.features]
+                parts.append(gather_voxels(adapter, block, batch.targets[number], batch.annotated[number], generator))
+            task.advance(1)
+    return Voxels.joined(parts)
 
 
 def untrained_adapter(

@@ -146,11 +146,11 @@ class Adapter(nn.Module):
         return [*self.direct.parameters(), *self.coarse.parameters()]
 
     def linear_weight(self) -> Tensor:
-        """Return the weights ``[classes, Σ C_l]`` of a linear adapter, in the order of :meth:`linear_features`."""
+        """Return the weights ``[classes, D]`` of all classifiers, in the order of :meth:`penultimate`."""
         return torch.cat([weight.detach().flatten(1) for weight in self.classifiers()], dim=1)
 
     def linear_bias(self) -> Tensor:
-        """Return the bias ``[classes]`` of a linear adapter."""
+        """Return the classifiers' bias ``[classes]``."""
         bias = self.direct.bias
         assert bias is not None  # noqa: S101 - narrows the type for the checker
         return bias.detach()
@@ -191,24 +191,37 @@ class Adapter(nn.Module):
             return self._linear(normalised, boxes, core)
         if self.settings.reads == "last":
             return self._classify(normalised[0], self.direct)
-        x: Tensor = self.project[-1](normalised[-1])
-        for level in reversed(range(len(self.levels) - 1)):
-            coarse: Tensor = self.steps[level + 1](x)
-            coarse_box = boxes[level + 1].grown(-self._halo(level + 1))
-            x = self.project[level](normalised[level]) + upsample_into(coarse, coarse_box, boxes[level])
-        return self._classify(x, self.classifier) + self._linear(normalised, boxes, core)
+        context = self._context(normalised, boxes)
+        return self._classify(context, self.classifier) + self._linear(normalised, boxes, core)
 
-    def linear_features(self, features: Sequence[Tensor], core: Box) -> Tensor:
-        """Return what a linear adapter sees at every voxel, ``[n, Σ C_l, *core.shape]``: every level, interpolated."""
+    def penultimate(self, features: Sequence[Tensor], core: Box) -> Tensor:
+        """Return what the classifiers see, ``[n, D, *core.shape]``: logits are ``W p + b`` of it.
+
+        ``W`` and ``b`` are :meth:`linear_weight` and :meth:`linear_bias`. For a linear adapter these are the normalised
+        features, every level interpolated; on the pyramid the outcome of the residual path stands behind them.
+
+        Args:
+            features: as for :meth:`forward`.
+            core: likewise.
+        """
+        normalised = [self._normalised(x, level) for level, x in enumerate(features)]
         boxes = self.boxes(core)
+        if self.settings.method != "linear" and self.settings.reads == "last":
+            alone: Tensor = self.steps[0](normalised[0])
+            return alone
+        wanted = [core]
+        for _ in self.coarse:
+            wanted.append(wanted[-1].coarser())
         below: Tensor | None = None
         for level in reversed(range(len(self.levels))):
-            here = self._normalised(features[level], level)
+            here = _part(normalised[level], boxes[level], wanted[level])
             if below is not None:
-                here = torch.cat([here, upsample_into(below, boxes[level + 1], boxes[level])], dim=1)
+                here = torch.cat([here, upsample_into(below, wanted[level + 1], wanted[level])], dim=1)
             below = here
         assert below is not None  # noqa: S101 - narrows the type for the checker
-        return below
+        if self.settings.method == "linear":
+            return below
+        return torch.cat([below, self.steps[0](self._context(normalised, boxes))], dim=1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return probabilities of the same shape; with softmax, class 0 is the background."""
@@ -216,6 +229,15 @@ class Adapter(nn.Module):
 
     def _normalised(self, x: Tensor, level: int) -> Tensor:
         return (x - self.mean(level)[:, None, None, None]) / self.scale(level)[:, None, None, None]
+
+    def _context(self, normalised: Sequence[Tensor], boxes: Sequence[Box]) -> Tensor:
+        """Return what reaches the finest residual step on the pyramid: each level's projection and all coarser ones."""
+        x: Tensor = self.project[-1](normalised[-1])
+        for level in reversed(range(len(self.levels) - 1)):
+            coarse: Tensor = self.steps[level + 1](x)
+            coarse_box = boxes[level + 1].grown(-self._halo(level + 1))
+            x = self.project[level](normalised[level]) + upsample_into(coarse, coarse_box, boxes[level])
+        return x
 
     def _classify(self, x: Tensor, classifier: nn.Conv3d) -> Tensor:
         """Return ``V(x + C(ReLU(C(x))))`` of the finest level's step and its classifier ``V``.

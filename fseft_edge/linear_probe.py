@@ -9,7 +9,7 @@ perturbed features do for the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from fseft_edge.adapters import Activation, Adapter
 from fseft_edge.blocks import Box
 from fseft_edge.losses import adaptation_loss
 
-_MOST_ITERATIONS = 200
+ITERATIONS = 200
 _NEAR = 3
 _NEAR_SHARE = 0.25
 _FAR_SHARE = 0.02
@@ -31,7 +31,7 @@ class Voxels:
     """Voxels of a support set.
 
     Attributes:
-        features: float32 ``[N, C]``, normalised, the levels' channels one after the other.
+        features: float32 ``[N, C]``, what the classifiers see (:meth:`Adapter.penultimate`).
         targets: float32 ``[N, K]``, share of the voxel that the organ fills.
         weight: float32 ``[N, K]``, how many voxels each stands for, 0 where the organ is not annotated.
     """
@@ -56,14 +56,14 @@ def gather_voxels(
     """Return a quarter of a block's voxels near an organ, and fewer of the others.
 
     Args:
-        adapter: linear; its normalisation is applied.
+        adapter: decides what is seen at a voxel.
         features: each level's part ``adapter.boxes(core)`` of one block, ``[1, C_l, ...]``.
         targets: ``[K, X, Y, Z]``.
         annotated: ``[K]``.
         generator: decides which are taken.
     """
     core = Box(*((0, size) for size in targets.shape[1:]))
-    at_voxels = adapter.linear_features(features, core)[0].flatten(1).T
+    at_voxels = adapter.penultimate(features, core)[0].flatten(1).T
     reach = 2 * _NEAR + 1
     near = F.max_pool3d(targets[None].amax(1), reach, stride=1, padding=_NEAR).flatten() > 0
     share = torch.where(near, _NEAR_SHARE, _FAR_SHARE)
@@ -79,7 +79,7 @@ class Solution:
     Attributes:
         weight: ``[classes, C]``.
         bias: ``[classes]``.
-        loss: at the end, without the ridge.
+        loss: at the end, without ridge and penalty.
         evaluations: how often the loss was computed.
     """
 
@@ -97,6 +97,8 @@ def solve(
     ridge: float,
     activation: Activation,
     dice_weight: float = 1.0,
+    penalty: Callable[[Tensor, Tensor], Tensor] | None = None,
+    iterations: int = ITERATIONS,
 ) -> Solution:
     """Return the linear classifier of least loss.
 
@@ -109,10 +111,12 @@ def solve(
         ridge: strength of the pull towards ``W_0``.
         activation: of the adapter.
         dice_weight: weight of the Dice term.
+        penalty: of weight and bias, added to what is minimised.
+        iterations: of L-BFGS, at most.
     """
     weight, bias = start_weight.clone().requires_grad_(), start_bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=_MOST_ITERATIONS, history_size=20, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=iterations, history_size=20, tolerance_change=1e-7, line_search_fn="strong_wolfe"
     )
 
     def loss_of_fit() -> Tensor:
@@ -129,6 +133,8 @@ def solve(
         evaluations += 1
         optimizer.zero_grad()
         loss = loss_of_fit() + ridge / 2 * (weight - start_weight).square().sum()
+        if penalty is not None:
+            loss = loss + penalty(weight, bias)
         loss.backward()
         return loss
 

@@ -1,36 +1,35 @@
 """The transductive size constraint: an adapter is tuned to one query under size priors (FSEFT, eqs. 2-3).
 
-Minimised over the adapter, from where its training ended, is ``L(support) + λ Σ_k L_TI(Ŝ_k)``. ``Ŝ_k`` is the sum of
-the query's probabilities of organ k, as a volume, and
+Minimised from where training ended is ``L(support) + λ Σ_k L_TI(Ŝ_k)``, plus a ridge towards the start. ``Ŝ_k`` is the
+sum of the query's probabilities of organ k, as a volume, and
 
     L_TI = |Ŝ - low|  if Ŝ < low;   |Ŝ - high|  if Ŝ > high;   0 otherwise
 
 with ``low`` and ``high`` = (1 ∓ γ) times the mean support size. The authors' first release divides the error by the
 greater of the two sizes, so that one λ serves organs of all sizes; that form is the default here.
 
-The query is never in memory as a whole. ``L_TI`` depends on the query through a single number an organ, so its gradient
-is ``dL_TI/dŜ · Σ dp/dθ``, gathered block by block, from those blocks alone in which an organ is visible whose size is
-outside its prior.
+What is tuned are the adapter's classifiers, in which the logits are linear; its convolutions stay. So the support set
+and the query are passed over once, what the classifiers see is kept at the voxels that matter, and the problem is
+solved there by L-BFGS (see :mod:`fseft_edge.linear_probe`) in seconds. The query is never in memory as a whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fseft_edge.adapter_file import AdapterFile
-from fseft_edge.adapter_training import TrainingSettings, perturbed
+from fseft_edge.adapter_training import TrainingSettings, support_voxels
 from fseft_edge.adapters import Adapter
-from fseft_edge.block_sampling import BlockSampler, SupportScan
+from fseft_edge.block_sampling import SupportScan
 from fseft_edge.blocks import Box, read_block, tiles
-from fseft_edge.losses import adaptation_loss
+from fseft_edge.linear_probe import Voxels, solve
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.encoding import EncodedScan
 from fseft_edge.runtime.errors import UsageError
@@ -41,6 +40,7 @@ Form = Literal["relative", "absolute"]
 _BLOCK = 32
 _MM3_PER_ML = 1000.0
 _FOUND = 0.5
+_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class TransductionSettings:
     Attributes:
         weight: λ.
         form: of the penalty; ``absolute`` is in ml.
-        steps: at most; tuning ends as soon as every constrained organ is inside its prior.
-        rate: AdamW's rate.
-        visible: an organ is visible in a block where its probability reaches this somewhere in it.
+        ridge: strength of the pull of the classifiers towards where they start.
+        visible: voxels in which no constrained organ's probability reaches this count as they are.
+        voxels: of the query that are kept at most; of more, as many are drawn at random.
+        blocks: of the support set that voxels are gathered from.
+        iterations: of L-BFGS, at most.
         absent: an organ whose mask is smaller than this share of the prior's lower end is taken to be absent, and left
             alone. The mask decides and not the sum of probabilities, which a faint haze over the whole scan can fill.
         training: how support blocks are drawn.
@@ -60,9 +62,11 @@ class TransductionSettings:
 
     weight: float = 0.1
     form: Form = "relative"
-    steps: int = 30
-    rate: float = 1e-3
-    visible: float = 1e-3
+    ridge: float = 1e-2
+    visible: float = 1e-2
+    voxels: int = 30_000
+    blocks: int = 24
+    iterations: int = 40
     absent: float = 0.05
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
@@ -92,12 +96,12 @@ class Transduced:
     Attributes:
         adapter: in evaluation mode; the one given where nothing had to be done.
         organs: one a class of the adapter, background left out.
-        steps: optimiser steps.
+        evaluations: of what is minimised.
     """
 
     adapter: Adapter
     organs: tuple[OrganOutcome, ...]
-    steps: int
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -148,18 +152,25 @@ class TransductionPlan:
 def tuned_adapters(
     files: Sequence[AdapterFile],
     query: EncodedScan,
-    supports: Sequence[Sequence[SupportScan]],
+    supports: Sequence[Voxels],
     plan: TransductionPlan,
-    progress: Progress,
 ) -> tuple[list[Adapter], list[OrganOutcome]]:
     """Return every adapter tuned to a query, and what became of every organ, in the adapters' order."""
     tuned: list[Adapter] = []
     outcomes: list[OrganOutcome] = []
     for file, support in zip(files, supports, strict=True):
-        done = transduce(file.adapter, query, support, plan.priors_for(file), settings=plan.settings, progress=progress)
+        done = transduce(file.adapter, query, support, plan.priors_for(file), settings=plan.settings)
         tuned.append(done.adapter)
         outcomes += done.organs
     return tuned, outcomes
+
+
+def support_of(
+    adapter: Adapter, support: Sequence[SupportScan], settings: TransductionSettings, progress: Progress | None = None
+) -> Voxels:
+    """Return what :func:`transduce` needs of the annotated scans that an adapter was trained on."""
+    progress = progress or SilentProgress()
+    return support_voxels(adapter, support, settings.training, blocks=settings.blocks, progress=progress)
 
 
 def size_penalty(sizes: Tensor, low: Tensor, high: Tensor, form: Form) -> Tensor:
@@ -172,45 +183,47 @@ def size_penalty(sizes: Tensor, low: Tensor, high: Tensor, form: Form) -> Tensor
 def transduce(
     adapter: Adapter,
     query: EncodedScan,
-    support: Sequence[SupportScan],
+    support: Voxels,
     priors: Sequence[SizePrior | None],
     *,
     settings: TransductionSettings | None = None,
-    progress: Progress | None = None,
 ) -> Transduced:
     """Return the adapter tuned to a query; the one given is left as it is.
 
     Args:
         adapter: trained on the support set.
         query: the scan to segment.
-        support: the annotated scans it was trained on.
+        support: voxels of the annotated scans that it was trained on (see :func:`support_of`).
         priors: one an organ; None leaves an organ unconstrained.
-        settings: strength and length.
-        progress: where to show progress.
+        settings: how strong the constraint is.
 
     Raises:
         UsageError: no organ has a prior.
     """
     settings = settings or TransductionSettings()
     _require_one(priors, [str(number) for number in range(1, len(priors) + 1)])
-    tuned = _copy(adapter)
-    sizes = _QuerySizes(tuned, query, settings.visible)
-    before = sizes.at_first
-    organs = [_constraint(k, prior, sizes, settings) for k, prior in enumerate(priors)]
-    low = torch.tensor([organ.low for organ in organs])
-    high = torch.tensor([organ.high for organ in organs])
-    steps = _tune(tuned, sizes, support, (low, high), settings=settings, progress=progress or SilentProgress())
-    after = sizes.measure(torch.ones_like(before, dtype=torch.bool)) if steps else before
+    first = _survey(adapter, query)
+    organs = [_constraint(k, prior, first, settings) for k, prior in enumerate(priors)]
+    pulled = torch.tensor(
+        [_outside(float(size), organ) for size, organ in zip(first.sizes, organs, strict=True)], dtype=torch.bool
+    )
+    tuned, after, evaluations = adapter, first.sizes, 0
+    if bool(pulled.any()):
+        tuned = _copy(adapter)
+        constrained = torch.tensor([organ.low > 0 or math.isfinite(organ.high) for organ in organs])
+        seen = _visible_voxels(adapter, query, first, constrained, settings)
+        evaluations = _solve(tuned, seen, support, organs, settings)
+        after = _survey(tuned, query).sizes
     outcomes = tuple(
         OrganOutcome(
-            before_ml=float(before[k]),
+            before_ml=float(first.sizes[k]),
             after_ml=float(after[k]),
             prior=prior,
             notes=organ.notes + (("outside_prior",) if _outside(float(after[k]), organ) else ()),
         )
         for k, (prior, organ) in enumerate(zip(priors, organs, strict=True))
     )
-    return Transduced(tuned.eval() if steps else adapter, outcomes, steps)
+    return Transduced(tuned, outcomes, evaluations)
 
 
 @dataclass(frozen=True)
@@ -228,7 +241,7 @@ def _require_one(priors: Sequence[SizePrior | None], organs: Sequence[str]) -> N
         )
 
 
-def _constraint(organ: int, prior: SizePrior | None, sizes: _QuerySizes, settings: TransductionSettings) -> _Constraint:
+def _constraint(organ: int, prior: SizePrior | None, sizes: _Survey, settings: TransductionSettings) -> _Constraint:
     if prior is None:
         return _Constraint(0.0, math.inf, ())
     if float(sizes.masks[organ]) < settings.absent * prior.low_ml:
@@ -239,7 +252,7 @@ def _constraint(organ: int, prior: SizePrior | None, sizes: _QuerySizes, setting
 
 
 def _outside(size: float, organ: _Constraint) -> bool:
-    return not organ.low * (1 - 1e-3) <= size <= organ.high * (1 + 1e-3)
+    return not organ.low * (1 - _TOLERANCE) <= size <= organ.high * (1 + _TOLERANCE)
 
 
 def _copy(adapter: Adapter) -> Adapter:
@@ -248,103 +261,107 @@ def _copy(adapter: Adapter) -> Adapter:
     return twin.eval()
 
 
-def _tune(
-    adapter: Adapter,
-    sizes: _QuerySizes,
-    support: Sequence[SupportScan],
-    bounds: tuple[Tensor, Tensor],
-    *,
-    settings: TransductionSettings,
-    progress: Progress,
-) -> int:
-    """Run the optimiser; return its steps."""
-    training = settings.training
-    sampler = BlockSampler(
-        adapter, support, block=training.block, batch=training.batch, random=np.random.default_rng(training.seed)
-    )
-    generator = torch.Generator().manual_seed(training.seed)
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.rate, weight_decay=0.0)
-    constrained = (bounds[0] > 0) | bounds[1].isfinite()
-    steps, volumes = 0, sizes.at_first
-    with progress.task("fit sizes", settings.steps) as task:
-        while steps < settings.steps:
-            volumes = volumes.clone().requires_grad_()
-            penalty = size_penalty(volumes, *bounds, settings.form).sum()
-            if float(penalty.detach()) == 0.0:
-                break
-            (pull,) = torch.autograd.grad(settings.weight * penalty, volumes)
-            optimizer.zero_grad()
-            sizes.backward(pull)
-            batch = sampler.draw()
-            adapter.train()
-            logits = adapter(perturbed(batch.features, adapter, training, generator), sampler.core)
-            adaptation_loss(logits, batch.targets, batch.annotated, adapter.settings.activation).backward()
-            adapter.eval()
-            optimizer.step()
-            volumes = sizes.measure(constrained)
-            steps += 1
-            task.advance(1)
-    return steps
-
-
-class _QuerySizes:
-    """The sum of a query's probabilities as volumes in ml, and its gradient, block by block.
-
-    A block in which an organ is not visible at first counts for that organ as it was at first.
-
-    Args:
-        adapter: may change afterwards.
-        query: the scan.
-        visible: see :class:`TransductionSettings`.
+@dataclass(frozen=True)
+class _Survey:
+    """An adapter's probabilities of a whole query, in numbers.
 
     Attributes:
-        at_first: sum of each organ's probabilities by the adapter as it was, ``[K]``.
-        masks: volume in which each organ's probability exceeded one half then, ``[K]``.
+        sizes: sum of each organ's probabilities as a volume in ml, ``[K]``.
+        masks: volume in ml in which each organ's probability exceeds one half, ``[K]``.
         at_border: whether that mask touches the border of the field of view, bool ``[K]``.
+        peaks: each organ's greatest probability in every block, ``[blocks, K]``.
     """
 
-    def __init__(self, adapter: Adapter, query: EncodedScan, visible: float) -> None:
-        self._adapter, self._features = adapter, query.features
-        self._ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
-        self._cores = list(tiles(query.grid.shape, (_BLOCK, _BLOCK, _BLOCK)))
-        sums, shown, masks, borders = [], [], [], []
-        with torch.no_grad():
-            for core in self._cores:
-                probabilities = self._probabilities(core)
-                found = probabilities > _FOUND
-                sums.append(probabilities.sum((1, 2, 3)) * self._ml)
-                masks.append(found.sum((1, 2, 3)) * self._ml)
-                shown.append(probabilities.amax((1, 2, 3)) >= visible)
-                borders.append(_touches_border(found, core, query.grid.shape))
-        self._first = torch.stack(sums)
-        self._visible = torch.stack(shown)
-        self.at_first = self._first.sum(0)
-        self.masks = torch.stack(masks).sum(0)
-        self.at_border = torch.stack(borders).any(0)
+    sizes: Tensor
+    masks: Tensor
+    at_border: Tensor
+    peaks: Tensor
 
-    @torch.no_grad()
-    def measure(self, organs: Tensor) -> Tensor:
-        """Return the volumes in ml, ``[K]``; up to date for the ``organs`` (bool ``[K]``)."""
-        total = torch.zeros_like(self.at_first)
-        for core, first, visited in zip(self._cores, self._first, self._where(organs), strict=True):
-            total += self._probabilities(core).sum((1, 2, 3)) * self._ml if visited else first
-        return total
 
-    def backward(self, pull: Tensor) -> None:
-        """Add to the adapter's gradients those of ``Σ_k pull_k Ŝ_k``."""
-        for core, visited in zip(self._cores, self._where(pull != 0), strict=True):
-            if visited:
-                sizes = self._probabilities(core).sum((1, 2, 3)) * self._ml
-                (pull * sizes).sum().backward()
+def _survey(adapter: Adapter, query: EncodedScan) -> _Survey:
+    sums, masks, borders, peaks = [], [], [], []
+    with torch.inference_mode():
+        for core in _cores(query):
+            features = read_block(query.features, adapter.boxes(core))
+            probabilities = adapter.probabilities(adapter(features, core))[0, adapter.backgrounds :]
+            found = probabilities > _FOUND
+            sums.append(probabilities.sum((1, 2, 3)))
+            masks.append(found.sum((1, 2, 3)))
+            borders.append(_touches_border(found, core, query.grid.shape))
+            peaks.append(probabilities.amax((1, 2, 3)))
+    ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
+    return _Survey(
+        torch.stack(sums).sum(0) * ml,
+        torch.stack(masks).sum(0) * ml,
+        torch.stack(borders).any(0),
+        torch.stack(peaks),
+    )
 
-    def _where(self, organs: Tensor) -> list[bool]:
-        """Return for each block whether any of the organs is visible in it."""
-        anywhere: list[bool] = (self._visible & organs).any(1).tolist()
-        return anywhere
 
-    def _probabilities(self, core: Box) -> Tensor:
-        features = read_block(self._features, self._adapter.boxes(core))
-        return self._adapter.probabilities(self._adapter(features, core))[0, self._adapter.backgrounds :]
+@dataclass(frozen=True)
+class _Seen:
+    """The voxels of a query in which a constrained organ is visible.
+
+    Attributes:
+        features: what the classifiers see there, ``[N, D]``.
+        ml: the volume that each stands for.
+        rest: the organs' sizes in all other voxels, in ml, ``[K]``.
+    """
+
+    features: Tensor
+    ml: float
+    rest: Tensor
+
+
+def _visible_voxels(
+    adapter: Adapter, query: EncodedScan, survey: _Survey, organs: Tensor, settings: TransductionSettings
+) -> _Seen:
+    """Gather voxels; where there are more than ``settings.voxels``, that many of them, drawn at random."""
+    parts = []
+    weight, bias = adapter.linear_weight(), adapter.linear_bias()
+    with torch.no_grad():
+        for core, peaks in zip(_cores(query), survey.peaks, strict=True):
+            if float(peaks[organs].amax()) < settings.visible:
+                continue
+            features = read_block(query.features, adapter.boxes(core))
+            here = adapter.penultimate(features, core)[0].flatten(1).T
+            probabilities = adapter.probabilities(here @ weight.T + bias)[:, adapter.backgrounds :]
+            parts.append(here[probabilities[:, organs].amax(1) >= settings.visible])
+    voxels = torch.cat(parts)
+    ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
+    if len(voxels) > settings.voxels:
+        chosen = torch.randperm(len(voxels), generator=torch.Generator().manual_seed(settings.training.seed))
+        voxels, ml = voxels[chosen[: settings.voxels]], ml * len(voxels) / settings.voxels
+    seen = adapter.probabilities(voxels @ weight.T + bias)[:, adapter.backgrounds :].sum(0) * ml
+    return _Seen(voxels, ml, survey.sizes - seen)
+
+
+def _solve(
+    adapter: Adapter, seen: _Seen, support: Voxels, organs: Sequence[_Constraint], settings: TransductionSettings
+) -> int:
+    """Put the classifiers of least support loss and penalty into the adapter; return the evaluations it took."""
+    low, high = (torch.tensor([getattr(organ, end) for organ in organs]) for end in ("low", "high"))
+
+    def penalty(weight: Tensor, bias: Tensor) -> Tensor:
+        probabilities = adapter.probabilities(seen.features @ weight.T + bias)[:, adapter.backgrounds :]
+        sizes = seen.rest + probabilities.sum(0) * seen.ml
+        return settings.weight * size_penalty(sizes, low, high, settings.form).sum()
+
+    solution = solve(
+        support,
+        adapter.linear_weight(),
+        adapter.linear_bias(),
+        ridge=settings.ridge,
+        activation=adapter.settings.activation,
+        penalty=penalty,
+        iterations=settings.iterations,
+    )
+    adapter.set_linear(solution.weight, solution.bias)
+    return solution.evaluations
+
+
+def _cores(query: EncodedScan) -> Iterator[Box]:
+    return tiles(query.grid.shape, (_BLOCK, _BLOCK, _BLOCK))
 
 
 def _touches_border(found: Tensor, core: Box, shape: tuple[int, int, int]) -> Tensor:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
 from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.evaluation import evaluate
+from fseft_edge.linear_probe import solve
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.runtime.bundle import EncoderBundle
@@ -274,7 +276,7 @@ def test_before_its_first_step_an_adapter_is_the_heads_classifier(
     site: Site, tmp_path: Path, method: str, reads: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a learning rate of zero, or no iteration, the masks of known organs are those of the encoder's own head."""
-    monkeypatch.setattr("fseft_edge.linear_probe._MOST_ITERATIONS", 0)
+    monkeypatch.setattr("fseft_edge.adapter_training.solve", partial(solve, iterations=0))
     known = [OrganLabel(name, label_of(name)) for name in HEAD_ORGANS]
     site.adapt(
         known,

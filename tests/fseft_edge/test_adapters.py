@@ -105,3 +105,15 @@ def test_probabilities_sum_to_one_with_softmax_only() -> None:
     sigmoid = Adapter(AdapterSettings("linear", "last", "sigmoid"), features.levels, 3)
     torch.testing.assert_close(softmax.probabilities(logits).sum(1), torch.ones(1, 4, 4, 4))
     torch.testing.assert_close(sigmoid.probabilities(logits), torch.sigmoid(logits))
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_logits_are_linear_in_what_the_classifiers_see(settings: AdapterSettings) -> None:
+    features = _features()
+    adapter = _trained_like(settings, features)
+    core = Box((8, 16), (8, 16), (8, 24))
+    with torch.inference_mode():
+        seen = adapter.penultimate(read_block(features, adapter.boxes(core)), core)[0].flatten(1)
+        logits = adapter.linear_weight() @ seen + adapter.linear_bias()[:, None]
+    expected = _apply(adapter, features, core)
+    assert float((logits.view(expected.shape) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

@@ -95,7 +95,7 @@ def test_voxels_near_an_organ_are_taken_more_often_and_all_stand_for_the_whole_b
     assert not bool(voxels.weight[:, 1].any())
     weight = adapter.linear_weight()
     logits = adapter(block, core)[0].flatten(1).T
-    everywhere = adapter.linear_features(block, core)[0].flatten(1).T @ weight.T + adapter.linear_bias()
+    everywhere = adapter.penultimate(block, core)[0].flatten(1).T @ weight.T + adapter.linear_bias()
     torch.testing.assert_close(everywhere, logits, atol=1e-4, rtol=1e-4)
 
 

@@ -478,7 +478,7 @@ def test_a_transductive_run_says_what_became_of_every_organ(site: Site, tmp_path
         site.root / "labels",
         {"spleen": SizePrior(1.0, 2.0)},
         {"liver": SizePrior(1.0, 1e6), "heart": SizePrior(1.0, 2.0)},
-        TransductionSettings(steps=2, training=TrainingSettings(block=16, batch=1)),
+        TransductionSettings(blocks=2, training=TrainingSettings(block=16, batch=1)),
     )
     (case,) = site.segment([site.image("case_3")], [adapter], tmp_path / "out", transduction=plan)
     summary = json.loads((tmp_path / "out" / "case_3.json").read_text())
@@ -501,7 +501,7 @@ def test_the_mask_is_that_of_the_tuned_adapter(site: Site, tmp_path: Path, monke
         tuned = copy.deepcopy(adapter)
         with torch.no_grad():
             tuned.linear_bias().fill_(-1e4)
-        return Transduced(tuned, (OrganOutcome(9.0, 0.0, priors[0], ("outside_prior",)),), 1)
+        return Transduced(tuned, (OrganOutcome(9.0, 0.0, priors[0], ("outside_prior",)),), evaluations=1)
 
     plan = TransductionPlan(site.root / "images", site.root / "labels")
     scans = [site.image("case_1"), site.image("case_2")]
