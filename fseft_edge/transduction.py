@@ -37,7 +37,7 @@ from fseft_edge.size_priors import SizePrior
 
 Form = Literal["relative", "absolute"]
 
-_BLOCK = 32
+_BLOCK = (64, 64, 32)
 _MM3_PER_ML = 1000.0
 _FOUND = 0.5
 _TOLERANCE = 0.01
@@ -213,7 +213,7 @@ def transduce(
         constrained = torch.tensor([organ.low > 0 or math.isfinite(organ.high) for organ in organs])
         seen = _visible_voxels(adapter, query, first, constrained, settings)
         evaluations = _solve(tuned, seen, support, organs, settings)
-        after = _survey(tuned, query).sizes
+        after = _sizes(tuned, seen, tuned.linear_weight(), tuned.linear_bias())
     outcomes = tuple(
         OrganOutcome(
             before_ml=float(first.sizes[k]),
@@ -332,8 +332,8 @@ def _visible_voxels(
     if len(voxels) > settings.voxels:
         chosen = torch.randperm(len(voxels), generator=torch.Generator().manual_seed(settings.training.seed))
         voxels, ml = voxels[chosen[: settings.voxels]], ml * len(voxels) / settings.voxels
-    seen = adapter.probabilities(voxels @ weight.T + bias)[:, adapter.backgrounds :].sum(0) * ml
-    return _Seen(voxels, ml, survey.sizes - seen)
+    within = _sizes(adapter, _Seen(voxels, ml, torch.zeros_like(survey.sizes)), weight, bias)
+    return _Seen(voxels, ml, survey.sizes - within)
 
 
 def _solve(
@@ -343,8 +343,7 @@ def _solve(
     low, high = (torch.tensor([getattr(organ, end) for organ in organs]) for end in ("low", "high"))
 
     def penalty(weight: Tensor, bias: Tensor) -> Tensor:
-        probabilities = adapter.probabilities(seen.features @ weight.T + bias)[:, adapter.backgrounds :]
-        sizes = seen.rest + probabilities.sum(0) * seen.ml
+        sizes = _sizes(adapter, seen, weight, bias)
         return settings.weight * size_penalty(sizes, low, high, settings.form).sum()
 
     solution = solve(
@@ -360,8 +359,14 @@ def _solve(
     return solution.evaluations
 
 
+def _sizes(adapter: Adapter, seen: _Seen, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``Ŝ`` in ml, ``[K]``; outside the voxels that are seen it is what it was."""
+    probabilities = adapter.probabilities(seen.features @ weight.T + bias)[:, adapter.backgrounds :]
+    return seen.rest + probabilities.sum(0) * seen.ml
+
+
 def _cores(query: EncodedScan) -> Iterator[Box]:
-    return tiles(query.grid.shape, (_BLOCK, _BLOCK, _BLOCK))
+    return tiles(query.grid.shape, _BLOCK)
 
 
 def _touches_border(found: Tensor, core: Box, shape: tuple[int, int, int]) -> Tensor:
