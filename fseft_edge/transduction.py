@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +51,7 @@ class TransductionSettings:
         weight: λ.
         form: of the penalty; ``absolute`` is in ml.
         ridge: strength of the pull of the classifiers towards where they start.
-        visible: voxels in which no constrained organ's probability reaches this count as they are.
+        visible: voxels in which the probability of no organ that is tuned reaches this count as they are.
         voxels: of the query that are kept at most; of more, as many are drawn at random.
         blocks: of the support set that voxels are gathered from.
         iterations: of L-BFGS, at most.
@@ -209,11 +209,13 @@ def transduce(
     )
     tuned, after, evaluations = adapter, first.sizes, 0
     if bool(pulled.any()):
+        # With sigmoid every organ has a classifier of its own, and those of the others are left as they are.
+        free = pulled if adapter.settings.activation == "sigmoid" else torch.ones_like(pulled)
+        seen = _visible_voxels(adapter, query, first, free, settings)
         tuned = _copy(adapter)
-        constrained = torch.tensor([organ.low > 0 or math.isfinite(organ.high) for organ in organs])
-        seen = _visible_voxels(adapter, query, first, constrained, settings)
-        evaluations = _solve(tuned, seen, support, organs, settings)
-        after = _sizes(tuned, seen, tuned.linear_weight(), tuned.linear_bias())
+        evaluations = _solve(tuned, seen, support, [organs[k] for k in free.nonzero()[:, 0].tolist()], settings)
+        after = first.sizes.clone()
+        after[free] = _sizes(tuned, seen, *_classifiers(tuned, seen))
     outcomes = tuple(
         OrganOutcome(
             before_ml=float(first.sizes[k]),
@@ -300,14 +302,16 @@ def _survey(adapter: Adapter, query: EncodedScan) -> _Survey:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The voxels of a query in which a constrained organ is visible.
+    """The voxels of a query in which some of the organs are visible.
 
     Attributes:
+        organs: which, bool ``[K]``; ``F`` of them.
         features: what the classifiers see there, ``[N, D]``.
         ml: the volume that each stands for.
-        rest: the organs' sizes in all other voxels, in ml, ``[K]``.
+        rest: those organs' sizes in all other voxels, in ml, ``[F]``.
     """
 
+    organs: Tensor
     features: Tensor
     ml: float
     rest: Tensor
@@ -332,35 +336,54 @@ def _visible_voxels(
     if len(voxels) > settings.voxels:
         chosen = torch.randperm(len(voxels), generator=torch.Generator().manual_seed(settings.training.seed))
         voxels, ml = voxels[chosen[: settings.voxels]], ml * len(voxels) / settings.voxels
-    within = _sizes(adapter, _Seen(voxels, ml, torch.zeros_like(survey.sizes)), weight, bias)
-    return _Seen(voxels, ml, survey.sizes - within)
+    alone = _Seen(organs, voxels, ml, torch.zeros(int(organs.sum())))
+    return replace(alone, rest=survey.sizes[organs] - _sizes(adapter, alone, *_classifiers(adapter, alone)))
 
 
 def _solve(
     adapter: Adapter, seen: _Seen, support: Voxels, organs: Sequence[_Constraint], settings: TransductionSettings
 ) -> int:
-    """Put the classifiers of least support loss and penalty into the adapter; return the evaluations it took."""
+    """Put the classifiers of least support loss and penalty into the adapter; return the evaluations it took.
+
+    Args:
+        adapter: changed.
+        seen: of the query.
+        support: of the support set, all organs.
+        organs: the constraints of those that are seen.
+        settings: strengths.
+    """
     low, high = (torch.tensor([getattr(organ, end) for organ in organs]) for end in ("low", "high"))
 
     def penalty(weight: Tensor, bias: Tensor) -> Tensor:
-        sizes = _sizes(adapter, seen, weight, bias)
-        return settings.weight * size_penalty(sizes, low, high, settings.form).sum()
+        return settings.weight * size_penalty(_sizes(adapter, seen, weight, bias), low, high, settings.form).sum()
 
     solution = solve(
-        support,
-        adapter.linear_weight(),
-        adapter.linear_bias(),
+        Voxels(support.features, support.targets[:, seen.organs], support.weight[:, seen.organs]),
+        *_classifiers(adapter, seen),
         ridge=settings.ridge,
         activation=adapter.settings.activation,
         penalty=penalty,
         iterations=settings.iterations,
     )
-    adapter.set_linear(solution.weight, solution.bias)
+    weight, bias = adapter.linear_weight(), adapter.linear_bias().clone()
+    weight[_rows(adapter, seen)], bias[_rows(adapter, seen)] = solution.weight, solution.bias
+    adapter.set_linear(weight, bias)
     return solution.evaluations
 
 
+def _rows(adapter: Adapter, seen: _Seen) -> Tensor:
+    """Return which classifiers are those of the organs that are seen, bool ``[classes]``; the background's is too."""
+    return torch.cat([torch.ones(adapter.backgrounds, dtype=torch.bool), seen.organs])
+
+
+def _classifiers(adapter: Adapter, seen: _Seen) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of those classifiers."""
+    rows = _rows(adapter, seen)
+    return adapter.linear_weight()[rows], adapter.linear_bias()[rows]
+
+
 def _sizes(adapter: Adapter, seen: _Seen, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return ``Ŝ`` in ml, ``[K]``; outside the voxels that are seen it is what it was."""
+    """Return ``Ŝ`` in ml, ``[F]``, by such classifiers; outside the voxels that are seen it is what it was."""
     probabilities = adapter.probabilities(seen.features @ weight.T + bias)[:, adapter.backgrounds :]
     return seen.rest + probabilities.sum(0) * seen.ml
 

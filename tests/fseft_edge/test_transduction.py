@@ -248,3 +248,32 @@ def test_the_penalty_is_that_of_the_paper(size: float, relative: float, absolute
     bounds = torch.tensor([100.0]), torch.tensor([200.0])
     assert float(size_penalty(torch.tensor([size]), *bounds, "relative")) == pytest.approx(relative)
     assert float(size_penalty(torch.tensor([size]), *bounds, "absolute")) == pytest.approx(absolute)
+
+
+def test_with_softmax_the_background_gives_way_too(scans: list[SupportScan]) -> None:
+    settings = AdapterSettings("linear", "pyramid", activation="softmax")
+    softmax = untrained_adapter(settings, scans, head_rows=[(torch.tensor([20.0, 0.0, 0.0]), -20.0)]).eval()
+    support = support_of(softmax, scans, SETTINGS)
+    done = transduce(softmax, _query(3, strength=0.7), support, [PRIOR], settings=SETTINGS)
+    assert done.organs[0].before_ml < PRIOR.low_ml
+    assert PRIOR.low_ml * 0.99 <= done.organs[0].after_ml <= PRIOR.high_ml * 1.01
+    assert not torch.equal(done.adapter.linear_weight()[0], softmax.linear_weight()[0])
+
+
+def test_an_organ_inside_its_prior_keeps_its_classifier(scans: list[SupportScan]) -> None:
+    """Of two organs, one well found and one too small, the one is left as it is, to the bit."""
+    settings = AdapterSettings("linear", "last")
+    rows = [(torch.tensor([20.0, 0.0, 0.0]), -20.0)] * 2
+    adapter = untrained_adapter(settings, scans, head_rows=rows).eval()
+    both = [replace(scan, occupancy=_twice(scan), annotated=np.array([True, True])) for scan in scans]
+    support = support_of(adapter, both, SETTINGS)
+    size = float(_survey(adapter, _query(3)).sizes[0])
+    priors = [SizePrior(0.9 * size, 1.1 * size), SizePrior(1.5 * size, 2 * size)]
+    tuned = transduce(adapter, _query(3), support, priors, settings=SETTINGS).adapter
+    assert torch.equal(tuned.linear_weight()[0], adapter.linear_weight()[0])
+    assert not torch.equal(tuned.linear_weight()[1], adapter.linear_weight()[1])
+
+
+def _twice(scan: SupportScan) -> Occupancy:
+    organ = scan.occupancy.block(Box(*((0, size) for size in SHAPE)))[0].numpy()
+    return Occupancy([organ, organ])
