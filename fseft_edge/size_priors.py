@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fseft_edge.runtime.errors import UnreadableFileError, UsageError
 
-GAMMA = 0.3
-_OUTLIERS_FROM = 5  # shots
+_LEAST_GAMMA = 0.3
+_UNKNOWN_GAMMA = 0.5
+_SPREAD_FROM = 3  # volumes
+_OUTLIERS_FROM = 5  # volumes
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,14 @@ class SizePrior:
             )
 
     @classmethod
-    def from_volumes(cls, volumes_ml: Sequence[float], gamma: float = GAMMA) -> SizePrior:
-        """Return ``(1 ∓ gamma)`` times the mean volume; with 5 or more, without those beyond a deviation of the median.
+    def from_volumes(cls, volumes_ml: Sequence[float], gamma: float | None = None) -> SizePrior:
+        """Return ``(1 ∓ γ)`` times the mean volume; with 5 or more, without those beyond a deviation of the median.
+
+        Args:
+            volumes_ml: of the organ in several patients.
+            gamma: None takes twice the volumes' relative standard deviation, and at least the paper's 0.3, or 0.5 where
+                fewer than three volumes tell of no spread: an organ that varies more between patients than its prior
+                allows would be pulled away from the truth.
 
         Raises:
             UsageError: no volume is given.
@@ -44,11 +53,19 @@ class SizePrior:
                 remedy="Give the prior by hand, such as liver=1200..1800ml.",
             )
         volumes = np.asarray(volumes_ml, np.float64)
+        if gamma is None:
+            gamma = _spread(volumes)
         if len(volumes) >= _OUTLIERS_FROM:
             # Some volume is always that close to the median; the margin is for rounding.
             volumes = volumes[np.abs(volumes - np.median(volumes)) <= volumes.std() * (1 + 1e-9)]
         mean = float(volumes.mean())
-        return cls((1 - gamma) * mean, (1 + gamma) * mean)
+        return cls(max(0.0, 1 - gamma) * mean, (1 + gamma) * mean)
+
+
+def _spread(volumes: NDArray[np.float64]) -> float:
+    if len(volumes) < _SPREAD_FROM:
+        return _UNKNOWN_GAMMA
+    return max(_LEAST_GAMMA, 2 * float(volumes.std(ddof=1) / max(volumes.mean(), 1e-9)))
 
 
 _PRIOR = re.compile(r"(?P<organ>[A-Za-z0-9_-]+)=(?P<low>[0-9.]+)\.\.(?P<high>[0-9.]+)(?:ml)?")
@@ -78,7 +95,7 @@ def parse_size_priors(values: Iterable[str]) -> dict[str, SizePrior]:
     return priors
 
 
-def read_size_priors(path: Path, gamma: float = GAMMA) -> dict[str, SizePrior]:
+def read_size_priors(path: Path) -> dict[str, SizePrior]:
     """Return the priors of a table of volumes: CSV with the columns ``organ`` and ``volume_ml``, a measurement a row.
 
     Raises:
@@ -93,4 +110,4 @@ def read_size_priors(path: Path, gamma: float = GAMMA) -> dict[str, SizePrior]:
         raise UnreadableFileError(
             f"{path} is no table of organ volumes.", remedy="Give a CSV file with the columns organ and volume_ml."
         ) from error
-    return {organ: SizePrior.from_volumes(measured, gamma) for organ, measured in volumes.items()}
+    return {organ: SizePrior.from_volumes(measured) for organ, measured in volumes.items()}

@@ -62,7 +62,7 @@ class TransductionSettings:
 
     weight: float = 0.1
     form: Form = "relative"
-    ridge: float = 1e-2
+    ridge: float = 1e-1
     visible: float = 1e-2
     voxels: int = 30_000
     blocks: int = 24

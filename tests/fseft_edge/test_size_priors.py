@@ -11,14 +11,21 @@ from fseft_edge.size_priors import SizePrior, parse_size_priors, read_size_prior
 
 
 def test_the_prior_is_the_mean_of_the_volumes_less_outliers_from_five_on() -> None:
-    one = SizePrior.from_volumes([10.0])
-    assert (one.low_ml, one.high_ml) == (pytest.approx(7.0), pytest.approx(13.0))
-    four = SizePrior.from_volumes([10, 10, 10, 50])
+    four = SizePrior.from_volumes([10, 10, 10, 50], gamma=0.3)
     assert four.high_ml == pytest.approx(1.3 * 20)
-    five = SizePrior.from_volumes([10, 10, 10, 10, 50])
+    five = SizePrior.from_volumes([10, 10, 10, 10, 50], gamma=0.3)
     assert (five.low_ml, five.high_ml) == (pytest.approx(7.0), pytest.approx(13.0))
-    wide = SizePrior.from_volumes([8, 12], gamma=0.5)
-    assert (wide.low_ml, wide.high_ml) == (pytest.approx(5.0), pytest.approx(15.0))
+
+
+def test_a_prior_is_as_wide_as_the_volumes_say() -> None:
+    alike = SizePrior.from_volumes([10.0, 10.0, 10.0])
+    assert (alike.low_ml, alike.high_ml) == (pytest.approx(7.0), pytest.approx(13.0))
+    unlike = SizePrior.from_volumes([6.0, 10.0, 14.0])  # standard deviation 4
+    assert (unlike.low_ml, unlike.high_ml) == (pytest.approx(2.0), pytest.approx(18.0))
+    few = SizePrior.from_volumes([8.0, 12.0])
+    assert (few.low_ml, few.high_ml) == (pytest.approx(5.0), pytest.approx(15.0))
+    wild = SizePrior.from_volumes([1.0, 1.0, 20.0])
+    assert wild.low_ml == 0
 
 
 @pytest.mark.parametrize(("low", "high"), [(2.0, 1.0), (0.0, 0.0), (-1.0, 2.0), (1.0, float("inf")), (1, float("nan"))])
@@ -55,8 +62,8 @@ def test_a_table_of_volumes_makes_priors(tmp_path: Path) -> None:
     file = tmp_path / "volumes.csv"
     file.write_text("case,organ,volume_ml\na,liver,1000\nb,liver,2000\na,spleen,100\n")
     priors = read_size_priors(file)
-    assert priors["liver"].low_ml == pytest.approx(0.7 * 1500)
-    assert priors["spleen"].high_ml == pytest.approx(130)
+    assert priors["liver"].low_ml == pytest.approx(0.5 * 1500)
+    assert priors["spleen"].high_ml == pytest.approx(150)
 
 
 @pytest.mark.parametrize("text", ["", "organ\nliver\n", "organ,volume_ml\nliver,big\n", "organ,volume_ml\nliver\n"])
