@@ -156,7 +156,14 @@ def _solved(
     progress: Progress,
 ) -> TrainedAdapter:
     solution = solve(
-        support_voxels(adapter, support, training, blocks=training.linear_blocks * len(support), progress=progress),
+        support_voxels(
+            adapter,
+            support,
+            training,
+            blocks=training.linear_blocks * len(support),
+            task="adapt",
+            progress=progress,
+        ),
         adapter.linear_weight(),
         adapter.linear_bias(),
         ridge=training.ridge,
@@ -172,21 +179,31 @@ def support_voxels(
     training: TrainingSettings,
     *,
     blocks: int,
+    task: str,
     progress: Progress,
 ) -> Voxels:
-    """Return voxels of a support set, as an adapter's classifiers see them, from blocks drawn as in training."""
+    """Return voxels of a support set, as an adapter's classifiers see them, from blocks drawn as in training.
+
+    Args:
+        adapter: sees them.
+        support: the scans.
+        training: how blocks are drawn.
+        blocks: how many.
+        task: what the progress is called.
+        progress: where to show it.
+    """
     random = np.random.default_rng(training.seed)
     generator = torch.Generator().manual_seed(training.seed)
     sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
     parts: list[Voxels] = []
     batches = math.ceil(blocks / training.batch)
-    with progress.task("gather voxels", batches) as task, torch.no_grad():
+    with progress.task(task, batches) as stage, torch.no_grad():
         for _ in range(batches):
             batch = sampler.draw()
             for number in range(training.batch):
                 block = [level[number : number + 1] for level in batch.features]
                 parts.append(gather_voxels(adapter, block, batch.targets[number], batch.annotated[number], generator))
-            task.advance(1)
+            stage.advance(1)
     return Voxels.joined(parts)
 
 

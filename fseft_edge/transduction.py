@@ -16,8 +16,8 @@ solved there by L-BFGS (see :mod:`fseft_edge.linear_probe`) in seconds. The quer
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +28,8 @@ from fseft_edge.adapter_file import AdapterFile
 from fseft_edge.adapter_training import TrainingSettings, support_voxels
 from fseft_edge.adapters import Adapter
 from fseft_edge.block_sampling import SupportScan
-from fseft_edge.blocks import Box, read_block, tiles
 from fseft_edge.linear_probe import Voxels, solve
+from fseft_edge.query_sizes import Survey, VisibleVoxels, survey_of, visible_voxels
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.encoding import EncodedScan
 from fseft_edge.runtime.errors import UsageError
@@ -37,9 +37,6 @@ from fseft_edge.size_priors import SizePrior
 
 Form = Literal["relative", "absolute"]
 
-_BLOCK = (64, 64, 32)
-_MM3_PER_ML = 1000.0
-_FOUND = 0.5
 _TOLERANCE = 0.01
 
 
@@ -170,7 +167,9 @@ def support_of(
 ) -> Voxels:
     """Return what :func:`transduce` needs of the annotated scans that an adapter was trained on."""
     progress = progress or SilentProgress()
-    return support_voxels(adapter, support, settings.training, blocks=settings.blocks, progress=progress)
+    return support_voxels(
+        adapter, support, settings.training, blocks=settings.blocks, task="read the support set", progress=progress
+    )
 
 
 def size_penalty(sizes: Tensor, low: Tensor, high: Tensor, form: Form) -> Tensor:
@@ -202,7 +201,7 @@ def transduce(
     """
     settings = settings or TransductionSettings()
     _require_one(priors, [str(number) for number in range(1, len(priors) + 1)])
-    first = _survey(adapter, query)
+    first = survey_of(adapter, query)
     organs = [_constraint(k, prior, first, settings) for k, prior in enumerate(priors)]
     pulled = torch.tensor(
         [_outside(float(size), organ) for size, organ in zip(first.sizes, organs, strict=True)], dtype=torch.bool
@@ -211,11 +210,19 @@ def transduce(
     if bool(pulled.any()):
         # With sigmoid every organ has a classifier of its own, and those of the others are left as they are.
         free = pulled if adapter.settings.activation == "sigmoid" else torch.ones_like(pulled)
-        seen = _visible_voxels(adapter, query, first, free, settings)
+        seen = visible_voxels(
+            adapter,
+            query,
+            first,
+            free,
+            visible=settings.visible,
+            most=settings.voxels,
+            seed=settings.training.seed,
+        )
         tuned = _copy(adapter)
         evaluations = _solve(tuned, seen, support, [organs[k] for k in free.nonzero()[:, 0].tolist()], settings)
         after = first.sizes.clone()
-        after[free] = _sizes(tuned, seen, *_classifiers(tuned, seen))
+        after[free] = seen.sizes(tuned, *seen.classifiers(tuned))
     outcomes = tuple(
         OrganOutcome(
             before_ml=float(first.sizes[k]),
@@ -243,7 +250,7 @@ def _require_one(priors: Sequence[SizePrior | None], organs: Sequence[str]) -> N
         )
 
 
-def _constraint(organ: int, prior: SizePrior | None, sizes: _Survey, settings: TransductionSettings) -> _Constraint:
+def _constraint(organ: int, prior: SizePrior | None, sizes: Survey, settings: TransductionSettings) -> _Constraint:
     if prior is None:
         return _Constraint(0.0, math.inf, ())
     if float(sizes.masks[organ]) < settings.absent * prior.low_ml:
@@ -263,85 +270,12 @@ def _copy(adapter: Adapter) -> Adapter:
     return twin.eval()
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """An adapter's probabilities of a whole query, in numbers.
-
-    Attributes:
-        sizes: sum of each organ's probabilities as a volume in ml, ``[K]``.
-        masks: volume in ml in which each organ's probability exceeds one half, ``[K]``.
-        at_border: whether that mask touches the border of the field of view, bool ``[K]``.
-        peaks: each organ's greatest probability in every block, ``[blocks, K]``.
-    """
-
-    sizes: Tensor
-    masks: Tensor
-    at_border: Tensor
-    peaks: Tensor
-
-
-def _survey(adapter: Adapter, query: EncodedScan) -> _Survey:
-    sums, masks, borders, peaks = [], [], [], []
-    with torch.inference_mode():
-        for core in _cores(query):
-            features = read_block(query.features, adapter.boxes(core))
-            probabilities = adapter.probabilities(adapter(features, core))[0, adapter.backgrounds :]
-            found = probabilities > _FOUND
-            sums.append(probabilities.sum((1, 2, 3)))
-            masks.append(found.sum((1, 2, 3)))
-            borders.append(_touches_border(found, core, query.grid.shape))
-            peaks.append(probabilities.amax((1, 2, 3)))
-    ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
-    return _Survey(
-        torch.stack(sums).sum(0) * ml,
-        torch.stack(masks).sum(0) * ml,
-        torch.stack(borders).any(0),
-        torch.stack(peaks),
-    )
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """The voxels of a query in which some of the organs are visible.
-
-    Attributes:
-        organs: which, bool ``[K]``; ``F`` of them.
-        features: what the classifiers see there, ``[N, D]``.
-        ml: the volume that each stands for.
-        rest: those organs' sizes in all other voxels, in ml, ``[F]``.
-    """
-
-    organs: Tensor
-    features: Tensor
-    ml: float
-    rest: Tensor
-
-
-def _visible_voxels(
-    adapter: Adapter, query: EncodedScan, survey: _Survey, organs: Tensor, settings: TransductionSettings
-) -> _Seen:
-    """Gather voxels; where there are more than ``settings.voxels``, that many of them, drawn at random."""
-    parts = []
-    weight, bias = adapter.linear_weight(), adapter.linear_bias()
-    with torch.no_grad():
-        for core, peaks in zip(_cores(query), survey.peaks, strict=True):
-            if float(peaks[organs].amax()) < settings.visible:
-                continue
-            features = read_block(query.features, adapter.boxes(core))
-            here = adapter.penultimate(features, core)[0].flatten(1).T
-            probabilities = adapter.probabilities(here @ weight.T + bias)[:, adapter.backgrounds :]
-            parts.append(here[probabilities[:, organs].amax(1) >= settings.visible])
-    voxels = torch.cat(parts)
-    ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
-    if len(voxels) > settings.voxels:
-        chosen = torch.randperm(len(voxels), generator=torch.Generator().manual_seed(settings.training.seed))
-        voxels, ml = voxels[chosen[: settings.voxels]], ml * len(voxels) / settings.voxels
-    alone = _Seen(organs, voxels, ml, torch.zeros(int(organs.sum())))
-    return replace(alone, rest=survey.sizes[organs] - _sizes(adapter, alone, *_classifiers(adapter, alone)))
-
-
 def _solve(
-    adapter: Adapter, seen: _Seen, support: Voxels, organs: Sequence[_Constraint], settings: TransductionSettings
+    adapter: Adapter,
+    seen: VisibleVoxels,
+    support: Voxels,
+    organs: Sequence[_Constraint],
+    settings: TransductionSettings,
 ) -> int:
     """Put the classifiers of least support loss and penalty into the adapter; return the evaluations it took.
 
@@ -355,49 +289,17 @@ def _solve(
     low, high = (torch.tensor([getattr(organ, end) for organ in organs]) for end in ("low", "high"))
 
     def penalty(weight: Tensor, bias: Tensor) -> Tensor:
-        return settings.weight * size_penalty(_sizes(adapter, seen, weight, bias), low, high, settings.form).sum()
+        return settings.weight * size_penalty(seen.sizes(adapter, weight, bias), low, high, settings.form).sum()
 
     solution = solve(
         Voxels(support.features, support.targets[:, seen.organs], support.weight[:, seen.organs]),
-        *_classifiers(adapter, seen),
+        *seen.classifiers(adapter),
         ridge=settings.ridge,
         activation=adapter.settings.activation,
         penalty=penalty,
         iterations=settings.iterations,
     )
     weight, bias = adapter.linear_weight(), adapter.linear_bias().clone()
-    weight[_rows(adapter, seen)], bias[_rows(adapter, seen)] = solution.weight, solution.bias
+    weight[seen.rows(adapter)], bias[seen.rows(adapter)] = solution.weight, solution.bias
     adapter.set_linear(weight, bias)
     return solution.evaluations
-
-
-def _rows(adapter: Adapter, seen: _Seen) -> Tensor:
-    """Return which classifiers are those of the organs that are seen, bool ``[classes]``; the background's is too."""
-    return torch.cat([torch.ones(adapter.backgrounds, dtype=torch.bool), seen.organs])
-
-
-def _classifiers(adapter: Adapter, seen: _Seen) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of those classifiers."""
-    rows = _rows(adapter, seen)
-    return adapter.linear_weight()[rows], adapter.linear_bias()[rows]
-
-
-def _sizes(adapter: Adapter, seen: _Seen, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return ``Ŝ`` in ml, ``[F]``, by such classifiers; outside the voxels that are seen it is what it was."""
-    probabilities = adapter.probabilities(seen.features @ weight.T + bias)[:, adapter.backgrounds :]
-    return seen.rest + probabilities.sum(0) * seen.ml
-
-
-def _cores(query: EncodedScan) -> Iterator[Box]:
-    return tiles(query.grid.shape, _BLOCK)
-
-
-def _touches_border(found: Tensor, core: Box, shape: tuple[int, int, int]) -> Tensor:
-    """Return for each organ whether its mask within a block lies at the border of the grid, bool ``[K]``."""
-    touches = torch.zeros(len(found), dtype=torch.bool)
-    for axis, ((low, high), size) in enumerate(zip(core.ranges, shape, strict=True), start=1):
-        if low == 0:
-            touches |= found.select(axis, 0).flatten(1).any(1)
-        if high == size:
-            touches |= found.select(axis, -1).flatten(1).any(1)
-    return touches

@@ -18,6 +18,7 @@ from fseft_edge.blocks import Box
 from fseft_edge.linear_probe import Voxels
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.occupancy import Occupancy
+from fseft_edge.query_sizes import survey_of, visible_voxels
 from fseft_edge.runtime.encoding import EncodedScan
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.feature_store import FeatureMap
@@ -26,9 +27,6 @@ from fseft_edge.size_priors import SizePrior
 from fseft_edge.transduction import (
     Form,
     TransductionSettings,
-    _sizes,
-    _survey,
-    _visible_voxels,
     size_penalty,
     support_of,
     transduce,
@@ -171,17 +169,19 @@ def test_a_query_inside_its_priors_is_passed_over_once(
 def test_sizes_of_the_kept_voxels_are_those_of_the_whole_query(adapter: Adapter, voxels: int) -> None:
     """All voxels in which something of the organ is seen, or a sample of them; the rest counts as it is."""
     query = _query(3, (16, 16, 16), strength=0.7)
-    survey = _survey(adapter, query)
+    survey = survey_of(adapter, query)
     settings = replace(SETTINGS, voxels=voxels)
-    seen = _visible_voxels(adapter, query, survey, torch.tensor([True]), settings)
+    seen = visible_voxels(
+        adapter, query, survey, torch.tensor([True]), visible=settings.visible, most=settings.voxels, seed=0
+    )
     assert len(seen.features) == min(voxels, len(seen.features)) < np.prod(SHAPE) / 4
     bias = adapter.linear_bias() + 0.5
     with torch.no_grad():
-        sizes = _sizes(adapter, seen, adapter.linear_weight(), bias)
+        sizes = seen.sizes(adapter, adapter.linear_weight(), bias)
     moved = Adapter(adapter.settings, adapter.levels, 1)
     moved.load_state_dict(adapter.state_dict())
     moved.set_linear(adapter.linear_weight(), bias)
-    expected = float(_survey(moved.eval(), query).sizes)
+    expected = float(survey_of(moved.eval(), query).sizes)
     assert expected > float(survey.sizes)
     assert float(sizes) == pytest.approx(expected, rel=0.01 if voxels > 2000 else 0.05)
 
@@ -225,15 +225,17 @@ def test_what_is_minimised_is_support_loss_ridge_and_penalty(adapter: Adapter, s
     """At the solution the gradient of their sum vanishes: the size lies outside its prior, where all are smooth."""
     query = _query(3, strength=0.7)
     settings = replace(SETTINGS, weight=0.05)
-    survey = _survey(adapter, query)
-    seen = _visible_voxels(adapter, query, survey, torch.tensor([True]), settings)
+    survey = survey_of(adapter, query)
+    seen = visible_voxels(
+        adapter, query, survey, torch.tensor([True]), visible=settings.visible, most=settings.voxels, seed=0
+    )
     tuned = transduce(adapter, query, support, [PRIOR], settings=settings)
     assert tuned.organs[0].notes == ("outside_prior",)
     weight = tuned.adapter.linear_weight().requires_grad_()
     bias = tuned.adapter.linear_bias()
     logits = (support.features @ weight.T + bias)[..., None, None, None]
     loss = adaptation_loss(logits, support.targets[..., None, None, None], support.weight, "sigmoid")
-    sizes = _sizes(adapter, seen, weight, bias)
+    sizes = seen.sizes(adapter, weight, bias)
     low, high = torch.tensor([PRIOR.low_ml]), torch.tensor([PRIOR.high_ml])
     ridge = settings.ridge / 2 * (weight - adapter.linear_weight()).square().sum()
     (loss + ridge + settings.weight * size_penalty(sizes, low, high, "relative").sum()).backward()
@@ -267,7 +269,7 @@ def test_an_organ_inside_its_prior_keeps_its_classifier(scans: list[SupportScan]
     adapter = untrained_adapter(settings, scans, head_rows=rows).eval()
     both = [replace(scan, occupancy=_twice(scan), annotated=np.array([True, True])) for scan in scans]
     support = support_of(adapter, both, SETTINGS)
-    size = float(_survey(adapter, _query(3)).sizes[0])
+    size = float(survey_of(adapter, _query(3)).sizes[0])
     priors = [SizePrior(0.9 * size, 1.1 * size), SizePrior(1.5 * size, 2 * size)]
     tuned = transduce(adapter, _query(3), support, priors, settings=SETTINGS).adapter
     assert torch.equal(tuned.linear_weight()[0], adapter.linear_weight()[0])
