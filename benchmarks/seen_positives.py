@@ -56,12 +56,12 @@ def main() -> None:
             windows += len(WindowLayout.plan(shape, bundle.window, coarsest, OVERLAP).origins)
         image, labels = _one_window(cases[0], bundle.preprocessing.spacing, bundle.window, Path(folder))
         with open_session(bundle, backend="torch") as session, open_store(None, None) as store:
-            crop = np.zeros((1, 1, *bundle.window), np.float32)
+            crop = torch.zeros(1, 1, *bundle.window)
             window_seconds = _seconds(lambda: session.encode(crop))
             (scan,) = load_support([(image, labels)], headneck.ORGANS, bundle=bundle, session=session, store=store)
         network = bundle.network().eval()
         with torch.no_grad():
-            network_seconds = _seconds(lambda: network(torch.from_numpy(crop)))
+            network_seconds = _seconds(lambda: network(crop))
         adapter = Adapter(AdapterSettings("spatial", "last"), bundle.levels, len(headneck.ORGANS)).train()
         crop_seconds = _seconds(lambda: _crop_step(adapter, bundle.window))
         training = TrainingSettings(blocks=_BLOCKS, epochs=_BLOCKS // TrainingSettings.blocks_per_epoch)
