@@ -9,6 +9,7 @@ backwards, a block of ours likewise.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -53,7 +54,7 @@ def main() -> None:
         windows = 0
         for case in cases:
             shape = Grid.of(read_ct(headneck.image_path(case)), bundle.preprocessing).shape
-            windows += len(WindowLayout.plan(shape, bundle.window, coarsest, OVERLAP).origins)
+            windows += math.prod(map(len, WindowLayout.plan(shape, bundle.window, coarsest, OVERLAP).origins))
         image, labels = _one_window(cases[0], bundle.preprocessing.spacing, bundle.window, Path(folder))
         with open_session(bundle, backend="torch") as session, open_store(None, None) as store:
             crop = torch.zeros(1, 1, *bundle.window)
