@@ -24,6 +24,7 @@ from fseft_edge.report.progress import Progress, SilentProgress
 
 _STATISTICS_BLOCKS = 6
 _PAPER_EPOCHS = 200
+_BLOCKS_A_SCAN, _LEAST_BLOCKS, _MOST_BLOCKS = 480, 1200, 7200
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class TrainingSettings:
         block: edge of a block in voxels, a multiple of the coarsest level's stride.
         batch: blocks a step; half of them are centred on an organ, half anywhere.
         blocks_per_epoch: blocks per scan and epoch.
-        blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, the paper's number).
+        blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, as in the paper). None takes
+            480 a scan, at least 1200 and at most 7200.
         epochs: at most; a linear adapter has none. None divides ``blocks`` by what an epoch holds.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the CPU has instructions for it.
         feature_shift: each block's channels are shifted by noise of this standard deviation (1 is the channel's own).
@@ -54,7 +56,7 @@ class TrainingSettings:
     block: int = 32
     batch: int = 4
     blocks_per_epoch: int = 6
-    blocks: int = 2400
+    blocks: int | None = None
     epochs: int | None = None
     bfloat16: bool | None = None
     feature_shift: float = 0.5
@@ -72,7 +74,10 @@ class TrainingSettings:
         """Return the greatest number of epochs for a support set of ``shots`` scans."""
         if self.epochs is not None:
             return self.epochs
-        return max(1, min(_PAPER_EPOCHS, round(self.blocks / (self.blocks_per_epoch * shots))))
+        blocks = self.blocks
+        if blocks is None:
+            blocks = min(max(_BLOCKS_A_SCAN * shots, _LEAST_BLOCKS), _MOST_BLOCKS)
+        return max(1, min(_PAPER_EPOCHS, round(blocks / (self.blocks_per_epoch * shots))))
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,9 @@ def test_an_organ_without_annotation_in_a_scan_teaches_nothing_there() -> None:
 def test_epochs_follow_the_size_of_the_support_set_up_to_the_papers_number() -> None:
     training = TrainingSettings()
     assert training.epochs_for(1) == 200
-    assert training.epochs_for(10) == training.blocks // 60
+    assert training.epochs_for(5) == training.epochs_for(10) == 80
+    assert training.epochs_for(30) == 40
+    assert TrainingSettings(blocks=600).epochs_for(10) == 10
     assert TrainingSettings(epochs=3).epochs_for(10) == 3
 
 
