@@ -99,7 +99,8 @@ def visible_voxels(
         most: of more voxels as many are drawn at random.
         seed: of that.
     """
-    parts = []
+    kept, drawn, count = torch.empty(0, len(adapter.linear_weight()[0])), torch.empty(0), 0
+    generator = torch.Generator().manual_seed(seed)
     weight, bias = adapter.linear_weight(), adapter.linear_bias()
     with torch.no_grad():
         for core, peaks in zip(_cores(query), survey.peaks, strict=True):
@@ -108,13 +109,17 @@ def visible_voxels(
             features = read_block(query.features, adapter.boxes(core))
             here = adapter.penultimate(features, core)[0].flatten(1).T
             probabilities = adapter.probabilities(here @ weight.T + bias)[:, adapter.backgrounds :]
-            parts.append(here[probabilities[:, organs].amax(1) >= visible])
-    voxels = torch.cat(parts)
-    ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
-    if len(voxels) > most:
-        chosen = torch.randperm(len(voxels), generator=torch.Generator().manual_seed(seed))
-        voxels, ml = voxels[chosen[:most]], ml * len(voxels) / most
-    alone = VisibleVoxels(organs, voxels, ml, torch.zeros(int(organs.sum())))
+            here = here[probabilities[:, organs].amax(1) >= visible]
+            count += len(here)
+            kept = torch.cat([kept, here])
+            drawn = torch.cat([drawn, torch.rand(len(here), generator=generator)])
+            if (
+                len(kept) > most
+            ):  # those of the lowest numbers stay: a fair sample, and never more than a block too many
+                drawn, lowest = drawn.topk(most, largest=False)
+                kept = kept[lowest]
+    ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML * count / len(kept)
+    alone = VisibleVoxels(organs, kept, ml, torch.zeros(int(organs.sum())))
     return replace(alone, rest=survey.sizes[organs] - alone.sizes(adapter, *alone.classifiers(adapter)))
 
 

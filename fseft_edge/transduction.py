@@ -52,7 +52,7 @@ class TransductionSettings:
         voxels: of the query that are kept at most; of more, as many are drawn at random.
         blocks: of the support set that voxels are gathered from.
         iterations: of L-BFGS, at most.
-        absent: an organ whose mask is smaller than this share of the prior's lower end is taken to be absent, and left
+        absent: an organ whose mask is at most this share of the prior's lower end is taken to be absent, and left
             alone. The mask decides and not the sum of probabilities, which a faint haze over the whole scan can fill.
         training: how support blocks are drawn.
     """
@@ -253,7 +253,7 @@ def _require_one(priors: Sequence[SizePrior | None], organs: Sequence[str]) -> N
 def _constraint(organ: int, prior: SizePrior | None, sizes: Survey, settings: TransductionSettings) -> _Constraint:
     if prior is None:
         return _Constraint(0.0, math.inf, ())
-    if float(sizes.masks[organ]) < settings.absent * prior.low_ml:
+    if float(sizes.masks[organ]) <= settings.absent * prior.low_ml:
         return _Constraint(0.0, math.inf, ("absent",))
     if bool(sizes.at_border[organ]):
         return _Constraint(0.0, prior.high_ml, ("cut_off",))

@@ -279,3 +279,16 @@ def test_an_organ_inside_its_prior_keeps_its_classifier(scans: list[SupportScan]
 def _twice(scan: SupportScan) -> Occupancy:
     organ = scan.occupancy.block(Box(*((0, size) for size in SHAPE)))[0].numpy()
     return Occupancy([organ, organ])
+
+
+def test_haze_alone_is_never_pulled_even_under_a_prior_from_nothing(adapter: Adapter, support: Voxels) -> None:
+    """A prior that begins at 0 and a haze that exceeds its end, with no voxel in which the organ is visible."""
+    hazy = Adapter(adapter.settings, adapter.levels, 1)
+    hazy.load_state_dict(adapter.state_dict())
+    with torch.no_grad():
+        hazy.linear_bias()[0] = -5.0
+        hazy.direct.weight.zero_()
+    done = transduce(hazy.eval(), _query(3, strength=0.0), support, [SizePrior(0.0, 1.0)], settings=SETTINGS)
+    assert done.organs[0].before_ml > 1.0
+    assert done.organs[0].notes == ("absent",)
+    assert done.evaluations == 0
