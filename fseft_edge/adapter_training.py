@@ -223,8 +223,8 @@ def untrained_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = Adapter(settings, support[0].features.levels, len(head_rows))
-    _fit_normalisation(adapter, support, np.random.default_rng(seed))
-    adapter.start_from_head(head_rows)
+        _fit_normalisation(adapter, support, np.random.default_rng(seed))
+        adapter.start_from_head(head_rows)
     return adapter
 
 

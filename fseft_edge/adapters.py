@@ -115,12 +115,13 @@ class Adapter(nn.Module):
             if first:
                 nn.init.xavier_uniform_(self.direct.weight[:1])
                 bias[0] = 0.0
+                if self.settings.method == "linear":
+                    self._zero(0)
             for k, row in enumerate(rows, start=first):
                 if row is None:
                     bias[k] = 0.0 if first else _UNKNOWN_ORGAN_BIAS
-                    if self.settings.method == "linear":  # solved, with a ridge towards what stands here
-                        for weight in self.classifiers():
-                            weight[k] = 0.0
+                    if self.settings.method == "linear":
+                        self._zero(k)
                     continue
                 known, known_bias = row
                 self.direct.weight[k, :, 0, 0, 0] = known * self.scale(0)
@@ -128,6 +129,11 @@ class Adapter(nn.Module):
                 if self.settings.reads == "pyramid":
                     for extra in self._other_classifiers():
                         extra.weight[k] = 0.0
+
+    def _zero(self, row: int) -> None:
+        """Empty a classifier: a linear adapter is solved with a ridge towards what stands there."""
+        for weight in self.classifiers():
+            weight[row] = 0.0
 
     def classifiers(self) -> list[Tensor]:
         """Return the weights ``[classes, C, 1, 1, 1]`` that make logits: ``direct`` first."""

@@ -173,7 +173,7 @@ def adapt(
     "size_priors",
     multiple=True,
     metavar="NAME=LOW..HIGHml",
-    help="With --transductive: sizes that an organ may have.  [default: support volumes, 30 % either way]",
+    help="With --transductive: sizes that an organ may have.  [default: made of the support volumes]",
 )
 @click.option(
     "--size-volumes", type=PATH, help="With --transductive: CSV of volumes to make priors of (organ,volume_ml)."

@@ -58,9 +58,17 @@ def test_training_finds_an_organ_that_the_features_show(method: str, reads: str)
         assert trained.losses[-1] < trained.losses[0]
 
 
-def test_the_same_seed_gives_the_same_weights_to_the_bit() -> None:
-    settings = AdapterSettings("spatial", "pyramid", width=4)
-    first, second = (train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST) for _ in range(2))
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("method", ["linear", "spatial"])
+def test_the_same_seed_gives_the_same_weights_to_the_bit(method: str, activation: str) -> None:
+    """Whatever random numbers were drawn elsewhere, and without disturbing those."""
+    settings = AdapterSettings(method, "pyramid", activation, width=4)  # type: ignore[arg-type]  # parametrised literals
+    first = train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST)
+    torch.manual_seed(99)
+    second = train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST)
+    drawn = torch.rand(1)
+    torch.manual_seed(99)
+    assert torch.equal(drawn, torch.rand(1))
     assert first.losses == second.losses
     for a, b in zip(first.adapter.state_dict().values(), second.adapter.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -154,3 +162,10 @@ def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_onl
     still = perturbed(features, adapter, TrainingSettings(feature_shift=0, channel_dropout=0), generator)
     for before, after in zip(features, still, strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_a_linear_adapter_is_held_to_zero_where_nothing_is_known(activation: str) -> None:
+    settings = AdapterSettings("linear", "pyramid", activation)  # type: ignore[arg-type]  # parametrised literal
+    start = untrained_adapter(settings, [_scan(1)], head_rows=[None])
+    assert not bool(start.linear_weight().any())

@@ -131,8 +131,8 @@ def test_zero_shot_is_no_choice_where_the_encoder_does_not_know_an_organ() -> No
     names = [kind.name for kind in candidates(TrainingSettings(), AdapterSettings(), [None])]
     assert names == [
         "linear on last",
-        "linear on pyramid, ridge 0.001",
         "linear on pyramid, ridge 0.01",
+        "linear on pyramid, ridge 0.001",
         "pointwise on last",
         "pointwise on pyramid",
         "spatial on last",
