@@ -61,7 +61,7 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
         box: what is wanted, in voxels of the finer level.
     """
     x, y, z = (
-        _interpolation(low, high, coarse_low, coarse_high).to(coarse.dtype)
+        _interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low).to(coarse.dtype)
         for (low, high), (coarse_low, coarse_high) in zip(box.ranges, coarse_box.ranges, strict=True)
     )
     count, channels, extent, *_ = coarse.shape
@@ -72,13 +72,19 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(mode=False)  # what is cached has to serve training too
-def _interpolation(low: int, high: int, coarse_low: int, coarse_high: int) -> Tensor:
-    """Return the matrix ``[fine, coarse]`` of linear interpolation along one axis between two ranges of voxels."""
-    fine = torch.arange(low, high)
+def _interpolation(first: int, wanted: int, given: int) -> Tensor:
+    """Return the matrix ``[wanted, given]`` of linear interpolation along one axis to twice as many voxels.
+
+    Args:
+        first: of the wanted voxels, counted from the first that the given ones turn into.
+        wanted: how many.
+        given: how many.
+    """
+    fine = torch.arange(first, first + wanted)
     nearest = fine.div(2, rounding_mode="floor")
-    matrix = torch.zeros(high - low, coarse_high - coarse_low)
-    matrix[fine - low, nearest - coarse_low] = 0.75
-    matrix[fine - low, nearest + 2 * (fine % 2) - 1 - coarse_low] = 0.25
+    matrix = torch.zeros(wanted, given)
+    matrix[fine - first, nearest] = 0.75
+    matrix[fine - first, nearest + 2 * (fine % 2) - 1] = 0.25
     return matrix
 
 

@@ -43,13 +43,17 @@ def post_process(
     """
     done = labels.copy()
     for label, steps in enumerate(organs, start=1):
+        if not steps.largest_component:
+            continue
         mask = done == label
-        if steps.largest_component and mask.any():
+        if mask.any():
             box = bounding_box(mask)
             done[box][mask[box] & ~largest_component(mask[box])] = 0
     for label, steps in enumerate(organs, start=1):
+        if not steps.fill_holes:
+            continue
         mask = done == label
-        if steps.fill_holes and mask.any():
+        if mask.any():
             box = bounding_box(mask)
             done[box][binary_fill_holes(mask[box]) & (done[box] == 0)] = label
     return done

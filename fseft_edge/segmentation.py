@@ -30,7 +30,7 @@ from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
-from fseft_edge.support import find_pairs, load_support, read_annotations
+from fseft_edge.support import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.transduction import OrganOutcome, TransductionPlan, support_of, tuned_adapters
 
 _LOG = logging.getLogger(__name__)
@@ -257,6 +257,9 @@ def _tuner(
     for file in files:
         organs = [OrganLabel(organ.name, organ.label) for organ in file.description.organs]
         annotated = read_annotations(pairs, organs, plan.labels, file.adapter.settings)
+        if file.description.shots:
+            volumes = [organ.support_volumes_ml for organ in file.description.organs]
+            annotated = of_support_set(annotated, organs, volumes)
         support = load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress)
         supports.append(support_of(file.adapter, support, plan.settings, progress))
     return lambda adapters, encoded: tuned_adapters(adapters, encoded, supports, plan)

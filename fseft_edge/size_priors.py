@@ -103,9 +103,15 @@ def read_size_priors(path: Path) -> dict[str, SizePrior]:
     """
     volumes: dict[str, list[float]] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                volumes.setdefault(row["organ"].strip(), []).append(float(row["volume_ml"]))
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"organ", "volume_ml"} <= set(rows.fieldnames or ()):
+                raise KeyError
+            for row in rows:
+                volume = float(row["volume_ml"])
+                if not (math.isfinite(volume) and volume > 0):
+                    raise ValueError
+                volumes.setdefault(row["organ"].strip(), []).append(volume)
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UnreadableFileError(
             f"{path} is no table of organ volumes.", remedy="Give a CSV file with the columns organ and volume_ml."

@@ -92,6 +92,41 @@ def _labels_in(label_map: LabelMap, organs: Sequence[OrganLabel]) -> set[int]:
     return {organ.label for organ in organs if bool((label_map.array == organ.label).any())}
 
 
+def of_support_set(
+    annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], volumes_ml: Sequence[Sequence[float]]
+) -> list[tuple[Path, LabelMap]]:
+    """Return those annotated scans that an adapter was made from, told by the volumes of their organs.
+
+    Others that lie in the same folder may be those to segment, whose annotations must not help to segment them.
+
+    Args:
+        annotated: what :func:`read_annotations` found.
+        organs: of the adapter.
+        volumes_ml: each organ's volumes in the adapter's support set, as :func:`annotated_volumes_ml` gives them.
+
+    Raises:
+        LabelError: none of the scans was in the support set.
+    """
+    mine = []
+    for image, labels in annotated:
+        here = annotated_volumes_ml(labels, organs)
+        if all(volume in known for volume, known in zip(here, volumes_ml, strict=True) if volume):
+            mine.append((image, labels))
+        else:
+            _LOG.warning("%s was not in the adapter's support set: left out", case_name(image))
+    if not mine:
+        raise LabelError(
+            "None of the annotated scans was in the adapter's support set.",
+            remedy="Name by --support-images and --support-labels what adapt was given, unchanged.",
+        )
+    return mine
+
+
+def annotated_volumes_ml(labels: LabelMap, organs: Sequence[OrganLabel]) -> list[float]:
+    """Return each organ's volume in an annotation, to 0.001 ml; 0 where it is not annotated."""
+    return [round(float((labels.array == organ.label).sum()) * labels.voxel_volume_mm3 / 1000, 3) for organ in organs]
+
+
 def load_support(
     annotated: Sequence[tuple[Path, LabelMap]],
     organs: Sequence[OrganLabel],

@@ -117,6 +117,8 @@ def adapt(
     from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
     from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
 
+    if method == "auto" and not validate:
+        raise UsageError("--method auto chooses by validation.", remedy="Leave --no-validate out, or name a method.")
     kind = {} if method == "auto" else {"method": method, "reads": reads}
     settings = AdapterSettings(activation=activation, **kind)  # type: ignore[arg-type]  # click.Choice has checked them
     with common.progress() as progress:

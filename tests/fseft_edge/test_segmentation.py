@@ -455,7 +455,9 @@ def test_a_mask_of_a_real_ct_lies_on_its_lattice(site: Site, real_ct: Path, tmp_
     assert read_adapter(tmp_path / "a.adapter").description.organs[0].name == case.organs[0].name
 
 
-def test_a_transductive_run_says_what_became_of_every_organ(site: Site, tmp_path: Path) -> None:
+def test_a_transductive_run_says_what_became_of_every_organ(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Through the whole command: the support volumes' prior for one organ, one given by hand for the other."""
     organs = [OrganLabel(name, label_of(name)) for name in ("liver", "spleen")]
     adapter = tmp_path / "a.adapter"
@@ -482,12 +484,15 @@ def test_a_transductive_run_says_what_became_of_every_organ(site: Site, tmp_path
     )
     (case,) = site.segment([site.image("case_3")], [adapter], tmp_path / "out", transduction=plan)
     summary = json.loads((tmp_path / "out" / "case_3.json").read_text())
+    assert "case_3 was not in the adapter's support set: left out" in caplog.text
+    assert "case_1 was not" not in caplog.text
     liver, spleen = summary["transduction"]
     assert (liver["name"], liver["prior"]) == ("liver", {"low_ml": 1.0, "high_ml": 1e6})
     assert (spleen["name"], spleen["prior"]) == ("spleen", {"low_ml": 1.0, "high_ml": 2.0})
     for outcome, organ in zip((liver, spleen), case.organs, strict=True):
         assert outcome["before_ml"] > 0
         assert set(outcome["notes"]) <= set(organ.flags)
+    assert spleen["after_ml"] != spleen["before_ml"]
     site.segment([site.image("case_3")], [adapter], tmp_path / "plain")
     plain = json.loads((tmp_path / "plain" / "case_3.json").read_text())
     assert "transduction" not in plain
