@@ -173,7 +173,7 @@ class _Scores:
         annotated = np.array([other.annotated for other in others])
         if self._candidate.settings.activation == "softmax":  # which learns from scans that show every organ
             annotated = annotated & annotated.all(axis=1, keepdims=True)
-        known = annotated.any(axis=0)
+        known: NDArray[np.bool_] = np.any(annotated, axis=0)
         for index in left_out:
             self._score(adapter, self._support[index], known)
 
