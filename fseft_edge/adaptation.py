@@ -142,7 +142,7 @@ def describe(
 ) -> AdapterFile:
     """Return a trained adapter with the description that its file carries."""
     left_out = validated.dsc if validated else ((),) * len(organs)
-    steps = validated.post_processing if validated else (PostProcessing(),) * len(organs)
+    treatments = validated.post_processing if validated else (PostProcessing(),) * len(organs)
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
@@ -159,7 +159,7 @@ def describe(
                 left_out_dsc=tuple(round(score, 4) for score in scores),
                 post_processing=treatment,
             )
-            for organ, volume, scores, treatment in zip(organs, volumes, left_out, steps, strict=True)
+            for organ, volume, scores, treatment in zip(organs, volumes, left_out, treatments, strict=True)
         ),
         shots=len(support),
         seed=seed,

@@ -127,8 +127,8 @@ def segment(
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
         tune: _Tune = _unchanged
         if transduction is not None:
-            supports = stack.enter_context(open_store(cache, cache_gb))
-            tune = _tuner(transduction, files, bundle=bundle, session=session, store=supports, progress=progress)
+            with open_store(cache, cache_gb) as store:
+                tune = _tuner(transduction, files, bundle=bundle, session=session, store=store, progress=progress)
         task = stack.enter_context(progress.task("segment", len(paths)))
         for path in paths:
             try:

@@ -133,9 +133,15 @@ class TransductionPlan:
         """Make sure, before any work, that priors and adapters belong together.
 
         Raises:
-            UsageError: a prior is of no organ of the adapters, or an adapter has no organ with a prior.
+            UsageError: a prior, or a whole table of volumes, is of no organ of the adapters, or an adapter has no organ
+                with a prior.
         """
         organs = {organ.name for file in files for organ in file.description.organs}
+        if self.table and not organs & self.table.keys():
+            raise UsageError(
+                f"The table of volumes holds {', '.join(sorted(self.table))}, none of them an organ of the adapters.",
+                remedy=f"They segment {', '.join(sorted(organs))}.",
+            )
         unknown = sorted(set(self.priors) - organs)
         if unknown:
             raise UsageError(

@@ -78,7 +78,11 @@ def export(
     show_default=True,
     help="auto takes the method that does best on scans left out, and what it reads.",
 )
-@click.option("--reads", type=click.Choice(["last", "pyramid"]), default="pyramid", show_default=True)
+@click.option(
+    "--reads",
+    type=click.Choice(["last", "pyramid"]),
+    help="The encoder's last level of features, or all of them.  [default: pyramid; auto chooses]",
+)
 @click.option(
     "--validate/--no-validate",
     default=True,
@@ -103,7 +107,7 @@ def adapt(
     output: Path,
     cases: tuple[str, ...],
     method: str,
-    reads: str,
+    reads: str | None,
     validate: bool,
     activation: str,
     epochs: int | None,
@@ -119,7 +123,9 @@ def adapt(
 
     if method == "auto" and not validate:
         raise UsageError("--method auto chooses by validation.", remedy="Leave --no-validate out, or name a method.")
-    kind = {} if method == "auto" else {"method": method, "reads": reads}
+    if method == "auto" and reads:
+        raise UsageError("--method auto chooses what is read.", remedy="Leave --reads out, or name a method.")
+    kind = {} if method == "auto" else {"method": method, "reads": reads or "pyramid"}
     settings = AdapterSettings(activation=activation, **kind)  # type: ignore[arg-type]  # click.Choice has checked them
     with common.progress() as progress:
         file = run(

@@ -325,6 +325,16 @@ ERRORS: dict[str, Case] = {
         ["the label 99 (tumour)", "--organ NAME=ID"],
         lambda s, t: s.adapt("--organ", "tumour=99", output=t / "out"),
     ),
+    "auto told what to read": (
+        2,
+        ["--method auto chooses what is read", "--reads"],
+        lambda s, t: s.adapt("--organ", LIVER, "--method", "auto", "--reads", "last", output=t / "out"),
+    ),
+    "auto without validation": (
+        2,
+        ["--method auto chooses by validation", "--no-validate"],
+        lambda s, t: s.adapt("--organ", LIVER, "--method", "auto", "--no-validate", output=t / "out"),
+    ),
     "a case that is nowhere": (
         3,
         ["case_7", "share their file name"],

@@ -531,6 +531,13 @@ def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Sit
     assert plan.priors_for(file) == [by_hand, table, SizePrior.from_volumes([100.0])]
 
 
+def test_a_table_of_other_organs_alone_is_refused(site: Site, tmp_path: Path) -> None:
+    write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
+    plan = TransductionPlan(tmp_path, tmp_path, table={"heart": SizePrior(1, 2)})
+    with pytest.raises(UsageError, match="holds heart, none of them"):
+        plan.check([read_adapter(tmp_path / "a.adapter")])
+
+
 def test_masks_are_treated_as_the_adapter_says_unless_told_otherwise(site: Site, tmp_path: Path) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle)
     organ = file.description.organs[0].model_copy(update={"post_processing": PostProcessing(largest_component=True)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -94,6 +94,21 @@ def test_scores_are_of_adapters_made_without_the_scan(bench: Bench) -> None:
     validated = leave_one_out(kinds("a")[0], scans(4), [None])
     assert bench.made == [("a", 3)] * 4
     assert validated.dsc == (pytest.approx((0.7,) * 4, abs=1e-3),)
+
+
+def test_softmax_is_not_scored_on_what_it_could_not_learn_without_the_scan(bench: Bench) -> None:
+    """It learns from scans that show every organ: without the only such scan, nothing."""
+    bench.masks = {"a": found(0.7)}
+    (scan,) = scans(1)
+    whole, partial = (
+        replace(scan, annotated=np.array(annotated), reference=(scan.reference[0], (1, 2)))
+        for annotated in ([True, True], [True, False])
+        if scan.reference
+    )
+    for activation, scores in (("sigmoid", 3), ("softmax", 2)):
+        candidate = Candidate("a", AdapterSettings(activation=activation), TrainingSettings())
+        validated = leave_one_out(candidate, [whole, partial, partial], [None, None])
+        assert [len(organ) for organ in validated.dsc] == [scores, 0]
 
 
 def test_the_best_is_taken_and_a_dearer_one_only_if_it_is_worth_it(bench: Bench) -> None:
