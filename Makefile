@@ -1,5 +1,5 @@
 # Everything runs in a virtual environment of its own; versions come from requirements.lock.
-#   make demo   make test   make lint   make build   make benchmark
+#   make demo   make test   make test-gpu   make lint   make build   make benchmark
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 BENCHMARK ?= kshot
 
-.PHONY: demo test lint build benchmark lock clean
+.PHONY: demo test test-gpu lint build benchmark lock clean
 
 $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest
+
+# What needs an NVIDIA GPU; `make test` skips it where there is none.
+test-gpu: $(STAMP)
+	$(BIN)/pytest -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -62,7 +63,7 @@ def adapt(
         cases: names of the cases to use; None takes all that have an annotation.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
-        device: where to encode (see :func:`fseft_edge.runtime.session.open_session`).
+        device: where to encode and train (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
         progress: where to show progress.
 
@@ -82,7 +83,7 @@ def adapt(
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
         support = load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress)
-        training = training or TrainingSettings()
+        training = replace(training or TrainingSettings(), device=session.device)
         rows = head_rows(bundle, organs)
         candidate = Candidate(f"{settings.method} on {settings.reads}", settings, training)
         validated: Validated | None = None

@@ -24,6 +24,7 @@ from fseft_edge.report.progress import Progress, SilentProgress
 
 _STATISTICS_BLOCKS = 6
 _PAPER_EPOCHS = 200
+_BFLOAT16_CAPABILITY = (8, 0)
 _BLOCKS_A_SCAN, _LEAST_BLOCKS, _MOST_BLOCKS = 480, 1200, 7200
 
 
@@ -39,7 +40,9 @@ class TrainingSettings:
         blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, as in the paper). None takes
             480 a scan, at least 1200 and at most 7200.
         epochs: at most; a linear adapter has none. None divides ``blocks`` by what an epoch holds.
-        bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the CPU has instructions for it.
+        bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the device has instructions for
+            it.
+        device: where the network computes; a linear adapter is solved on the CPU.
         feature_shift: each block's channels are shifted by noise of this standard deviation (1 is the channel's own).
         channel_dropout: share of the channels of levels 1, 2, ... that a block does without.
         linear_rate: AdamW's peak rate for parameters that the logits are linear in; warm-up over the first epoch, then
@@ -59,6 +62,7 @@ class TrainingSettings:
     blocks: int | None = None
     epochs: int | None = None
     bfloat16: bool | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
     feature_shift: float = 0.5
     channel_dropout: float = 0.5
     linear_rate: float = 1e-2
@@ -116,7 +120,7 @@ def train_adapter(
     """
     training = training or TrainingSettings()
     progress = progress or SilentProgress()
-    adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed)
+    adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed).to(training.device)
     if settings.method == "linear":
         return _solved(adapter, support, training, progress)
     adapter.train()
@@ -124,12 +128,13 @@ def train_adapter(
     optimizer = _optimizer(adapter, training)
     generator = torch.Generator().manual_seed(training.seed)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
-    bfloat16 = _cpu_has_bfloat16() if training.bfloat16 is None else training.bfloat16
+    bfloat16 = _has_bfloat16(training.device) if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support))
     random = np.random.default_rng(training.seed)
     sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
     losses: list[float] = []
-    with progress.task("adapt", epochs) as task, ThreadPoolExecutor(1) as reader:
+    repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
+    with progress.task("adapt", epochs) as task, ThreadPoolExecutor(1) as reader, repeatable:
         upcoming = reader.submit(sampler.draw)
         for epoch in range(epochs):
             total = 0.0
@@ -139,7 +144,7 @@ def train_adapter(
                 share = (epoch * steps + step + 1) / (epochs * steps)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * _schedule(share, 1 / epochs)
-                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                with torch.autocast(training.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = adapter(perturbed(batch.features, adapter, training, generator), sampler.core)
                 loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
                 optimizer.zero_grad()
@@ -239,10 +244,11 @@ def perturbed(
     perturbed = []
     for level, x in enumerate(features):
         mean, scale = adapter.mean(level), adapter.scale(level)
-        shift = training.feature_shift * scale * torch.randn(*x.shape[:2], generator=generator)
+        noise = torch.randn(*x.shape[:2], generator=generator).to(x.device)
+        shift = training.feature_shift * scale * noise
         changed = x + shift[..., None, None, None]
         if level and training.channel_dropout:
-            kept = torch.rand(*x.shape[:2], generator=generator) >= training.channel_dropout
+            kept = torch.rand(*x.shape[:2], generator=generator).to(x.device) >= training.channel_dropout
             gain = (kept / (1 - training.channel_dropout))[..., None, None, None]
             centre = mean[:, None, None, None]
             changed = centre + (changed - centre) * gain
@@ -278,8 +284,10 @@ def _optimizer(adapter: Adapter, training: TrainingSettings) -> torch.optim.Adam
     )
 
 
-def _cpu_has_bfloat16() -> bool:
-    """Return whether the CPU multiplies bfloat16 itself; where it does not, PyTorch emulates it slowly."""
+def _has_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 itself; where it does not, PyTorch emulates it slowly."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= _BFLOAT16_CAPABILITY
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16", False))
 

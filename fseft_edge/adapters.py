@@ -110,7 +110,7 @@ class Adapter(nn.Module):
         Args:
             rows: the head's classifiers.
         """
-        first, bias = self.backgrounds, self.linear_bias()
+        first, bias = self.backgrounds, self._bias()
         with torch.no_grad():
             if first:
                 nn.init.xavier_uniform_(self.direct.weight[:1])
@@ -151,12 +151,20 @@ class Adapter(nn.Module):
             return []
         return [*self.direct.parameters(), *self.coarse.parameters()]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter computes."""
+        return self.direct.weight.device
+
     def linear_weight(self) -> Tensor:
-        """Return the weights ``[classes, D]`` of all classifiers, in the order of :meth:`penultimate`."""
-        return torch.cat([weight.detach().flatten(1) for weight in self.classifiers()], dim=1)
+        """Return the weights ``[classes, D]`` of all classifiers on the CPU, in the order of :meth:`penultimate`."""
+        return torch.cat([weight.detach().flatten(1) for weight in self.classifiers()], dim=1).cpu()
 
     def linear_bias(self) -> Tensor:
-        """Return the classifiers' bias ``[classes]``."""
+        """Return the classifiers' bias ``[classes]`` on the CPU."""
+        return self._bias().cpu()
+
+    def _bias(self) -> Tensor:
         bias = self.direct.bias
         assert bias is not None  # noqa: S101 - narrows the type for the checker
         return bias.detach()
@@ -167,7 +175,7 @@ class Adapter(nn.Module):
         classifiers = self.classifiers()
         for mine, new in zip(classifiers, weight.split([mine.shape[1] for mine in classifiers], dim=1), strict=True):
             mine.copy_(new[..., None, None, None])
-        self.linear_bias().copy_(bias)
+        self._bias().copy_(bias)
 
     def mean(self, level: int) -> Tensor:
         """Return the level's channel means over the support set, ``[C_l]``."""

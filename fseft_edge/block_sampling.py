@@ -45,7 +45,13 @@ class SupportScan:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks of one optimiser step: each level's part, targets ``[n, K, X, Y, Z]`` and annotation ``[n, K]``."""
+    """Blocks of one optimiser step, on the adapter's device.
+
+    Attributes:
+        features: each level's part, ``[n, C_l, ...]``.
+        targets: ``[n, K, X, Y, Z]``.
+        annotated: ``[n, K]``.
+    """
 
     features: list[Tensor]
     targets: Tensor
@@ -86,6 +92,7 @@ class BlockSampler:
 
     def draw(self) -> Batch:
         """Return the next batch; scans take turns, positive and negative blocks alternate."""
+        device = self._adapter.device
         blocks, targets, annotated = [], [], []
         for _ in range(self._batch):
             if not self._order:
@@ -95,10 +102,10 @@ class BlockSampler:
             centre = draw_centre(self._positions[index], self._random, positive=self._drawn % 2 == 0)
             self._drawn += 1
             core = aligned_core(centre, self._block, self._adapter)
-            blocks.append(read_block(scan.features, self._adapter.boxes(core)))
+            blocks.append(read_block(scan.features, self._adapter.boxes(core), device))
             targets.append(scan.occupancy.block(core))
             annotated.append(torch.from_numpy(scan.annotated).float())
-        return Batch(stack_blocks(blocks), torch.stack(targets), torch.stack(annotated))
+        return Batch(stack_blocks(blocks), torch.stack(targets).to(device), torch.stack(annotated).to(device))
 
 
 def organ_positions(scan: SupportScan, random: np.random.Generator) -> Positions:

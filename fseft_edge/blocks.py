@@ -18,6 +18,8 @@ from fseft_edge.runtime.feature_map import FeatureMap
 
 Range = tuple[int, int]
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Box:
@@ -61,7 +63,7 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
         box: what is wanted, in voxels of the finer level.
     """
     x, y, z = (
-        _interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low).to(coarse.dtype)
+        _interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low, coarse.device).to(coarse.dtype)
         for (low, high), (coarse_low, coarse_high) in zip(box.ranges, coarse_box.ranges, strict=True)
     )
     count, channels, extent, *_ = coarse.shape
@@ -72,33 +74,35 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(mode=False)  # what is cached has to serve training too
-def _interpolation(first: int, wanted: int, given: int) -> Tensor:
+def _interpolation(first: int, wanted: int, given: int, device: torch.device) -> Tensor:
     """Return the matrix ``[wanted, given]`` of linear interpolation along one axis to twice as many voxels.
 
     Args:
         first: of the wanted voxels, counted from the first that the given ones turn into.
         wanted: how many.
         given: how many.
+        device: where the matrix is needed.
     """
     fine = torch.arange(first, first + wanted)
     nearest = fine.div(2, rounding_mode="floor")
     matrix = torch.zeros(wanted, given)
     matrix[fine - first, nearest] = 0.75
     matrix[fine - first, nearest + 2 * (fine % 2) - 1] = 0.25
-    return matrix
+    return matrix.to(device)
 
 
-def read_block(features: FeatureMap, boxes: Sequence[Box]) -> list[Tensor]:
+def read_block(features: FeatureMap, boxes: Sequence[Box], device: torch.device = _CPU) -> list[Tensor]:
     """Return each level's box as float32 ``[1, C_l, *box.shape]``, repeating the map's edge outside.
 
     Args:
         features: the cached map.
         boxes: one box a level, finest first, in voxels of that level; fewer boxes than levels read only the first.
+        device: where the blocks are wanted; they travel there as they are stored.
     """
-    return [_read_level(features, level, box) for level, box in enumerate(boxes)]
+    return [_read_level(features, level, box, device) for level, box in enumerate(boxes)]
 
 
-def _read_level(features: FeatureMap, level: int, box: Box) -> Tensor:
+def _read_level(features: FeatureMap, level: int, box: Box, device: torch.device) -> Tensor:
     stride = features.levels[level].stride
     inside: list[Range] = []
     padding: list[int] = []
@@ -107,7 +111,7 @@ def _read_level(features: FeatureMap, level: int, box: Box) -> Tensor:
         start, stop = min(max(low, 0), last - 1), max(min(high, last), 1)
         inside.append((start, stop))
         padding = [start - low, high - stop, *padding]
-    block = features.read(level, *inside).float()[None]
+    block = features.read(level, *inside).to(device).float()[None]
     return F.pad(block, padding, mode="replicate") if any(padding) else block
 
 

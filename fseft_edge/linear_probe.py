@@ -53,7 +53,7 @@ class Voxels:
 def gather_voxels(
     adapter: Adapter, features: Sequence[Tensor], targets: Tensor, annotated: Tensor, generator: torch.Generator
 ) -> Voxels:
-    """Return a quarter of a block's voxels near an organ, and fewer of the others.
+    """Return a quarter of a block's voxels near an organ, and fewer of the others, in the CPU's memory.
 
     Args:
         adapter: decides what is seen at a voxel.
@@ -67,9 +67,9 @@ def gather_voxels(
     reach = 2 * _NEAR + 1
     near = F.max_pool3d(targets[None].amax(1), reach, stride=1, padding=_NEAR).flatten() > 0
     share = torch.where(near, _NEAR_SHARE, _FAR_SHARE)
-    chosen = torch.rand(near.shape, generator=generator) < share
+    chosen = torch.rand(near.shape, generator=generator).to(share.device) < share
     weight = annotated / share[chosen, None]
-    return Voxels(at_voxels[chosen], targets.flatten(1).T[chosen], weight)
+    return Voxels(at_voxels[chosen].cpu(), targets.flatten(1).T[chosen].cpu(), weight.cpu())
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def survey_of(adapter: Adapter, query: EncodedScan) -> Survey:
     sums, masks, borders, peaks = [], [], [], []
     with torch.inference_mode():
         for core in _cores(query):
-            features = read_block(query.features, adapter.boxes(core))
-            probabilities = adapter.probabilities(adapter(features, core))[0, adapter.backgrounds :]
+            features = read_block(query.features, adapter.boxes(core), adapter.device)
+            probabilities = adapter.probabilities(adapter(features, core))[0, adapter.backgrounds :].cpu()
             found = probabilities > _FOUND
             sums.append(probabilities.sum((1, 2, 3)))
             masks.append(found.sum((1, 2, 3)))
@@ -101,15 +101,16 @@ def visible_voxels(
     """
     kept, drawn, count = torch.empty(0, len(adapter.linear_weight()[0])), torch.empty(0), 0
     generator = torch.Generator().manual_seed(seed)
-    weight, bias = adapter.linear_weight(), adapter.linear_bias()
+    weight, bias = adapter.linear_weight().to(adapter.device), adapter.linear_bias().to(adapter.device)
+    organs_there = organs.to(adapter.device)
     with torch.no_grad():
         for core, peaks in zip(_cores(query), survey.peaks, strict=True):
             if float(peaks[organs].amax()) < visible:
                 continue
-            features = read_block(query.features, adapter.boxes(core))
+            features = read_block(query.features, adapter.boxes(core), adapter.device)
             here = adapter.penultimate(features, core)[0].flatten(1).T
             probabilities = adapter.probabilities(here @ weight.T + bias)[:, adapter.backgrounds :]
-            here = here[probabilities[:, organs].amax(1) >= visible]
+            here = here[probabilities[:, organs_there].amax(1) >= visible].cpu()
             count += len(here)
             kept = torch.cat([kept, here])
             drawn = torch.cat([drawn, torch.rand(len(here), generator=generator)])

@@ -89,7 +89,7 @@ def segment(
         preview: also write ``output/<case>.png``, three planes with the organs outlined.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
-        device: where to encode (see :func:`fseft_edge.runtime.session.open_session`).
+        device: where to compute (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
         progress: where to show progress.
 
@@ -125,6 +125,8 @@ def segment(
     failed: list[str] = []
     with ExitStack() as stack:
         session = stack.enter_context(open_session(bundle, device=device, backend=backend))
+        for file in files:
+            file.adapter.to(session.device)
         tune: _Tune = _unchanged
         if transduction is not None:
             with open_store(cache, cache_gb) as store:
@@ -190,8 +192,8 @@ def predict_sections(encoded: EncodedScan, adapters: Sequence[Adapter]) -> Itera
 
 def _predict_block(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
     with torch.inference_mode():
-        features = read_block(encoded.features, adapter.boxes(core))
-        probabilities: NDArray[np.float32] = adapter.probabilities(adapter(features, core))[0].numpy()
+        features = read_block(encoded.features, adapter.boxes(core), adapter.device)
+        probabilities: NDArray[np.float32] = adapter.probabilities(adapter(features, core))[0].cpu().numpy()
     return probabilities
 
 

@@ -273,7 +273,7 @@ def _outside(size: float, organ: _Constraint) -> bool:
 def _copy(adapter: Adapter) -> Adapter:
     twin = Adapter(adapter.settings, adapter.levels, adapter.classes - adapter.backgrounds)
     twin.load_state_dict(adapter.state_dict())
-    return twin.eval()
+    return twin.to(adapter.device).eval()
 
 
 def _solve(

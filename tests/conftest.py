@@ -29,3 +29,11 @@ def _interruptible() -> None:
 def _seeded() -> None:
     """Give every test the same random numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="PyTorch sees no NVIDIA GPU"))

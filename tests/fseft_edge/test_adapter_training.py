@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.features import MemoryFeatures
-from numpy.typing import NDArray
+from doubles.scans import SHAPE, ball, scan_with_organ
 
 from fseft_edge.adapter_training import TrainingSettings, perturbed, train_adapter, untrained_adapter
 from fseft_edge.adapters import AdapterSettings
@@ -18,33 +18,15 @@ from fseft_edge.blocks import Box, read_block
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.runtime.feature_store import FeatureMap
 
-SHAPE = (48, 40, 48)
 FAST = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.02, residual_rate=0.02)
-
-
-def _organ(seed: int) -> NDArray[np.float32]:
-    centre = np.random.default_rng(seed).uniform(16, 28, 3)
-    distance = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.indices(SHAPE), centre, strict=True)))
-    return (distance < 8).astype(np.float32)
-
-
-def _scan(seed: int) -> SupportScan:
-    random = np.random.default_rng(seed)
-    organ = _organ(seed)
-    finest = torch.from_numpy(random.normal(0, 0.2, (3, *SHAPE)).astype(np.float32))
-    finest[0] += torch.from_numpy(organ)
-    coarse = torch.nn.functional.avg_pool3d(finest[None], 2)[0]
-    features = cast("FeatureMap", MemoryFeatures((finest, coarse)))
-    volume = float(organ.sum() * 27)
-    return SupportScan(features, SHAPE, Occupancy([organ]), np.array([True]), (volume,))
 
 
 @pytest.mark.parametrize("reads", ["last", "pyramid"])
 @pytest.mark.parametrize("method", ["linear", "spatial"])
 def test_training_finds_an_organ_that_the_features_show(method: str, reads: str) -> None:
     settings = AdapterSettings(method, reads, width=4)  # type: ignore[arg-type]  # parametrised literals
-    trained = train_adapter(settings, [_scan(1), _scan(2)], head_rows=[None], training=FAST)
-    query = _scan(3)
+    trained = train_adapter(settings, [scan_with_organ(1), scan_with_organ(2)], head_rows=[None], training=FAST)
+    query = scan_with_organ(3)
     core = Box(*((0, size) for size in SHAPE))
     with torch.inference_mode():
         logits = trained.adapter(read_block(query.features, trained.adapter.boxes(core)), core)
@@ -63,9 +45,9 @@ def test_training_finds_an_organ_that_the_features_show(method: str, reads: str)
 def test_the_same_seed_gives_the_same_weights_to_the_bit(method: str, activation: str) -> None:
     """Whatever random numbers were drawn elsewhere, and without disturbing those."""
     settings = AdapterSettings(method, "pyramid", activation, width=4)  # type: ignore[arg-type]  # parametrised literals
-    first = train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST)
+    first = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
     torch.manual_seed(99)
-    second = train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST)
+    second = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
     drawn = torch.rand(1)
     torch.manual_seed(99)
     assert torch.equal(drawn, torch.rand(1))
@@ -76,10 +58,10 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(method: str, activation
 
 def test_another_seed_gives_other_weights() -> None:
     settings = AdapterSettings("linear", "last")
-    first = train_adapter(settings, [_scan(1)], head_rows=[None], training=FAST)
+    first = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
     second = train_adapter(
         settings,
-        [_scan(1)],
+        [scan_with_organ(1)],
         head_rows=[None],
         training=TrainingSettings(seed=5, block=16, epochs=12, linear_rate=0.05, residual_rate=0.05),
     )
@@ -104,13 +86,15 @@ def test_training_ends_early_once_the_smoothed_loss_stands_still() -> None:
     training = TrainingSettings(
         block=16, batch=4, epochs=60, linear_rate=1e-9, residual_rate=1e-9, smoothing=2, patience=3, least_gain=1e-3
     )
-    trained = train_adapter(AdapterSettings("pointwise", "last"), [_scan(1)], head_rows=[None], training=training)
+    trained = train_adapter(
+        AdapterSettings("pointwise", "last"), [scan_with_organ(1)], head_rows=[None], training=training
+    )
     assert 5 <= len(trained.losses) < 60
 
 
 def test_an_anchor_holds_the_classifiers_of_known_organs_only() -> None:
     rows = [(torch.tensor([1.0, 0.0, 0.0]), 0.0), None]
-    scan = replace(_scan(1), occupancy=Occupancy([_organ(1)] * 2), annotated=np.array([True, True]))
+    scan = replace(scan_with_organ(1), occupancy=Occupancy([ball(1)] * 2), annotated=np.array([True, True]))
     settings = AdapterSettings("spatial", "pyramid", width=4)
     start = untrained_adapter(settings, [scan], head_rows=rows)
     before = start.linear_weight()
@@ -126,9 +110,9 @@ def test_an_anchor_holds_the_classifiers_of_known_organs_only() -> None:
 
 def test_an_organ_without_annotation_in_a_scan_teaches_nothing_there() -> None:
     """A scan that is annotated for no organ has no influence at all, whatever its contours hold."""
-    silent = _scan(7)
+    silent = scan_with_organ(7)
     silent = SupportScan(silent.features, SHAPE, silent.occupancy, np.array([False]), (0.0,))
-    inverted = SupportScan(silent.features, SHAPE, Occupancy([1 - _organ(7)]), np.array([False]), (0.0,))
+    inverted = SupportScan(silent.features, SHAPE, Occupancy([1 - ball(7)]), np.array([False]), (0.0,))
     training = TrainingSettings(block=16, batch=1, epochs=1, blocks_per_epoch=4)
     kinds = AdapterSettings("linear", "last")
     results = [train_adapter(kinds, [scan], head_rows=[None], training=training) for scan in (silent, inverted)]
@@ -145,7 +129,7 @@ def test_epochs_follow_the_size_of_the_support_set_up_to_the_papers_number() -> 
 
 
 def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_only() -> None:
-    scan = _scan(1)
+    scan = scan_with_organ(1)
     adapter = untrained_adapter(AdapterSettings("linear", "pyramid"), [scan], head_rows=[None])
     features = [torch.full((200, level.channels, 1, 1, 1), 5.0) for level in adapter.levels]
     generator = torch.Generator().manual_seed(0)
@@ -167,5 +151,5 @@ def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_onl
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_a_linear_adapter_is_held_to_zero_where_nothing_is_known(activation: str) -> None:
     settings = AdapterSettings("linear", "pyramid", activation)  # type: ignore[arg-type]  # parametrised literal
-    start = untrained_adapter(settings, [_scan(1)], head_rows=[None])
+    start = untrained_adapter(settings, [scan_with_organ(1)], head_rows=[None])
     assert not bool(start.linear_weight().any())
