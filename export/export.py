@@ -6,14 +6,13 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.export.parity import onnxruntime_parity
+from fseft_edge.export.parity import parity_reports
 from fseft_edge.export.zoo import load_model
-from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, sha256_of_file
+from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, UsageError
 from fseft_edge.runtime.networks import build_network
 
@@ -36,7 +35,7 @@ def export_encoder(
         checkpoint: a published checkpoint, or a model file of ``pretrain``; ``None`` for a built-in model.
         model: name in :data:`fseft_edge.export.zoo.MODELS`.
         output: the bundle's folder, which must not exist yet.
-        onnx: also write the ONNX graph, and compare it with PyTorch where onnxruntime is installed.
+        onnx: also write the ONNX graph, and compare every engine installed here with PyTorch on it.
         parity_volumes: CTs to compare on; without any, seeded noise.
 
     Raises:
@@ -68,16 +67,16 @@ def export_encoder(
         if onnx:
             _log.info("writing the ONNX graph of %s", description.name)
             write_graph(network, description.window, graph)
-        if onnx and find_spec("onnxruntime") is not None:
-            report = onnxruntime_parity(
+            for report in parity_reports(
                 network,
                 graph,
+                head=(loaded.model.head_weight.float(), loaded.model.head_bias.float()),
                 window=description.window,
                 preprocessing=description.preprocessing,
                 volumes=parity_volumes,
-            )
-            parity[report.backend] = report
-            _log_parity(report)
+            ):
+                parity[parity_key(report.backend, report.precision)] = report
+                _log_parity(report)
         return EncoderBundle.write(
             output,
             BundleContents(
@@ -99,12 +98,15 @@ def export_encoder(
 
 
 def _log_parity(report: ParityReport) -> None:
-    level = logging.INFO if report.passed else logging.WARNING
+    # That a lower precision was not shown to be good enough is no trouble: float32 is taken.
+    level = logging.WARNING if report.shortcoming and report.precision == "float32" else logging.INFO
+    masks = "" if report.mask_dsc is None else f", its masks have a DSC of {report.mask_dsc:.4f}"
     _log.log(
         level,
-        "%s differs from PyTorch by at most %.1e of a level's largest feature (gate %.0e): %s",
+        "%s in %s differs from PyTorch by at most %.1e of a level's largest feature%s: %s",
         report.backend,
+        report.precision,
         max(report.relative_error),
-        report.gate,
-        "passed" if report.passed else "failed, it will not be chosen by itself",
+        masks,
+        f"it will not be chosen by itself, {report.shortcoming}" if report.shortcoming else "passed",
     )

@@ -2,66 +2,133 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fseft_edge.runtime.backends.onnxruntime import GraphRunner, import_onnxruntime
-from fseft_edge.runtime.bundle import ParityReport
+from fseft_edge.runtime.backend_choice import has_bfloat16
+from fseft_edge.runtime.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.backends.openvino import CompiledGraph
+from fseft_edge.runtime.bundle import ParityReport, Precision
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.nifti import read_ct
 from fseft_edge.runtime.preprocessing import Preprocessing
 
-GATE = 1e-4
+GATES: dict[Precision, float] = {"float32": 1e-4, "mixed": 5e-3, "bfloat16": 3e-2}
+"""The largest relative error that passes. Below float32 the masks have to agree too (:data:`LEAST_DSC`): an error that
+a few features bear counts less than one that the head turns into voxels."""
 
 _WINDOWS_A_CT = 2
 _NOISE_WINDOWS = 2
 _NOISE_SEED = 0
+_SEEN = 500  # voxels of the reference mask from which an organ's DSC means something
+
+_CPU = torch.device("cpu")
 
 
-def onnxruntime_parity(
+@dataclass(frozen=True)
+class Engine:
+    """A way to compute an exported graph on this machine's CPU."""
+
+    backend: str
+    precision: Precision
+    load: Callable[[Path], Callable[[Tensor], list[Tensor]]]
+
+
+def engines() -> list[Engine]:
+    """Return the engines that are installed here, each with the precisions that this CPU computes in."""
+    threads = torch.get_num_threads()
+    found = []
+    if find_spec("onnxruntime") is not None:
+        found.append(Engine("onnxruntime", "float32", lambda graph: GraphRunner(graph, _CPU, threads)))
+    if find_spec("openvino") is not None:
+        found.append(Engine("openvino", "float32", lambda graph: CompiledGraph(graph, threads, "float32")))
+        if has_bfloat16(_CPU):
+            found.append(Engine("openvino", "bfloat16", lambda graph: CompiledGraph(graph, threads, "bfloat16")))
+    return found
+
+
+def parity_reports(
     network: FeatureNetwork,
     graph: Path,
     *,
+    head: tuple[Tensor, Tensor],
     window: tuple[int, int, int],
     preprocessing: Preprocessing,
     volumes: Sequence[Path],
-) -> ParityReport:
-    """Return how far ONNX Runtime on the CPU is from PyTorch's plain forward pass.
+) -> list[ParityReport]:
+    """Return how far every engine that is installed here is from PyTorch's plain forward pass.
 
     Args:
         network: the reference, in evaluation mode.
         graph: its ONNX file.
+        head: the pre-trained classifier, weight ``[K, C_0]`` and bias ``[K]``; its masks are compared.
         window: ``[X, Y, Z]``.
         preprocessing: how a CT becomes windows.
-        volumes: CTs to compare on, two windows each; without any, windows of seeded noise are compared.
+        volumes: CTs to compare on, two windows each; without any, windows of seeded noise are compared, of which masks
+            say nothing.
 
     Raises:
-        MissingBackendError: when onnxruntime is not installed.
         InputError: when a CT cannot be read.
     """
-    library = import_onnxruntime()
-    runner = GraphRunner(graph, torch.device("cpu"), torch.get_num_threads())
-    errors = [0.0] * len(network.levels)
-    count = 0
+    comparisons = [_Comparison(engine, engine.load(graph), head, len(network.levels)) for engine in engines()]
+    if not comparisons:
+        return []
     for windows in _ct_windows(volumes, preprocessing, window) if volumes else _noise_windows(window):
         with torch.no_grad():
             expected = network(windows)
-        errors = [max(pair) for pair in zip(errors, relative_errors(expected, runner(windows)), strict=True)]
-        count += 1
-    return ParityReport(
-        backend="onnxruntime",
-        version=library.__version__,
-        source="ct" if volumes else "noise",
-        windows=count,
-        gate=GATE,
-        relative_error=tuple(errors),
-    )
+        for comparison in comparisons:
+            comparison.add(windows, expected)
+    return [comparison.report("ct" if volumes else "noise") for comparison in comparisons]
+
+
+class _Comparison:
+    """One engine against the reference, window by window."""
+
+    def __init__(
+        self, engine: Engine, run: Callable[[Tensor], list[Tensor]], head: tuple[Tensor, Tensor], levels: int
+    ) -> None:
+        self._engine, self._run, self._head = engine, run, head
+        self._windows = 0
+        self._errors = [0.0] * levels
+        self._mine, self._reference, self._both = torch.zeros(3, len(head[1]), dtype=torch.int64)
+
+    def add(self, windows: Tensor, expected: Sequence[Tensor]) -> None:
+        features = self._run(windows)
+        self._windows += 1
+        self._errors = [max(pair) for pair in zip(self._errors, relative_errors(expected, features), strict=True)]
+        mine, reference = self._masks(features[0]), self._masks(expected[0])
+        self._mine += mine.sum(1)
+        self._reference += reference.sum(1)
+        self._both += (mine & reference).sum(1)
+
+    def report(self, source: Literal["ct", "noise"]) -> ParityReport:
+        seen = self._reference >= _SEEN
+        dsc = 2 * self._both[seen] / (self._mine[seen] + self._reference[seen])
+        return ParityReport(
+            backend=self._engine.backend,
+            precision=self._engine.precision,
+            version=version(self._engine.backend),
+            source=source,
+            windows=self._windows,
+            gate=GATES[self._engine.precision],
+            relative_error=tuple(self._errors),
+            mask_dsc=float(dsc.min()) if source == "ct" and len(dsc) else None,
+        )
+
+    def _masks(self, finest: Tensor) -> Tensor:
+        """Return the head's masks, bool ``[K, n X Y Z]``."""
+        weight, bias = self._head
+        return weight @ finest.transpose(0, 1).flatten(1) + bias[:, None] > 0
 
 
 def relative_errors(expected: Sequence[Tensor], features: Sequence[Tensor]) -> list[float]:

@@ -21,10 +21,10 @@ from fseft_edge.blocks import Box, read_block
 from fseft_edge.linear_probe import Voxels, gather_voxels, solve
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.runtime.backend_choice import has_bfloat16
 
 _STATISTICS_BLOCKS = 6
 _PAPER_EPOCHS = 200
-_BFLOAT16_CAPABILITY = (8, 0)
 _BLOCKS_A_SCAN, _LEAST_BLOCKS, _MOST_BLOCKS = 480, 1200, 7200
 
 
@@ -128,7 +128,7 @@ def train_adapter(
     optimizer = _optimizer(adapter, training)
     generator = torch.Generator().manual_seed(training.seed)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
-    bfloat16 = _has_bfloat16(training.device) if training.bfloat16 is None else training.bfloat16
+    bfloat16 = has_bfloat16(training.device) if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support))
     random = np.random.default_rng(training.seed)
     sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
@@ -282,14 +282,6 @@ def _optimizer(adapter: Adapter, training: TrainingSettings) -> torch.optim.Adam
     return torch.optim.AdamW(
         [{"params": parameters, "peak": rate} for parameters, rate in groups if parameters], weight_decay=0.0
     )
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Return whether the device multiplies bfloat16 itself; where it does not, PyTorch emulates it slowly."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= _BFLOAT16_CAPABILITY
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16", False))
 
 
 def _schedule(share: float, warmup: float) -> float:

@@ -6,7 +6,8 @@ A folder ``NAME.encoder/``:
 ``manifest.json``        :class:`BundleManifest`; its last entry is the sha256 of the manifest itself
 ``encoder.safetensors``  the network's weights, for the torch backend
 ``head.safetensors``     the pre-trained classifier, ``weight`` ``[K, C_0]`` and ``bias`` ``[K]``
-``encoder.onnx``         the graph for the other backends; may be missing
+``encoder.onnx``         the graph for the other backends, in float32; may be missing
+``encoder.mixed.onnx``   the same with float16 arithmetic where that is safe; may be missing
 =======================  ===========================================================================
 """
 
@@ -36,8 +37,16 @@ MANIFEST = "manifest.json"
 WEIGHTS = "encoder.safetensors"
 HEAD = "head.safetensors"
 GRAPH = "encoder.onnx"
+MIXED_GRAPH = "encoder.mixed.onnx"
 
-_SCHEMA_VERSION = 1
+Precision = Literal["float32", "mixed", "bfloat16"]
+"""What features are computed in: ``mixed`` is float16 with norms, softmax and sums in float32; ``bfloat16`` is the
+engine's own choice of where."""
+
+LEAST_DSC = 0.998
+"""Below this agreement of the head's masks, a precision below float32 is not chosen by itself."""
+
+_SCHEMA_VERSIONS = (1, 2)
 _SELF = "manifest_sha256"
 _NO_DIGEST = "0" * 64
 _EXPORT_AGAIN = "Export the encoder again with `fseft-edge export`, or copy the whole folder again from its source."
@@ -48,26 +57,39 @@ class ParityReport(BaseModel):
 
     Attributes:
         backend: which one was compared, e.g. ``onnxruntime``.
+        precision: what it computed in.
         version: of that backend.
         source: what the windows held, parts of real CTs or seeded noise.
         windows: how many were compared.
         gate: the largest relative error that passes.
         relative_error: per level, finest first: ``max|a - b| / max|a|`` with PyTorch's features a.
+        mask_dsc: least DSC over the head's organs between the masks that it makes of both; None where no CT was
+            compared, or none of its organs was seen.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: str
+    precision: Precision = "float32"
     version: str
     source: Literal["ct", "noise"]
     windows: int
     gate: float
     relative_error: tuple[float, ...]
+    mask_dsc: float | None = None
 
     @property
-    def passed(self) -> bool:
-        """Whether every level is within the gate."""
-        return all(error <= self.gate for error in self.relative_error)
+    def shortcoming(self) -> str | None:
+        """Why the backend is not chosen by itself at this precision; None where it may be."""
+        if not all(error <= self.gate for error in self.relative_error):
+            return f"relative error {max(self.relative_error):.1e} exceeds the gate {self.gate:.0e}"
+        if self.precision == "float32":
+            return None
+        if self.mask_dsc is None:
+            return f"{self.precision} was not compared on a CT that shows the head's organs (export --parity-ct)"
+        if self.mask_dsc < LEAST_DSC:
+            return f"masks in {self.precision} agree with float32 to a DSC of {self.mask_dsc:.4f}, below {LEAST_DSC}"
+        return None
 
 
 class BundleManifest(BaseModel):
@@ -87,12 +109,12 @@ class BundleManifest(BaseModel):
         weights_sha256: of names, types, shapes and values of the weights, whatever file they are in.
         files: name to sha256 of every other file of the bundle.
         tools: name to version of what made the bundle.
-        parity: per backend, how far its features are from PyTorch's.
+        parity: by :func:`parity_key`, how far a backend's features are from PyTorch's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     name: str = Field(min_length=1)
     architecture: str
     settings: dict[str, JsonValue]
@@ -119,6 +141,7 @@ class BundleContents:
         head_weight: ``[K, C_0]``.
         head_bias: ``[K]``.
         graph: the network as an ONNX file, or ``None``.
+        mixed_graph: the same in mixed precision, or ``None``.
     """
 
     name: str
@@ -134,6 +157,7 @@ class BundleContents:
     head_weight: Tensor
     head_bias: Tensor
     graph: Path | None
+    mixed_graph: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +201,9 @@ class EncoderBundle:
         with atomic_folder(path) as folder:
             for file, tensors in ((WEIGHTS, state), (HEAD, head)):
                 (folder / file).write_bytes(save(tensors))  # save_file reports a full disk as a SafetensorError
-            if contents.graph is not None:
-                shutil.copyfile(contents.graph, folder / GRAPH)
+            for graph, name in ((contents.graph, GRAPH), (contents.mixed_graph, MIXED_GRAPH)):
+                if graph is not None:
+                    shutil.copyfile(graph, folder / name)
             manifest = BundleManifest(
                 name=contents.name,
                 architecture=contents.architecture,
@@ -215,6 +240,15 @@ class EncoderBundle:
     def graph(self) -> Path | None:
         """The ONNX file, or ``None`` where the bundle was made without."""
         return self.path / GRAPH if GRAPH in self.manifest.files else None
+
+    @property
+    def mixed_graph(self) -> Path | None:
+        """The ONNX file in mixed precision, or ``None`` where the bundle was made without."""
+        return self.path / MIXED_GRAPH if MIXED_GRAPH in self.manifest.files else None
+
+    def parity(self, backend: str, precision: Precision) -> ParityReport | None:
+        """Return how far a backend's features are from PyTorch's, or ``None`` where that was not measured."""
+        return self.manifest.parity.get(parity_key(backend, precision))
 
     @cached_property
     def encoder_id(self) -> str:
@@ -256,6 +290,11 @@ class EncoderBundle:
         return load_file(self.path / HEAD)["bias"]
 
 
+def parity_key(backend: str, precision: Precision) -> str:
+    """Return the name of a parity report in the manifest: ``openvino``, or ``openvino-bfloat16``."""
+    return backend if precision == "float32" else f"{backend}-{precision}"
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the sha256 of a file's bytes, as hexadecimal digits."""
     with path.open("rb") as file:
@@ -292,15 +331,15 @@ def _read_manifest(path: Path) -> BundleManifest:
         version, digest = entries.pop("schema_version"), str(entries.pop(_SELF))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise EncoderBundleError(f"{file} is damaged.", remedy=_EXPORT_AGAIN) from error
-    if version != _SCHEMA_VERSION:
+    if version not in _SCHEMA_VERSIONS:
         raise EncoderBundleError(
-            f"{file} has schema version {version}; this version of fseft-edge reads {_SCHEMA_VERSION}.",
+            f"{file} has schema version {version}; this version of fseft-edge reads 1 and 2.",
             remedy="Update fseft-edge, or export the encoder again with this version.",
         )
     before, _, after = content.rpartition(digest.encode())
     if hashlib.sha256(before + _NO_DIGEST.encode() + after).hexdigest() != digest:
         raise EncoderBundleError(f"{file} has changed since the encoder was exported.", remedy=_EXPORT_AGAIN)
     try:
-        return BundleManifest.model_validate_json(json.dumps(entries))
+        return BundleManifest.model_validate_json(json.dumps({"schema_version": version, **entries}))
     except ValidationError as error:
         raise EncoderBundleError(f"{file} is not a manifest that this version reads.", remedy=_EXPORT_AGAIN) from error

@@ -42,7 +42,7 @@ def encode_scan(
         storage: number format on disk.
     """
     grid = Grid.of(volume, bundle.preprocessing)
-    key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage)
+    key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage, precision=session.precision)
     features = store.get(key)
     if features is None:
         coarsest = max(level.stride for level in bundle.levels)

@@ -23,6 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from fseft_edge.runtime.atomic import atomic_folder
+from fseft_edge.runtime.bundle import Precision
 from fseft_edge.runtime.errors import EnvironmentProblemError, OutOfSpaceError
 from fseft_edge.runtime.feature_map import (
     SCHEMA_VERSION,
@@ -87,6 +88,8 @@ class FeatureStore:
         encoder_id: str,
         overlap: float,
         dtype: StorageType = "float16",
+        *,
+        precision: Precision = "float32",
     ) -> str:
         """Return the key of a scan's features: sha256 of all that determines them, and of how they are stored.
 
@@ -96,8 +99,9 @@ class FeatureStore:
             encoder_id: sha256 of what determines an encoder's features.
             overlap: of the encoder's windows, 0 to below 1.
             dtype: stored precision.
+            precision: what the features are computed in.
         """
-        header = {
+        header: dict[str, object] = {
             "storage": SCHEMA_VERSION,
             "dtype": dtype,
             "encoder_id": encoder_id,
@@ -108,6 +112,8 @@ class FeatureStore:
             "rescale": [float(volume.slope), float(volume.intercept)],
             "affine": (np.asarray(volume.affine, dtype=np.float64) + 0.0).tolist(),  # + 0.0: -0 and 0 are one lattice
         }
+        if precision != "float32":
+            header["precision"] = precision
         digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
         for chunk in volume.chunks():
             digest.update(chunk.data)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.backend_choice import BackendChoice, backend_choices
+from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 from fseft_edge.runtime.networks.base import FeatureLevel
 
@@ -26,17 +26,19 @@ class EncoderSession(ABC):
         backend: the engine's name.
         device: where features are returned.
         max_batch: windows that are encoded at once.
-        precision: number format of the computation.
+        precision: what features are computed in; they are returned in float32.
         window: ``[X, Y, Z]`` voxels of a window.
         levels: the feature pyramid, finest first.
     """
 
     backend: ClassVar[str]
 
-    def __init__(self, bundle: EncoderBundle, device: torch.device, max_batch: int) -> None:
+    def __init__(
+        self, bundle: EncoderBundle, device: torch.device, max_batch: int, precision: Precision = "float32"
+    ) -> None:
         self.device = device
         self.max_batch = max_batch
-        self.precision: Literal["float32"] = bundle.manifest.precision
+        self.precision = precision
         self.window: tuple[int, int, int] = bundle.window
         self.levels: tuple[FeatureLevel, ...] = bundle.levels
         self._open = True
@@ -82,7 +84,11 @@ class EncoderSession(ABC):
 
 
 def open_session(
-    bundle: EncoderBundle, device: str = "auto", backend: str = "auto", threads: int | None = None
+    bundle: EncoderBundle,
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int | None = None,
+    precision: Precision | Literal["auto"] = "auto",
 ) -> EncoderSession:
     """Return a session for an encoder; nothing is built or converted here.
 
@@ -90,22 +96,23 @@ def open_session(
         bundle: the encoder.
         device: ``auto`` (the first NVIDIA GPU that PyTorch sees, else the CPU), ``cpu``, ``cuda`` or ``cuda:n``.
         backend: ``auto`` (the fastest that is installed, runs on the device and passes the bundle's parity gate; why
-            others were passed over is logged), ``torch`` or ``onnxruntime``.
+            others were passed over is logged), ``torch``, ``onnxruntime`` or ``openvino``.
         threads: CPU threads of the engine; ``None`` leaves it the number that PyTorch uses.
+        precision: ``auto`` (the fastest that passes the parity gate, else float32), or one that is taken as it is, with
+            a warning where the gate says nothing for it.
 
     Raises:
-        UsageError: when device or backend is unknown.
+        UsageError: when device, backend or precision is unknown, or the backend does not compute in that precision.
         EnvironmentProblemError: when the device is not there.
         MissingBackendError: when the backend is not installed or does not run on the device.
         EncoderBundleError: when the bundle lacks what the backend needs.
     """
     target = _resolve_device(device)
-    if backend == "auto":
-        backend = _choose_backend(bundle, target)
-    if backend not in _BACKENDS:
+    if backend != "auto" and backend not in _BACKENDS:
         raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose auto, {', '.join(_BACKENDS)}.")
-    session = _BACKENDS[backend](bundle, target, threads or torch.get_num_threads())
-    _log.info("encoding with %s on %s", session.backend, session.device)
+    choice = _choose(backend_choices(bundle, target), backend, precision)
+    session = _BACKENDS[choice.backend](bundle, target, threads or torch.get_num_threads(), choice.precision)
+    _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
     return session
 
 
@@ -127,51 +134,52 @@ def _resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _choose_backend(bundle: EncoderBundle, device: torch.device) -> str:
-    """Return the fastest backend that can be used, by what ``benchmarks/encoder_backends.py`` measures."""
-    on_cpu = device.type == "cpu"
-    for name in _FASTEST_ON_CPU.get(bundle.manifest.architecture, ()) if on_cpu else _FASTEST_ON_CUDA:
-        reason = _passed_over(name, bundle)
-        if reason is None:
-            return name
-        _log.info("backend %s passed over: %s", name, reason)
-    return "torch"
+def _choose(choices: Sequence[BackendChoice], backend: str, precision: str) -> BackendChoice:
+    """Return the first choice that fits what was asked for and has no obstacle.
+
+    What was asked for by name is tried whatever the gate says: a session that cannot be opened says why itself.
+    """
+    fitting = [choice for choice in choices if backend in ("auto", choice.backend)]
+    if precision != "auto":
+        fitting = [choice for choice in fitting if choice.precision == precision]
+    for choice in fitting:
+        if choice.obstacle is None:
+            return choice
+        if choice is not fitting[-1] or backend == "auto":
+            _log.info("backend %s in %s passed over: %s", choice.backend, choice.precision, choice.obstacle)
+    if not fitting or backend == "auto":
+        raise UsageError(
+            f"No backend computes in {precision} here."
+            if backend == "auto"
+            else f"The backend {backend} does not compute in {precision} on this device.",
+            remedy="Leave --precision out; --verbose says why a backend is passed over.",
+        )
+    named = fitting[-1]
+    if precision not in ("auto", "float32"):
+        _log.warning("%s in %s was asked for, though %s", named.backend, named.precision, named.obstacle)
+    return named
 
 
-def _passed_over(name: str, bundle: EncoderBundle) -> str | None:
-    """Return why ``auto`` does not take a backend, or ``None`` when it may."""
-    if name == "torch":
-        return None
-    if bundle.graph is None:
-        return "the bundle was exported without an ONNX graph"
-    if find_spec(name) is None:
-        return "not installed"
-    report = bundle.manifest.parity.get(name)
-    if report is None:
-        return "the bundle holds no parity report for it"
-    if not report.passed:
-        return f"relative error {max(report.relative_error):.1e} exceeds the gate {report.gate:.0e}"
-    return None
-
-
-def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int) -> EncoderSession:
+def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int, _: Precision) -> EncoderSession:
     from fseft_edge.runtime.backends.pytorch import TorchSession  # noqa: PLC0415 - backends import this module
 
     return TorchSession(bundle, device, threads)
 
 
-def _open_onnxruntime(bundle: EncoderBundle, device: torch.device, threads: int) -> EncoderSession:
+def _open_onnxruntime(bundle: EncoderBundle, device: torch.device, threads: int, _: Precision) -> EncoderSession:
     from fseft_edge.runtime.backends.onnxruntime import OnnxRuntimeSession  # noqa: PLC0415 - likewise
 
     return OnnxRuntimeSession(bundle, device, threads)
 
 
-# On a CPU, convolutions alone run fastest in PyTorch with oneDNN (channels last), attention in ONNX Runtime, which
-# fuses what PyTorch writes to memory and reads again.
-_FASTEST_ON_CPU = {"residual_unet": ("torch", "onnxruntime"), "swin_unetr": ("onnxruntime", "torch")}
-_FASTEST_ON_CUDA = ("torch", "onnxruntime")
+def _open_openvino(bundle: EncoderBundle, device: torch.device, threads: int, precision: Precision) -> EncoderSession:
+    from fseft_edge.runtime.backends.openvino import OpenVinoSession  # noqa: PLC0415 - likewise
 
-_BACKENDS: dict[str, Callable[[EncoderBundle, torch.device, int], EncoderSession]] = {
+    return OpenVinoSession(bundle, device, threads, precision)
+
+
+_BACKENDS: dict[str, Callable[[EncoderBundle, torch.device, int, Precision], EncoderSession]] = {
     "torch": _open_torch,
     "onnxruntime": _open_onnxruntime,
+    "openvino": _open_openvino,
 }

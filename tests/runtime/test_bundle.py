@@ -113,9 +113,22 @@ def test_damaged_manifest_is_named(path: Path, content: str) -> None:
 
 
 def test_unknown_schema_is_named(path: Path) -> None:
-    forged(path, schema_version=2)
-    with pytest.raises(EncoderBundleError, match="schema version 2; this version of fseft-edge reads 1"):
+    forged(path, schema_version=3)
+    with pytest.raises(EncoderBundleError, match="schema version 3; this version of fseft-edge reads 1 and 2"):
         EncoderBundle.open(path)
+
+
+def test_bundle_of_the_first_schema_is_read(path: Path) -> None:
+    """It knew neither precisions nor masks."""
+    before = EncoderBundle.open(path)
+    reports = json.loads((path / "manifest.json").read_text())["parity"]
+    for report in reports.values():
+        del report["precision"], report["mask_dsc"]
+    forged(path, schema_version=1, parity=reports)
+    read = EncoderBundle.open(path)
+    assert read.manifest.schema_version == 1
+    assert read.encoder_id == before.encoder_id
+    assert read.manifest.parity == before.manifest.parity
 
 
 def test_manifest_with_an_unknown_entry_is_refused(path: Path) -> None:
@@ -188,6 +201,14 @@ def test_weights_digest_sees_names_types_shapes_and_values() -> None:
 
 def test_parity_passes_up_to_its_gate() -> None:
     report = ParityReport(backend="x", version="1", source="ct", windows=1, gate=1e-4, relative_error=(1e-4, 0.0))
-    assert report.passed
-    assert not report.model_copy(update={"relative_error": (0.0, 1.1e-4)}).passed
-    assert not report.model_copy(update={"relative_error": (float("nan"),)}).passed
+    assert report.shortcoming is None
+    assert "exceeds the gate" in str(report.model_copy(update={"relative_error": (0.0, 1.1e-4)}).shortcoming)
+    assert report.model_copy(update={"relative_error": (float("nan"),)}).shortcoming is not None
+
+
+@pytest.mark.parametrize(("dsc", "reason"), [(None, "not compared on a CT"), (0.9979, "0.9979"), (0.998, None)])
+def test_below_float32_masks_have_to_agree_too(dsc: float | None, reason: str | None) -> None:
+    report = ParityReport(
+        backend="x", precision="mixed", version="1", source="ct", windows=1, gate=1e-2, relative_error=(1e-3,)
+    ).model_copy(update={"mask_dsc": dsc})
+    assert reason in str(report.shortcoming) if reason else report.shortcoming is None

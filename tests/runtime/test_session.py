@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,21 +20,27 @@ from fseft_edge.runtime.bundle import EncoderBundle, ParityReport
 from fseft_edge.runtime.errors import EncoderBundleError, EnvironmentProblemError, MissingBackendError, UsageError
 from fseft_edge.runtime.session import EncoderSession, open_session
 
-BACKENDS = ["torch", "onnxruntime"]
+BACKENDS = ["torch", "onnxruntime", "openvino"]
 PASSED = ParityReport(backend="onnxruntime", version="1", source="noise", windows=1, gate=1e-4, relative_error=(1e-6,))
+FASTEST = PASSED.model_copy(update={"backend": "openvino", "precision": "bfloat16", "mask_dsc": 1.0})
+PARITY = {
+    "onnxruntime": PASSED,
+    "openvino": PASSED.model_copy(update={"backend": "openvino"}),
+    "openvino-bfloat16": FASTEST,
+}
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> EncoderBundle:
     folder = tmp_path_factory.mktemp("session")
     write_graph(small_network(), WINDOW, folder / "graph.onnx")
-    contents = small_contents(graph=folder / "graph.onnx", parity={"onnxruntime": PASSED})
+    contents = small_contents(graph=folder / "graph.onnx", parity=PARITY)
     return EncoderBundle.write(folder / "small.encoder", contents)
 
 
 @pytest.fixture(params=BACKENDS)
 def session(request: pytest.FixtureRequest, bundle: EncoderBundle) -> Iterator[EncoderSession]:
-    with open_session(bundle, device="cpu", backend=request.param) as opened:
+    with open_session(bundle, device="cpu", backend=request.param, precision="float32") as opened:
         yield opened
 
 
@@ -132,26 +140,83 @@ def test_absent_gpu_is_a_problem_of_the_environment(
     assert caught.value.exit_code == 4
 
 
-def test_missing_onnxruntime_says_how_to_install_it(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(MissingBackendError, match=r"pip install 'fseft-edge\[cpu\]'") as caught:
-        open_session(bundle, device="cpu", backend="onnxruntime")
+@pytest.mark.parametrize(
+    ("backend", "precision", "bfloat16", "missing", "taken"),
+    [
+        ("auto", "auto", True, (), ("openvino", "bfloat16")),
+        ("auto", "auto", False, (), ("openvino", "float32")),
+        ("auto", "auto", True, ("openvino-bfloat16",), ("openvino", "float32")),
+        ("auto", "auto", True, ("openvino-bfloat16", "openvino"), ("torch", "float32")),
+        ("auto", "float32", True, (), ("openvino", "float32")),
+        ("openvino", "auto", True, ("openvino-bfloat16", "openvino"), ("openvino", "float32")),
+        ("openvino", "bfloat16", True, ("openvino-bfloat16",), ("openvino", "bfloat16")),
+        ("onnxruntime", "auto", True, (), ("onnxruntime", "float32")),
+    ],
+)
+def test_the_fastest_that_passes_its_gate_is_taken_unless_another_is_named(
+    bundle: EncoderBundle,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    precision: Literal["auto", "float32", "bfloat16"],
+    bfloat16: bool,
+    missing: tuple[str, ...],
+    taken: tuple[str, str],
+) -> None:
+    monkeypatch.setattr("fseft_edge.runtime.backend_choice.has_bfloat16", lambda _: bfloat16)
+    parity = {name: report for name, report in PARITY.items() if name not in missing}
+    with open_session(described_as(bundle, parity=parity), "cpu", backend, precision=precision) as session:
+        assert (session.backend, session.precision) == taken
+
+
+def test_a_precision_named_against_its_gate_is_warned_of(
+    bundle: EncoderBundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fseft_edge.runtime.backend_choice.has_bfloat16", lambda _: True)
+    failed = {**PARITY, "openvino-bfloat16": FASTEST.model_copy(update={"mask_dsc": 0.9})}
+    open_session(described_as(bundle, parity=failed), "cpu", "openvino", precision="bfloat16").close()
+    assert "openvino in bfloat16 was asked for, though masks in bfloat16 agree" in caplog.text
+
+
+@pytest.mark.parametrize(("backend", "message"), [("torch", "torch does not compute in mixed"), ("auto", "No backend")])
+def test_a_precision_that_nothing_computes_in_is_wrong_use(bundle: EncoderBundle, backend: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_session(bundle, "cpu", backend, precision="mixed")
+
+
+def test_openvino_is_imported_without_its_telemetry() -> None:
+    code = (
+        "import sys; from fseft_edge.runtime.backends.openvino import import_openvino; import_openvino();"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - a fixed script
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_missing_library_says_how_to_install_it(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setitem(sys.modules, backend, None)
+    with pytest.raises(MissingBackendError, match=r"pip install 'fseft-edge\[(cpu|openvino)\]'") as caught:
+        open_session(bundle, device="cpu", backend=backend)
     assert caught.value.exit_code == 4
 
 
-def test_onnxruntime_needs_a_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_engines_of_graphs_need_one(tmp_path: Path, backend: str) -> None:
     bundle = EncoderBundle.write(tmp_path / "small.encoder", small_contents())
     with pytest.raises(EncoderBundleError, match="has no ONNX graph"):
-        open_session(bundle, device="cpu", backend="onnxruntime")
+        open_session(bundle, device="cpu", backend=backend)
 
 
-def test_auto_takes_torch_for_convolutions_on_a_cpu(bundle: EncoderBundle) -> None:
-    with open_session(bundle, device="cpu") as session:
+def test_without_openvino_auto_takes_torch_for_convolutions(bundle: EncoderBundle) -> None:
+    with open_session(described_as(bundle, parity={"onnxruntime": PASSED}), device="cpu") as session:
         assert session.backend == "torch"
 
 
-def test_auto_takes_onnxruntime_for_attention_on_a_cpu(bundle: EncoderBundle) -> None:
-    with open_session(described_as(bundle, architecture="swin_unetr"), device="cpu") as session:
+def test_without_openvino_auto_takes_onnxruntime_for_attention(bundle: EncoderBundle) -> None:
+    attention = described_as(bundle, architecture="swin_unetr", parity={"onnxruntime": PASSED})
+    with open_session(attention, device="cpu") as session:
         assert session.backend == "onnxruntime"
 
 
@@ -176,13 +241,13 @@ def test_auto_passes_over_what_cannot_be_used_and_says_why(
     monkeypatch.setitem(
         sys.modules["fseft_edge.runtime.session"]._BACKENDS,
         "torch",
-        lambda opened, device, threads: chosen.append(opened) or pytorch.TorchSession(bundle, device, threads),
+        lambda opened, device, threads, _: chosen.append(opened) or pytorch.TorchSession(bundle, device, threads),
     )
     if not installed:
         monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    attention = described_as(bundle, architecture="swin_unetr", **changes)
+    attention = described_as(bundle, architecture="swin_unetr", **{"parity": {"onnxruntime": PASSED}, **changes})
     with caplog.at_level(logging.INFO), open_session(attention, device="cpu") as session:
         assert session.backend == "torch"
     assert chosen == [attention]
-    assert "backend onnxruntime passed over: " in caplog.text
+    assert "backend onnxruntime in float32 passed over: " in caplog.text
     assert reason in caplog.text
