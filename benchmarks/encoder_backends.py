@@ -1,8 +1,8 @@
 """Time and exactness of the encoder backends on one window: `make benchmark BENCHMARK=encoder_backends`.
 
-It is what ``auto`` chooses by (``runtime/session.py``). All competitors stand in one process and take turns, so that
-whatever else the machine does hits them alike; the figure is the processor time of each one's fastest round, on one
-thread, and its ratio to plain PyTorch. Weights are random: speed does not depend on them.
+It is what ``auto`` chooses by (``runtime/backend_choice.py``). All competitors stand in one process and take
+turns, so that whatever else the machine does hits them alike; the figure is the processor time of each one's fastest
+round, on one thread, and its ratio to plain PyTorch. Weights are random: speed does not depend on them.
 
     python benchmarks/encoder_backends.py                                      the compact encoder, window 96^3
     python benchmarks/encoder_backends.py --architecture swin_unetr --window 64
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.parity import relative_errors
+from fseft_edge.runtime.backend_choice import backend_choices
 from fseft_edge.runtime.bundle import BundleContents, EncoderBundle
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.preprocessing import Preprocessing
@@ -70,9 +71,9 @@ def main() -> None:
         bundle = write_bundle(Path(folder), arguments.architecture, window)
         plain = bundle.network()
         competitors: dict[str, Callable[[Tensor], list[Tensor]]] = {"plain PyTorch": plain}
-        for backend in ("torch", "onnxruntime"):
-            session = stack.enter_context(open_session(bundle, device="cpu", backend=backend, threads=1))
-            competitors[f"backend {backend}"] = session.encode
+        for choice in backend_choices(bundle, torch.device("cpu")):
+            session = stack.enter_context(open_session(bundle, "cpu", choice.backend, 1, choice.precision))
+            competitors[f"{choice.backend} {choice.precision}"] = session.encode
         windows = torch.rand(1, 1, *window)
         expected = plain(windows)
         errors = {name: max(relative_errors(expected, encode(windows))) for name, encode in competitors.items()}

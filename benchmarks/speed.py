@@ -5,8 +5,8 @@ competitors and the ratio is that of the fastest round of each. Compared are
 
 - MONAI's sliding_window_inference of the same network in eager PyTorch, every pyramid level blended, the same windows
   and overlap, the resampled scan given;
-- `encode_scan` with each backend: reading, resampling, encoding, blending and writing the cached map included;
-- `encode_scan` of the same scan stacked twice along its slices (peak memory must not grow).
+- `encode_scan` with each backend and precision, with reading, resampling, blending and writing the cached map;
+- `encode_scan` with PyTorch of the same scan stacked twice along its slices (peak memory must not grow).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import headneck
 import numpy as np
 import torch
 
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoding import OVERLAP, encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
@@ -54,9 +55,11 @@ def encode_with_monai(bundle: EncoderBundle, scan: Path) -> float:
     return time.monotonic() - started
 
 
-def encode_with_ours(bundle: EncoderBundle, scan: Path, backend: str) -> float:
-    """Return the seconds from the file to the cached map."""
-    with tempfile.TemporaryDirectory() as folder, open_session(bundle, backend=backend) as session:
+def encode_with_ours(bundle: EncoderBundle, scan: Path, engine: str) -> float:
+    """Return the seconds from the file to the cached map by an engine, ``BACKEND`` or ``BACKEND PRECISION``."""
+    backend, _, precision = engine.partition(" ")
+    chosen = cast("Precision", precision or "float32")
+    with tempfile.TemporaryDirectory() as folder, open_session(bundle, backend=backend, precision=chosen) as session:
         started = time.monotonic()
         encode_scan(read_ct(scan), bundle=bundle, session=session, store=FeatureStore(Path(folder)))
         return time.monotonic() - started
@@ -102,14 +105,14 @@ def main() -> None:
         return
     scan = arguments.scan or headneck.data_root() / "fullsize" / "thorax_512.nii.gz"
     encoder = arguments.encoder or headneck.encoder(None).path
-    names = ("monai", "torch", "onnxruntime")
+    names = ("monai", "torch", "onnxruntime", "openvino", "openvino bfloat16")
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(arguments.rounds):
         for name in names:
             rounds[name].append(in_a_process(encoder, scan, name))
     with tempfile.TemporaryDirectory() as folder:
-        double = in_a_process(encoder, stacked_twice(scan, Path(folder)), "auto")
-    single = in_a_process(encoder, scan, "auto")
+        double = in_a_process(encoder, stacked_twice(scan, Path(folder)), "torch")
+    single = in_a_process(encoder, scan, "torch")
     reference = min(result["seconds"] for result in rounds["monai"])
     reference_peak = min(result["peak_mib"] for result in rounds["monai"])
     print("| encode | seconds | times faster | peak MiB | share of MONAI's |\n|---|---|---|---|---|")

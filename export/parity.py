@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,7 +31,12 @@ a few features bear counts less than one that the head turns into voxels."""
 _WINDOWS_A_CT = 2
 _NOISE_WINDOWS = 2
 _NOISE_SEED = 0
-_SEEN = 500  # voxels of the reference mask from which an organ's DSC means something
+
+# An organ that a CT does not show draws a haze of probabilities near one half, whose mask any rounding moves. It counts
+# where the reference mask has this many voxels and the head is sure of this share of them.
+_SEEN = 500
+_SURE_SHARE = 0.75
+_SURE = math.log(0.9 / 0.1)
 
 _CPU = torch.device("cpu")
 
@@ -100,19 +106,21 @@ class _Comparison:
         self._engine, self._run, self._head = engine, run, head
         self._windows = 0
         self._errors = [0.0] * levels
-        self._mine, self._reference, self._both = torch.zeros(3, len(head[1]), dtype=torch.int64)
+        self._mine, self._reference, self._both, self._sure = torch.zeros(4, len(head[1]), dtype=torch.int64)
 
     def add(self, windows: Tensor, expected: Sequence[Tensor]) -> None:
         features = self._run(windows)
         self._windows += 1
         self._errors = [max(pair) for pair in zip(self._errors, relative_errors(expected, features), strict=True)]
-        mine, reference = self._masks(features[0]), self._masks(expected[0])
+        logits = self._logits(expected[0])
+        mine, reference = self._logits(features[0]) > 0, logits > 0
         self._mine += mine.sum(1)
         self._reference += reference.sum(1)
         self._both += (mine & reference).sum(1)
+        self._sure += (logits > _SURE).sum(1)
 
     def report(self, source: Literal["ct", "noise"]) -> ParityReport:
-        seen = self._reference >= _SEEN
+        seen = (self._reference >= _SEEN) & (self._sure >= _SURE_SHARE * self._reference)
         dsc = 2 * self._both[seen] / (self._mine[seen] + self._reference[seen])
         return ParityReport(
             backend=self._engine.backend,
@@ -125,10 +133,10 @@ class _Comparison:
             mask_dsc=float(dsc.min()) if source == "ct" and len(dsc) else None,
         )
 
-    def _masks(self, finest: Tensor) -> Tensor:
-        """Return the head's masks, bool ``[K, n X Y Z]``."""
+    def _logits(self, finest: Tensor) -> Tensor:
+        """Return the head's logits, ``[K, n X Y Z]``."""
         weight, bias = self._head
-        return weight @ finest.transpose(0, 1).flatten(1) + bias[:, None] > 0
+        return weight @ finest.transpose(0, 1).flatten(1) + bias[:, None]
 
 
 def relative_errors(expected: Sequence[Tensor], features: Sequence[Tensor]) -> list[float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import check_writable
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.feature_store import open_store
 from fseft_edge.runtime.session import open_session
@@ -44,6 +45,7 @@ def adapt(
     cache_gb: float | None = None,
     device: str = "auto",
     backend: str = "auto",
+    precision: Precision | Literal["auto"] = "auto",
     progress: Progress | None = None,
 ) -> AdapterFile:
     """Train an adapter on annotated scans and write it.
@@ -65,6 +67,7 @@ def adapt(
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
         device: where to encode and train (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
+        precision: what the encoder computes in (see the same).
         progress: where to show progress.
 
     Raises:
@@ -81,7 +84,7 @@ def adapt(
     annotated = read_annotations(pairs, organs, labels, settings)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
-        session = stack.enter_context(open_session(bundle, device=device, backend=backend))
+        session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))
         support = load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress)
         training = replace(training or TrainingSettings(), device=session.device)
         rows = head_rows(bundle, organs)

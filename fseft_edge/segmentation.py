@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from fseft_edge.quality import quality_flags
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.errors import EncoderBundleError, FseftEdgeError, InputError, SomeCasesFailedError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
@@ -71,6 +72,7 @@ def segment(
     cache_gb: float | None = None,
     device: str = "auto",
     backend: str = "auto",
+    precision: Precision | Literal["auto"] = "auto",
     progress: Progress | None = None,
 ) -> list[SegmentedCase]:
     """Segment CTs and write ``output/<case>.nii.gz`` and ``output/<case>.json``.
@@ -91,6 +93,7 @@ def segment(
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
         device: where to compute (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
+        precision: what the encoder computes in (see the same).
         progress: where to show progress.
 
     Returns:
@@ -124,7 +127,7 @@ def segment(
     done: list[SegmentedCase] = []
     failed: list[str] = []
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(bundle, device=device, backend=backend))
+        session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))
         for file in files:
             file.adapter.to(session.device)
         tune: _Tune = _unchanged

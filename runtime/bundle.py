@@ -63,8 +63,8 @@ class ParityReport(BaseModel):
         windows: how many were compared.
         gate: the largest relative error that passes.
         relative_error: per level, finest first: ``max|a - b| / max|a|`` with PyTorch's features a.
-        mask_dsc: least DSC over the head's organs between the masks that it makes of both; None where no CT was
-            compared, or none of its organs was seen.
+        mask_dsc: least DSC between the masks that the head makes of both, over the organs that it is sure to see; None
+            where no CT was compared, or it is sure of none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

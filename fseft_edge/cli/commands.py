@@ -143,6 +143,7 @@ def adapt(
             cache_gb=common.cache_gb,
             device=common.device,
             backend=common.backend,
+            precision=common.precision,
             progress=progress,
         )
     if as_json:
@@ -238,6 +239,7 @@ def segment(
                 cache_gb=common.cache_gb,
                 device=common.device,
                 backend=common.backend,
+                precision=common.precision,
                 progress=progress,
             )
     except SomeCasesFailedError as error:

@@ -7,10 +7,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from fseft_edge.report.progress import ProgressDisplay, open_progress
+
+if TYPE_CHECKING:
+    from fseft_edge.runtime.bundle import Precision
 
 PATH = click.Path(path_type=Path)
 
@@ -21,6 +25,7 @@ class Common:
 
     device: str
     backend: str
+    precision: Precision | Literal["auto"]
     cache: Path | None
     cache_gb: float
     quiet: bool
@@ -49,7 +54,14 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add what :class:`Common` holds, and ``--verbose``; the command receives ``common``."""
 
     @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-    @click.option("--backend", default="auto", show_default=True, help="auto, torch or onnxruntime.")
+    @click.option("--backend", default="auto", show_default=True, help="auto, torch, onnxruntime or openvino.")
+    @click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "mixed", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="What the encoder computes in; auto takes less than float32 only where it was shown to be as good.",
+    )
     @click.option(
         "--cache", type=PATH, help="Folder in which feature maps are kept for later runs; nothing is kept without it."
     )
@@ -63,8 +75,15 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     @talk_options
     @functools.wraps(command)
     def wrapped(
-        *, device: str, backend: str, cache: Path | None, cache_gb: float, quiet: bool, **options: object
+        *,
+        device: str,
+        backend: str,
+        precision: Precision | Literal["auto"],
+        cache: Path | None,
+        cache_gb: float,
+        quiet: bool,
+        **options: object,
     ) -> None:
-        command(common=Common(device, backend, cache, cache_gb, quiet), **options)
+        command(common=Common(device, backend, precision, cache, cache_gb, quiet), **options)
 
     return wrapped

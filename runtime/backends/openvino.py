@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
@@ -63,8 +64,7 @@ class CompiledGraph:
     """
 
     def __init__(self, graph: Path, threads: int, precision: Precision) -> None:
-        library = import_openvino()
-        core = library.Core()
+        core = _core()
         model = core.read_model(graph)
         model.reshape([1, *(dimension.get_length() for dimension in list(model.input(0).partial_shape)[1:])])
         settings: dict[str, Any] = {
@@ -79,6 +79,17 @@ class CompiledGraph:
         """Return the outputs for one window ``[1, 1, X, Y, Z]`` on any device, as tensors on the CPU."""
         results = self._request.infer([windows.cpu().contiguous().numpy()], share_inputs=True)
         return [torch.from_numpy(level) for level in results.values()]
+
+
+@functools.cache
+def _core() -> Any:  # noqa: ANN401 - of a library that may not be there
+    """Return the process's one OpenVINO, which stays until the process ends.
+
+    Each gives the thread a stack for signals of its own and, when it goes, the stack that was there before. Of two that
+    go in the order they came, the second gives back the first one's, which is freed: the next signal, such as Ctrl-C,
+    then ends the process in a segmentation fault (OpenVINO 2026.4).
+    """
+    return import_openvino().Core()
 
 
 def import_openvino() -> ModuleType:

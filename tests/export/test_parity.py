@@ -13,8 +13,8 @@ from fseft_edge.export.parity import GATES, Engine, _ct_windows, parity_reports,
 from fseft_edge.runtime.bundle import ParityReport, parity_key
 from fseft_edge.runtime.preprocessing import Preprocessing
 
-HEAD = (torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 1]]), torch.tensor([-0.19, -0.23]))
-"""Each row is in doubt about some half of the voxels of a CT."""
+HEAD = (torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 1]]) * 1e5, torch.tensor([-0.19, -0.23]) * 1e5)
+"""Each row takes some half of the voxels of a CT, and is sure of nearly all of them."""
 
 
 def reports(
@@ -99,6 +99,20 @@ def test_masks_are_compared_where_a_ct_shows_the_organs(
     expected = [2 * int((a & b).sum()) / int(a.sum() + b.sum()) for a, b in zip(truth, mine, strict=True) if a.any()]
     assert found.mask_dsc == pytest.approx(min(expected))
     assert 0.5 < min(expected) < 1
+
+
+def test_masks_that_the_head_is_not_sure_of_say_nothing(small_graph: Path, tmp_path: Path) -> None:
+    image, _ = write_case(tmp_path, "case_1", 1)
+    haze = (HEAD[0] / 1e5, HEAD[1] / 1e5)
+    found = parity_reports(
+        small_network(),
+        small_graph,
+        head=haze,
+        window=WINDOW,
+        preprocessing=Preprocessing(spacing=(6.0,) * 3),
+        volumes=[image],
+    )
+    assert [report.mask_dsc for report in found] == [None] * len(found)
 
 
 @pytest.mark.real_ct

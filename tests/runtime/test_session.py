@@ -16,6 +16,7 @@ from doubles.models import WINDOW, small_contents, small_network, windows
 
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.backends import pytorch
+from fseft_edge.runtime.backends.openvino import import_openvino
 from fseft_edge.runtime.bundle import EncoderBundle, ParityReport
 from fseft_edge.runtime.errors import EncoderBundleError, EnvironmentProblemError, MissingBackendError, UsageError
 from fseft_edge.runtime.session import EncoderSession, open_session
@@ -192,11 +193,25 @@ def test_openvino_is_imported_without_its_telemetry() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_signal_does_no_harm_after_two_openvino_sessions_closed_in_the_order_they_were_opened(
+    bundle: EncoderBundle,
+) -> None:
+    code = (
+        "import gc, signal, sys; from pathlib import Path; from fseft_edge.runtime.backends.openvino import *;"
+        "first, second = (CompiledGraph(Path(sys.argv[1]), 1, 'float32') for _ in range(2)); del first; gc.collect();"
+        "del second; gc.collect(); signal.signal(signal.SIGUSR1, lambda *_: print('received'));"
+        "signal.raise_signal(signal.SIGUSR1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle.graph)], capture_output=True, text=True, check=False)  # noqa: S603 - a fixed script
+    assert (done.returncode, done.stdout.strip()) == (0, "received"), done.stderr
+
+
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_missing_library_says_how_to_install_it(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     monkeypatch.setitem(sys.modules, backend, None)
+    monkeypatch.setattr("fseft_edge.runtime.backends.openvino._core", import_openvino)
     with pytest.raises(MissingBackendError, match=r"pip install 'fseft-edge\[(cpu|openvino)\]'") as caught:
         open_session(bundle, device="cpu", backend=backend)
     assert caught.value.exit_code == 4
