@@ -49,7 +49,7 @@ def onnxruntime_parity(
     runner = GraphRunner(graph, torch.device("cpu"), torch.get_num_threads())
     errors = [0.0] * len(network.levels)
     count = 0
-    for windows in _ct_windows(volumes, preprocessing, window) if volumes else _noise_windows(window):
+    for windows in _ct_windows(volumes, preprocessing, window) if volumes else noise_windows(window):
         with torch.no_grad():
             expected = network(windows)
         errors = [max(pair) for pair in zip(errors, relative_errors(expected, runner(windows)), strict=True)]
@@ -90,7 +90,7 @@ def _ct_windows(
             yield F.pad(content, (0, missing[2], 0, missing[1], 0, missing[0]))[None, None]
 
 
-def _noise_windows(window: tuple[int, int, int]) -> Iterator[Tensor]:
+def noise_windows(window: tuple[int, int, int]) -> Iterator[Tensor]:
     """Yield windows ``[1, 1, X, Y, Z]`` of noise on smooth shapes; half is exactly 0 and some is 1, as in a CT."""
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     coarse_size = [max(2, side // 16) for side in window]
