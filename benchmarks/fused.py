@@ -1,8 +1,8 @@
 """The fused graph of `export-adapter` on whole scans: `make benchmark BENCHMARK=fused`.
 
 Prints the size of the graph, how far its probabilities are from the toolkit's own over one window of a real CT, and the
-DSC between the toolkit's masks, whose features are blended, and masks of blended probabilities. Both are compared
-before post-processing.
+DSC between the toolkit's masks, whose features are blended, and masks of blended probabilities; of whole scans also the
+DSC of both with the contours. All masks are compared before post-processing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import OVERLAP, EncodedScan, encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import read_ct
+from fseft_edge.runtime.nifti import read_ct, read_label_map
 from fseft_edge.runtime.session import open_session
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.runtime.windows import gaussian_importance
@@ -58,10 +58,15 @@ def main() -> None:
         session = onnxruntime.InferenceSession(graph.path)
         for case in arguments.cases:
             volume = read_ct(headneck.image_path(case))
-            for name, scan in (("one window", _one_window(volume, bundle)), ("whole scan", volume)):
+            contours = read_label_map(headneck.label_path(case)).array
+            for name, scan, reference in (
+                ("one window", _one_window(volume, bundle), None),
+                ("whole scan", volume, contours),
+            ):
                 _compare(
                     f"{case} {name}",
                     scan,
+                    reference,
                     session=session,
                     file=file,
                     bundle=bundle,
@@ -73,6 +78,7 @@ def main() -> None:
 def _compare(
     what: str,
     volume: Volume,
+    reference: NDArray[np.unsignedinteger] | None,
     *,
     session: onnxruntime.InferenceSession,
     file: AdapterFile,
@@ -86,19 +92,23 @@ def _compare(
     own = np.concatenate([section for _, section in predict_sections(encoded, [file.adapter])], axis=3)
     masks = segment_encoded(encoded, [file.adapter])
     scan = encoded.grid.section(volume, 0, encoded.grid.shape[2])
-    for overlap in overlaps if max(encoded.grid.shape) > min(bundle.window) else overlaps[:1]:
+    for overlap in overlaps if reference is not None else overlaps[:1]:
         fused, windows = blended(session, scan, bundle.window, overlap)
         labels = _labels(encoded, fused)
-        scores = [
-            f"{organ.name} {_agreement(labels == number, masks == number)}"
-            for number, organ in enumerate(file.description.organs, start=1)
-        ]
         difference = np.abs(fused - own)
         print(
             f"{what}, grid {encoded.grid.shape}, overlap {overlap}, {windows} windows: probability differs by at most "
-            f"{difference.max():.1e}, on average {difference.mean():.1e}; DSC {', '.join(scores)}",
-            flush=True,
+            f"{difference.max():.1e}, on average {difference.mean():.1e}; DSC with the toolkit's masks"
+            + (", of both with the contours (toolkit's first):" if reference is not None else ":")
         )
+        for number, organ in enumerate(file.description.organs, start=1):
+            scores = [dice(labels == number, masks == number)]
+            if reference is not None:
+                scores += [dice(result == number, reference == organ.label) for result in (masks, labels)]
+            print(
+                f"  {organ.name} {', '.join('none' if score is None else f'{score:.4f}' for score in scores)}",
+                flush=True,
+            )
 
 
 def blended(
@@ -137,11 +147,6 @@ def _labels(encoded: EncodedScan, probabilities: Array) -> NDArray[np.uint8]:
         best = piece.probabilities.max(axis=0)
         labels[tuple(where)] = np.where(best > 0.5, piece.probabilities.argmax(axis=0) + 1, 0)
     return labels
-
-
-def _agreement(mine: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> str:
-    score = dice(mine, theirs)
-    return "in neither" if score is None else f"{score:.4f}"
 
 
 def _one_window(volume: Volume, bundle: EncoderBundle) -> Volume:
