@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -33,21 +33,38 @@ def write_graph(network: FeatureNetwork, window: tuple[int, int, int], path: Pat
         window: ``[X, Y, Z]``, the one size that the graph takes. Dynamic sizes export, but the graphs fail.
         path: where to.
     """
+    outputs = [f"level_{level}" for level in range(len(network.levels))]
+    write_model(graph_of(inference_network(network), window, outputs), path)
+
+
+def graph_of(network: nn.Module, window: tuple[int, int, int], outputs: Sequence[str]) -> onnx.ModelProto:
+    """Return a network as a graph, under the conditions of :func:`write_graph`.
+
+    Args:
+        network: in its form for inference; takes windows ``[n, 1, X, Y, Z]``.
+        window: ``[X, Y, Z]``.
+        outputs: what the network's outputs are called, in order.
+    """
     example = torch.zeros(2, 1, *window)  # a batch of 1 would be taken for a constant
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
-            _with_staged_statistics(inference_network(network)),
+            _with_staged_statistics(network),
             (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[f"level_{level}" for level in range(len(network.levels))],
+            output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim("n")},),
             verbose=False,
         )
     assert program is not None  # noqa: S101 - what dynamo=True returns
     model = program.model_proto
     _drop_notes(model)
+    return model
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph as one file; the same graph gives the same bytes."""
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -73,7 +90,7 @@ def _staged_mean(x: Tensor) -> Tensor:
     return x.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True)
 
 
-def _with_staged_statistics(network: FeatureNetwork) -> FeatureNetwork:
+def _with_staged_statistics(network: nn.Module) -> nn.Module:
     """Return a copy without plain instance normalisations, or the network itself where it has none."""
     names = [name for name, module in network.named_modules() if isinstance(module, nn.InstanceNorm3d)]
     if not names:

@@ -89,7 +89,7 @@ def parity_reports(
     comparisons = [_Comparison(engine, engine.load(graph), head, len(network.levels)) for engine in engines()]
     if not comparisons:
         return []
-    for windows in _ct_windows(volumes, preprocessing, window) if volumes else _noise_windows(window):
+    for windows in _ct_windows(volumes, preprocessing, window) if volumes else noise_windows(window):
         with torch.no_grad():
             expected = network(windows)
         for comparison in comparisons:
@@ -165,7 +165,7 @@ def _ct_windows(
             yield F.pad(content, (0, missing[2], 0, missing[1], 0, missing[0]))[None, None]
 
 
-def _noise_windows(window: tuple[int, int, int]) -> Iterator[Tensor]:
+def noise_windows(window: tuple[int, int, int]) -> Iterator[Tensor]:
     """Yield windows ``[1, 1, X, Y, Z]`` of noise on smooth shapes; half is exactly 0 and some is 1, as in a CT."""
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     coarse_size = [max(2, side // 16) for side in window]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fseft_edge.demonstration import run_demo
     from fseft_edge.evaluation import evaluate
     from fseft_edge.export.export import export_encoder
+    from fseft_edge.fused_export import export_adapter
     from fseft_edge.organs import OrganLabel
     from fseft_edge.pretraining import pretrain, read_plan
     from fseft_edge.segmentation import segment
@@ -34,6 +35,7 @@ _HOMES = {
     "TrainingSettings": "fseft_edge.adapter_training",
     "adapt": "fseft_edge.adaptation",
     "evaluate": "fseft_edge.evaluation",
+    "export_adapter": "fseft_edge.fused_export",
     "export_encoder": "fseft_edge.export.export",
     "pretrain": "fseft_edge.pretraining",
     "read_plan": "fseft_edge.pretraining",
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "adapt",
     "evaluate",
+    "export_adapter",
     "export_encoder",
     "pretrain",
     "read_plan",

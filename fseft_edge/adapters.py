@@ -15,6 +15,7 @@ as the head's row, so an untrained adapter is the zero-shot segmenter.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -82,6 +83,8 @@ class Adapter(nn.Module):
         organs: number of organs ``K``; with softmax there is one more class, the background, at index 0.
     """
 
+    fold: Tensor | None
+
     def __init__(self, settings: AdapterSettings, levels: Sequence[FeatureLevel], organs: int) -> None:
         super().__init__()
         self.settings = settings
@@ -91,6 +94,7 @@ class Adapter(nn.Module):
         for index, level in enumerate(self.levels):
             self.register_buffer(f"mean_{index}", torch.zeros(level.channels))
             self.register_buffer(f"scale_{index}", torch.ones(level.channels))
+        self.register_buffer("fold", None, persistent=False)
         finest = self.levels[0].channels
         self.direct = nn.Conv3d(finest, self.classes, 1)
         self.coarse = nn.ModuleList(nn.Conv3d(x.channels, self.classes, 1, bias=False) for x in self.levels[1:])
@@ -237,6 +241,14 @@ class Adapter(nn.Module):
             return below
         return torch.cat([below, self.steps[0](self._context(normalised, boxes))], dim=1)
 
+    def folded(self) -> Adapter:
+        """Return a copy for inference alone that holds the fold of :meth:`_classify` instead of computing it."""
+        adapter = copy.deepcopy(self).eval()
+        if self.settings.method != "linear":
+            classifier = adapter.direct if self.settings.reads == "last" else adapter.classifier
+            adapter.fold = adapter._folded_weight(classifier).detach()
+        return adapter
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return probabilities of the same shape; with softmax, class 0 is the background."""
         return torch.sigmoid(logits) if self.settings.activation == "sigmoid" else torch.softmax(logits, dim=1)
@@ -264,9 +276,14 @@ class Adapter(nn.Module):
         if self.training:
             logits: Tensor = classifier(step(x))
             return logits
-        folded = torch.einsum("kc,cixyz->kixyz", classifier.weight[:, :, 0, 0, 0], step.second.weight)
+        weight = self._folded_weight(classifier) if self.fold is None else self.fold
         straight: Tensor = classifier(_inner(x, step.halo))
-        return straight + F.conv3d(torch.relu(step.first(x)), folded)
+        return straight + F.conv3d(torch.relu(step.first(x)), weight)
+
+    def _folded_weight(self, classifier: nn.Conv3d) -> Tensor:
+        """Return ``V C`` of :meth:`_classify`, ``[classes, width, *kernel]``."""
+        second = self.get_parameter("steps.0.second.weight")
+        return torch.einsum("kc,cixyz->kixyz", classifier.weight[:, :, 0, 0, 0], second)
 
     def _linear(self, normalised: Sequence[Tensor], boxes: Sequence[Box], core: Box) -> Tensor:
         """Return the sum of every level's own 1x1x1 classifier, interpolated to ``core``."""

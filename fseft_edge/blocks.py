@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,8 +63,10 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
         coarse_box: where it lies; contains ``box.coarser()``.
         box: what is wanted, in voxels of the finer level.
     """
+    # While a graph is traced, tensors stand for values and must not stay behind in a cache.
+    interpolation = _interpolation if torch.compiler.is_exporting() else _cached_interpolation
     x, y, z = (
-        _interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low, coarse.device).to(coarse.dtype)
+        interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low, coarse.device).to(coarse.dtype)
         for (low, high), (coarse_low, coarse_high) in zip(box.ranges, coarse_box.ranges, strict=True)
     )
     count, channels, extent, *_ = coarse.shape
@@ -72,7 +75,6 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
     return (x @ along_y.flatten(3)).view(count, channels, *box.shape)
 
 
-@functools.lru_cache(maxsize=256)
 @torch.inference_mode(mode=False)  # what is cached has to serve training too
 def _interpolation(first: int, wanted: int, given: int, device: torch.device) -> Tensor:
     """Return the matrix ``[wanted, given]`` of linear interpolation along one axis to twice as many voxels.
@@ -83,12 +85,14 @@ def _interpolation(first: int, wanted: int, given: int, device: torch.device) ->
         given: how many.
         device: where the matrix is needed.
     """
-    fine = torch.arange(first, first + wanted)
-    nearest = fine.div(2, rounding_mode="floor")
-    matrix = torch.zeros(wanted, given)
-    matrix[fine - first, nearest] = 0.75
-    matrix[fine - first, nearest + 2 * (fine % 2) - 1] = 0.25
-    return matrix.to(device)
+    fine = np.arange(first, first + wanted)
+    matrix = np.zeros((wanted, given), np.float32)
+    matrix[fine - first, fine // 2] = 0.75
+    matrix[fine - first, fine // 2 + 2 * (fine % 2) - 1] = 0.25
+    return torch.from_numpy(matrix).to(device)
+
+
+_cached_interpolation = functools.lru_cache(maxsize=256)(_interpolation)
 
 
 def read_block(features: FeatureMap, boxes: Sequence[Box], device: torch.device = _CPU) -> list[Tensor]:
@@ -100,6 +104,22 @@ def read_block(features: FeatureMap, boxes: Sequence[Box], device: torch.device 
         device: where the blocks are wanted; they travel there as they are stored.
     """
     return [_read_level(features, level, box, device) for level, box in enumerate(boxes)]
+
+
+def surrounded(levels: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
+    """Return what :func:`read_block` returns of a map that is held in memory and lies whole within every box.
+
+    Args:
+        levels: the whole map, ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` a level, finest first.
+        boxes: one box a level, as for :func:`read_block`; each contains its level.
+    """
+    blocks = []
+    for level, box in zip(levels, boxes, strict=False):
+        padding: list[int] = []
+        for (low, high), size in zip(box.ranges, level.shape[2:], strict=True):
+            padding = [-low, high - size, *padding]
+        blocks.append(F.pad(level, padding, mode="replicate") if any(padding) else level)
+    return blocks
 
 
 def _read_level(features: FeatureMap, level: int, box: Box, device: torch.device) -> Tensor:

@@ -80,6 +80,10 @@ class MissingBackendError(EnvironmentProblemError):
     """An inference backend is not installed or cannot run on this machine."""
 
 
+class ParityError(EnvironmentProblemError):
+    """An exported graph does not compute what the toolkit itself computes, so it was not written."""
+
+
 class OutOfSpaceError(EnvironmentProblemError):
     """A disk is full or not writable."""
 

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.networks.base import FeatureLevel
     from fseft_edge.runtime.session import EncoderSession
 
+SIGMA_SCALE = 0.125
+LEAST_IMPORTANCE = 1e-3
+
 # Slices handed on at a time: bounds what a consumer holds next to the one window depth of the blend itself.
 _SECTION_DEPTH = 16
 
 
-def gaussian_importance(window: tuple[int, int, int], sigma_scale: float = 0.125) -> Tensor:
+def gaussian_importance(window: tuple[int, int, int], sigma_scale: float = SIGMA_SCALE) -> Tensor:
     """Return the weight of every voxel of a window in the blend, float32 ``[X, Y, Z]``, 1 at the centre.
 
     A Gaussian with ``sigma = sigma_scale * size`` per axis whose values are raised to at least 1e-3. Computed step by
@@ -48,7 +51,7 @@ def gaussian_importance(window: tuple[int, int, int], sigma_scale: float = 0.125
         profiles.append(torch.exp(offset**2 / (-2 * (size * sigma_scale) ** 2)))
     x, y, z = profiles
     importance = (x[:, None] * y)[:, :, None] * z
-    return importance.clamp_(min=max(importance.min().item(), 1e-3))
+    return importance.clamp_(min=max(importance.min().item(), LEAST_IMPORTANCE))
 
 
 @dataclass(frozen=True)

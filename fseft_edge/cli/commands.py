@@ -279,6 +279,25 @@ def _segment_text(results: Sequence[SegmentedCase]) -> str:
     return "\n".join(lines)
 
 
+@click.command("export-adapter")
+@click.argument("adapter", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="The graph to write, NAME.onnx.")
+@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
+@talk_options
+def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: bool) -> None:
+    """Write the encoder and ADAPTER as one ONNX graph for other programs: window in, probabilities out."""
+    from fseft_edge.fused_export import export_adapter as run  # noqa: PLC0415 - brings in torch
+
+    graph = run(adapter, output, encoder=encoder)
+    if not quiet:
+        compared = (
+            "not compared with the toolkit's own result, since onnxruntime is not installed"
+            if graph.difference is None
+            else f"within {graph.difference:.1e} of the toolkit's own probabilities"
+        )
+        click.echo(f"{output}: {', '.join(graph.organs)}; {compared}")
+
+
 @click.command()
 @click.option("--predictions", type=PATH, required=True, help="Folder that `segment` wrote (or any label maps).")
 @click.option("--references", type=PATH, required=True, help="Folder of annotations, same file names.")

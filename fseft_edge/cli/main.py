@@ -15,7 +15,7 @@ import click
 from fseft_edge._version import __version__
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, OutOfMemoryError
 
-_COMMANDS = ("demo", "export", "adapt", "segment", "evaluate", "pretrain")
+_COMMANDS = ("demo", "export", "adapt", "segment", "export-adapter", "evaluate", "pretrain")
 _INTERRUPTED = 130
 _UNEXPECTED = 1
 _MEMORY_REMEDY = "Close other programs, segment fewer organs at once, or use a machine with more memory."
@@ -30,7 +30,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module("fseft_edge.cli.commands"), cmd_name)
+        command: click.Command = getattr(importlib.import_module("fseft_edge.cli.commands"), cmd_name.replace("-", "_"))
         return command
 
 

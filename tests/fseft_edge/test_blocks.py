@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from doubles.features import random_features
 
-from fseft_edge.blocks import Box, read_block, tiles, upsample_into
+from fseft_edge.blocks import Box, read_block, surrounded, tiles, upsample_into
 
 
 def test_tiles_cover_every_voxel_once() -> None:
@@ -53,3 +53,24 @@ def test_interpolation_first_used_for_inference_can_be_trained_through() -> None
     torch.testing.assert_close(again.detach(), first.clone(), rtol=0, atol=0)
     again.sum().backward()
     assert float(trained.grad.sum()) == pytest.approx(again.numel(), rel=1e-5)  # weights of a voxel add up to 1
+
+
+def test_interpolation_first_used_while_a_graph_is_traced_serves_afterwards() -> None:
+    """Tracing puts stand-ins in the place of tensors; none of them may stay among what is kept between calls."""
+    coarse, box = Box((-3, 6), (-3, 6), (-3, 6)), Box((-4, 9), (-4, 9), (-4, 9))
+
+    class Upsampling(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return upsample_into(x, coarse, box)
+
+    values = torch.randn(1, 2, *coarse.shape)
+    traced = torch.export.export(Upsampling(), (values,)).module()
+    torch.testing.assert_close(traced(values), upsample_into(values, coarse, box), rtol=0, atol=1e-6)
+
+
+def test_a_map_in_memory_continues_as_one_on_disk_does() -> None:
+    features = random_features((8, 8, 8), (2, 3))
+    boxes = [Box((-3, 8), (0, 11), (-2, 10)), Box((-4, 5), (-1, 9), (0, 4))]
+    blocks = surrounded([level[None] for level in features.tensors], boxes)
+    for block, expected in zip(blocks, read_block(features, boxes), strict=True):
+        assert torch.equal(block, expected)

@@ -110,6 +110,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     weights = bytearray((broken / "encoder.safetensors").read_bytes())
     weights[-1] ^= 1
     (broken / "encoder.safetensors").write_bytes(weights)
+    (root / "alone").mkdir()
+    shutil.copy(root / "a.adapter", root / "alone" / "alone.adapter")
     (root / "bad").mkdir()
     (root / "bad" / "truncated.nii.gz").write_bytes((site / "images/case_1.nii.gz").read_bytes()[:9000])
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.int16), np.eye(4)), root / "bad" / "series.nii.gz")
@@ -175,6 +177,16 @@ def test_json_on_stdout_is_json_and_nothing_else(site: Site, tmp_path: Path, run
         voxels = (mask.array == organ["label"]).sum()
         assert organ["volume_ml"] == pytest.approx(voxels * mask.voxel_volume_mm3 / 1000, abs=1e-3)
         assert "large" in organ["flags"]
+
+
+def test_an_adapter_becomes_a_graph(site: Site, tmp_path: Path, run: Run) -> None:
+    write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), deviation=0.2)
+    arguments = ("export-adapter", tmp_path / "a.adapter", "--encoder", site.bundle.path, "-o", tmp_path / "a.onnx")
+    outcome = run(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    within = r"within \d\.\de-\d\d of the toolkit's own probabilities"
+    assert re.fullmatch(rf"{re.escape(str(tmp_path))}/a\.onnx: liver, spleen; {within}\n", outcome.out)
+    assert (tmp_path / "a.onnx").stat().st_size > 10_000
 
 
 def test_quiet_prints_results_only(site: Site, tmp_path: Path, run: Run) -> None:
@@ -365,6 +377,23 @@ ERRORS: dict[str, Case] = {
             *("--encoder", s.bundle.path),
         ],
     ),
+    "a graph of another encoder": (
+        3,
+        ["other.adapter was trained on the encoder", "--encoder"],
+        lambda s, t: [
+            *("export-adapter", s / "elsewhere/other.adapter", "-o", t / "out.onnx", "--encoder", s.bundle.path)
+        ],
+    ),
+    "a graph without an encoder": (
+        3,
+        ["alone.adapter was trained with is neither beside it nor", "--encoder"],
+        lambda s, t: ["export-adapter", s / "alone/alone.adapter", "-o", t / "out.onnx"],
+    ),
+    "a graph of another name": (
+        2,
+        ["out.engine is not called .onnx", "NAME.onnx"],
+        lambda s, t: ["export-adapter", s / "a.adapter", "-o", t / "out.engine"],
+    ),
     "no adapter": (
         3,
         ["text.adapter is damaged", "again"],
@@ -451,6 +480,7 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 FULL: dict[str, Callable[[Site, Path], list[object]]] = {
     "adapt": lambda s, out: s.adapt("--organ", LIVER, output=out / "s.adapter"),
     "segment": lambda s, out: s.segment(s / "images/case_1.nii.gz", output=out),
+    "export-adapter": lambda s, out: ["export-adapter", s / "a.adapter", "-o", out / "a.onnx"],
     "evaluate --csv": lambda s, out: [
         *("evaluate", "--predictions", s / "labels", "--references", s / "labels"),
         *("--organ", "liver=1", "--csv", out / "rows.csv"),
@@ -476,7 +506,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["adapt", "segment", "evaluate --csv"])
+@pytest.mark.parametrize("command", FULL)
 def test_a_folder_that_may_not_be_written_to_is_named(
     site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -494,7 +524,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["adapt", "segment", "evaluate --csv"])
+@pytest.mark.parametrize("command", FULL)
 def test_an_output_below_a_file_is_named(site: Site, tmp_path: Path, run: Run, command: str) -> None:
     (tmp_path / "out").touch()
     outcome = run(*FULL[command](site, tmp_path / "out" / "below"))
@@ -690,7 +720,7 @@ def test_every_command_and_option_that_docs_and_messages_name_exists() -> None:
     unknown = []
     for path in [*sources, *documents]:
         text = path.read_text(encoding="utf-8")
-        named = re.findall(r"(?:`|^|\$ |\n)fseft-edge ([a-z]+)\b", text)
+        named = re.findall(r"(?:`|^|\$ |\n)fseft-edge ([a-z]+(?:-[a-z]+)*)", text)
         unknown += [f"{path.relative_to(root)}: fseft-edge {name}" for name in named if name not in commands()]
     for path in sources:
         named = re.findall(r"(?<![\w(-])(--[a-z][a-z-]+)\b(?!\s*:)", path.read_text(encoding="utf-8"))

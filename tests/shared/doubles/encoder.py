@@ -74,14 +74,18 @@ def write_random_adapter(
     seed: int = 0,
     settings: AdapterSettings | None = None,
     support_volumes_ml: tuple[float, ...] = (),
+    deviation: float = 1.0,
 ) -> AdapterFile:
-    """Write an adapter that no training made: every organ covers roughly half of what the encoder sees."""
+    """Write an adapter that no training made: every organ covers roughly half of what the encoder sees.
+
+    The smaller the weights' ``deviation``, the less do residual steps magnify rounding errors.
+    """
     settings = settings or AdapterSettings(method="linear", reads="last")
     generator = torch.Generator().manual_seed(seed)
     adapter = Adapter(settings, bundle.levels, len(organs))
     with torch.no_grad():
         for parameter in adapter.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(deviation * torch.randn(parameter.shape, generator=generator))
         adapter.direct.bias.zero_()
         _, pyramid = _calibrated(0)
         for level in range(len(adapter.levels)):
