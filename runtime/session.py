@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from importlib.util import find_spec
+from dataclasses import dataclass
+from importlib import import_module
 from types import TracebackType
 from typing import ClassVar, Literal, Self
 
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
+from fseft_edge.runtime.libraries import import_problem
 from fseft_edge.runtime.networks.base import FeatureLevel
+from fseft_edge.runtime.remembered_speed import remembered_order
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +93,8 @@ def open_session(
         bundle: the encoder.
         device: ``auto`` (the first NVIDIA GPU that PyTorch sees, else the CPU), ``cpu``, ``cuda`` or ``cuda:n``.
         backend: ``auto`` (the fastest that is installed, runs on the device and passes the bundle's parity gate; why
-            others were passed over is logged), ``torch`` or ``onnxruntime``.
+            others were passed over is logged), ``torch`` or ``onnxruntime``. Which is the fastest, `fseft-edge
+            benchmark` may have found out on this machine (see :mod:`fseft_edge.runtime.remembered_speed`).
         threads: CPU threads of the engine; ``None`` leaves it the number that PyTorch uses.
 
     Raises:
@@ -99,7 +103,7 @@ def open_session(
         MissingBackendError: when the backend is not installed or does not run on the device.
         EncoderBundleError: when the bundle lacks what the backend needs.
     """
-    target = _resolve_device(device)
+    target = resolve_device(device)
     if backend == "auto":
         backend = _choose_backend(bundle, target)
     if backend not in _BACKENDS:
@@ -109,8 +113,50 @@ def open_session(
     return session
 
 
-def _resolve_device(name: str) -> torch.device:
-    """Return the device that a user's word means, checked to be there."""
+@dataclass(frozen=True)
+class BackendChoice:
+    """Whether ``auto`` may take a backend for a bundle on a device.
+
+    Attributes:
+        name: of the backend.
+        precision: number format that it computes in.
+        reason: why it is passed over; ``None`` when it can be used.
+    """
+
+    name: str
+    precision: str
+    reason: str | None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be used."""
+        return self.reason is None
+
+
+def backend_choices(bundle: EncoderBundle, device: torch.device) -> list[BackendChoice]:
+    """Return every backend, in the order in which ``auto`` asks them: it takes the first that is usable.
+
+    Libraries are imported to find out whether they work.
+    """
+    order = _order(bundle, device)
+    others = [name for name in _BACKENDS if name not in order]
+    never = f"not for {bundle.manifest.architecture} on this {'CPU' if device.type == 'cpu' else 'GPU'}"
+    reasons = [(name, _passed_over(name, bundle, device)) for name in order] + [(name, never) for name in others]
+    return [BackendChoice(name, bundle.manifest.precision, reason) for name, reason in reasons]
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all backends that this version has."""
+    return tuple(_BACKENDS)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a user's word means, checked to be there.
+
+    Raises:
+        UsageError: when the word is unknown.
+        EnvironmentProblemError: when the device is not there.
+    """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, number = name.partition(":")
@@ -127,31 +173,56 @@ def _resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _choose_backend(bundle: EncoderBundle, device: torch.device) -> str:
-    """Return the fastest backend that can be used, by what ``benchmarks/encoder_backends.py`` measures."""
+def _order(bundle: EncoderBundle, device: torch.device) -> tuple[str, ...]:
+    """Return the backends that ``auto`` may take on the device, fastest first.
+
+    By what ``benchmarks/encoder_backends.py`` measured, unless this machine was measured itself.
+    """
     on_cpu = device.type == "cpu"
-    for name in _FASTEST_ON_CPU.get(bundle.manifest.architecture, ()) if on_cpu else _FASTEST_ON_CUDA:
-        reason = _passed_over(name, bundle)
+    order = _FASTEST_ON_CPU.get(bundle.manifest.architecture, ()) if on_cpu else _FASTEST_ON_CUDA
+    remembered = remembered_order(bundle, device)
+    if remembered is None:
+        return order
+    measured = tuple(name for name in remembered if name in order)
+    _log.info("backends by their speed on this machine, as remembered: %s", ", ".join(measured))
+    return measured + tuple(name for name in order if name not in measured)
+
+
+def _choose_backend(bundle: EncoderBundle, device: torch.device) -> str:
+    """Return the fastest backend that can be used."""
+    for name in _order(bundle, device):
+        reason = _passed_over(name, bundle, device)
         if reason is None:
             return name
         _log.info("backend %s passed over: %s", name, reason)
     return "torch"
 
 
-def _passed_over(name: str, bundle: EncoderBundle) -> str | None:
+def _passed_over(name: str, bundle: EncoderBundle, device: torch.device) -> str | None:
     """Return why ``auto`` does not take a backend, or ``None`` when it may."""
     if name == "torch":
-        return None
+        known = bundle.manifest.architecture in _FASTEST_ON_CPU
+        return None if known else "this version does not know the encoder's architecture"
     if bundle.graph is None:
         return "the bundle was exported without an ONNX graph"
-    if find_spec(name) is None:
-        return "not installed"
+    problem = _library_problem(name, device)
+    if problem is not None:
+        return problem
     report = bundle.manifest.parity.get(name)
     if report is None:
         return "the bundle holds no parity report for it"
     if not report.passed:
         return f"relative error {max(report.relative_error):.1e} exceeds the gate {report.gate:.0e}"
     return None
+
+
+def _library_problem(name: str, device: torch.device) -> str | None:
+    """Return why a backend's library cannot compute on the device, or ``None`` when it can."""
+    problem = import_problem(name)
+    if problem is None and name == "onnxruntime" and device.type == "cuda":
+        providers = import_module(name).get_available_providers()
+        return None if "CUDAExecutionProvider" in providers else "the installed onnxruntime cannot use the GPU"
+    return problem
 
 
 def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int) -> EncoderSession:

@@ -1,0 +1,243 @@
+"""``benchmark``: every competitor measured in turns, the twin of ``fseft-edge benchmark``."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from fseft_edge._version import __version__
+from fseft_edge.adapter_file import read_adapter
+from fseft_edge.benchmarking.arithmetic import flop_of
+from fseft_edge.benchmarking.jobs import (
+    CeilingJob,
+    CeilingSample,
+    EncoderJob,
+    EncoderSample,
+    Peaks,
+    ScanJob,
+    ScanSample,
+    in_a_process,
+)
+from fseft_edge.benchmarking.results import EncoderSpeed, Failure, ScanSpeed, SpeedReport, Spread
+from fseft_edge.phantom import phantom
+from fseft_edge.report.progress import Progress, ProgressTask, SilentProgress
+from fseft_edge.runtime import remembered_speed
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
+from fseft_edge.runtime.libraries import installed_versions
+from fseft_edge.runtime.machine import this_machine
+from fseft_edge.runtime.nifti import case_name, list_cases, write_ct
+from fseft_edge.runtime.session import backend_choices, backend_names, resolve_device
+
+BATCHES: Final = (1, 2)
+ROUNDS: Final = 3
+
+_REPEATS = 3
+_PHANTOM_SEED = 0
+
+
+def benchmark(
+    encoder: Path,
+    *,
+    scans: Sequence[Path] = (),
+    adapter: Path | None = None,
+    backends: Sequence[str] = (),
+    device: str = "auto",
+    rounds: int = ROUNDS,
+    remember: bool = False,
+    progress: Progress | None = None,
+) -> SpeedReport:
+    """Measure an encoder's speed and memory here.
+
+    Every measurement is made in a process of its own. Within a round each competitor has one turn, so that whatever
+    else the machine does hits all alike.
+
+    Args:
+        encoder: the bundle.
+        scans: CTs (NIfTI), or folders of them; without any, a built-in phantom.
+        adapter: take the scans on to masks; without it, to features.
+        backends: which; without any, all that ``auto`` may take on the device.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
+        rounds: turns of each competitor.
+        remember: keep the backends' order on this machine for ``auto`` (:mod:`fseft_edge.runtime.remembered_speed`).
+        progress: where to show progress.
+
+    Returns:
+        What was found. What the environment did not allow is among its failures.
+
+    Raises:
+        UsageError: a device or backend is unknown.
+        InputError: bundle, adapter or scan is not usable.
+        EnvironmentProblemError: the device is not there, or nothing could be measured on windows.
+    """
+    bundle = EncoderBundle.open(encoder)
+    target = resolve_device(device)
+    names = _backends(bundle, target, backends)
+    if adapter is not None:
+        read_adapter(adapter).check_encoder(bundle.encoder_id, path=adapter)
+    with ExitStack() as stack:
+        paths = [path for scan in scans for path in list_cases(scan)]
+        if not paths:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-"))
+            paths = [Path(folder) / "phantom.nii.gz"]
+            write_ct(paths[0], phantom(_PHANTOM_SEED).volume)
+        plan = _Plan(bundle, str(target), names, tuple(paths), adapter)
+        total = rounds * len(names) * (len(BATCHES) + len(paths)) + rounds
+        task = stack.enter_context((progress or SilentProgress()).task(f"measure {bundle.manifest.name}", total))
+        samples = _Samples()
+        for _ in range(rounds):
+            _one_round(plan, samples, task)
+    if not samples.encoder:
+        first = samples.failures[0]
+        raise EnvironmentProblemError(first.message, remedy=first.remedy)
+    flop = flop_of(bundle.network(), bundle.window)
+    ceilings = {precision: max(found) for precision, found in samples.ceilings.items()}
+    speeds = tuple(_encoder_speeds(samples, flop, ceilings))
+    file = remembered_speed.remember(bundle, target, _seconds_a_window(speeds)) if remember else None
+    return SpeedReport(
+        version=__version__,
+        machine=this_machine(),
+        versions=installed_versions(),
+        encoder_name=bundle.manifest.name,
+        encoder_id=bundle.encoder_id,
+        window=bundle.window,
+        flop_a_window=flop,
+        device=remembered_speed.device_name(target),
+        ceilings=ceilings,
+        rounds=rounds,
+        encoder=speeds,
+        scans=tuple(_scan_speeds(samples)),
+        failures=tuple(samples.failures),
+        remembered=str(file) if file else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    bundle: EncoderBundle
+    device: str
+    backends: tuple[str, ...]
+    scans: tuple[Path, ...]
+    adapter: Path | None
+
+
+@dataclass
+class _Samples:
+    """What was measured so far; who failed once has no further turn."""
+
+    encoder: dict[tuple[str, int], list[EncoderSample]] = field(default_factory=dict)
+    scans: dict[tuple[str, Path], list[ScanSample]] = field(default_factory=dict)
+    ceilings: dict[str, list[float]] = field(default_factory=dict)
+    failed: set[tuple[str, object]] = field(default_factory=set)
+    failures: list[Failure] = field(default_factory=list)
+
+    def has_encoded(self, backend: str) -> bool:
+        """Whether a backend works at all."""
+        return any(name == backend for name, _ in self.encoder)
+
+    def fail(self, who: tuple[str, object], what: str, error: EnvironmentProblemError) -> None:
+        """Note that a competitor failed."""
+        self.failed.add(who)
+        self.failures.append(Failure.of(what, error))
+
+
+def _backends(bundle: EncoderBundle, device: torch.device, wanted: Sequence[str]) -> tuple[str, ...]:
+    unknown = [name for name in wanted if name not in backend_names()]
+    if unknown:
+        raise UsageError(f"The backend {unknown[0]!r} is unknown.", remedy=f"Choose {', '.join(backend_names())}.")
+    usable = (choice.name for choice in backend_choices(bundle, device) if choice.usable)
+    return tuple(dict.fromkeys(wanted or usable))
+
+
+def _one_round(plan: _Plan, samples: _Samples, task: ProgressTask) -> None:
+    for batch in BATCHES:
+        for backend in plan.backends:
+            if (backend, batch) not in samples.failed:
+                _measure_windows(plan, samples, backend, batch)
+            task.advance()
+    for precision in {sample.precision for turns in samples.encoder.values() for sample in turns}:
+        job = CeilingJob(device=plan.device, precision=precision)
+        samples.ceilings.setdefault(precision, []).append(in_a_process(job, CeilingSample).flop_a_second)
+    task.advance()
+    for scan in plan.scans:
+        for backend in plan.backends:
+            if (backend, scan) not in samples.failed and samples.has_encoded(backend):
+                _measure_scan(plan, samples, backend, scan)
+            task.advance()
+
+
+def _measure_windows(plan: _Plan, samples: _Samples, backend: str, batch: int) -> None:
+    job = EncoderJob(encoder=plan.bundle.path, backend=backend, device=plan.device, batch=batch, repeats=_REPEATS)
+    try:
+        sample = in_a_process(job, EncoderSample)
+    except EnvironmentProblemError as error:
+        samples.fail((backend, batch), f"{backend}, {batch} windows at once", error)
+        return
+    samples.encoder.setdefault((backend, batch), []).append(sample)
+
+
+def _measure_scan(plan: _Plan, samples: _Samples, backend: str, scan: Path) -> None:
+    job = ScanJob(encoder=plan.bundle.path, backend=backend, device=plan.device, scan=scan, adapter=plan.adapter)
+    try:
+        sample = in_a_process(job, ScanSample)
+    except EnvironmentProblemError as error:
+        samples.fail((backend, scan), f"{backend}, {case_name(scan)}", error)
+        return
+    samples.scans.setdefault((backend, scan), []).append(sample)
+
+
+def _encoder_speeds(samples: _Samples, flop: int, ceilings: dict[str, float]) -> Iterator[EncoderSpeed]:
+    for (backend, batch), turns in samples.encoder.items():
+        seconds = Spread.of([value for turn in turns for value in turn.seconds])
+        rate = batch / seconds.median
+        yield EncoderSpeed(
+            backend=backend,
+            precision=turns[0].precision,
+            batch=batch,
+            seconds=seconds,
+            first_seconds=statistics.median(turn.first_seconds for turn in turns),
+            open_seconds=statistics.median(turn.open_seconds for turn in turns),
+            windows_a_second=rate,
+            share_of_ceiling=rate * flop / ceilings[turns[0].precision],
+            peak_ram_bytes=_most_ram(turn.peaks for turn in turns),
+            peak_vram_bytes=_most_vram(turn.peaks for turn in turns),
+        )
+
+
+def _scan_speeds(samples: _Samples) -> Iterator[ScanSpeed]:
+    precisions = {backend: turns[0].precision for (backend, _), turns in samples.encoder.items()}
+    for (backend, scan), turns in samples.scans.items():
+        stages = dict.fromkeys(stage for turn in turns for stage in turn.stages)
+        yield ScanSpeed(
+            backend=backend,
+            precision=precisions[backend],
+            scan=case_name(scan),
+            seconds=Spread.of([sum(turn.stages.values()) for turn in turns]),
+            stages={stage: statistics.median(turn.stages.get(stage, 0.0) for turn in turns) for stage in stages},
+            open_seconds=statistics.median(turn.open_seconds for turn in turns),
+            peak_ram_bytes=_most_ram(turn.peaks for turn in turns),
+            peak_vram_bytes=_most_vram(turn.peaks for turn in turns),
+        )
+
+
+def _seconds_a_window(speeds: Sequence[EncoderSpeed]) -> dict[str, float]:
+    """Return each backend's median for a window, in its best batch."""
+    rates: dict[str, float] = {}
+    for speed in speeds:
+        rates[speed.backend] = max(speed.windows_a_second, rates.get(speed.backend, 0.0))
+    return {backend: 1 / rate for backend, rate in rates.items()}
+
+
+def _most_ram(turns: Iterator[Peaks]) -> int:
+    return max(peaks.ram_bytes for peaks in turns)
+
+
+def _most_vram(turns: Iterator[Peaks]) -> int | None:
+    return max((peaks.vram_bytes for peaks in turns if peaks.vram_bytes is not None), default=None)
