@@ -145,7 +145,7 @@ def _disks() -> Iterator[Disk]:
 
 def _driver_version() -> str | None:
     """Return the version of the kernel module that is loaded."""
-    found = re.search(r"Kernel Module\D*?\s(\d+\.[\d.]+)", _text(_PROC / "driver/nvidia/version"))
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(_PROC / "driver/nvidia/version"))
     return found[1] if found else None
 
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.runtime.errors import EnvironmentProblemError
 from fseft_edge.runtime.libraries import installed_versions
 from fseft_edge.runtime.machine import cpu
 
@@ -50,10 +51,16 @@ def speeds_file() -> Path:
     """Return where speeds are remembered.
 
     Raises:
-        RuntimeError: the account has no home folder.
+        EnvironmentProblemError: the account has no home folder.
     """
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = named if named.is_absolute() else Path.home() / ".cache"  # a relative path is ignored, as the standard says
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not root.is_absolute():  # a relative path is ignored, as the XDG Base Directory Specification says
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError as error:
+            raise EnvironmentProblemError(
+                "This account has no home folder to remember speeds in.", remedy="Set XDG_CACHE_HOME to a folder."
+            ) from error
     return root / "fseft-edge" / "speeds.json"
 
 
@@ -69,7 +76,9 @@ def remembered_order(bundle: EncoderBundle, device: torch.device) -> tuple[str, 
 
     A file that cannot be read is no reason to fail: it is passed over with a warning.
     """
-    record = _find(_read().records, bundle.encoder_id, device_name(device))
+    records = [record for record in _read().records if record.encoder_id == bundle.encoder_id]
+    here = device_name(device) if records else ""
+    record = next((record for record in records if record.device == here), None)
     if record is None:
         return None
     if record.versions != installed_versions():
@@ -83,6 +92,7 @@ def remember(bundle: EncoderBundle, device: torch.device, seconds_a_window: Mapp
 
     Raises:
         OutOfSpaceError: the file cannot be written.
+        EnvironmentProblemError: the account has no home folder.
     """
     new = _Record(
         encoder_id=bundle.encoder_id,
@@ -99,15 +109,11 @@ def remember(bundle: EncoderBundle, device: torch.device, seconds_a_window: Mapp
     return file
 
 
-def _find(records: tuple[_Record, ...], encoder_id: str, device: str) -> _Record | None:
-    return next((record for record in records if (record.encoder_id, record.device) == (encoder_id, device)), None)
-
-
 def _read() -> _Records:
     try:
         file = speeds_file()
         return _Records.model_validate_json(file.read_bytes()) if file.exists() else _Records()
-    except RuntimeError:  # no home folder
+    except EnvironmentProblemError:
         return _Records()
     except (OSError, ValidationError) as error:
         _log.warning("the remembered speeds of backends in %s cannot be read: %s", file, str(error).splitlines()[0])

@@ -29,6 +29,7 @@ from fseft_edge.benchmarking.results import EncoderSpeed, Failure, ScanSpeed, Sp
 from fseft_edge.phantom import phantom
 from fseft_edge.report.progress import Progress, ProgressTask, SilentProgress
 from fseft_edge.runtime import remembered_speed
+from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 from fseft_edge.runtime.libraries import installed_versions
@@ -75,11 +76,14 @@ def benchmark(
     Raises:
         UsageError: a device or backend is unknown.
         InputError: bundle, adapter or scan is not usable.
-        EnvironmentProblemError: the device is not there, or nothing could be measured on windows.
+        EnvironmentProblemError: the device is not there, nothing could be measured on windows, or nothing can be
+            remembered.
     """
     bundle = EncoderBundle.open(encoder)
     target = resolve_device(device)
     names = _backends(bundle, target, backends)
+    if remember:
+        check_writable(remembered_speed.speeds_file())
     if adapter is not None:
         read_adapter(adapter).check_encoder(bundle.encoder_id, path=adapter)
     with ExitStack() as stack:

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles.libraries import fake_library
 from doubles.models import WINDOW, small_contents, small_network, windows
 
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.backends import pytorch
 from fseft_edge.runtime.bundle import EncoderBundle, ParityReport
 from fseft_edge.runtime.errors import EncoderBundleError, EnvironmentProblemError, MissingBackendError, UsageError
-from fseft_edge.runtime.session import EncoderSession, open_session
+from fseft_edge.runtime.remembered_speed import remember
+from fseft_edge.runtime.session import BackendChoice, EncoderSession, backend_choices, open_session
 
 BACKENDS = ["torch", "onnxruntime"]
 PASSED = ParityReport(backend="onnxruntime", version="1", source="noise", windows=1, gate=1e-4, relative_error=(1e-6,))
@@ -186,3 +188,88 @@ def test_auto_passes_over_what_cannot_be_used_and_says_why(
     assert chosen == [attention]
     assert "backend onnxruntime passed over: " in caplog.text
     assert reason in caplog.text
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+INTERNALS = sys.modules["fseft_edge.runtime.session"]
+
+
+@pytest.mark.parametrize("architecture", ["residual_unet", "swin_unetr"])
+@pytest.mark.parametrize("parity", [{}, {"onnxruntime": PASSED}], ids=["no parity", "parity"])
+def test_auto_takes_the_first_choice_that_is_usable(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, architecture: str, parity: dict[str, ParityReport]
+) -> None:
+    opened = []
+    for name in BACKENDS:
+        monkeypatch.setitem(INTERNALS._BACKENDS, name, lambda *_, name=name: opened.append(name) or _Named(name))
+    described = described_as(bundle, architecture=architecture, parity=parity)
+    open_session(described, device="cpu")
+    usable = [choice.name for choice in backend_choices(described, CPU) if choice.usable]
+    assert opened == usable[:1]
+
+
+class _Named:
+    """What `open_session` asks of a session that it has opened."""
+
+    device = "cpu"
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
+def test_choices_name_every_backend_and_why_not(bundle: EncoderBundle) -> None:
+    assert backend_choices(described_as(bundle, parity={}), CPU) == [
+        BackendChoice("torch", "float32", None),
+        BackendChoice("onnxruntime", "float32", "the bundle holds no parity report for it"),
+    ]
+
+
+def test_an_architecture_of_a_newer_version_has_no_backend(bundle: EncoderBundle) -> None:
+    unknown = described_as(bundle, architecture="net_of_2030")
+    assert not any(choice.usable for choice in backend_choices(unknown, CPU))
+    (torch_choice,) = (choice for choice in backend_choices(unknown, GPU) if choice.name == "torch")
+    assert torch_choice.reason == "this version does not know the encoder's architecture"
+
+
+def test_a_backend_that_is_added_shows_up_by_itself(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(INTERNALS._BACKENDS, "abacus", None)
+    assert BackendChoice("abacus", "float32", "not for residual_unet on this CPU") in backend_choices(bundle, CPU)
+    monkeypatch.setitem(INTERNALS._FASTEST_ON_CPU, "residual_unet", ("abacus", "torch"))
+    assert backend_choices(bundle, CPU)[0] == BackendChoice("abacus", "float32", "not installed")
+
+
+def test_an_onnxruntime_without_cuda_is_not_for_a_gpu(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for providers, reason in (
+        ("['CPUExecutionProvider']", "the installed onnxruntime cannot use the GPU"),
+        ("['CUDAExecutionProvider', 'CPUExecutionProvider']", None),
+    ):
+        source = f"def get_available_providers(): return {providers}"
+        fake_library(monkeypatch, tmp_path / str(reason), "onnxruntime", source)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+        assert backend_choices(bundle, GPU)[1] == BackendChoice("onnxruntime", "float32", reason)
+
+
+def test_auto_passes_over_a_broken_library(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    fake_library(monkeypatch, tmp_path, "onnxruntime", "raise ImportError('libonnx.so: not there')")
+    monkeypatch.setitem(INTERNALS._FASTEST_ON_CPU, "residual_unet", ("onnxruntime", "torch"))
+    with caplog.at_level(logging.INFO), open_session(bundle, device="cpu") as session:
+        assert session.backend == "torch"
+    assert "backend onnxruntime passed over: broken: libonnx.so: not there" in caplog.text
+
+
+def test_auto_prefers_what_was_measured_to_be_faster_here(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    remember(bundle, CPU, {"onnxruntime": 1.0, "torch": 2.0, "abacus": 0.1})
+    with caplog.at_level(logging.INFO), open_session(bundle, device="cpu") as session:
+        assert session.backend == "onnxruntime"
+    assert "by their speed on this machine, as remembered: onnxruntime, torch" in caplog.text
+    assert [choice.name for choice in backend_choices(bundle, CPU)] == ["onnxruntime", "torch"]
+    without_parity = described_as(bundle, parity={})
+    with open_session(without_parity, device="cpu") as session:
+        assert session.backend == "torch"
