@@ -105,6 +105,8 @@ class SpeedReport:
         encoder_name, encoder_id, window: which encoder.
         flop_a_window: floating-point operations of its plain network.
         device: model of the processor or GPU, and the CPU's threads.
+        load_before: average number of processes that wanted the processor in the minute before, per usable core; more
+            than a little means that other programs are measured, too.
         ceilings: by precision, floating-point operations a second of a large matrix product on the device.
         rounds: how often every competitor had its turn.
         encoder: backends on windows.
@@ -121,6 +123,7 @@ class SpeedReport:
     window: tuple[int, int, int]
     flop_a_window: int
     device: str
+    load_before: float
     ceilings: dict[str, float]
     rounds: int
     encoder: tuple[EncoderSpeed, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -79,6 +80,8 @@ def benchmark(
         EnvironmentProblemError: the device is not there, nothing could be measured on windows, or nothing can be
             remembered.
     """
+    machine = this_machine()
+    load_before = os.getloadavg()[0] / machine.cpu.usable_cores
     bundle = EncoderBundle.open(encoder)
     target = resolve_device(device)
     names = _backends(bundle, target, backends)
@@ -107,13 +110,14 @@ def benchmark(
     file = remembered_speed.remember(bundle, target, _seconds_a_window(speeds)) if remember else None
     return SpeedReport(
         version=__version__,
-        machine=this_machine(),
+        machine=machine,
         versions=installed_versions(),
         encoder_name=bundle.manifest.name,
         encoder_id=bundle.encoder_id,
         window=bundle.window,
         flop_a_window=flop,
         device=remembered_speed.device_name(target),
+        load_before=load_before,
         ceilings=ceilings,
         rounds=rounds,
         encoder=speeds,

@@ -21,7 +21,6 @@ from fseft_edge.benchmarking.jobs import (
     ScanSample,
     read_job,
 )
-from fseft_edge.benchmarking.stages import encoded, segmented, stage_times
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError
 from fseft_edge.runtime.session import open_session
@@ -56,6 +55,12 @@ def _encoder(job: EncoderJob, device: torch.device) -> EncoderSample:
 
 
 def _scan(job: ScanJob, device: torch.device) -> ScanSample:
+    from fseft_edge.benchmarking.stages import (  # noqa: PLC0415 - what it brings in is no part of an encoder's memory
+        encoded,
+        segmented,
+        stage_times,
+    )
+
     work = encoded if job.adapter is None else partial(segmented, adapter=job.adapter)
     times = stage_times(partial(work, job.scan, encoder=job.encoder, backend=job.backend, device=job.device))
     return ScanSample(open_seconds=times.opening, stages=times.stages, peaks=peaks(device))

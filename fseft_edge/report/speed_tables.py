@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fseft_edge.benchmarking.results import ScanSpeed, SpeedReport, Spread
 
 
+_BUSY = 0.25
 _HEADINGS = ("backend", "precision", "batch", "s", "win/s", "first", "open", "GiB")
 
 
@@ -41,7 +42,8 @@ def _encoder(report: SpeedReport) -> Table:
         f"{report.encoder_name}: windows of {' x '.join(map(str, report.window))} on {report.device}",
         f"s: median seconds of a batch (quartiles), rounds: {report.rounds}; first: the first batch of a process;\n"
         "open: opening the encoder; GiB: most memory of the process. peak: share of the arithmetic\n"
-        f"of a large matrix product here (GFLOP/s: {ceilings}); a window takes {report.flop_a_window / 1e9:.1f} GFLOP.",
+        f"of a large matrix product here (GFLOP/s: {ceilings}); a window takes {report.flop_a_window / 1e9:.1f} GFLOP."
+        f"{_busy(report)}",
         2,
         (*_HEADINGS, "VRAM", "peak") if gpu else (*_HEADINGS, "peak"),
     )
@@ -51,6 +53,15 @@ def _encoder(report: SpeedReport) -> Table:
         cells = [str(row.batch), _spread(row.seconds), *speed, *memory, f"{row.share_of_ceiling:.0%}"]
         table.add_row(row.backend, row.precision, *cells)
     return table
+
+
+def _busy(report: SpeedReport) -> str:
+    if report.load_before < _BUSY:
+        return ""
+    return (
+        f"\nOther programs kept the processor busy (load {report.load_before:.1f} a core before it began): "
+        "these are not\nthe figures of a machine at rest."
+    )
 
 
 def _scan(scan: str, rows: list[ScanSpeed]) -> Table:

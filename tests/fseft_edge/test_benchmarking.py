@@ -234,7 +234,7 @@ torch.ones(64 << 20)
 print(peaks(torch.device("cpu")).ram_bytes - before, before)
 """
     ballast = np.ones(1 << 27)
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)  # noqa: S603 - as above
     grown, before = map(int, done.stdout.split())
     assert before < ballast.nbytes
     assert grown == pytest.approx(256 << 20, rel=0.1)
@@ -372,6 +372,17 @@ def test_tables_fit_100_columns(bundle: EncoderBundle, scan: Path, machinery: Ma
     assert max(map(len, text.splitlines())) <= 100
     assert "4.00 (4.00–4.00)" in text
     assert "3.00  75%" in text
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (4.0, True)])
+def test_a_machine_that_was_busy_is_said_to_be(
+    bundle: EncoderBundle, scan: Path, machinery: Machinery, monkeypatch: pytest.MonkeyPatch, load: float, said: bool
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * cores, 9.0, 9.0))
+    report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1)
+    assert report.load_before == load
+    assert ("kept the processor busy" in shown(report)) == said
 
 
 def shown(report: SpeedReport) -> str:
