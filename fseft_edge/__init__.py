@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fseft_edge.adaptation import adapt
     from fseft_edge.adapter_training import TrainingSettings
     from fseft_edge.adapters import AdapterSettings
+    from fseft_edge.benchmarking.runs import benchmark
     from fseft_edge.demonstration import run_demo
+    from fseft_edge.doctor import diagnose
     from fseft_edge.evaluation import evaluate
     from fseft_edge.export.export import export_encoder
     from fseft_edge.fused_export import export_adapter
@@ -34,6 +36,8 @@ _HOMES = {
     "OrganLabel": "fseft_edge.organs",
     "TrainingSettings": "fseft_edge.adapter_training",
     "adapt": "fseft_edge.adaptation",
+    "benchmark": "fseft_edge.benchmarking.runs",
+    "diagnose": "fseft_edge.doctor",
     "evaluate": "fseft_edge.evaluation",
     "export_adapter": "fseft_edge.fused_export",
     "export_encoder": "fseft_edge.export.export",
@@ -49,6 +53,8 @@ __all__ = [
     "TrainingSettings",
     "__version__",
     "adapt",
+    "benchmark",
+    "diagnose",
     "evaluate",
     "export_adapter",
     "export_encoder",

@@ -107,7 +107,7 @@ def open_session(
         MissingBackendError: when the backend is not installed or does not run on the device.
         EncoderBundleError: when the bundle lacks what the backend needs.
     """
-    target = _resolve_device(device)
+    target = resolve_device(device)
     if backend != "auto" and backend not in _BACKENDS:
         raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose auto, {', '.join(_BACKENDS)}.")
     choice = _choose(backend_choices(bundle, target), backend, precision)
@@ -116,8 +116,18 @@ def open_session(
     return session
 
 
-def _resolve_device(name: str) -> torch.device:
-    """Return the device that a user's word means, checked to be there."""
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all backends that this version has."""
+    return tuple(_BACKENDS)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a user's word means, checked to be there.
+
+    Raises:
+        UsageError: when the word is unknown.
+        EnvironmentProblemError: when the device is not there.
+    """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, number = name.partition(":")
@@ -137,27 +147,29 @@ def _resolve_device(name: str) -> torch.device:
 def _choose(choices: Sequence[BackendChoice], backend: str, precision: str) -> BackendChoice:
     """Return the first choice that fits what was asked for and has no obstacle.
 
-    What was asked for by name is tried whatever the gate says: a session that cannot be opened says why itself.
+    Where every one has, what was asked for by name is tried whatever the gate says, and else float32: a session that
+    cannot be opened says why itself.
     """
     fitting = [choice for choice in choices if backend in ("auto", choice.backend)]
     if precision != "auto":
         fitting = [choice for choice in fitting if choice.precision == precision]
-    for choice in fitting:
-        if choice.obstacle is None:
-            return choice
-        if choice is not fitting[-1] or backend == "auto":
+    usable = next((choice for choice in fitting if choice.usable), None)
+    if usable is not None:
+        for choice in fitting[: fitting.index(usable)]:
             _log.info("backend %s in %s passed over: %s", choice.backend, choice.precision, choice.obstacle)
-    if not fitting or backend == "auto":
+        return usable
+    if not fitting:
+        who = "No backend computes" if backend == "auto" else f"The backend {backend} does not compute"
         raise UsageError(
-            f"No backend computes in {precision} here."
-            if backend == "auto"
-            else f"The backend {backend} does not compute in {precision} on this device.",
-            remedy="Leave --precision out; --verbose says why a backend is passed over.",
+            f"{who} in {precision} on this device.",
+            remedy="Leave --precision out; `fseft-edge doctor` says what can be used.",
         )
-    named = fitting[-1]
-    if precision not in ("auto", "float32"):
-        _log.warning("%s in %s was asked for, though %s", named.backend, named.precision, named.obstacle)
-    return named
+    if precision == "auto":
+        exact = "torch" if backend == "auto" else backend
+        fitting = [choice for choice in fitting if (choice.backend, choice.precision) == (exact, "float32")] or fitting
+    elif precision != "float32":
+        _log.warning("%s in %s was asked for, though %s", fitting[0].backend, precision, fitting[0].obstacle)
+    return fitting[0]
 
 
 def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int, _: Precision) -> EncoderSession:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from fseft_edge.cli.options import PATH, Common, common_options, talk_options
+from fseft_edge.cli.tables import echo_table
 from fseft_edge.organs import parse_organs
 from fseft_edge.report.progress import open_progress
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fseft_edge.segmentation import SegmentedCase
     from fseft_edge.transduction import TransductionPlan
 
@@ -34,7 +32,7 @@ def demo(output: Path, quiet: bool) -> None:
 
     with open_progress(quiet=quiet) as progress:
         result = run_demo(output, progress=progress)
-    _echo_table(result.table())
+    echo_table(result.table())
     click.echo(f"Pictures: {result.page}")
 
 
@@ -332,20 +330,13 @@ def evaluate(
         result.to_csv(csv_file)
     if json_file is not None:
         result.to_json(json_file)
-    _echo_table(result.table())
+    echo_table(result.table())
     for failure in result.failures:
         click.echo(f"{failure.case}: {failure.message} {failure.remedy}", err=True)
     if result.failures:
         raise SomeCasesFailedError(
             f"{len(result.failures)} cases could not be compared.", remedy="The reasons stand above."
         )
-
-
-def _echo_table(table: Table) -> None:
-    """Print a table at the terminal's width, or whole where stdout is none."""
-    from rich.console import Console  # noqa: PLC0415 - only where a table is shown
-
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @click.command()

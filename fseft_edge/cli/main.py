@@ -15,14 +15,20 @@ import click
 from fseft_edge._version import __version__
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, OutOfMemoryError
 
-_COMMANDS = ("demo", "export", "adapt", "segment", "export-adapter", "evaluate", "pretrain")
+_COMMANDS = {
+    **dict.fromkeys(
+        ("demo", "export", "adapt", "segment", "export-adapter", "evaluate", "pretrain"), "fseft_edge.cli.commands"
+    ),
+    **dict.fromkeys(("doctor", "benchmark"), "fseft_edge.cli.machine_commands"),
+}
+"""Where each command lives."""
 _INTERRUPTED = 130
 _UNEXPECTED = 1
 _MEMORY_REMEDY = "Close other programs, segment fewer organs at once, or use a machine with more memory."
 
 
 class _LazyGroup(click.Group):
-    """Commands live in :mod:`fseft_edge.cli.commands`, which is imported when one is asked for."""
+    """A command's module is imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -30,7 +36,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module("fseft_edge.cli.commands"), cmd_name.replace("-", "_"))
+        command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
         return command
 
 

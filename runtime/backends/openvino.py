@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +10,7 @@ from torch import Tensor
 
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import EncoderBundleError, MissingBackendError
+from fseft_edge.runtime.libraries import openvino_core
 from fseft_edge.runtime.session import EncoderSession
 
 _MAX_BATCH = 1  # the graph is compiled for one window: for a fixed shape it runs faster
@@ -81,42 +76,11 @@ class CompiledGraph:
         return [torch.from_numpy(level) for level in results.values()]
 
 
-@functools.cache
 def _core() -> Any:  # noqa: ANN401 - of a library that may not be there
-    """Return the process's one OpenVINO, which stays until the process ends.
-
-    Each gives the thread a stack for signals of its own and, when it goes, the stack that was there before. Of two that
-    go in the order they came, the second gives back the first one's, which is freed: the next signal, such as Ctrl-C,
-    then ends the process in a segmentation fault (OpenVINO 2026.4).
-    """
-    return import_openvino().Core()
-
-
-def import_openvino() -> ModuleType:
-    """Return the library, without the telemetry that its conversion tools would set up.
-
-    Raises:
-        MissingBackendError: when it is not installed, or not for this machine.
-    """
     try:
-        with _no_telemetry():
-            return importlib.import_module("openvino")
+        return openvino_core()
     except ImportError as error:
         raise MissingBackendError(
             f"The backend openvino cannot be loaded: {error}.",
             remedy="Install it with `pip install 'fseft-edge[openvino]'`, or use --backend torch.",
         ) from error
-
-
-@contextmanager
-def _no_telemetry() -> Iterator[None]:
-    """Let openvino find no openvino_telemetry while it is imported: it falls back on its stub, which sends nothing."""
-    name = "openvino_telemetry"
-    if name in sys.modules:
-        yield
-        return
-    sys.modules[name] = None  # type: ignore[assignment]  # how the import system marks a module as not there
-    try:
-        yield
-    finally:
-        del sys.modules[name]

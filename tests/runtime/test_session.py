@@ -12,13 +12,16 @@ from typing import Literal
 
 import pytest
 import torch
+from doubles.libraries import fake_library
 from doubles.models import WINDOW, small_contents, small_network, windows
 
 from fseft_edge.export.onnx_graph import write_graph
+from fseft_edge.runtime.backend_choice import BackendChoice, backend_choices
 from fseft_edge.runtime.backends import pytorch
-from fseft_edge.runtime.backends.openvino import import_openvino
 from fseft_edge.runtime.bundle import EncoderBundle, ParityReport
 from fseft_edge.runtime.errors import EncoderBundleError, EnvironmentProblemError, MissingBackendError, UsageError
+from fseft_edge.runtime.libraries import openvino_core
+from fseft_edge.runtime.remembered_speed import remember
 from fseft_edge.runtime.session import EncoderSession, open_session
 
 BACKENDS = ["torch", "onnxruntime", "openvino"]
@@ -186,7 +189,7 @@ def test_a_precision_that_nothing_computes_in_is_wrong_use(bundle: EncoderBundle
 
 def test_openvino_is_imported_without_its_telemetry() -> None:
     code = (
-        "import sys; from fseft_edge.runtime.backends.openvino import import_openvino; import_openvino();"
+        "import sys; from fseft_edge.runtime.libraries import openvino_core; openvino_core();"
         "print([name for name in sys.modules if name.startswith('openvino_telemetry')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - a fixed script
@@ -211,7 +214,7 @@ def test_a_missing_library_says_how_to_install_it(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     monkeypatch.setitem(sys.modules, backend, None)
-    monkeypatch.setattr("fseft_edge.runtime.backends.openvino._core", import_openvino)
+    monkeypatch.setattr("fseft_edge.runtime.backends.openvino.openvino_core", openvino_core.__wrapped__)
     with pytest.raises(MissingBackendError, match=r"pip install 'fseft-edge\[(cpu|openvino)\]'") as caught:
         open_session(bundle, device="cpu", backend=backend)
     assert caught.value.exit_code == 4
@@ -266,3 +269,95 @@ def test_auto_passes_over_what_cannot_be_used_and_says_why(
     assert chosen == [attention]
     assert "backend onnxruntime in float32 passed over: " in caplog.text
     assert reason in caplog.text
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+INTERNALS = sys.modules["fseft_edge.runtime.session"]
+
+
+@pytest.mark.parametrize("architecture", ["residual_unet", "swin_unetr"])
+@pytest.mark.parametrize("parity", [{}, {"onnxruntime": PASSED}, PARITY], ids=["none", "onnxruntime", "all"])
+def test_auto_takes_the_first_choice_that_is_usable(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, architecture: str, parity: dict[str, ParityReport]
+) -> None:
+    opened = []
+    for name in BACKENDS:
+        monkeypatch.setitem(
+            INTERNALS._BACKENDS, name, lambda *given, name=name: opened.append((name, given[3])) or _Named(name)
+        )
+    described = described_as(bundle, architecture=architecture, parity=parity)
+    open_session(described, device="cpu")
+    usable = [(choice.backend, choice.precision) for choice in backend_choices(described, CPU) if choice.usable]
+    assert opened == usable[:1]
+
+
+class _Named:
+    """What `open_session` asks of a session that it has opened."""
+
+    device = "cpu"
+    precision = "float32"
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+
+def test_choices_name_every_backend_and_why_not(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fseft_edge.runtime.backend_choice.has_bfloat16", lambda _: False)
+    missing = "the bundle holds no parity report for it"
+    assert backend_choices(described_as(bundle, parity={}), CPU) == [
+        BackendChoice("openvino", "bfloat16", "this CPU has no bfloat16 instructions"),
+        BackendChoice("openvino", "float32", missing),
+        BackendChoice("torch", "float32", None),
+        BackendChoice("onnxruntime", "float32", missing),
+    ]
+    assert BackendChoice("openvino", "float32", "not for residual_unet on this GPU") in backend_choices(bundle, GPU)
+
+
+def test_an_architecture_of_a_newer_version_has_no_backend(bundle: EncoderBundle) -> None:
+    unknown = described_as(bundle, architecture="net_of_2030")
+    assert not any(choice.usable for choice in backend_choices(unknown, CPU))
+    (torch_choice,) = (choice for choice in backend_choices(unknown, GPU) if choice.backend == "torch")
+    assert torch_choice.obstacle == "this version does not know the encoder's architecture"
+
+
+def test_the_choices_are_of_the_backends_that_can_be_opened() -> None:
+    assert set(INTERNALS._BACKENDS) == set(sys.modules["fseft_edge.runtime.backend_choice"]._BACKENDS)
+
+
+def test_an_onnxruntime_without_cuda_is_not_for_a_gpu(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for providers, reason in (
+        ("['CPUExecutionProvider']", "the installed onnxruntime cannot use the GPU"),
+        ("['CUDAExecutionProvider', 'CPUExecutionProvider']", None),
+    ):
+        source = f"def get_available_providers(): return {providers}"
+        fake_library(monkeypatch, tmp_path / str(reason), "onnxruntime", source)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+        assert BackendChoice("onnxruntime", "float32", reason) in backend_choices(bundle, GPU)
+
+
+def test_auto_passes_over_a_broken_library(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    fake_library(monkeypatch, tmp_path, "onnxruntime", "raise ImportError('libonnx.so: not there')")
+    attention = described_as(bundle, architecture="swin_unetr", parity={"onnxruntime": PASSED})
+    with caplog.at_level(logging.INFO), pytest.raises(EncoderBundleError):
+        open_session(attention, device="cpu")  # whose weights are no attention network's
+    assert "backend onnxruntime in float32 passed over: broken: libonnx.so: not there" in caplog.text
+
+
+def test_auto_prefers_what_was_measured_to_be_faster_here(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fastest, second = ("onnxruntime", "float32"), ("torch", "float32")
+    remember(bundle, CPU, {fastest: 1.0, second: 2.0, ("abacus", "float32"): 0.1})
+    with caplog.at_level(logging.INFO), open_session(bundle, device="cpu") as session:
+        assert session.backend == "onnxruntime"
+    assert "by their speed on this machine, as remembered: onnxruntime float32, torch float32" in caplog.text
+    choices = [(choice.backend, choice.precision) for choice in backend_choices(bundle, CPU)]
+    assert choices == [fastest, second, ("openvino", "bfloat16"), ("openvino", "float32")]
+    without_parity = described_as(bundle, parity={})
+    with open_session(without_parity, device="cpu") as session:
+        assert session.backend == "torch"

@@ -1,0 +1,1 @@
+"""Speed and memory of encoders on this machine. The twin of ``fseft-edge benchmark`` is in ``runs.py``."""

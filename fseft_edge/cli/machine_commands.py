@@ -1,0 +1,95 @@
+"""The commands about the machine: what it can run, and how fast."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fseft_edge.cli.options import PATH, talk_options
+from fseft_edge.cli.tables import echo_table
+from fseft_edge.report.progress import open_progress
+from fseft_edge.runtime.errors import SomeCasesFailedError
+
+
+@click.command()
+@click.argument("encoders", metavar="[ENCODER]...", type=PATH, nargs=-1)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@talk_options
+def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+    """Say what this machine can run, which backends can run each ENCODER bundle, and what to install."""
+    from fseft_edge.doctor import diagnose  # noqa: PLC0415 - only this command needs it
+    from fseft_edge.report.diagnosis import diagnosis_tables  # noqa: PLC0415 - likewise
+
+    diagnosis = diagnose(encoders)
+    if as_json:
+        click.echo(json.dumps(diagnosis.as_dict(), indent=2))
+        return
+    for table in diagnosis_tables(diagnosis):
+        echo_table(table)
+
+
+@click.command()
+@click.argument("encoder", type=PATH)
+@click.option(
+    "--scan",
+    "scans",
+    type=PATH,
+    multiple=True,
+    help="A CT (NIfTI), or a folder of them; may be repeated.  [default: a built-in phantom]",
+)
+@click.option("--adapter", type=PATH, help="Take the scans on to masks with this adapter.  [default: to features]")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    help="Measure this one; may be repeated.  [default: all that can run the encoder]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each backend.")
+@click.option("--json", "json_file", type=PATH, help="Write everything as JSON.")
+@click.option("--remember", is_flag=True, help="Let `--backend auto` prefer what was fastest here.")
+@talk_options
+def benchmark(
+    *,
+    encoder: Path,
+    scans: tuple[Path, ...],
+    adapter: Path | None,
+    backends: tuple[str, ...],
+    device: str,
+    rounds: int,
+    json_file: Path | None,
+    remember: bool,
+    quiet: bool,
+) -> None:
+    """Measure how fast each backend runs the bundle ENCODER here, on windows and on whole scans, and in what memory."""
+    from fseft_edge.benchmarking.runs import benchmark as run  # noqa: PLC0415 - brings in torch
+    from fseft_edge.report.speed_tables import speed_tables  # noqa: PLC0415 - only this command needs it
+    from fseft_edge.runtime.atomic import check_writable  # noqa: PLC0415 - likewise
+
+    if json_file is not None:
+        check_writable(json_file)
+    with open_progress(quiet=quiet) as progress:
+        report = run(
+            encoder,
+            scans=scans,
+            adapter=adapter,
+            backends=backends,
+            device=device,
+            rounds=rounds,
+            remember=remember,
+            progress=progress,
+        )
+    if json_file is not None:
+        report.to_json(json_file)
+    for table in speed_tables(report):
+        echo_table(table)
+    if report.remembered is not None:
+        click.echo(f"Remembered for --backend auto: {report.remembered}")
+    for failure in report.failures:
+        click.echo(f"{failure.what}: {failure.message} {failure.remedy}", err=True)
+    if report.failures:
+        raise SomeCasesFailedError(
+            f"{len(report.failures)} measurements failed.", remedy="The reasons stand above; the others are shown."
+        )

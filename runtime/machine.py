@@ -1,0 +1,212 @@
+"""What this machine has: processor, memory, disks, NVIDIA driver and GPUs.
+
+Asking never fails: what cannot be found out is ``None`` or left out. PyTorch is imported only to ask for GPUs, and may
+be broken. Memory is in bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Final, Literal
+
+_INSTRUCTIONS: Final = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+"""What the engines' fast paths need, as Linux names it."""
+
+_PROC = Path("/proc")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_QUERY = ("--query-gpu=name,driver_version,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits")
+_QUERY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """The processor.
+
+    Attributes:
+        model: its name.
+        cores: logical cores of the machine.
+        usable_cores: those that this process may use.
+        instructions: which of the instruction sets that matter it has.
+    """
+
+    model: str
+    cores: int
+    usable_cores: int
+    instructions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Main memory; within a container that limits it, the container's."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Room where files are written."""
+
+    purpose: Literal["working folder", "temporary files"]
+    folder: str
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU.
+
+    Attributes:
+        name: its model.
+        compute_capability: e.g. ``8.9``.
+        total_bytes, free_bytes: its memory.
+        seen_by: who told of it; only what ``torch`` sees can be computed on.
+    """
+
+    name: str
+    compute_capability: str | None
+    total_bytes: int | None
+    free_bytes: int | None
+    seen_by: Literal["torch", "nvidia-smi", "driver"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has.
+
+    Attributes:
+        driver: version of the NVIDIA driver, or None without one.
+    """
+
+    system: str
+    python: str
+    cpu: Cpu
+    memory: Memory | None
+    disks: tuple[Disk, ...]
+    driver: str | None
+    gpus: tuple[Gpu, ...]
+
+
+def this_machine() -> Machine:
+    """Return what this machine has."""
+    reported_driver, reported = _from_nvidia_smi()
+    return Machine(
+        system=platform.platform(),
+        python=platform.python_version(),
+        cpu=cpu(),
+        memory=_memory(),
+        disks=tuple(_disks()),
+        driver=_driver_version() or reported_driver,
+        gpus=_from_torch() or reported or _from_driver(),
+    )
+
+
+def cpu() -> Cpu:
+    """Return the processor."""
+    fields = _first_fields(_PROC / "cpuinfo", ("model name", "flags", "Features"))
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return Cpu(
+        model=fields.get("model name") or platform.processor() or platform.machine(),
+        cores=os.cpu_count() or 1,
+        usable_cores=len(os.sched_getaffinity(0)),
+        instructions=tuple(name for name in _INSTRUCTIONS if name in flags),
+    )
+
+
+def _memory() -> Memory | None:
+    fields = _first_fields(_PROC / "meminfo", ("MemTotal", "MemAvailable"))
+    try:
+        total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    except (KeyError, ValueError, IndexError):
+        return None
+    limit = _text(_CGROUP_LIMIT).strip()
+    if limit.isdecimal():
+        total = min(total, int(limit))
+    return Memory(total, min(free, total))
+
+
+def _disks() -> Iterator[Disk]:
+    with contextlib.suppress(OSError):  # a working folder that was removed
+        yield Disk("working folder", str(Path.cwd()), shutil.disk_usage(Path.cwd()).free)
+    with contextlib.suppress(OSError):
+        yield Disk("temporary files", tempfile.gettempdir(), shutil.disk_usage(tempfile.gettempdir()).free)
+
+
+def _driver_version() -> str | None:
+    """Return the version of the kernel module that is loaded."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(_PROC / "driver/nvidia/version"))
+    return found[1] if found else None
+
+
+def _from_torch() -> tuple[Gpu, ...]:
+    """Return the GPUs that PyTorch can compute on; asking for free memory loads CUDA, which takes a second or two."""
+    try:
+        torch = import_module("torch")
+        if not torch.cuda.is_available():
+            return ()
+        gpus = []
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+            gpus.append(Gpu(properties.name, f"{properties.major}.{properties.minor}", total, free, "torch"))
+        return tuple(gpus)
+    except Exception:  # a broken PyTorch fails in any way; why is told where libraries are listed
+        return ()
+
+
+def _from_nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
+    """Return the driver's version and the GPUs, as the driver's own program tells them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None, ()
+    try:
+        answer = subprocess.run(  # noqa: S603 - fixed arguments
+            [program, *_QUERY], capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None, ()
+    driver, gpus = None, []
+    for row in csv.reader(answer.splitlines(), skipinitialspace=True):
+        if len(row) == 5:
+            name, driver, capability, total, free = row
+            known = capability if re.fullmatch(r"\d+\.\d+", capability) else None
+            gpus.append(Gpu(name, known, _mebibytes(total), _mebibytes(free), "nvidia-smi"))
+    return driver, tuple(gpus)
+
+
+def _from_driver() -> tuple[Gpu, ...]:
+    """Return the GPUs that the kernel module lists, without their memory."""
+    files = sorted((_PROC / "driver/nvidia/gpus").glob("*/information"))
+    return tuple(Gpu(_first_fields(file, ("Model",)).get("Model", "?"), None, None, None, "driver") for file in files)
+
+
+def _mebibytes(text: str) -> int | None:
+    return int(text) << 20 if text.strip().isdecimal() else None
+
+
+def _first_fields(file: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """Return the first value of each ``name: value`` line that is wanted and there."""
+    found: dict[str, str] = {}
+    for line in _text(file).splitlines():
+        name, separator, value = line.partition(":")
+        if separator and name.strip() in names:
+            found.setdefault(name.strip(), value.strip())
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
