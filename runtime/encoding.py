@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding_plan import plan_encoding
 from fseft_edge.runtime.feature_map import FeatureMap, FeatureMapMeta
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
+from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import Volume
-from fseft_edge.runtime.windows import WindowLayout, stream_features
+from fseft_edge.runtime.streaming import stream_features
+from fseft_edge.runtime.windows import WindowLayout
 
 OVERLAP = 0.25
 
@@ -31,6 +36,8 @@ def encode_scan(
     session: EncoderSession,
     store: FeatureStore,
     storage: Literal["float16", "float32"] = "float16",
+    grid: Grid | None = None,
+    budget: Budget = AS_MUCH_AS_IS_FREE,
 ) -> EncodedScan:
     """Return the scan's feature map, from the store if it is there.
 
@@ -40,8 +47,13 @@ def encode_scan(
         session: the same encoder, opened.
         store: where feature maps are kept.
         storage: number format on disk.
+        grid: of the scan, if it is there already.
+        budget: memory that may be taken.
+
+    Raises:
+        OutOfMemoryError: the budget is too small, or memory ran out all the same.
     """
-    grid = Grid.of(volume, bundle.preprocessing)
+    grid = grid or Grid.of(volume, bundle.preprocessing)
     key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage)
     features = store.get(key)
     if features is None:
@@ -54,6 +66,14 @@ def encode_scan(
             dtype=storage,
             encoder_id=bundle.encoder_id,
         )
-        sections = stream_features(lambda start, stop: grid.section(volume, start, stop), layout, session)
+        plan = plan_encoding(layout, bundle, session, budget, stored_bytes=np.dtype(storage).itemsize)
+        sections = stream_features(
+            lambda start, stop: grid.section(volume, start, stop),
+            layout,
+            session,
+            batch=plan.batch,
+            place=plan.place,
+            section_slices=plan.section_slices,
+        )
         features = store.build(key, meta, sections)
     return EncodedScan(grid, features)

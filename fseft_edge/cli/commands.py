@@ -143,6 +143,8 @@ def adapt(
             cache_gb=common.cache_gb,
             device=common.device,
             backend=common.backend,
+            memory_gb=common.memory,
+            vram_gb=common.vram,
             progress=progress,
         )
     if as_json:
@@ -238,6 +240,8 @@ def segment(
                 cache_gb=common.cache_gb,
                 device=common.device,
                 backend=common.backend,
+                memory_gb=common.memory,
+                vram_gb=common.vram,
                 progress=progress,
             )
     except SomeCasesFailedError as error:

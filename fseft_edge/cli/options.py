@@ -13,16 +13,19 @@ import click
 from fseft_edge.report.progress import ProgressDisplay, open_progress
 
 PATH = click.Path(path_type=Path)
+_GB = click.FloatRange(min=0, min_open=True)
 
 
 @dataclass(frozen=True)
 class Common:
-    """What every command that encodes takes: where to compute, where to keep features, how much to say."""
+    """What every command that encodes takes: where to compute, where to keep features, how much to take and to say."""
 
     device: str
     backend: str
     cache: Path | None
     cache_gb: float
+    memory: float | None
+    vram: float | None
     quiet: bool
 
     def progress(self) -> ProgressDisplay:
@@ -60,11 +63,21 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         show_default=True,
         help="Size of the cache in GB; maps used least recently go first.",
     )
+    @click.option("--memory", type=_GB, metavar="GB", help="Memory to take at most.  [default: 90 % of what is free]")
+    @click.option("--vram", type=_GB, metavar="GB", help="Memory of the GPU to take at most.  [default: likewise]")
     @talk_options
     @functools.wraps(command)
     def wrapped(
-        *, device: str, backend: str, cache: Path | None, cache_gb: float, quiet: bool, **options: object
+        *,
+        device: str,
+        backend: str,
+        cache: Path | None,
+        cache_gb: float,
+        memory: float | None,
+        vram: float | None,
+        quiet: bool,
+        **options: object,
     ) -> None:
-        command(common=Common(device, backend, cache, cache_gb, quiet), **options)
+        command(common=Common(device, backend, cache, cache_gb, memory, vram, quiet), **options)
 
     return wrapped

@@ -61,6 +61,9 @@ class GraphRunner:
         # Threads that spin between operators take the cores from whatever runs between two windows.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        # One block for all tensors of a window, planned ahead, comes on top of what the first window left in the arena:
+        # without it the peak is 14 % lower (compact encoder) to 31 % (SwinUNETR-48), and the time is the same.
+        options.enable_mem_pattern = False
         self._options = library.RunOptions()
         self._session = library.InferenceSession(graph, options, providers=[_provider(library, device)])
         if device.type == "cpu":
