@@ -1,7 +1,7 @@
 """How much memory turning a feature map into a mask will take, predicted from shapes, and the plan that fits a budget.
 
-The scan's features stay on disk. What counts is one tile in the adapters, one slab of probabilities on the grid, a piece
-of them on the scan's own lattice, and the mask with what is measured on it.
+The scan's features stay on disk. What counts is one tile in the adapters, one slab of probabilities on the grid, a
+piece of them on the scan's own lattice, and the mask with what is measured on it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class SegmentationPlan:
         footprint: the most that it is predicted to take.
     """
 
-    tile: int = TILE
-    slab: int = SLAB
-    footprint: Footprint = Footprint(0)
+    tile: int
+    slab: int
+    footprint: Footprint
 
 
-AMPLE = SegmentationPlan()
+AMPLE = SegmentationPlan(TILE, SLAB, Footprint(0))
 """How it is done where memory does not matter."""
 
 

@@ -86,11 +86,11 @@ class Blend:
             level.add(features, corner)
 
     def blended(self, row: int, z0: int, z1: int) -> list[Tensor]:
-        """Return ``Σ w f / Σ w`` of the final slices ``z0:z1`` of every level (voxels of the grid, counted from ``row``).
+        """Return ``Σ w f / Σ w`` of final slices, float32 ``[C_l, x, y, (z1 - z0) / s]`` a level.
 
         Args:
-            row: the current row's origin.
-            z0: first slice.
+            row: the current row's origin, in voxels of the grid.
+            z0: first slice, counted from there.
             z1: one past the last.
         """
         return [level.blended(row, z0, z1) for level in self._levels]

@@ -14,8 +14,8 @@ from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.session import EncoderSession
-from fseft_edge.runtime.volume import Volume
 from fseft_edge.runtime.streaming import stream_features
+from fseft_edge.runtime.volume import Volume
 from fseft_edge.runtime.windows import WindowLayout
 
 OVERLAP = 0.25

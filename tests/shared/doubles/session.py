@@ -46,9 +46,7 @@ def padded(image: NDArray[np.float32], layout: WindowLayout) -> Tensor:
     return result
 
 
-def streamed(
-    image: NDArray[np.float32], layout: WindowLayout, session: Any, **how: Any
-) -> list[FeatureSection]:
+def streamed(image: NDArray[np.float32], layout: WindowLayout, session: Any, **how: Any) -> list[FeatureSection]:
     return list(stream_features(lambda z0, z1: image[:, :, z0:z1], layout, session, **how))
 
 
