@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +13,13 @@ from fseft_edge.runtime.encoding_plan import plan_encoding
 from fseft_edge.runtime.feature_map import FeatureMap, FeatureMapMeta
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
+from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, GB, Budget
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.streaming import stream_features
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.runtime.windows import WindowLayout
+
+_log = logging.getLogger(__name__)
 
 OVERLAP = 0.25
 
@@ -67,6 +70,13 @@ def encode_scan(
             encoder_id=bundle.encoder_id,
         )
         plan = plan_encoding(layout, bundle, session, budget, stored_bytes=np.dtype(storage).itemsize)
+        _log.info(
+            "encoding %d window%s at a time, sums: %s, %.2f GB of memory predicted",
+            plan.batch,
+            "s" if plan.batch > 1 else "",
+            plan.place,
+            plan.footprint.ram / GB,
+        )
         sections = stream_features(
             lambda start, stop: grid.section(volume, start, stop),
             layout,

@@ -25,7 +25,7 @@ _FLOAT = 4
 # Code of PyTorch, oneDNN and Blosc2 that becomes resident when it is first used. Measured, as are the factors below.
 _FIRST_USE = 40 * _MIB
 # What an engine takes for every byte of the network's tensors: ONNX Runtime's arena keeps pieces of former windows.
-_ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.28}
+_ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.36}
 _OTHER_ENGINES = 2.0
 # A section's frame is built in pieces and then joined: two times what LZ4 leaves of float16, at least.
 _FRAME_FACTOR = 1.5

@@ -94,7 +94,8 @@ def stream_features(
         stop = min(row + depth, grid_z)
         for z0 in range(read_up_to, stop, SECTION_SLICES):
             z1 = min(z0 + SECTION_SLICES, stop)
-            image[:grid_x, :grid_y, z0 - row : z1 - row] = torch.from_numpy(read_section(z0, z1))
+            section = encoder.within_memory(read_section, z0, z1)
+            image[:grid_x, :grid_y, z0 - row : z1 - row] = torch.from_numpy(section)
         read_up_to = stop
         encoder.add_row(image)
         final = following - row
@@ -123,7 +124,7 @@ class _RowEncoder:
         self._air: list[FileTensor] = []
         self._reduced = False
         self._blend: Blend | None = None
-        self._blend = self._within_memory(self._new_blend)
+        self._blend = self.within_memory(self._new_blend)
 
     @torch.no_grad()
     def add_row(self, image: Tensor) -> None:
@@ -132,7 +133,7 @@ class _RowEncoder:
         self._windows += len(windows)
         self._air_windows += sum(window.is_air for window in windows)
         while windows:
-            encoded = self._within_memory(self._encode, windows)
+            encoded = self.within_memory(self._encode, windows)
             for window, pyramid in zip(windows, encoded, strict=False):
                 self._sums.add(pyramid, window.corner)
                 for level in self._air:
@@ -142,7 +143,7 @@ class _RowEncoder:
 
     def blended(self, row: int, z0: int, z1: int) -> list[Tensor]:
         """See :meth:`Blend.blended`."""
-        return self._within_memory(self._sums.blended, row, z0, z1)
+        return self.within_memory(self._sums.blended, row, z0, z1)
 
     def advance(self, slices: int) -> None:
         """See :meth:`Blend.advance`."""
@@ -197,7 +198,7 @@ class _RowEncoder:
                 self._air.append(file)
         return [file.tensor.movedim(-1, 0) for file in self._air]
 
-    def _within_memory(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+    def within_memory(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         """Return the result of work, done with less memory where it runs out."""
         while True:
             try:
@@ -225,7 +226,7 @@ class _RowEncoder:
             return
         self._places.pop(0)
         if self._blend is not None:
-            self._within_memory(self._move_sums)
+            self.within_memory(self._move_sums)
 
     def _move_sums(self) -> None:
         self._sums.move(self._places[0])
