@@ -34,10 +34,10 @@ from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.organs import OrganLabel
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import OVERLAP, encode_scan
-from fseft_edge.runtime.encoding_plan import EncodingPlan, encoding_of
+from fseft_edge.runtime.encoding_plan import EncodingPlan, encoding_of, held_after_encoding
 from fseft_edge.runtime.feature_store import open_store
 from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.memory import Budget, resident_bytes
+from fseft_edge.runtime.memory import Budget
 from fseft_edge.runtime.nifti import read_ct
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.streaming import stream_features
@@ -48,7 +48,6 @@ from fseft_edge.segmentation_plan import plans as segmentation_plans
 
 MIB = 1 << 20
 ORGANS = [OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 3)]
-_FIRST_USE = 40 * MIB  # as the predictions have it
 _SLACK = 24 * MIB  # between the prediction and the work, the process grows a little
 
 
@@ -93,16 +92,16 @@ def segment_from_cache(bundle: EncoderBundle, scan: Path, adapter: Path, cache: 
     volume = read_ct(scan)
     grid = Grid.of(volume, bundle.preprocessing)
     with tempfile.TemporaryDirectory() as output:
-        with open_session(bundle):
-            held = resident_bytes()
+        with open_session(bundle) as session:
+            held = held_after_encoding(bundle, session)
         plan = list(segmentation_plans(grid, [spatial_adapter(bundle)], held))[which]
         started = time.monotonic()
-        budget = (plan.footprint.ram + _FIRST_USE + _SLACK) / 1e9
+        budget = (plan.footprint.ram + _SLACK) / 1e9
         segment([scan], [adapter], Path(output), encoder=bundle.path, cache=cache, memory_gb=budget)
         seconds = time.monotonic() - started
     return {
         "what": f"segment, tile {plan.tile}, slab {plan.slab}",
-        "predicted": plan.footprint.ram + _FIRST_USE,
+        "predicted": plan.footprint.ram,
         "seconds": seconds,
     }
 

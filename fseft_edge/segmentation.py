@@ -25,6 +25,7 @@ from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
+from fseft_edge.runtime.encoding_plan import held_after_encoding
 from fseft_edge.runtime.errors import EncoderBundleError, FseftEdgeError, InputError, SomeCasesFailedError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
@@ -332,10 +333,11 @@ def _segment_file(
 ) -> SegmentedCase:
     volume = read_ct(path)
     grid = Grid.of(volume, bundle.preprocessing)
-    plan_segmentation(grid, [file.adapter for file in adapters], budget)  # before the long work, not after it
+    # Before the long work, not after it.
+    held = held_after_encoding(bundle, session)
+    plan = plan_segmentation(grid, [file.adapter for file in adapters], budget, held)
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store, grid=grid, budget=budget)
     tuned, outcomes = tune(adapters, encoded)
-    plan = plan_segmentation(grid, tuned, budget)
     labels = LabelMap(post_process(segment_encoded(encoded, tuned, plan), treatment), volume.affine)
     organs = tuple(_measured(labels, adapters, outcomes))
     case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box
 from fseft_edge.runtime.grid import PIECE_BYTES, Grid
-from fseft_edge.runtime.memory import Budget, Footprint, first_that_fits, resident_bytes
+from fseft_edge.runtime.memory import Budget, Footprint, first_that_fits
 
 SLAB = 32
 TILE = 96
 
 _FLOAT, _STORED = 4, 2
-_MIB = 1 << 20
-_FIRST_USE = 40 * _MIB  # see fseft_edge.runtime.encoding_plan
 _SIZES = ((TILE, SLAB), (64, SLAB), (64, 16), (32, 16), (32, 8))
-# Of the mask: itself and its post-processed copy; a mask of one organ, and a padded one; its numbered components.
-_BYTES_A_VOXEL_MEASURED = 4 + 4
+# Of the mask: itself and its post-processed copy; a mask of one organ, and a padded one; its numbered components, and
+# what numbering them takes. Organs are taken to be as large as the scan.
+_BYTES_A_VOXEL_MEASURED = 4 + 4 + 1
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,18 @@ AMPLE = SegmentationPlan(TILE, SLAB, Footprint(0))
 """How it is done where memory does not matter."""
 
 
-def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget) -> SegmentationPlan:
+def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, held: int) -> SegmentationPlan:
     """Return the fastest plan within a budget.
 
     Args:
         grid: of the scan.
         adapters: that segment it.
         budget: what may be taken.
+        held: bytes that the process will hold before (:func:`fseft_edge.runtime.encoding_plan.held_after_encoding`).
 
     Raises:
         OutOfMemoryError: the budget is too small; the message says the smallest that works.
     """
-    held = resident_bytes() + _FIRST_USE
     return first_that_fits(list(plans(grid, adapters, held)), budget, adapters[0].device, "segmenting this scan")
 
 

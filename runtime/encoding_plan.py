@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from fseft_edge.runtime.blend import PLACES, Place
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.memory import Budget, Footprint, first_that_fits, resident_bytes
+from fseft_edge.runtime.memory import Budget, Footprint, first_that_fits
 from fseft_edge.runtime.networks.activations import activation_bytes
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.streaming import SECTION_SLICES
@@ -27,6 +29,7 @@ _FIRST_USE = 40 * _MIB
 # What an engine takes for every byte of the network's tensors: ONNX Runtime's arena keeps pieces of former windows.
 _ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.36}
 _OTHER_ENGINES = 2.0
+_KEPT_BY_ENGINE = {"onnxruntime": 0.6}
 # A section's frame is built in pieces and then joined: two times what LZ4 leaves of float16, at least.
 _FRAME_FACTOR = 1.5
 
@@ -134,22 +137,27 @@ def encoding_of(
     layout: WindowLayout, bundle: EncoderBundle, session: EncoderSession, *, stored_bytes: int = 2
 ) -> Encoding:
     """Return what the encoding of a scan will depend on, with what the process holds now."""
-    manifest = bundle.manifest
     on_gpu = session.device.type == "cuda"
-    held_vram = 0
-    if on_gpu:
-        import torch  # noqa: PLC0415 - only for what it alone knows
-
-        held_vram = torch.cuda.memory_allocated(session.device)
-    slabwise = session.backend == "torch" and not on_gpu
-    activations = activation_bytes(manifest.architecture, manifest.settings, bundle.window, slabwise=slabwise)
+    factor = _ENGINE_FACTOR.get(session.backend, _OTHER_ENGINES)
     return Encoding(
         layout=layout,
         levels=tuple((level.stride, level.channels) for level in session.levels),
-        activations=int(_ENGINE_FACTOR.get(session.backend, _OTHER_ENGINES) * activations),
+        activations=int(factor * _activations(bundle, session)),
         max_batch=session.max_batch,
         on_gpu=on_gpu,
         stored=stored_bytes,
-        held_ram=resident_bytes() + _FIRST_USE,
-        held_vram=held_vram,
+        held_ram=session.held_before + _FIRST_USE,
+        held_vram=torch.cuda.memory_allocated(session.device) if on_gpu else 0,
     )
+
+
+def held_after_encoding(bundle: EncoderBundle, session: EncoderSession) -> int:
+    """Return what the process is predicted to hold once it has encoded a scan, the session still open."""
+    kept = 0 if session.device.type == "cuda" else _KEPT_BY_ENGINE.get(session.backend, 0.0)
+    return session.held_before + _FIRST_USE + int(kept * _activations(bundle, session))
+
+
+def _activations(bundle: EncoderBundle, session: EncoderSession) -> int:
+    slabwise = session.backend == "torch" and session.device.type != "cuda"
+    manifest = bundle.manifest
+    return activation_bytes(manifest.architecture, manifest.settings, bundle.window, slabwise=slabwise)

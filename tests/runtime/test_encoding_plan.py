@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fseft_edge.runtime.encoding import encode_scan
-from fseft_edge.runtime.encoding_plan import Encoding, encoding_of
+from fseft_edge.runtime.encoding_plan import Encoding, encoding_of, held_after_encoding
 from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.memory import GB, Budget, first_that_fits
@@ -98,3 +98,32 @@ def test_every_plan_gives_the_same_map_bit_for_bit(tmp_path: Path) -> None:
         for level in range(len(ample.levels)):
             whole = [(0, size) for size in ample.meta.level_shape(level)]
             np.testing.assert_array_equal(features.read(level, *whole), ample.read(level, *whole))
+
+
+def test_memory_that_runs_out_while_storing_is_an_error_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("fseft_edge.runtime.feature_map._stored", full)
+    bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
+    store = FeatureStore(tmp_path / "store")
+    with (
+        open_session(bundle, device="cpu", backend="torch") as session,
+        pytest.raises(OutOfMemoryError, match="--memory"),
+    ):
+        encode_scan(scan(1).volume, bundle=bundle, session=session, store=store)
+    assert not list((tmp_path / "store").glob("*/entry"))
+
+
+def test_a_second_scan_needs_no_larger_budget_than_the_first(tmp_path: Path) -> None:
+    """What engines keep of the first scan's windows is used again, and does not count twice."""
+    bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
+    with open_session(bundle, device="cpu", backend="torch") as session:
+        layout = WindowLayout.plan((64, 48, 56), bundle.window, 8)
+        first = list(encoding_of(layout, bundle, session).plans())
+        kept = torch.ones(1 << 25)  # 128 MiB, as if left over
+        assert list(encoding_of(layout, bundle, session).plans()) == first
+        assert held_after_encoding(bundle, session) <= session.held_before + (64 << 20)
+    assert kept[0] == 1
