@@ -90,7 +90,7 @@ def test_every_plan_gives_the_same_map_bit_for_bit(tmp_path: Path) -> None:
             budget = Budget(ram=plan.footprint.ram + GB // 50)
             store = FeatureStore(tmp_path / str(number))
             maps.append(encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget).features)
-        with pytest.raises(OutOfMemoryError, match=r"--memory 0\.\d"):
+        with pytest.raises(OutOfMemoryError, match=r"--memory \d+\.\d\d"):
             encode_scan(
                 volume, bundle=bundle, session=session, store=FeatureStore(tmp_path / "no"), budget=Budget(ram=1)
             )
