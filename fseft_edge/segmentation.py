@@ -33,7 +33,7 @@ from fseft_edge.runtime.memory import Budget
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
-from fseft_edge.segmentation_plan import AMPLE, SegmentationPlan, plan_segmentation
+from fseft_edge.segmentation_plan import AMPLE, SegmentationPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.support import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.transduction import OrganOutcome, TransductionPlan, support_of, tuned_adapters
 
@@ -338,7 +338,8 @@ def _segment_file(
     plan = plan_segmentation(grid, [file.adapter for file in adapters], budget, held)
     encoded = encode_scan(volume, bundle=bundle, session=session, store=store, grid=grid, budget=budget)
     tuned, outcomes = tune(adapters, encoded)
-    labels = LabelMap(post_process(segment_encoded(encoded, tuned, plan), treatment), volume.affine)
+    found = in_smaller_pieces(plan, lambda pieces: segment_encoded(encoded, tuned, pieces))
+    labels = LabelMap(post_process(found, treatment), volume.affine)
     organs = tuple(_measured(labels, adapters, outcomes))
     case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)
     _write_summary(case, volume, bundle, adapters, outcomes)

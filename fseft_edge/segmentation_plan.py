@@ -6,14 +6,20 @@ piece of them on the scan's own lattice, and the mask with what is measured on i
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box
+from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.grid import PIECE_BYTES, Grid
-from fseft_edge.runtime.memory import Budget, Footprint, first_that_fits
+from fseft_edge.runtime.memory import Budget, Footprint, first_that_fits, is_out_of_memory
+
+_LOG = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 SLAB = 32
 TILE = 96
@@ -43,6 +49,9 @@ class SegmentationPlan:
 AMPLE = SegmentationPlan(TILE, SLAB, Footprint(0))
 """How it is done where memory does not matter."""
 
+LEAST = SegmentationPlan(*_SIZES[-1], Footprint(0))
+"""How it is done in the smallest pieces."""
+
 
 def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, held: int) -> SegmentationPlan:
     """Return the fastest plan within a budget.
@@ -57,6 +66,25 @@ def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, h
         OutOfMemoryError: the budget is too small; the message says the smallest that works.
     """
     return first_that_fits(list(plans(grid, adapters, held)), budget, adapters[0].device, "segmenting this scan")
+
+
+def in_smaller_pieces(plan: SegmentationPlan, work: Callable[[SegmentationPlan], _Result]) -> _Result:
+    """Return the result of work by a plan, or in the smallest pieces where memory runs out, with a warning.
+
+    Raises:
+        OutOfMemoryError: memory runs out in the smallest pieces too.
+    """
+    for attempt in (plan, LEAST):
+        try:
+            return work(attempt)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        _LOG.warning("Memory ran out while segmenting in tiles of %d and slabs of %d.", attempt.tile, attempt.slab)
+    raise OutOfMemoryError(
+        "Memory ran out while segmenting, in the smallest pieces.",
+        remedy="Close other programs, segment fewer organs at once, or use a larger machine.",
+    )
 
 
 def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[SegmentationPlan]:

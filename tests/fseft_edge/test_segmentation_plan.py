@@ -8,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doubles.encoder import scan, write_random_adapter, write_tiny_encoder
+from doubles.encoder import scan, write_case, write_random_adapter, write_tiny_encoder
 from doubles.features import random_features
 from doubles.storages import LiveStorage
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from fseft_edge import segmentation
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.blocks import Box, read_block
 from fseft_edge.metrics import dice
-from fseft_edge.runtime.encoding import encode_scan
+from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
@@ -26,7 +28,7 @@ from fseft_edge.runtime.networks.base import FeatureLevel
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.session import open_session
 from fseft_edge.runtime.volume import Volume
-from fseft_edge.segmentation import segment_encoded
+from fseft_edge.segmentation import segment, segment_encoded
 from fseft_edge.segmentation_plan import AMPLE, adapter_bytes, plan_segmentation, plans
 
 LEVELS = tuple(FeatureLevel(2**level, channels) for level, channels in enumerate((16, 32, 64, 128)))
@@ -91,3 +93,30 @@ def test_the_mask_is_the_same_from_ample_memory_to_the_smallest_plan(tmp_path: P
             score = dice(mask == label, reference == label)
             assert score is not None
             assert score >= 0.9999
+
+
+@pytest.mark.parametrize(("fits", "code"), [(32, 0), (16, 4)])
+def test_smaller_pieces_where_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fits: int, code: int
+) -> None:
+    image, _ = write_case(tmp_path, "case", 1)
+    bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
+    write_random_adapter(tmp_path / "a.adapter", bundle)
+    where: Any = {"device": "cpu", "backend": "torch", "cache": tmp_path / "cache"}
+    (expected,) = segment([image], [tmp_path / "a.adapter"], tmp_path / "ample", **where)
+    predict = segmentation._predict_block
+
+    def scarce(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
+        if max(core.shape) > fits:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return predict(adapter, encoded, core)
+
+    monkeypatch.setattr(segmentation, "_predict_block", scarce)
+    if code:
+        with pytest.raises(OutOfMemoryError, match="smallest pieces") as caught:
+            segment([image], [tmp_path / "a.adapter"], tmp_path / "out", **where)
+        assert caught.value.exit_code == code
+        return
+    (case,) = segment([image], [tmp_path / "a.adapter"], tmp_path / "out", **where)
+    assert "Memory ran out while segmenting" in caplog.text
+    assert case.mask.read_bytes() == expected.mask.read_bytes()
