@@ -22,6 +22,7 @@ from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.feature_store import open_store
+from fseft_edge.runtime.memory import Budget
 from fseft_edge.runtime.session import open_session
 from fseft_edge.support import find_pairs, load_support, read_annotations
 from fseft_edge.validation import Candidate, Validated, best_of, can_validate, candidates, leave_one_out
@@ -46,6 +47,8 @@ def adapt(
     device: str = "auto",
     backend: str = "auto",
     precision: Precision | Literal["auto"] = "auto",
+    memory_gb: float | None = None,
+    vram_gb: float | None = None,
     progress: Progress | None = None,
 ) -> AdapterFile:
     """Train an adapter on annotated scans and write it.
@@ -68,16 +71,21 @@ def adapt(
         device: where to encode and train (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
         precision: what the encoder computes in (see the same).
+        memory_gb: memory that encoding may take, in units of 1e9 bytes; None: 90 % of what is free. Training is not
+            planned for.
+        vram_gb: memory of the GPU that encoding may take; None likewise.
         progress: where to show progress.
 
     Raises:
         UsageError: ``output`` is a folder.
+        OutOfMemoryError: the budget is too small to encode a scan.
         OutOfSpaceError: ``output`` cannot be written.
         InputError: an image or annotation is not usable.
         LabelError: an organ is annotated in no case.
     """
     progress = progress or SilentProgress()
     settings = settings or AdapterSettings()
+    budget = Budget.of(memory_gb, vram_gb)
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
     pairs = find_pairs(images, labels, cases)
@@ -85,7 +93,9 @@ def adapt(
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))
-        support = load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress)
+        support = load_support(
+            annotated, organs, bundle=bundle, session=session, store=store, budget=budget, progress=progress
+        )
         training = replace(training or TrainingSettings(), device=session.device)
         rows = head_rows(bundle, organs)
         candidate = Candidate(f"{settings.method} on {settings.reads}", settings, training)

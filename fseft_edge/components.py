@@ -32,7 +32,12 @@ def components(mask: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[np.int64]
         found: NDArray[Any] = label(part, np.ones((3, 3, 3)))[0]
     else:
         found = cc3d.connected_components(part, connectivity=26)
-    return found[1:-1, 1:-1, 1:-1], np.bincount(found.ravel())[1:]
+    # Plane by plane: counting the whole at once would need eight bytes a voxel.
+    last = int(found.max())
+    sizes = np.zeros(last + 1, np.int64)
+    for plane in found:
+        sizes += np.bincount(plane.ravel(), minlength=last + 1)
+    return found[1:-1, 1:-1, 1:-1], sizes[1:]
 
 
 def largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -26,17 +26,19 @@ from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
+from fseft_edge.runtime.encoding_plan import held_after_encoding
 from fseft_edge.runtime.errors import EncoderBundleError, FseftEdgeError, InputError, SomeCasesFailedError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.grid import Grid
+from fseft_edge.runtime.memory import Budget
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
+from fseft_edge.segmentation_plan import AMPLE, SegmentationPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.support import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.transduction import OrganOutcome, TransductionPlan, support_of, tuned_adapters
 
 _LOG = logging.getLogger(__name__)
-_SLAB = 32
-_TILE = 96
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ def segment(
     device: str = "auto",
     backend: str = "auto",
     precision: Precision | Literal["auto"] = "auto",
+    memory_gb: float | None = None,
+    vram_gb: float | None = None,
     progress: Progress | None = None,
 ) -> list[SegmentedCase]:
     """Segment CTs and write ``output/<case>.nii.gz`` and ``output/<case>.json``.
@@ -94,6 +98,8 @@ def segment(
         device: where to compute (see :func:`fseft_edge.runtime.session.open_session`).
         backend: the inference engine (see the same).
         precision: what the encoder computes in (see the same).
+        memory_gb: memory that may be taken, in units of 1e9 bytes; None: 90 % of what is free.
+        vram_gb: memory of the GPU that may be taken; None likewise.
         progress: where to show progress.
 
     Returns:
@@ -102,9 +108,11 @@ def segment(
     Raises:
         UsageError: nothing to segment or to segment with, or the output would take a scan's place.
         InputError: the only case, an adapter or the encoder is not usable.
+        OutOfMemoryError: the budget is too small for the only case.
         SomeCasesFailedError: of several cases some failed; the others are written.
     """
     progress = progress or SilentProgress()
+    budget = Budget.of(memory_gb, vram_gb)
     paths = _cases(scans)
     _check_output(output, paths)
     files = [read_adapter(path) for path in adapters]
@@ -133,7 +141,9 @@ def segment(
         tune: _Tune = _unchanged
         if transduction is not None:
             with open_store(cache, cache_gb) as store:
-                tune = _tuner(transduction, files, bundle=bundle, session=session, store=store, progress=progress)
+                tune = _tuner(
+                    transduction, files, bundle=bundle, session=session, store=store, budget=budget, progress=progress
+                )
         task = stack.enter_context(progress.task("segment", len(paths)))
         for path in paths:
             try:
@@ -145,6 +155,7 @@ def segment(
                         bundle=bundle,
                         session=session,
                         store=store,
+                        budget=budget,
                         tune=tune,
                         treatment=treatment,
                         preview=preview,
@@ -165,25 +176,29 @@ def segment(
     return done
 
 
-def segment_encoded(encoded: EncodedScan, adapters: Sequence[Adapter]) -> NDArray[np.uint8] | NDArray[np.uint16]:
+def segment_encoded(
+    encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
     labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
-    for piece in encoded.grid.to_source(predict_sections(encoded, adapters)):
+    for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan)):
         where = [slice(None)] * 3
         where[piece.axis] = slice(piece.start, piece.stop)
         labels[tuple(where)] = _decide(piece.probabilities, adapters, labels.dtype)
     return labels
 
 
-def predict_sections(encoded: EncodedScan, adapters: Sequence[Adapter]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def predict_sections(
+    encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield ``(z0, probabilities)`` of the grid slab by slab: float32 ``[Σ classes, X, Y, n]``, adapters in order."""
     classes = [adapter.classes for adapter in adapters]
     x, y, z = encoded.grid.shape
-    for start in range(0, z, _SLAB):
-        depth = min(_SLAB, z - start)
+    for start in range(0, z, plan.slab):
+        depth = min(plan.slab, z - start)
         slab = np.empty((sum(classes), x, y, depth), np.float32)
-        for tile in tiles((x, y, depth), (_TILE, _TILE, _SLAB)):
+        for tile in tiles((x, y, depth), (plan.tile, plan.tile, plan.slab)):
             core = Box(tile.x, tile.y, (start, start + depth))
             first = 0
             for adapter, count in zip(adapters, classes, strict=True):
@@ -255,6 +270,7 @@ def _tuner(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
+    budget: Budget,
     progress: Progress,
 ) -> _Tune:
     supports = []
@@ -265,7 +281,9 @@ def _tuner(
         if file.description.shots:
             volumes = [organ.support_volumes_ml for organ in file.description.organs]
             annotated = of_support_set(annotated, organs, volumes)
-        support = load_support(annotated, organs, bundle=bundle, session=session, store=store, progress=progress)
+        support = load_support(
+            annotated, organs, bundle=bundle, session=session, store=store, budget=budget, progress=progress
+        )
         supports.append(support_of(file.adapter, support, plan.settings, progress))
     return lambda adapters, encoded: tuned_adapters(adapters, encoded, supports, plan)
 
@@ -311,14 +329,20 @@ def _segment_file(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
+    budget: Budget,
     tune: _Tune,
     treatment: Sequence[PostProcessing],
     preview: bool,
 ) -> SegmentedCase:
     volume = read_ct(path)
-    encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
+    grid = Grid.of(volume, bundle.preprocessing)
+    # Before the long work, not after it.
+    held = held_after_encoding(bundle, session)
+    plan = plan_segmentation(grid, [file.adapter for file in adapters], budget, held)
+    encoded = encode_scan(volume, bundle=bundle, session=session, store=store, grid=grid, budget=budget)
     tuned, outcomes = tune(adapters, encoded)
-    labels = LabelMap(post_process(segment_encoded(encoded, tuned), treatment), volume.affine)
+    found = in_smaller_pieces(plan, lambda pieces: segment_encoded(encoded, tuned, pieces))
+    labels = LabelMap(post_process(found, treatment), volume.affine)
     organs = tuple(_measured(labels, adapters, outcomes))
     case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)
     _write_summary(case, volume, bundle, adapters, outcomes)

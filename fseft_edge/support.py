@@ -14,12 +14,13 @@ from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import encode_scan
+from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.nifti import case_name, cases_by_name, read_ct, read_label_map
 from fseft_edge.runtime.session import EncoderSession
-from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
+from fseft_edge.runtime.volume import LabelMap, check_labels_match
 
 _LOG = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def load_support(
     bundle: EncoderBundle,
     session: EncoderSession,
     store: FeatureStore,
+    budget: Budget = AS_MUCH_AS_IS_FREE,
     progress: Progress | None = None,
 ) -> list[SupportScan]:
     """Encode annotated scans.
@@ -144,6 +146,7 @@ def load_support(
         bundle: the encoder.
         session: the same encoder, opened.
         store: where feature maps are kept.
+        budget: memory that encoding may take.
         progress: where to show progress.
     """
     support: list[SupportScan] = []
@@ -151,22 +154,14 @@ def load_support(
         for image, label_map in annotated:
             volume = read_ct(image)
             check_labels_match(volume, label_map)
-            support.append(_support_scan(volume, label_map, organs, bundle=bundle, session=session, store=store))
+            encoded = encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget)
+            support.append(_support_scan(encoded, label_map, organs))
             task.advance(1)
     return support
 
 
-def _support_scan(
-    volume: Volume,
-    labels: LabelMap,
-    organs: Sequence[OrganLabel],
-    *,
-    bundle: EncoderBundle,
-    session: EncoderSession,
-    store: FeatureStore,
-) -> SupportScan:
-    """Return an annotated scan on the grid, its features from the store if they are there."""
-    encoded = encode_scan(volume, bundle=bundle, session=session, store=store)
+def _support_scan(encoded: EncodedScan, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportScan:
+    """Return an annotated scan on the grid."""
     values = [organ.label for organ in organs]
     voxels = [int((labels.array == value).sum()) for value in values]
     return SupportScan(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding_plan import plan_encoding
+from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError
 from fseft_edge.runtime.feature_map import FeatureMap, FeatureMapMeta
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
+from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, GB, Budget, is_out_of_memory
 from fseft_edge.runtime.session import EncoderSession
+from fseft_edge.runtime.streaming import stream_features
 from fseft_edge.runtime.volume import Volume
-from fseft_edge.runtime.windows import WindowLayout, stream_features
+from fseft_edge.runtime.windows import WindowLayout
+
+_log = logging.getLogger(__name__)
 
 OVERLAP = 0.25
 
@@ -31,6 +40,8 @@ def encode_scan(
     session: EncoderSession,
     store: FeatureStore,
     storage: Literal["float16", "float32"] = "float16",
+    grid: Grid | None = None,
+    budget: Budget = AS_MUCH_AS_IS_FREE,
 ) -> EncodedScan:
     """Return the scan's feature map, from the store if it is there.
 
@@ -40,8 +51,13 @@ def encode_scan(
         session: the same encoder, opened.
         store: where feature maps are kept.
         storage: number format on disk.
+        grid: of the scan, if it is there already.
+        budget: memory that may be taken.
+
+    Raises:
+        OutOfMemoryError: the budget is too small, or memory ran out in the smallest pieces too.
     """
-    grid = Grid.of(volume, bundle.preprocessing)
+    grid = grid or Grid.of(volume, bundle.preprocessing)
     key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage, precision=session.precision)
     features = store.get(key)
     if features is None:
@@ -54,6 +70,29 @@ def encode_scan(
             dtype=storage,
             encoder_id=bundle.encoder_id,
         )
-        sections = stream_features(lambda start, stop: grid.section(volume, start, stop), layout, session)
-        features = store.build(key, meta, sections)
+        plan = plan_encoding(layout, bundle, session, budget, stored_bytes=np.dtype(storage).itemsize)
+        _log.info(
+            "encoding %d window%s at a time, sums: %s, %.2f GB of memory predicted",
+            plan.batch,
+            "s" if plan.batch > 1 else "",
+            plan.place,
+            plan.footprint.ram / GB,
+        )
+        sections = stream_features(
+            lambda start, stop: grid.section(volume, start, stop),
+            layout,
+            session,
+            batch=plan.batch,
+            place=plan.place,
+            section_slices=plan.section_slices,
+        )
+        try:
+            features = store.build(key, meta, sections)
+        except Exception as error:
+            if isinstance(error, FseftEdgeError) or not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                "Memory ran out while a scan's features were stored.",
+                remedy="Give less by --memory, so that smaller pieces are made, or close other programs.",
+            ) from error
     return EncodedScan(grid, features)

@@ -31,7 +31,7 @@ from fseft_edge.runtime.errors import EncoderBundleError
 from fseft_edge.runtime.networks.base import FeatureLevel
 
 if TYPE_CHECKING:
-    from fseft_edge.runtime.windows import FeatureSection
+    from fseft_edge.runtime.streaming import FeatureSection
 
 SCHEMA_VERSION: Final = 1
 

@@ -36,8 +36,8 @@ from fseft_edge.runtime.feature_map import (
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.preprocessing import Preprocessing
+    from fseft_edge.runtime.streaming import FeatureSection
     from fseft_edge.runtime.volume import Volume
-    from fseft_edge.runtime.windows import FeatureSection
 
 _log = logging.getLogger(__name__)
 

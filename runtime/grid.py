@@ -25,7 +25,7 @@ from fseft_edge.runtime.volume import Volume
 CROP_MARGIN_MM = 10.0
 
 _BLOCK_SLICES = 8
-_PIECE_BYTES = 32 << 20
+PIECE_BYTES = 32 << 20
 
 
 class SourcePiece(NamedTuple):
@@ -196,7 +196,7 @@ class Grid:
 
     def _slices_in_a_piece(self, classes: int) -> int:
         x, y, _ = (axis.source_length for axis in self.axes)
-        return max(1, _PIECE_BYTES // (4 * classes * x * y))
+        return max(1, PIECE_BYTES // (4 * classes * x * y))
 
     def _interpolated(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import ClassVar, Literal, Self
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from fseft_edge.runtime.backend_choice import BackendChoice, backend_choices
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
+from fseft_edge.runtime.memory import resident_bytes
 from fseft_edge.runtime.networks.base import FeatureLevel
 
 _log = logging.getLogger(__name__)
@@ -42,6 +44,14 @@ class EncoderSession(ABC):
         self.window: tuple[int, int, int] = bundle.window
         self.levels: tuple[FeatureLevel, ...] = bundle.levels
         self._open = True
+
+    @cached_property
+    def held_before(self) -> int:
+        """Bytes that the process held when this was first asked for: plans ask before the first window.
+
+        Engines and allocators keep memory of earlier windows and use it again, so later it would count twice.
+        """
+        return resident_bytes()
 
     def encode(self, windows: Tensor) -> list[Tensor]:
         """Return the feature pyramid of any number of windows.

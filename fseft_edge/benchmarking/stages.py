@@ -22,7 +22,7 @@ from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.nifti import read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
-from fseft_edge.runtime.windows import stream_features
+from fseft_edge.runtime.streaming import stream_features
 from fseft_edge.segmentation import predict_sections, segment
 
 STAGES: Final = {

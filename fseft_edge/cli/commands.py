@@ -142,6 +142,8 @@ def adapt(
             device=common.device,
             backend=common.backend,
             precision=common.precision,
+            memory_gb=common.memory,
+            vram_gb=common.vram,
             progress=progress,
         )
     if as_json:
@@ -238,6 +240,8 @@ def segment(
                 device=common.device,
                 backend=common.backend,
                 precision=common.precision,
+                memory_gb=common.memory,
+                vram_gb=common.vram,
                 progress=progress,
             )
     except SomeCasesFailedError as error:

@@ -14,6 +14,7 @@ import click
 
 from fseft_edge._version import __version__
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, OutOfMemoryError
+from fseft_edge.runtime.memory import is_out_of_memory
 
 _COMMANDS = {
     **dict.fromkeys(
@@ -24,7 +25,7 @@ _COMMANDS = {
 """Where each command lives."""
 _INTERRUPTED = 130
 _UNEXPECTED = 1
-_MEMORY_REMEDY = "Close other programs, segment fewer organs at once, or use a machine with more memory."
+_MEMORY_REMEDY = "Close other programs, give a budget by --memory, or use a machine with more memory."
 
 
 class _LazyGroup(click.Group):
@@ -47,11 +48,6 @@ def cli() -> None:
 
     Exit codes: 0 done, 1 unexpected, 2 wrong use, 3 bad input, 4 environment, 5 some cases failed.
     """
-
-
-def _is_torch_out_of_memory(error: Exception) -> bool:
-    """Return whether PyTorch says that memory is used up; its CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
 
 
 def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - the signal handler's signature
@@ -82,7 +78,7 @@ def main() -> None:
         click.echo(f"Error: {error}.\nCheck that the file is there and that you may read and write it.", err=True)
         sys.exit(EnvironmentProblemError.exit_code)
     except Exception as error:
-        if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        if is_out_of_memory(error):
             click.echo(f"Error: out of memory.\n{_MEMORY_REMEDY}", err=True)
             sys.exit(OutOfMemoryError.exit_code)
         traceback.print_exc()

@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.bundle import Precision
 
 PATH = click.Path(path_type=Path)
+_GB = click.FloatRange(min=0, min_open=True)
 
 
 @dataclass(frozen=True)
 class Common:
-    """What every command that encodes takes: where to compute, where to keep features, how much to say."""
+    """What every command that encodes takes: where to compute, where to keep features, how much to take and to say."""
 
     device: str
     backend: str
     precision: Precision | Literal["auto"]
     cache: Path | None
     cache_gb: float
+    memory: float | None
+    vram: float | None
     quiet: bool
 
     def progress(self) -> ProgressDisplay:
@@ -72,6 +75,8 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         show_default=True,
         help="Size of the cache in GB; maps used least recently go first.",
     )
+    @click.option("--memory", type=_GB, metavar="GB", help="Memory to take at most.  [default: 90 % of what is free]")
+    @click.option("--vram", type=_GB, metavar="GB", help="Memory of the GPU to take at most.  [default: likewise]")
     @talk_options
     @functools.wraps(command)
     def wrapped(
@@ -81,9 +86,11 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         precision: Precision | Literal["auto"],
         cache: Path | None,
         cache_gb: float,
+        memory: float | None,
+        vram: float | None,
         quiet: bool,
         **options: object,
     ) -> None:
-        command(common=Common(device, backend, precision, cache, cache_gb, quiet), **options)
+        command(common=Common(device, backend, precision, cache, cache_gb, memory, vram, quiet), **options)
 
     return wrapped

@@ -61,6 +61,10 @@ class GraphRunner:
         # Threads that spin between operators take the cores from whatever runs between two windows.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        # One block for all tensors of a window, planned ahead, comes on top of what the first window left in the arena:
+        # without it the process peaks at 733 instead of 798 MiB (compact encoder) and at 2535 instead of 3686 MiB
+        # (SwinUNETR-48), in the same time.
+        options.enable_mem_pattern = False
         self._options = library.RunOptions()
         self._session = library.InferenceSession(graph, options, providers=[_provider(library, device)])
         if device.type == "cpu":

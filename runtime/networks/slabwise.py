@@ -66,6 +66,7 @@ class SlabwiseResidualUNet(FeatureNetwork):
                 self._up[level](x, merged[:, :channels])
                 merged[:, channels:] = skip
                 x = self._merge_coarse[level - len(self._merge_fine)](merged)
+                del merged  # else it stays through the finest levels, where memory peaks
             pyramid.append(x)
         return pyramid[::-1]
 

@@ -195,6 +195,34 @@ def test_quiet_prints_results_only(site: Site, tmp_path: Path, run: Run) -> None
     assert outcome.err == ""
 
 
+def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(
+    site: Site, tmp_path: Path, run: Run
+) -> None:
+    command = ["segment", site / "images/case_1.nii.gz", "--adapter", site / "a.adapter", *ON_CPU]
+    refused = run(*command, "-o", tmp_path / "no", "--memory", 0.01)
+    assert refused.code == 4
+    assert "A budget of 0.01 GB is too small for segmenting this scan" in refused.err
+    assert not (tmp_path / "no").exists()
+    smallest = re.search(r"Give --memory (\d+\.\d\d) or more", refused.err)
+    assert smallest is not None
+    masks = []
+    for name, more in (("ample", []), ("least", ["--memory", float(smallest[1]) + 0.1])):
+        assert run(*command, "-o", tmp_path / name, *more).code == 0
+        masks.append((tmp_path / name / "case_1.nii.gz").read_bytes())
+    assert masks[0] == masks[1]
+
+    refused = run(*site.adapt("--organ", LIVER, "--memory", 0.01, output=tmp_path / "no.adapter"), "--cache", tmp_path)
+    assert refused.code == 4
+    assert "too small for encoding this scan" in refused.err
+
+
+@pytest.mark.parametrize("option", ["--memory", "--vram"])
+def test_a_budget_of_nothing_is_wrong_use(site: Site, tmp_path: Path, run: Run, option: str) -> None:
+    outcome = run(*site.segment(site / "images", output=tmp_path / "out"), option, 0)
+    assert outcome.code == 2
+    assert option in outcome.err
+
+
 def test_the_demo_prints_its_figures_and_where_the_pictures_are(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,8 +30,8 @@ from fseft_edge.runtime.feature_map import FeatureMapMeta
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.networks.base import FeatureLevel
 from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.streaming import FeatureSection
 from fseft_edge.runtime.volume import Volume
-from fseft_edge.runtime.windows import FeatureSection
 
 META = FeatureMapMeta(
     grid_shape=(39, 24, 45),

@@ -1,0 +1,56 @@
+"""What the networks' tensors take, by formula, against every storage that a forward pass makes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from doubles.storages import LiveStorage
+
+from fseft_edge.runtime.errors import EncoderBundleError
+from fseft_edge.runtime.networks import build_network
+from fseft_edge.runtime.networks.activations import Window, activation_bytes
+from fseft_edge.runtime.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.networks.slabwise import SlabwiseResidualUNet
+
+
+def taken(network: torch.nn.Module, window: Window, device: str) -> int:
+    windows = torch.zeros(1, 1, *window, device=device)
+    with torch.no_grad(), LiveStorage() as live:
+        network(windows)
+    return live.peak
+
+
+@pytest.mark.parametrize("slabwise", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "window"),
+    [
+        ((16, 32, 64, 128, 128), (48, 48, 48)),
+        ((4, 8), (16, 16, 16)),
+        ((4, 6, 8), (32, 32, 32)),
+        ((8, 16, 32, 64, 64), (64, 96, 32)),
+    ],
+)
+def test_of_the_compact_encoder_to_the_byte(channels: tuple[int, ...], window: Window, slabwise: bool) -> None:
+    network: torch.nn.Module = ResidualUNet(channels).folded()
+    if slabwise:
+        network = SlabwiseResidualUNet(network)
+    expected = taken(network, window, "cpu")
+    if slabwise:  # it takes views of its input, which count the input as made there
+        expected -= 4 * math.prod(window)
+    assert activation_bytes("residual_unet", {"channels": channels}, window, slabwise=slabwise) == expected
+
+
+@pytest.mark.parametrize(
+    ("feature_size", "window"), [(48, (96, 96, 96)), (24, (96, 96, 96)), (48, (64, 64, 64)), (96, (64, 96, 64))]
+)
+def test_of_swin_unetr_to_a_tenth(feature_size: int, window: Window) -> None:
+    network = build_network("swin_unetr", feature_size=feature_size).to("meta").eval()
+    predicted = activation_bytes("swin_unetr", {"feature_size": feature_size}, window, slabwise=True)
+    assert 1.0 <= predicted / taken(network, window, "meta") <= 1.1
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(EncoderBundleError, match="net_of_2030"):
+        activation_bytes("net_of_2030", {}, (96, 96, 96), slabwise=False)
