@@ -28,7 +28,7 @@ from fseft_edge.runtime.errors import ParityError, UsageError
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.session import open_session
 from fseft_edge.runtime.windows import LEAST_IMPORTANCE, SIGMA_SCALE
-from fseft_edge.segmentation import find_encoder
+from fseft_edge.segmentation_inputs import find_encoder
 
 OUTPUT = "probabilities"
 GATE = 1e-4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box, read_block, tiles
 from fseft_edge.organs import OrganLabel
+from fseft_edge.overlap import overlapped
 from fseft_edge.postprocessing import PostProcessing, post_process
 from fseft_edge.quality import quality_flags
 from fseft_edge.report.pictures import three_plane_picture
@@ -27,13 +29,14 @@ from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.encoding_plan import held_after_encoding
-from fseft_edge.runtime.errors import EncoderBundleError, FseftEdgeError, InputError, SomeCasesFailedError, UsageError
+from fseft_edge.runtime.errors import FseftEdgeError, SomeCasesFailedError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.memory import Budget
-from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, write_label_map
+from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
+from fseft_edge.runtime.nifti import case_name, read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
+from fseft_edge.segmentation_inputs import cases_of, check_organs, check_output, find_encoder
 from fseft_edge.segmentation_plan import AMPLE, SegmentationPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.support import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.transduction import OrganOutcome, TransductionPlan, support_of, tuned_adapters
@@ -113,15 +116,15 @@ def segment(
     """
     progress = progress or SilentProgress()
     budget = Budget.of(memory_gb, vram_gb)
-    paths = _cases(scans)
-    _check_output(output, paths)
+    paths = cases_of(scans)
+    check_output(output, paths)
     files = [read_adapter(path) for path in adapters]
     if not files:
         raise UsageError("No adapter was given.", remedy="Name at least one by --adapter.")
     bundle = EncoderBundle.open(encoder or find_encoder(adapters[0], files[0].description.encoder_id))
     for path, file in zip(adapters, files, strict=True):
         file.check_encoder(bundle.encoder_id, path=path)
-    _check_organs(files)
+    check_organs(files)
     if transduction is not None:
         transduction.check(files)
     treatment = [
@@ -145,22 +148,21 @@ def segment(
                     transduction, files, bundle=bundle, session=session, store=store, budget=budget, progress=progress
                 )
         task = stack.enter_context(progress.task("segment", len(paths)))
-        for path in paths:
+        stages = _Stages(
+            files,
+            output,
+            bundle=bundle,
+            session=session,
+            budget=budget,
+            tune=tune,
+            treatment=treatment,
+            preview=preview,
+            cache=cache,
+            cache_gb=cache_gb,
+        )
+        for path, outcome in zip(paths, stages.outcomes(paths), strict=True):
             try:
-                with open_store(cache, cache_gb) as store:
-                    case = _segment_file(
-                        path,
-                        files,
-                        output,
-                        bundle=bundle,
-                        session=session,
-                        store=store,
-                        budget=budget,
-                        tune=tune,
-                        treatment=treatment,
-                        preview=preview,
-                    )
-                done.append(case)
+                done.append(outcome.result())
             except FseftEdgeError as error:
                 if len(paths) == 1:
                     raise
@@ -237,25 +239,6 @@ def _decide(
     return labels
 
 
-def find_encoder(adapter: Path, encoder_id: str) -> Path:
-    """Return the bundle an adapter was trained with: looked for beside the adapter, then in the working folder.
-
-    Raises:
-        InputError: there is none.
-    """
-    for folder in (adapter.resolve().parent, Path.cwd()):
-        for path in sorted(folder.glob("*.encoder")):
-            try:
-                if EncoderBundle.open(path).encoder_id == encoder_id:
-                    return path
-            except EncoderBundleError as error:
-                _LOG.warning("%s passed over: %s", path, error)
-    raise InputError(
-        f"The encoder that {adapter} was trained with is neither beside it nor in the working folder.",
-        remedy="Name it by --encoder.",
-    )
-
-
 _Tune = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]
 
 
@@ -288,69 +271,90 @@ def _tuner(
     return lambda adapters, encoded: tuned_adapters(adapters, encoded, supports, plan)
 
 
-def _cases(scans: Sequence[Path]) -> list[Path]:
-    paths = [path for scan in scans for path in list_cases(scan)]
-    if not paths:
-        raise UsageError("No CT was given.", remedy="Name NIfTI files, or folders that hold some.")
-    seen: dict[str, Path] = {}
-    for path in paths:
-        earlier = seen.setdefault(case_name(path), path)
-        if earlier is not path:
-            raise UsageError(
-                f"{earlier} and {path} would both be written as {case_name(path)}.nii.gz.",
-                remedy="Rename one, or segment them into different folders.",
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """A scan that was read, and how it will be turned into a mask."""
+
+    path: Path
+    volume: Volume
+    grid: Grid
+    plan: SegmentationPlan
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoded:
+    """A scan with its features; ``resources`` holds the store that they lie in."""
+
+    opened: _Opened
+    scan: EncodedScan
+    resources: ExitStack
+
+
+@dataclass(frozen=True, eq=False)
+class _Stages:
+    """What every case goes through, and with what."""
+
+    adapters: Sequence[AdapterFile]
+    output: Path
+    _: KW_ONLY
+    bundle: EncoderBundle
+    session: EncoderSession
+    budget: Budget
+    tune: _Tune
+    treatment: Sequence[PostProcessing]
+    preview: bool
+    cache: Path | None
+    cache_gb: float | None
+
+    def outcomes(self, paths: Sequence[Path]) -> Iterator[Future[SegmentedCase]]:
+        """Yield what became of each case; their stages overlap where no budget says what they may take together."""
+        if len(paths) > 1 and self.budget == AS_MUCH_AS_IS_FREE:
+            yield from overlapped(paths, self._open, self._encode, self._finish)
+            return
+        for path in paths:
+            outcome: Future[SegmentedCase] = Future()
+            try:
+                outcome.set_result(self._finish(self._encode(self._open(path))))
+            except Exception as error:  # the case's own trouble, which its outcome tells
+                outcome.set_exception(error)
+            yield outcome
+
+    def _open(self, path: Path) -> _Opened:
+        volume = read_ct(path)
+        grid = Grid.of(volume, self.bundle.preprocessing)
+        # Before the long work, not after it.
+        held = held_after_encoding(self.bundle, self.session)
+        adapters = [file.adapter for file in self.adapters]
+        return _Opened(path, volume, grid, plan_segmentation(grid, adapters, self.budget, held))
+
+    def _encode(self, opened: _Opened) -> _Encoded:
+        with ExitStack() as stack:
+            store = stack.enter_context(open_store(self.cache, self.cache_gb))
+            scan = encode_scan(
+                opened.volume,
+                bundle=self.bundle,
+                session=self.session,
+                store=store,
+                grid=opened.grid,
+                budget=self.budget,
             )
-    return paths
+            return _Encoded(opened, scan, stack.pop_all())
 
-
-def _check_organs(files: Sequence[AdapterFile]) -> None:
-    names = [organ.name for file in files for organ in file.description.organs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(
-            f"Two adapters segment {', '.join(twice)}.", remedy="Give one of them, or segment into two folders."
-        )
-
-
-def _check_output(output: Path, scans: Sequence[Path]) -> None:
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file.", remedy="Name a folder for the masks.")
-    if output.resolve() in {scan.resolve().parent for scan in scans}:
-        raise UsageError(
-            f"{output} holds the scans: masks would overwrite what lies there.", remedy="Write to another folder."
-        )
-
-
-def _segment_file(
-    path: Path,
-    adapters: Sequence[AdapterFile],
-    output: Path,
-    *,
-    bundle: EncoderBundle,
-    session: EncoderSession,
-    store: FeatureStore,
-    budget: Budget,
-    tune: _Tune,
-    treatment: Sequence[PostProcessing],
-    preview: bool,
-) -> SegmentedCase:
-    volume = read_ct(path)
-    grid = Grid.of(volume, bundle.preprocessing)
-    # Before the long work, not after it.
-    held = held_after_encoding(bundle, session)
-    plan = plan_segmentation(grid, [file.adapter for file in adapters], budget, held)
-    encoded = encode_scan(volume, bundle=bundle, session=session, store=store, grid=grid, budget=budget)
-    tuned, outcomes = tune(adapters, encoded)
-    found = in_smaller_pieces(plan, lambda pieces: segment_encoded(encoded, tuned, pieces))
-    labels = LabelMap(post_process(found, treatment), volume.affine)
-    organs = tuple(_measured(labels, adapters, outcomes))
-    case = SegmentedCase(case_name(path), output / f"{case_name(path)}.nii.gz", organs)
-    _write_summary(case, volume, bundle, adapters, outcomes)
-    if preview:
-        masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
-        three_plane_picture(volume, masks, output / f"{case.case}.png")
-    write_label_map(case.mask, labels)
-    return case
+    def _finish(self, encoded: _Encoded) -> SegmentedCase:
+        opened = encoded.opened
+        with encoded.resources:
+            tuned, outcomes = self.tune(self.adapters, encoded.scan)
+            found = in_smaller_pieces(opened.plan, lambda pieces: segment_encoded(encoded.scan, tuned, pieces))
+        labels = LabelMap(post_process(found, self.treatment), opened.volume.affine)
+        organs = tuple(_measured(labels, self.adapters, outcomes))
+        name = case_name(opened.path)
+        case = SegmentedCase(name, self.output / f"{name}.nii.gz", organs)
+        _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
+        if self.preview:
+            masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
+            three_plane_picture(opened.volume, masks, self.output / f"{name}.png")
+        write_label_map(case.mask, labels)
+        return case
 
 
 def _measured(

@@ -538,6 +538,17 @@ def test_a_table_of_other_organs_alone_is_refused(site: Site, tmp_path: Path) ->
         plan.check([read_adapter(tmp_path / "a.adapter")])
 
 
+def test_overlapping_cases_give_the_bytes_of_one_after_another(site: Site, tmp_path: Path) -> None:
+    """A budget has them done one after another. Without a cache, each has a store of its own."""
+    write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), settings=SPATIAL)
+    scans = [site.image(f"case_{number}") for number in (1, 2, 3)]
+    for name, budget in (("overlapping", None), ("one_by_one", 64.0)):
+        site.segment(scans, [tmp_path / "a.adapter"], tmp_path / name, memory_gb=budget, cache=None)
+    for path in sorted((tmp_path / "overlapping").iterdir()):
+        assert path.read_bytes() == (tmp_path / "one_by_one" / path.name).read_bytes()
+    assert len(list((tmp_path / "overlapping").iterdir())) == 6
+
+
 def test_masks_are_treated_as_the_adapter_says_unless_told_otherwise(site: Site, tmp_path: Path) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle)
     organ = file.description.organs[0].model_copy(update={"post_processing": PostProcessing(largest_component=True)})

@@ -1,0 +1,73 @@
+"""What `segment` is given, looked through before any work: scans, adapters, their encoder, the output folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fseft_edge.adapter_file import AdapterFile
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.errors import EncoderBundleError, InputError, UsageError
+from fseft_edge.runtime.nifti import case_name, list_cases
+
+_LOG = logging.getLogger(__name__)
+
+
+def find_encoder(adapter: Path, encoder_id: str) -> Path:
+    """Return the bundle an adapter was trained with: looked for beside the adapter, then in the working folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    for folder in (adapter.resolve().parent, Path.cwd()):
+        for path in sorted(folder.glob("*.encoder")):
+            try:
+                if EncoderBundle.open(path).encoder_id == encoder_id:
+                    return path
+            except EncoderBundleError as error:
+                _LOG.warning("%s passed over: %s", path, error)
+    raise InputError(
+        f"The encoder that {adapter} was trained with is neither beside it nor in the working folder.",
+        remedy="Name it by --encoder.",
+    )
+
+
+def cases_of(scans: Sequence[Path]) -> list[Path]:
+    """Return the CTs that files and folders name.
+
+    Raises:
+        UsageError: there is none, or two would be written under one name.
+    """
+    paths = [path for scan in scans for path in list_cases(scan)]
+    if not paths:
+        raise UsageError("No CT was given.", remedy="Name NIfTI files, or folders that hold some.")
+    seen: dict[str, Path] = {}
+    for path in paths:
+        earlier = seen.setdefault(case_name(path), path)
+        if earlier is not path:
+            raise UsageError(
+                f"{earlier} and {path} would both be written as {case_name(path)}.nii.gz.",
+                remedy="Rename one, or segment them into different folders.",
+            )
+    return paths
+
+
+def check_organs(files: Sequence[AdapterFile]) -> None:
+    """Raise :class:`UsageError` if two adapters segment an organ of the same name."""
+    names = [organ.name for file in files for organ in file.description.organs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(
+            f"Two adapters segment {', '.join(twice)}.", remedy="Give one of them, or segment into two folders."
+        )
+
+
+def check_output(output: Path, scans: Sequence[Path]) -> None:
+    """Raise :class:`UsageError` if masks would take the place of scans, or ``output`` is no folder."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file.", remedy="Name a folder for the masks.")
+    if output.resolve() in {scan.resolve().parent for scan in scans}:
+        raise UsageError(
+            f"{output} holds the scans: masks would overwrite what lies there.", remedy="Write to another folder."
+        )
