@@ -151,9 +151,13 @@ def air(bundle: EncoderBundle, scan: Path) -> dict[str, object]:
     published = MODELS["fseft"].published
     assert published is not None  # noqa: S101 - it is a published model
     shares: dict[str, str] = {}
-    for name, preprocessing in (("own grid", bundle.preprocessing), ("FSEFT's grid", published.preprocessing)):
+    own = max(level.stride for level in bundle.levels)
+    for name, preprocessing, coarsest in (
+        ("own grid", bundle.preprocessing, own),
+        ("FSEFT's grid", published.preprocessing, 16),
+    ):
         grid = Grid.of(volume, preprocessing)
-        layout = WindowLayout.plan(grid.shape, bundle.window, 16, OVERLAP)
+        layout = WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
         image = np.zeros(layout.padded_shape, np.float32)
         x, y, z = grid.shape
         image[:x, :y, :z] = grid.section(volume, 0, z)
