@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.export.parity import parity_reports
+from fseft_edge.export.parity import cpu_engines, parity_reports
 from fseft_edge.export.zoo import load_model
 from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, UsageError
@@ -35,7 +35,8 @@ def export_encoder(
         checkpoint: a published checkpoint, or a model file of ``pretrain``; ``None`` for a built-in model.
         model: name in :data:`fseft_edge.export.zoo.MODELS`.
         output: the bundle's folder, which must not exist yet.
-        onnx: also write the ONNX graph, and compare every engine installed here with PyTorch on it.
+        onnx: also write the ONNX graphs, in float32 and in mixed precision, and compare every engine installed here
+            with PyTorch on them.
         parity_volumes: CTs to compare on; without any, seeded noise.
 
     Raises:
@@ -62,14 +63,15 @@ def export_encoder(
             remedy="Check that --model names the network that the checkpoint was made for.",
         )
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
-        graph = Path(folder) / "encoder.onnx"
+        graph, mixed_graph = Path(folder) / "encoder.onnx", Path(folder) / "encoder.mixed.onnx"
         parity: dict[str, ParityReport] = {}
         if onnx:
-            _log.info("writing the ONNX graph of %s", description.name)
+            _log.info("writing the ONNX graphs of %s", description.name)
             write_graph(network, description.window, graph)
+            write_graph(network, description.window, mixed_graph, "mixed")
             for report in parity_reports(
                 network,
-                graph,
+                cpu_engines(graph, mixed_graph),
                 head=(loaded.model.head_weight.float(), loaded.model.head_bias.float()),
                 window=description.window,
                 preprocessing=description.preprocessing,
@@ -93,6 +95,7 @@ def export_encoder(
                 head_weight=loaded.model.head_weight,
                 head_bias=loaded.model.head_bias,
                 graph=graph if onnx else None,
+                mixed_graph=mixed_graph if onnx else None,
             ),
         )
 

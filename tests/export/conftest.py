@@ -16,3 +16,11 @@ def small_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graph") / "encoder.onnx"
     write_graph(small_network(), WINDOW, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def small_mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small network as an ONNX file in mixed precision."""
+    path = tmp_path_factory.mktemp("graph") / "encoder.mixed.onnx"
+    write_graph(small_network(), WINDOW, path, "mixed")
+    return path
