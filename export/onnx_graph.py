@@ -23,7 +23,10 @@ INPUT = "windows"
 
 
 def write_graph(
-    network: FeatureNetwork, window: tuple[int, int, int], path: Path, precision: Literal["float32", "mixed"] = "float32"
+    network: FeatureNetwork,
+    window: tuple[int, int, int],
+    path: Path,
+    precision: Literal["float32", "mixed"] = "float32",
 ) -> None:
     """Write a network as one ONNX file; the same network gives the same bytes.
 

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from fseft_edge.runtime.backend_choice import has_bfloat16
 from fseft_edge.runtime.backends.onnxruntime import GraphRunner, import_onnxruntime
 from fseft_edge.runtime.backends.openvino import CompiledGraph, import_openvino
+from fseft_edge.runtime.backends.pytorch import inference_network
 from fseft_edge.runtime.bundle import ParityReport, Precision
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.mixed_precision import MixedPrecision
 from fseft_edge.runtime.nifti import read_ct
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -72,6 +74,18 @@ def cpu_engines(graph: Path, mixed_graph: Path) -> list[Engine]:
     return found
 
 
+def gpu_engines(network: FeatureNetwork) -> list[Engine]:
+    """Return PyTorch in mixed precision where there is a GPU; it was never run so far, there was none."""
+    if not torch.cuda.is_available():
+        return []
+
+    def load() -> Callable[[Tensor], list[Tensor]]:
+        mixed = MixedPrecision(inference_network(network)).cuda()
+        return lambda windows: list(mixed(windows.cuda()))
+
+    return [Engine("torch", "mixed", torch.__version__, load)]
+
+
 def parity_reports(
     network: FeatureNetwork,
     engines: Sequence[Engine],
@@ -118,7 +132,8 @@ class _Comparison:
         self._mine, self._reference, self._both = torch.zeros(3, len(head[1]), dtype=torch.int64)
 
     def add(self, windows: Tensor, expected: Sequence[Tensor]) -> None:
-        features = [level.cpu() for level in self._run(windows)]
+        with torch.no_grad():
+            features = [level.cpu() for level in self._run(windows)]
         self._windows += 1
         self._errors = [max(pair) for pair in zip(self._errors, relative_errors(expected, features), strict=True)]
         mine, reference = self._masks(features[0]), self._masks(expected[0])

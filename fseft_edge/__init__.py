@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fseft_edge.adapters import AdapterSettings
     from fseft_edge.demonstration import run_demo
     from fseft_edge.evaluation import evaluate
+    from fseft_edge.export.engines import build_engines
     from fseft_edge.export.export import export_encoder
     from fseft_edge.organs import OrganLabel
     from fseft_edge.pretraining import pretrain, read_plan
@@ -33,6 +34,7 @@ _HOMES = {
     "OrganLabel": "fseft_edge.organs",
     "TrainingSettings": "fseft_edge.adapter_training",
     "adapt": "fseft_edge.adaptation",
+    "build_engines": "fseft_edge.export.engines",
     "evaluate": "fseft_edge.evaluation",
     "export_encoder": "fseft_edge.export.export",
     "pretrain": "fseft_edge.pretraining",
@@ -47,6 +49,7 @@ __all__ = [
     "TrainingSettings",
     "__version__",
     "adapt",
+    "build_engines",
     "evaluate",
     "export_encoder",
     "pretrain",

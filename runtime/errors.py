@@ -80,6 +80,10 @@ class MissingBackendError(EnvironmentProblemError):
     """An inference backend is not installed or cannot run on this machine."""
 
 
+class EngineError(EnvironmentProblemError):
+    """A compiled engine is missing, damaged, or of another graph, library version or GPU."""
+
+
 class OutOfSpaceError(EnvironmentProblemError):
     """A disk is full or not writable."""
 

@@ -15,14 +15,23 @@ import click
 from fseft_edge._version import __version__
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, OutOfMemoryError
 
-_COMMANDS = ("demo", "export", "adapt", "segment", "evaluate", "pretrain")
+_COMMANDS = {
+    "demo": "commands",
+    "export": "encoder_commands",
+    "build-engines": "encoder_commands",
+    "adapt": "commands",
+    "segment": "commands",
+    "evaluate": "commands",
+    "pretrain": "commands",
+}
+"""By name, the module of :mod:`fseft_edge.cli` that holds it."""
 _INTERRUPTED = 130
 _UNEXPECTED = 1
 _MEMORY_REMEDY = "Close other programs, segment fewer organs at once, or use a machine with more memory."
 
 
 class _LazyGroup(click.Group):
-    """Commands live in :mod:`fseft_edge.cli.commands`, which is imported when one is asked for."""
+    """Commands live in modules of their own, which are imported when one is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -30,7 +39,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module("fseft_edge.cli.commands"), cmd_name)
+        module = importlib.import_module(f"fseft_edge.cli.{_COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
 

@@ -59,7 +59,10 @@ def test_mixed_graph_takes_and_gives_float32_and_holds_half_the_bytes(
     ends = [*model.graph.input, *model.graph.output]
     assert {entry.type.tensor_type.elem_type for entry in ends} == {FULL}
     assert {entry.data_type for entry in model.graph.initializer} == {HALF}
-    held = {path: sum(len(e.raw_data) for e in onnx.load(path).graph.initializer) for path in (small_graph, small_mixed_graph)}
+    held = {
+        path: sum(len(e.raw_data) for e in onnx.load(path).graph.initializer)
+        for path in (small_graph, small_mixed_graph)
+    }
     assert held[small_mixed_graph] * 2 == held[small_graph]
 
 
