@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def build_engines(
-    bundle: EncoderBundle,
+    bundle: Path,
     targets: Sequence[str] = (),
     *,
     library: EngineLibrary | None = None,
@@ -56,7 +56,7 @@ def build_engines(
     An engine for this machine's GPU is compared with PyTorch too; without that ``auto`` does not take it.
 
     Args:
-        bundle: whose graph to compile; the engines appear in its folder.
+        bundle: the encoder bundle whose graph to compile; the engines appear in its folder.
         targets: ``sm_75``, ``sm_86``, ... (compute capability 7.5, 8.6, ...) or ``portable``; none means this machine's
             GPU.
         library: ``None`` takes the first of TensorRT-RTX and TensorRT that is installed.
@@ -67,21 +67,22 @@ def build_engines(
     Raises:
         UsageError: when a target is unknown, or none is named and there is no GPU.
         MissingBackendError: when the library is not installed.
-        EncoderBundleError: when the bundle has no graph in that precision.
+        EncoderBundleError: when the bundle is damaged, or has no graph in that precision.
         EngineError: when the library does not build for a target.
         OutOfSpaceError: when the disk is full or not writable.
     """
-    precision = precision or ("float32" if bundle.mixed_graph is None else "mixed")
-    graph = bundle.graph_in(precision)
+    opened = EncoderBundle.open(bundle)
+    precision = precision or ("float32" if opened.mixed_graph is None else "mixed")
+    graph = opened.graph_in(precision)
     if precision == "bfloat16" or graph is None:
         raise EncoderBundleError(
-            f"The encoder bundle {bundle.path} has no ONNX graph in {precision}.",
+            f"The encoder bundle {bundle} has no ONNX graph in {precision}.",
             remedy="Export it again without --no-onnx, or choose another precision.",
         )
     wanted = list(dict.fromkeys(targets)) or [_own_target()]
     name = library or installed_library()
     check_targets(wanted, name)
-    job = _Job(bundle, graph, name, import_library(name), precision, max_batch)
+    job = _Job(opened, graph, name, import_library(name), precision, max_batch)
     return [_with_parity(_current_or_built(job, target), job, parity_volumes) for target in wanted]
 
 
@@ -243,7 +244,7 @@ def _target_setter(library: ModuleType, target: str) -> Callable[[Any], None]:
     Raises:
         EngineError: when the library does not build for it here.
     """
-    if hasattr(library, "ComputeCapability"):
+    if library.__name__ == "tensorrt_rtx":
         return _rtx_target_setter(library, target)
     if not torch.cuda.is_available():
         raise EngineError(
@@ -278,7 +279,8 @@ def _rtx_target_setter(library: ModuleType, target: str) -> Callable[[Any], None
     def one_capability(config: Any) -> None:  # noqa: ANN401 - the library comes without types
         if target != PORTABLE:  # which is the library's default
             config.num_compute_capabilities = 1
-            config.set_compute_capability(known[target], 0)
+            if not config.set_compute_capability(known[target], 0):
+                raise RuntimeError(f"{library.__name__} did not take the target {target}")
 
     return one_capability
 

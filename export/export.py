@@ -110,7 +110,7 @@ def export_encoder(
             ),
         )
     if targets:
-        build_engines(bundle, targets, parity_volumes=parity_volumes)
+        build_engines(output, targets, parity_volumes=parity_volumes)
     elif onnx and torch.cuda.is_available():
         _build_for_this_gpu(bundle, parity_volumes)
     return bundle
@@ -119,7 +119,7 @@ def export_encoder(
 def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path]) -> None:
     """Build what was not asked for: where it does not work, other backends do."""
     try:
-        build_engines(bundle, parity_volumes=parity_volumes)
+        build_engines(bundle.path, parity_volumes=parity_volumes)
     except EnvironmentProblemError as error:
         _log.info("no engine for this machine's GPU: %s", error)
 

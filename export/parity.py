@@ -67,7 +67,7 @@ def cpu_engines(graph: Path, mixed_graph: Path) -> list[Engine]:
         found.append(Engine("onnxruntime", "float32", release, lambda: GraphRunner(graph, _CPU, threads)))
         found.append(Engine("onnxruntime", "mixed", release, lambda: GraphRunner(mixed_graph, _CPU, threads)))
     if find_spec("openvino") is not None:
-        release = str(import_openvino().__version__)
+        release = str(import_openvino().__version__).partition("-")[0]  # the rest names its build
         found.append(Engine("openvino", "float32", release, lambda: CompiledGraph(graph, threads, "float32")))
         if has_bfloat16(_CPU):
             found.append(Engine("openvino", "bfloat16", release, lambda: CompiledGraph(graph, threads, "bfloat16")))

@@ -16,8 +16,6 @@ from fseft_edge.runtime.errors import EngineError, MissingBackendError
 
 BackendName = Literal["torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
 
-_GRAPH_BACKENDS = ("onnxruntime", "openvino")
-
 # Fastest first, by `benchmarks/encoder_backends.py`. Without OpenVINO, convolutions alone run fastest in PyTorch with
 # oneDNN (channels last), attention in ONNX Runtime, which fuses what PyTorch writes to memory and reads again.
 _OPENVINO: tuple[tuple[BackendName, Precision], ...] = (("openvino", "bfloat16"), ("openvino", "float32"))
@@ -72,8 +70,8 @@ def has_bfloat16(device: torch.device) -> bool:
 def _obstacle(backend: BackendName, precision: Precision, bundle: EncoderBundle, device: torch.device) -> str | None:
     if backend == "torch" and precision == "float32":
         return None
-    if backend in _GRAPH_BACKENDS and bundle.graph is None:
-        return "the bundle was exported without an ONNX graph"
+    if backend != "torch" and bundle.graph_in(precision) is None:
+        return "the bundle was exported without an ONNX graph for it"
     if find_spec(backend) is None:
         return "not installed"
     if precision == "bfloat16" and not has_bfloat16(torch.device("cpu")):

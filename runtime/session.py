@@ -159,11 +159,12 @@ def _choose(choices: Sequence[BackendChoice], backend: str, precision: str) -> B
         if choice is not fitting[-1] or backend == "auto":
             _log.info("backend %s in %s passed over: %s", choice.backend, choice.precision, choice.obstacle)
     if not fitting or backend == "auto":
+        how = "" if precision == "auto" else f" in {precision}"
         raise UsageError(
-            f"No backend computes in {precision} here."
+            f"No backend computes{how} here."
             if backend == "auto"
-            else f"The backend {backend} does not compute in {precision} on this device.",
-            remedy="Leave --precision out; --verbose says why a backend is passed over.",
+            else f"The backend {backend} does not compute{how} on this device.",
+            remedy="Leave the choice to fseft-edge; --verbose says why a backend is passed over.",
         )
     named = fitting[-1]
     if precision not in ("auto", "float32"):

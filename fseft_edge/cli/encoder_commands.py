@@ -97,10 +97,9 @@ def build_engines(
 ) -> None:
     """Build the GPU engines that are missing or stale in the encoder bundle BUNDLE."""
     from fseft_edge.export.engines import build_engines as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.runtime.bundle import EncoderBundle  # noqa: PLC0415 - likewise
 
     built = run(
-        EncoderBundle.open(bundle),
+        bundle,
         _listed(targets),
         library=library,
         precision=precision,

@@ -49,7 +49,12 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add what :class:`Common` holds, and ``--verbose``; the command receives ``common``."""
 
     @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-    @click.option("--backend", default="auto", show_default=True, help="auto, torch or onnxruntime.")
+    @click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        help="auto, torch, onnxruntime, openvino, tensorrt_rtx or tensorrt.",
+    )
     @click.option(
         "--cache", type=PATH, help="Folder in which feature maps are kept for later runs; nothing is kept without it."
     )

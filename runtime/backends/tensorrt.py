@@ -18,7 +18,7 @@ from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.backends.tensorrt_library import collecting_logger, import_library, last_error
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.engine_files import EngineFile, EngineLibrary, engine_for_gpu
-from fseft_edge.runtime.errors import EngineError, MissingBackendError, OutOfSpaceError
+from fseft_edge.runtime.errors import EngineError, OutOfSpaceError
 from fseft_edge.runtime.session import EncoderSession
 
 _log = logging.getLogger(__name__)
@@ -30,11 +30,6 @@ class _EngineSession(EncoderSession):
     library: ClassVar[EngineLibrary]
 
     def __init__(self, bundle: EncoderBundle, device: torch.device, precision: Precision) -> None:
-        if device.type != "cuda":
-            raise MissingBackendError(
-                f"The backend {self.backend} computes on NVIDIA GPUs, not on {device}.",
-                remedy="Use --backend torch on this device.",
-            )
         library = import_library(self.library)
         capability = torch.cuda.get_device_capability(device)
         engine = engine_for_gpu(bundle, self.library, str(library.__version__), precision, capability)
@@ -49,7 +44,7 @@ class _EngineSession(EncoderSession):
         """Free the engine; the session cannot be used any more."""
         super().close()
         if self._runner is not None:
-            self._runner.keep_compiled_kernels()
+            self._runner.close()
         self._runner = None
 
 
@@ -80,10 +75,12 @@ class EngineRunner:
     """
 
     def __init__(self, library: ModuleType, engine: EngineFile, device: torch.device) -> None:
-        self._device, self._names = device, [tensor.name for tensor in engine.description.tensors]
+        self._context: Any = None  # attributes go in this order: it first, then what it refers to without holding it
+        self._device, self._path = device, engine.path
+        self._names = [tensor.name for tensor in engine.description.tensors]
         content = engine.path.read_bytes()
         with torch.cuda.device(device):
-            torch.cuda.init()  # the library works in the context that PyTorch made
+            torch.cuda.synchronize(device)  # the library works in PyTorch's context, which is made by first use
             logger = collecting_logger(library)
             runtime = library.Runtime(logger)
             check_validity(library, runtime, engine.path, content)
@@ -93,16 +90,12 @@ class EngineRunner:
             names = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
             if sorted(names) != sorted(self._names):
                 raise _unusable(engine.path, f"it has the inputs and outputs {', '.join(names)}")
-            self._cache = (
-                _KernelCache(loaded, engine.runtime_cache) if hasattr(loaded, "create_runtime_config") else None
-            )
-            self._context = (
-                self._cache.execution_context(loaded) if self._cache is not None else loaded.create_execution_context()
-            )
+            self._cache = _KernelCache(loaded, engine.runtime_cache) if hasattr(library, "IRuntimeCache") else None
+            self._context = self._cache.context(loaded) if self._cache else loaded.create_execution_context()
             if self._context is None:
                 raise _unusable(engine.path, last_error(logger))
             self._stream = torch.cuda.Stream(device)
-        self._kept_alive = (logger, runtime, loaded)  # the context refers to them without holding them
+        self._logger, self._loaded = logger, (loaded, runtime)
 
     def __call__(self, windows: Tensor) -> list[Tensor]:
         """Return the pyramid of 1 to ``max_batch`` windows, float32 on the device."""
@@ -121,19 +114,22 @@ class EngineRunner:
             for buffer in (source, *pyramid):
                 buffer.record_stream(self._stream)
             if not done:
-                raise RuntimeError(f"the engine failed: {last_error(self._kept_alive[0])}")
+                raise _unusable(self._path, last_error(self._logger))
             return pyramid
 
-    def keep_compiled_kernels(self) -> None:
-        """Write what the RTX runtime compiled for this GPU beside the engine, for the next session."""
+    def close(self) -> None:
+        """Free the engine; what the RTX runtime compiled for this GPU is kept beside it, for the next session."""
+        torch.cuda.synchronize(self._device)
         if self._cache is not None:
             self._cache.save()
+        self._context = None
 
 
 class _KernelCache:
     """Kernels that TensorRT-RTX compiles for the GPU when an engine first runs there.
 
-    The library checks that a cache is of this version, GPU and driver, and takes no other.
+    The library checks that a cache is of this version, GPU and driver, and takes no other. Its configuration refers to
+    the cache without holding it, so that this object has to live as long as the execution context.
     """
 
     def __init__(self, engine: Any, path: Path) -> None:  # noqa: ANN401 - the library comes without types
@@ -146,7 +142,7 @@ class _KernelCache:
             self._before = b""
         self._config.set_runtime_cache(self._cache)
 
-    def execution_context(self, engine: Any) -> Any:  # noqa: ANN401 - likewise
+    def context(self, engine: Any) -> Any:  # noqa: ANN401 - likewise
         """Return an execution context that uses and fills the cache, or None where the engine cannot run."""
         return engine.create_execution_context(self._config)
 
