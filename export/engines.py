@@ -20,7 +20,7 @@ import torch
 from fseft_edge.export.parity import Engine, parity_reports
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.backends.tensorrt import EngineRunner
-from fseft_edge.runtime.backends.tensorrt_library import LIBRARIES, collecting_logger, import_library, last_error
+from fseft_edge.runtime.backends.tensorrt_library import LIBRARIES, fresh_logger, import_library, last_error
 from fseft_edge.runtime.bundle import EncoderBundle, ParityReport, Precision
 from fseft_edge.runtime.engine_files import (
     PORTABLE,
@@ -210,7 +210,7 @@ class Build:
 
 def prepare_build(library: ModuleType, graph: Path, target: str, max_batch: int) -> Build:
     """Return everything up to the build itself; see :func:`compile_graph`."""
-    logger = collecting_logger(library)
+    logger = fresh_logger(library)
     set_target = _target_setter(library, target)
     builder = library.Builder(logger)
     network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fseft_edge.runtime.atomic import atomic_path
-from fseft_edge.runtime.backends.tensorrt_library import collecting_logger, import_library, last_error
+from fseft_edge.runtime.backends.tensorrt_library import fresh_logger, import_library, last_error
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.engine_files import EngineFile, EngineLibrary, engine_for_gpu
 from fseft_edge.runtime.errors import EngineError, OutOfSpaceError
@@ -81,7 +81,7 @@ class EngineRunner:
         content = engine.path.read_bytes()
         with torch.cuda.device(device):
             torch.cuda.synchronize(device)  # the library works in PyTorch's context, which is made by first use
-            logger = collecting_logger(library)
+            logger = fresh_logger(library)
             runtime = library.Runtime(logger)
             check_validity(library, runtime, engine.path, content)
             loaded = runtime.deserialize_cuda_engine(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from types import ModuleType
@@ -36,11 +37,24 @@ def import_library(name: EngineLibrary) -> ModuleType:
         ) from error
 
 
-def collecting_logger(library: ModuleType) -> Any:  # noqa: ANN401 - its class exists once the library is imported
-    """Return a logger for the library's objects; it passes messages on, and keeps errors in ``errors``."""
+def fresh_logger(library: ModuleType) -> Any:  # noqa: ANN401 - its class exists once the library is imported
+    """Return the logger for the library's objects, its ``errors`` emptied.
+
+    It is the same one every time: the library goes on using the first logger that it was given, for its own messages,
+    after the objects that it was given for are gone, and crashes where the logger is gone too.
+    """
+    logger = _logger(library)
+    logger.errors.clear()
+    return logger
+
+
+@functools.cache
+def _logger(library: ModuleType) -> Any:  # noqa: ANN401 - likewise
     interface: Any = library.ILogger
 
     class Collecting(interface):  # type: ignore[misc]  # the library comes without types
+        """Passes messages on, and keeps errors."""
+
         def __init__(self) -> None:
             interface.__init__(self)
             self.errors: list[str] = []
@@ -53,6 +67,6 @@ def collecting_logger(library: ModuleType) -> Any:  # noqa: ANN401 - its class e
     return Collecting()
 
 
-def last_error(logger: Any) -> str:  # noqa: ANN401 - made by collecting_logger
+def last_error(logger: Any) -> str:  # noqa: ANN401 - made by fresh_logger
     """Return what the library said when something failed, on one line."""
     return " ".join(str(logger.errors[-1]).split()) if logger.errors else "it gave no reason"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import shutil
 import sys
@@ -12,12 +13,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from doubles.models import CHANNELS, WINDOW, small_contents
 
-from fseft_edge.export.engines import build_engines, compile_graph, prepare_build
+from fseft_edge.cli.main import cli
+from fseft_edge.export.engines import _target_setter, build_engines, compile_graph, prepare_build
 from fseft_edge.export.export import export_encoder
 from fseft_edge.runtime.backends.tensorrt import check_validity
-from fseft_edge.runtime.backends.tensorrt_library import collecting_logger, import_library
+from fseft_edge.runtime.backends.tensorrt_library import fresh_logger, import_library
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.engine_files import EngineDescription, EngineLibrary, engine_for_gpu, read_engine
 from fseft_edge.runtime.errors import (
@@ -285,9 +288,22 @@ def test_tensorrt_builds_for_the_gpu_that_it_finds_alone(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     with pytest.raises(EngineError, match="this machine's GPU, sm_89, and not for sm_86"):
         prepare_build(tensorrt, small_mixed_graph, "sm_86", 2)
-    for target, level in (("sm_89", "NONE"), ("portable", "AMPERE_PLUS")):
-        build = prepare_build(tensorrt, small_mixed_graph, target, 2)
-        assert build.config.hardware_compatibility_level.name == level
+    for target, level in (("sm_89", None), ("portable", tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS)):
+        config = SimpleNamespace(hardware_compatibility_level=None)  # TensorRT-RTX's own forgets what is set
+        _target_setter(tensorrt, target)(config)
+        assert config.hardware_compatibility_level == level
+
+
+def test_the_librarys_messages_find_a_logger_after_its_objects_are_gone(
+    rtx: ModuleType, small_mixed_graph: Path
+) -> None:
+    """It keeps the first logger that it was given, and ended the process when that one was gone."""
+    for _ in range(2):
+        build = prepare_build(rtx, small_mixed_graph, "portable", 2)
+        build.config.hardware_compatibility_level = rtx.HardwareCompatibilityLevel.AMPERE_PLUS  # it complains
+        assert build.config.hardware_compatibility_level == rtx.HardwareCompatibilityLevel.NONE
+        del build
+        gc.collect()
 
 
 def test_no_room_for_an_engine_leaves_the_bundle_as_it_was(
@@ -308,7 +324,7 @@ def test_no_room_for_an_engine_leaves_the_bundle_as_it_was(
 
 
 def test_the_library_itself_refuses_what_is_no_engine(rtx: ModuleType, tmp_path: Path) -> None:
-    runtime = rtx.Runtime(collecting_logger(rtx))
+    runtime = rtx.Runtime(fresh_logger(rtx))
     with pytest.raises(EngineError, match="malformed engine"):
         check_validity(rtx, runtime, tmp_path / "x.engine", b"x" * 1000)
 
@@ -316,7 +332,7 @@ def test_the_library_itself_refuses_what_is_no_engine(rtx: ModuleType, tmp_path:
 def test_no_driver_is_named(rtx: ModuleType, built: EncoderBundle) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a driver")
-    runtime = rtx.Runtime(collecting_logger(rtx))
+    runtime = rtx.Runtime(fresh_logger(rtx))
     with pytest.raises(EngineError, match="no usable NVIDIA driver") as caught:
         check_validity(rtx, runtime, engine(built), engine(built).read_bytes())
     assert "driver" in caught.value.remedy
@@ -335,3 +351,30 @@ def test_the_librarys_reasons_are_named(rtx: ModuleType, flags: list[str], reaso
     runtime = SimpleNamespace(get_engine_validity=lambda content: answer)
     with pytest.raises(EngineError, match=f"on this GPU: {reason}"):
         check_validity(rtx, runtime, Path("x.engine"), b"")
+
+
+def test_command_builds_what_is_asked_for_and_names_the_files(bundle: EncoderBundle) -> None:
+    shutil.rmtree(bundle.path / "engines")
+    wanted = [
+        "build-engines",
+        str(bundle.path),
+        "--target",
+        "sm_86, portable",
+        "--target",
+        "sm_120",
+        "--max-batch",
+        "1",
+    ]
+    done = CliRunner().invoke(cli, wanted)
+    assert done.exit_code == 0
+    lines = [str(engine(bundle, target)) for target in ("sm_86", "portable", "sm_120")]
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == lines
+    assert all(read(bundle, target).is_file() for target in ("sm_86", "portable", "sm_120"))
+    refused = CliRunner().invoke(cli, ["build-engines", str(bundle.path), "--target", "sm_90"])
+    assert isinstance(refused.exception, EngineError)
+
+
+def test_a_copied_bundle_keeps_its_engines(bundle: EncoderBundle, tmp_path: Path) -> None:
+    moved = EncoderBundle.open(Path(shutil.copytree(bundle.path, tmp_path / "elsewhere" / "moved.encoder")))
+    assert moved.encoder_id == bundle.encoder_id
+    assert read(moved) == engine(moved)
