@@ -282,6 +282,7 @@ def test_tensorrt_builds_for_the_gpu_that_it_finds_alone(
     tensorrt = ModuleType("tensorrt")
     vars(tensorrt).update({name: value for name, value in vars(rtx).items() if name != "ComputeCapability"})
     tensorrt.__name__ = "tensorrt"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(EngineError, match="with the GPU alone, and PyTorch sees none"):
         prepare_build(tensorrt, small_mixed_graph, "sm_86", 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
