@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from fseft_edge.export.checkpoints import load_weights
+from fseft_edge.export.engines import build_engines, check_targets, installed_library
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.export.parity import parity_reports
+from fseft_edge.export.parity import cpu_engines, gpu_engines, parity_reports
 from fseft_edge.export.zoo import load_model
 from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
-from fseft_edge.runtime.errors import CheckpointError, UsageError
+from fseft_edge.runtime.errors import CheckpointError, EnvironmentProblemError, UsageError
 from fseft_edge.runtime.networks import build_network
 
 _TOOLS = ("fseft-edge", "torch", "onnx", "onnxscript")
@@ -28,6 +31,7 @@ def export_encoder(
     output: Path,
     onnx: bool = True,
     parity_volumes: Sequence[Path] = (),
+    targets: Sequence[str] = (),
 ) -> EncoderBundle:
     """Write the encoder of a checkpoint as a bundle, and return it; the twin of ``fseft-edge export``.
 
@@ -35,11 +39,15 @@ def export_encoder(
         checkpoint: a published checkpoint, or a model file of ``pretrain``; ``None`` for a built-in model.
         model: name in :data:`fseft_edge.export.zoo.MODELS`.
         output: the bundle's folder, which must not exist yet.
-        onnx: also write the ONNX graph, and compare every engine installed here with PyTorch on it.
+        onnx: also write the ONNX graphs, in float32 and in mixed precision, and compare every engine installed here
+            with PyTorch on them.
         parity_volumes: CTs to compare on; without any, seeded noise.
+        targets: GPUs to build engines for, see :func:`fseft_edge.export.engines.build_engines`; without any, this
+            machine's GPU where there is one and a library that builds for it.
 
     Raises:
         UsageError: when options contradict one another, or ``output`` exists.
+        EngineError: when an engine that was asked for cannot be built; the bundle is there then, without it.
         CheckpointError: when the checkpoint is not one of that model.
         InputError: when a CT to compare on cannot be read.
         OutOfSpaceError: when the disk is full or not writable.
@@ -50,6 +58,10 @@ def export_encoder(
         raise UsageError(
             "Without an ONNX graph there is nothing to compare.", remedy="Leave out one of the two options."
         )
+    if targets and not onnx:
+        raise UsageError("Engines are built from an ONNX graph.", remedy="Leave out one of the two options.")
+    if targets:
+        check_targets(targets, installed_library())
     loaded = load_model(model, checkpoint)
     description, source = loaded.model.description, loaded.source
     network = build_network(description.architecture, **description.settings).eval()
@@ -62,14 +74,15 @@ def export_encoder(
             remedy="Check that --model names the network that the checkpoint was made for.",
         )
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
-        graph = Path(folder) / "encoder.onnx"
+        graph, mixed_graph = Path(folder) / "encoder.onnx", Path(folder) / "encoder.mixed.onnx"
         parity: dict[str, ParityReport] = {}
         if onnx:
-            _log.info("writing the ONNX graph of %s", description.name)
+            _log.info("writing the ONNX graphs of %s", description.name)
             write_graph(network, description.window, graph)
+            write_graph(network, description.window, mixed_graph, "mixed")
             for report in parity_reports(
                 network,
-                graph,
+                [*cpu_engines(graph, mixed_graph), *gpu_engines(network)],
                 head=(loaded.model.head_weight.float(), loaded.model.head_bias.float()),
                 window=description.window,
                 preprocessing=description.preprocessing,
@@ -77,7 +90,7 @@ def export_encoder(
             ):
                 parity[parity_key(report.backend, report.precision)] = report
                 _log_parity(report)
-        return EncoderBundle.write(
+        bundle = EncoderBundle.write(
             output,
             BundleContents(
                 name=description.name,
@@ -93,8 +106,22 @@ def export_encoder(
                 head_weight=loaded.model.head_weight,
                 head_bias=loaded.model.head_bias,
                 graph=graph if onnx else None,
+                mixed_graph=mixed_graph if onnx else None,
             ),
         )
+    if targets:
+        build_engines(output, targets, parity_volumes=parity_volumes)
+    elif onnx and torch.cuda.is_available():
+        _build_for_this_gpu(bundle, parity_volumes)
+    return bundle
+
+
+def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path]) -> None:
+    """Build what was not asked for: where it does not work, other backends do."""
+    try:
+        build_engines(bundle.path, parity_volumes=parity_volumes)
+    except EnvironmentProblemError as error:
+        _log.info("no engine for this machine's GPU: %s", error)
 
 
 def _log_parity(report: ParityReport) -> None:

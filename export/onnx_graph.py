@@ -1,4 +1,4 @@
-"""From a network to an ONNX file: float32, dynamic batch, static window."""
+"""From a network to an ONNX file: float32 or mixed precision, dynamic batch, static window."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import torch
@@ -15,12 +16,18 @@ from torch import Tensor, nn
 
 from fseft_edge.runtime.backends.pytorch import inference_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.mixed_precision import MixedPrecision
 
 OPSET = 20
 INPUT = "windows"
 
 
-def write_graph(network: FeatureNetwork, window: tuple[int, int, int], path: Path) -> None:
+def write_graph(
+    network: FeatureNetwork,
+    window: tuple[int, int, int],
+    path: Path,
+    precision: Literal["float32", "mixed"] = "float32",
+) -> None:
     """Write a network as one ONNX file; the same network gives the same bytes.
 
     The input ``windows`` is float32 ``[n, 1, X, Y, Z]`` with any n; the outputs are ``level_0`` (finest), ``level_1``,
@@ -32,9 +39,12 @@ def write_graph(network: FeatureNetwork, window: tuple[int, int, int], path: Pat
         network: what to export; it stays as it is.
         window: ``[X, Y, Z]``, the one size that the graph takes. Dynamic sizes export, but the graphs fail.
         path: where to.
+        precision: ``float32``, or ``mixed``: weights and features within the graph are float16, with casts around what
+            stays float32 (:class:`MixedPrecision`).
     """
     outputs = [f"level_{level}" for level in range(len(network.levels))]
-    write_model(graph_of(inference_network(network), window, outputs), path)
+    prepared = inference_network(network)
+    write_model(graph_of(MixedPrecision(prepared) if precision == "mixed" else prepared, window, outputs), path)
 
 
 def graph_of(network: nn.Module, window: tuple[int, int, int], outputs: Sequence[str]) -> onnx.ModelProto:

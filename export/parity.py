@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -16,11 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fseft_edge.runtime.backend_choice import has_bfloat16
-from fseft_edge.runtime.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.backends.onnxruntime import GraphRunner, import_onnxruntime
 from fseft_edge.runtime.backends.openvino import CompiledGraph
+from fseft_edge.runtime.backends.pytorch import inference_network
 from fseft_edge.runtime.bundle import ParityReport, Precision
 from fseft_edge.runtime.grid import Grid
+from fseft_edge.runtime.libraries import import_library
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.mixed_precision import MixedPrecision
 from fseft_edge.runtime.nifti import read_ct
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -43,40 +45,68 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Engine:
-    """A way to compute an exported graph on this machine's CPU."""
+    """A way to compute an exported graph on this machine.
+
+    Attributes:
+        backend: its name.
+        precision: what it computes in.
+        version: of its library.
+        load: returns what computes the pyramid of windows.
+    """
 
     backend: str
     precision: Precision
-    load: Callable[[Path], Callable[[Tensor], list[Tensor]]]
+    version: str
+    load: Callable[[], Callable[[Tensor], Sequence[Tensor]]]
 
 
-def engines() -> list[Engine]:
-    """Return the engines that are installed here, each with the precisions that this CPU computes in."""
+def cpu_engines(graph: Path, mixed_graph: Path) -> list[Engine]:
+    """Return the engines that are installed here and run on a CPU, each with the precisions that this one computes in.
+
+    Args:
+        graph: ONNX file in float32.
+        mixed_graph: the same in mixed precision; on a CPU it is slow, and says what its arithmetic costs in accuracy.
+    """
     threads = torch.get_num_threads()
     found = []
     if find_spec("onnxruntime") is not None:
-        found.append(Engine("onnxruntime", "float32", lambda graph: GraphRunner(graph, _CPU, threads)))
+        release = str(import_onnxruntime().__version__)
+        found.append(Engine("onnxruntime", "float32", release, lambda: GraphRunner(graph, _CPU, threads)))
+        found.append(Engine("onnxruntime", "mixed", release, lambda: GraphRunner(mixed_graph, _CPU, threads)))
     if find_spec("openvino") is not None:
-        found.append(Engine("openvino", "float32", lambda graph: CompiledGraph(graph, threads, "float32")))
+        release = str(import_library("openvino").__version__).partition("-")[0]  # the rest names its build
+        found.append(Engine("openvino", "float32", release, lambda: CompiledGraph(graph, threads, "float32")))
         if has_bfloat16(_CPU):
-            found.append(Engine("openvino", "bfloat16", lambda graph: CompiledGraph(graph, threads, "bfloat16")))
+            found.append(Engine("openvino", "bfloat16", release, lambda: CompiledGraph(graph, threads, "bfloat16")))
     return found
+
+
+def gpu_engines(network: FeatureNetwork) -> list[Engine]:
+    """Return PyTorch in mixed precision where there is a GPU; it was never run so far, there was none."""
+    if not torch.cuda.is_available():
+        return []
+
+    def load() -> Callable[[Tensor], list[Tensor]]:
+        mixed = MixedPrecision(inference_network(network)).cuda()
+        return lambda windows: list(mixed(windows.cuda()))
+
+    return [Engine("torch", "mixed", torch.__version__, load)]
 
 
 def parity_reports(
     network: FeatureNetwork,
-    graph: Path,
+    engines: Sequence[Engine],
     *,
     head: tuple[Tensor, Tensor],
     window: tuple[int, int, int],
     preprocessing: Preprocessing,
     volumes: Sequence[Path],
 ) -> list[ParityReport]:
-    """Return how far every engine that is installed here is from PyTorch's plain forward pass.
+    """Return how far engines are from PyTorch's plain forward pass on the CPU.
 
     Args:
         network: the reference, in evaluation mode.
-        graph: its ONNX file.
+        engines: what computes an exported graph of it.
         head: the pre-trained classifier, weight ``[K, C_0]`` and bias ``[K]``; its masks are compared.
         window: ``[X, Y, Z]``.
         preprocessing: how a CT becomes windows.
@@ -86,7 +116,7 @@ def parity_reports(
     Raises:
         InputError: when a CT cannot be read.
     """
-    comparisons = [_Comparison(engine, engine.load(graph), head, len(network.levels)) for engine in engines()]
+    comparisons = [_Comparison(engine, engine.load(), head, len(network.levels)) for engine in engines]
     if not comparisons:
         return []
     for windows in _ct_windows(volumes, preprocessing, window) if volumes else noise_windows(window):
@@ -101,7 +131,7 @@ class _Comparison:
     """One engine against the reference, window by window."""
 
     def __init__(
-        self, engine: Engine, run: Callable[[Tensor], list[Tensor]], head: tuple[Tensor, Tensor], levels: int
+        self, engine: Engine, run: Callable[[Tensor], Sequence[Tensor]], head: tuple[Tensor, Tensor], levels: int
     ) -> None:
         self._engine, self._run, self._head = engine, run, head
         self._windows = 0
@@ -109,7 +139,8 @@ class _Comparison:
         self._mine, self._reference, self._both, self._sure = torch.zeros(4, len(head[1]), dtype=torch.int64)
 
     def add(self, windows: Tensor, expected: Sequence[Tensor]) -> None:
-        features = self._run(windows)
+        with torch.no_grad():
+            features = [level.cpu() for level in self._run(windows)]
         self._windows += 1
         self._errors = [max(pair) for pair in zip(self._errors, relative_errors(expected, features), strict=True)]
         logits = self._logits(expected[0])
@@ -125,7 +156,7 @@ class _Comparison:
         return ParityReport(
             backend=self._engine.backend,
             precision=self._engine.precision,
-            version=version(self._engine.backend),
+            version=self._engine.version,
             source=source,
             windows=self._windows,
             gate=GATES[self._engine.precision],

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fseft_edge.demonstration import run_demo
     from fseft_edge.doctor import diagnose
     from fseft_edge.evaluation import evaluate
+    from fseft_edge.export.engines import build_engines
     from fseft_edge.export.export import export_encoder
     from fseft_edge.fused_export import export_adapter
     from fseft_edge.organs import OrganLabel
@@ -37,6 +38,7 @@ _HOMES = {
     "TrainingSettings": "fseft_edge.adapter_training",
     "adapt": "fseft_edge.adaptation",
     "benchmark": "fseft_edge.benchmarking.runs",
+    "build_engines": "fseft_edge.export.engines",
     "diagnose": "fseft_edge.doctor",
     "evaluate": "fseft_edge.evaluation",
     "export_adapter": "fseft_edge.fused_export",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "adapt",
     "benchmark",
+    "build_engines",
     "diagnose",
     "evaluate",
     "export_adapter",

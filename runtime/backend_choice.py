@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.engine_files import EngineLibrary, engine_for_gpu
+from fseft_edge.runtime.errors import EngineError, MissingBackendError
 from fseft_edge.runtime.libraries import import_library, import_problem
 from fseft_edge.runtime.remembered_speed import remembered_order
 
-BackendName = Literal["torch", "onnxruntime", "openvino"]
+BackendName = Literal["torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
 
-_BACKENDS: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino")
+_BACKENDS: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt")
 
 # Fastest first, by `benchmarks/encoder_backends.py`. Without OpenVINO, convolutions alone run fastest in PyTorch with
 # oneDNN (channels last), attention in ONNX Runtime, which fuses what PyTorch writes to memory and reads again.
@@ -23,7 +25,16 @@ _ON_CPU: dict[str, tuple[tuple[BackendName, Precision], ...]] = {
     "residual_unet": (*_OPENVINO, ("torch", "float32"), ("onnxruntime", "float32")),
     "swin_unetr": (*_OPENVINO, ("onnxruntime", "float32"), ("torch", "float32")),
 }
-_ON_CUDA: tuple[tuple[BackendName, Precision], ...] = (("torch", "float32"), ("onnxruntime", "float32"))
+# By what the engines do with float16 and with fused operators; not measured, there was no GPU.
+_ON_CUDA: tuple[tuple[BackendName, Precision], ...] = (
+    ("tensorrt_rtx", "mixed"),
+    ("tensorrt", "mixed"),
+    ("torch", "mixed"),
+    ("tensorrt_rtx", "float32"),
+    ("tensorrt", "float32"),
+    ("torch", "float32"),
+    ("onnxruntime", "float32"),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -36,11 +47,13 @@ class BackendChoice:
         backend: the engine's name.
         precision: what it computes in.
         obstacle: why ``auto`` does not take it, or None.
+        suits_device: whether the engine computes on such a device at all.
     """
 
     backend: BackendName
     precision: Precision
     obstacle: str | None
+    suits_device: bool = True
 
     @property
     def usable(self) -> bool:
@@ -55,9 +68,9 @@ def backend_choices(bundle: EncoderBundle, device: torch.device) -> list[Backend
     """
     order = _order(bundle, device)
     choices = [BackendChoice(*way, _obstacle(*way, bundle, device)) for way in order]
-    never = f"not for {bundle.manifest.architecture} on this {'CPU' if device.type == 'cpu' else 'GPU'}"
+    never = f"does not compute on a {'CPU' if device.type == 'cpu' else 'GPU'}"
     others = [backend for backend in _BACKENDS if backend not in {choice.backend for choice in choices}]
-    return choices + [BackendChoice(backend, "float32", never) for backend in others]
+    return choices + [BackendChoice(backend, "float32", never, suits_device=False) for backend in others]
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -70,7 +83,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def _order(bundle: EncoderBundle, device: torch.device) -> list[tuple[BackendName, Precision]]:
     """Return the ways to compute on a device, fastest first: as measured on this machine, else as listed above."""
-    on_cpu = _ON_CPU.get(bundle.manifest.architecture, ())
+    on_cpu = _ON_CPU.get(bundle.manifest.architecture, _ON_CPU["residual_unet"])
     order = list(on_cpu if device.type == "cpu" else _ON_CUDA)
     remembered = remembered_order(bundle, device)
     if remembered is None:
@@ -82,19 +95,45 @@ def _order(bundle: EncoderBundle, device: torch.device) -> list[tuple[BackendNam
 
 
 def _obstacle(backend: BackendName, precision: Precision, bundle: EncoderBundle, device: torch.device) -> str | None:
-    if backend == "torch":
-        known = bundle.manifest.architecture in _ON_CPU
-        return None if known else "this version does not know the encoder's architecture"
-    if bundle.graph is None:
-        return "the bundle was exported without an ONNX graph"
-    problem = import_problem(backend)
+    if bundle.manifest.architecture not in _ON_CPU:
+        return "this version does not know the encoder's architecture"
+    if backend == "torch" and precision == "float32":
+        return None
+    if backend != "torch" and bundle.graph_in(precision) is None:
+        return "the bundle was exported without an ONNX graph for it"
+    problem = _library_obstacle(backend, precision, device)
     if problem is not None:
         return problem
-    if backend == "onnxruntime" and device.type == "cuda":
-        providers = import_library(backend).get_available_providers()
-        if "CUDAExecutionProvider" not in providers:
-            return "the installed onnxruntime cannot use the GPU"
-    if precision == "bfloat16" and not has_bfloat16(device):
-        return "this CPU has no bfloat16 instructions"
+    if backend in ("tensorrt_rtx", "tensorrt"):
+        return _engine_obstacle(backend, precision, bundle, device)
     report = bundle.parity(backend, precision)
     return "the bundle holds no parity report for it" if report is None else report.shortcoming
+
+
+def _library_obstacle(backend: BackendName, precision: Precision, device: torch.device) -> str | None:
+    problem = import_problem(backend)
+    if problem is None and backend == "onnxruntime" and device.type == "cuda":
+        providers = import_library(backend).get_available_providers()
+        return None if "CUDAExecutionProvider" in providers else "the installed onnxruntime cannot use the GPU"
+    if problem is None and precision == "bfloat16" and not has_bfloat16(device):
+        return "this CPU has no bfloat16 instructions"
+    return problem
+
+
+def _engine_obstacle(
+    library: EngineLibrary, precision: Precision, bundle: EncoderBundle, device: torch.device
+) -> str | None:
+    """An engine's features are those of a GPU, so that its own report counts, not one that the bundle could hold."""
+    try:
+        version = str(import_library(library).__version__)
+        capability = torch.cuda.get_device_capability(device)
+        engine = engine_for_gpu(bundle, library, version, precision, capability)
+    except (MissingBackendError, EngineError) as error:
+        return str(error)
+    report = engine.description.parity
+    if report is None:
+        return (
+            f"{engine.path.name} was not compared with PyTorch on this machine "
+            f"(fseft-edge build-engines {bundle.path} --parity-ct CT)"
+        )
+    return report.shortcoming

@@ -8,7 +8,10 @@ A folder ``NAME.encoder/``:
 ``head.safetensors``     the pre-trained classifier, ``weight`` ``[K, C_0]`` and ``bias`` ``[K]``
 ``encoder.onnx``         the graph for the other backends, in float32; may be missing
 ``encoder.mixed.onnx``   the same with float16 arithmetic where that is safe; may be missing
+``engines/``             graphs compiled for GPUs, made later (:mod:`fseft_edge.runtime.engine_files`)
 =======================  ===========================================================================
+
+The manifest lists every file but those in ``engines/``, which vouch for themselves.
 """
 
 from __future__ import annotations
@@ -245,6 +248,10 @@ class EncoderBundle:
     def mixed_graph(self) -> Path | None:
         """The ONNX file in mixed precision, or ``None`` where the bundle was made without."""
         return self.path / MIXED_GRAPH if MIXED_GRAPH in self.manifest.files else None
+
+    def graph_in(self, precision: Precision) -> Path | None:
+        """Return the ONNX file whose types are those of a precision; engines choose bfloat16 in the float32 one."""
+        return self.mixed_graph if precision == "mixed" else self.graph
 
     def parity(self, backend: str, precision: Precision) -> ParityReport | None:
         """Return how far a backend's features are from PyTorch's, or ``None`` where that was not measured."""

@@ -84,6 +84,10 @@ class ParityError(EnvironmentProblemError):
     """An exported graph does not compute what the toolkit itself computes, so it was not written."""
 
 
+class EngineError(EnvironmentProblemError):
+    """A compiled engine is missing, damaged, or of another graph, library version or GPU."""
+
+
 class OutOfSpaceError(EnvironmentProblemError):
     """A disk is full or not writable."""
 

@@ -106,7 +106,8 @@ def open_session(
         bundle: the encoder.
         device: ``auto`` (the first NVIDIA GPU that PyTorch sees, else the CPU), ``cpu``, ``cuda`` or ``cuda:n``.
         backend: ``auto`` (the fastest that is installed, runs on the device and passes the bundle's parity gate; why
-            others were passed over is logged), ``torch``, ``onnxruntime`` or ``openvino``.
+            others were passed over is logged, and one that turns out not to open is passed over too), ``torch``,
+            ``onnxruntime``, ``openvino``, ``tensorrt_rtx`` or ``tensorrt``.
         threads: CPU threads of the engine; ``None`` leaves it the number that PyTorch uses.
         precision: ``auto`` (the fastest that passes the parity gate, else float32), or one that is taken as it is, with
             a warning where the gate says nothing for it.
@@ -116,14 +117,24 @@ def open_session(
         EnvironmentProblemError: when the device is not there.
         MissingBackendError: when the backend is not installed or does not run on the device.
         EncoderBundleError: when the bundle lacks what the backend needs.
+        EngineError: when the backend has no engine that this GPU can use.
     """
     target = resolve_device(device)
     if backend != "auto" and backend not in _BACKENDS:
         raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose auto, {', '.join(_BACKENDS)}.")
-    choice = _choose(backend_choices(bundle, target), backend, precision)
-    session = _BACKENDS[choice.backend](bundle, target, threads or torch.get_num_threads(), choice.precision)
-    _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
-    return session
+    choices = backend_choices(bundle, target)
+    while True:
+        choice = _choose(choices, backend, precision)
+        try:
+            session = _BACKENDS[choice.backend](bundle, target, threads or torch.get_num_threads(), choice.precision)
+        except EnvironmentProblemError as error:
+            if backend != "auto" or not choice.usable or choice.backend == "torch":
+                raise
+            _log.warning("backend %s in %s passed over: %s", choice.backend, choice.precision, error)
+            choices.remove(choice)
+        else:
+            _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
+            return session
 
 
 def backend_names() -> tuple[str, ...]:
@@ -160,7 +171,7 @@ def _choose(choices: Sequence[BackendChoice], backend: str, precision: str) -> B
     Where every one has, what was asked for by name is tried whatever the gate says, and else float32: a session that
     cannot be opened says why itself.
     """
-    fitting = [choice for choice in choices if backend in ("auto", choice.backend)]
+    fitting = [choice for choice in choices if choice.suits_device and backend in ("auto", choice.backend)]
     if precision != "auto":
         fitting = [choice for choice in fitting if choice.precision == precision]
     usable = next((choice for choice in fitting if choice.usable), None)
@@ -170,9 +181,10 @@ def _choose(choices: Sequence[BackendChoice], backend: str, precision: str) -> B
         return usable
     if not fitting:
         who = "No backend computes" if backend == "auto" else f"The backend {backend} does not compute"
+        how = "" if precision == "auto" else f" in {precision}"
         raise UsageError(
-            f"{who} in {precision} on this device.",
-            remedy="Leave --precision out; `fseft-edge doctor` says what can be used.",
+            f"{who}{how} on this device.",
+            remedy="Leave the choice to fseft-edge; `fseft-edge doctor` says what can be used.",
         )
     if precision == "auto":
         exact = "torch" if backend == "auto" else backend
@@ -182,10 +194,10 @@ def _choose(choices: Sequence[BackendChoice], backend: str, precision: str) -> B
     return fitting[0]
 
 
-def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int, _: Precision) -> EncoderSession:
+def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int, precision: Precision) -> EncoderSession:
     from fseft_edge.runtime.backends.pytorch import TorchSession  # noqa: PLC0415 - backends import this module
 
-    return TorchSession(bundle, device, threads)
+    return TorchSession(bundle, device, threads, precision)
 
 
 def _open_onnxruntime(bundle: EncoderBundle, device: torch.device, threads: int, _: Precision) -> EncoderSession:
@@ -200,8 +212,22 @@ def _open_openvino(bundle: EncoderBundle, device: torch.device, threads: int, pr
     return OpenVinoSession(bundle, device, threads, precision)
 
 
+def _open_tensorrt_rtx(bundle: EncoderBundle, device: torch.device, _: int, precision: Precision) -> EncoderSession:
+    from fseft_edge.runtime.backends.tensorrt import TensorRtRtxSession  # noqa: PLC0415 - likewise
+
+    return TensorRtRtxSession(bundle, device, precision)
+
+
+def _open_tensorrt(bundle: EncoderBundle, device: torch.device, _: int, precision: Precision) -> EncoderSession:
+    from fseft_edge.runtime.backends.tensorrt import TensorRtSession  # noqa: PLC0415 - likewise
+
+    return TensorRtSession(bundle, device, precision)
+
+
 _BACKENDS: dict[str, Callable[[EncoderBundle, torch.device, int, Precision], EncoderSession]] = {
     "torch": _open_torch,
     "onnxruntime": _open_onnxruntime,
     "openvino": _open_openvino,
+    "tensorrt_rtx": _open_tensorrt_rtx,
+    "tensorrt": _open_tensorrt,
 }

@@ -37,32 +37,6 @@ def demo(output: Path, quiet: bool) -> None:
 
 
 @click.command()
-@click.argument("checkpoint", type=PATH, required=False)
-@click.option(
-    "--model",
-    default=None,
-    help="edge_base (built in, needs no CHECKPOINT), fseft, or custom (a model file of `pretrain`).  "
-    "[default: custom with CHECKPOINT, edge_base without]",
-)
-@click.option("-o", "--output", type=PATH, required=True, help="The encoder bundle to write, NAME.encoder.")
-@click.option("--onnx/--no-onnx", default=True, show_default=True, help="Write the ONNX graph beside the weights.")
-@click.option("--parity-ct", type=PATH, multiple=True, help="A CT to compare ONNX with PyTorch on; may be repeated.")
-@talk_options
-def export(
-    *, checkpoint: Path | None, model: str | None, output: Path, onnx: bool, parity_ct: tuple[Path, ...], quiet: bool
-) -> None:
-    """Export the frozen encoder of CHECKPOINT once, as a bundle that the other commands use."""
-    from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
-
-    name = model or ("custom" if checkpoint else "edge_base")
-    bundle = export_encoder(checkpoint, model=name, output=output, onnx=onnx, parity_volumes=parity_ct)
-    if not quiet:
-        click.echo(
-            f"{output}: {bundle.manifest.name}, {len(bundle.manifest.organs)} organs, id {bundle.encoder_id[:12]}"
-        )
-
-
-@click.command()
 @click.option("--encoder", type=PATH, required=True, help="Encoder bundle, NAME.encoder.")
 @click.option("--images", type=PATH, required=True, help="Folder of annotated CTs (NIfTI).")
 @click.option("--labels", type=PATH, required=True, help="Folder of their annotations, same file names.")

@@ -17,19 +17,25 @@ from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, O
 from fseft_edge.runtime.memory import is_out_of_memory
 
 _COMMANDS = {
-    **dict.fromkeys(
-        ("demo", "export", "adapt", "segment", "export-adapter", "evaluate", "pretrain"), "fseft_edge.cli.commands"
-    ),
-    **dict.fromkeys(("doctor", "benchmark"), "fseft_edge.cli.machine_commands"),
+    "demo": "commands",
+    "export": "encoder_commands",
+    "build-engines": "encoder_commands",
+    "adapt": "commands",
+    "segment": "commands",
+    "export-adapter": "commands",
+    "evaluate": "commands",
+    "pretrain": "commands",
+    "doctor": "machine_commands",
+    "benchmark": "machine_commands",
 }
-"""Where each command lives."""
+"""By name, the module of :mod:`fseft_edge.cli` that holds it."""
 _INTERRUPTED = 130
 _UNEXPECTED = 1
 _MEMORY_REMEDY = "Close other programs, give a budget by --memory, or use a machine with more memory."
 
 
 class _LazyGroup(click.Group):
-    """A command's module is imported when it is asked for."""
+    """Commands live in modules of their own, which are imported when one is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_COMMANDS)
@@ -37,7 +43,8 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name]), cmd_name.replace("-", "_"))
+        module = importlib.import_module(f"fseft_edge.cli.{_COMMANDS[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
         return command
 
 

@@ -57,7 +57,12 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add what :class:`Common` holds, and ``--verbose``; the command receives ``common``."""
 
     @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-    @click.option("--backend", default="auto", show_default=True, help="auto, torch, onnxruntime or openvino.")
+    @click.option(
+        "--backend",
+        default="auto",
+        show_default=True,
+        help="auto, torch, onnxruntime, openvino, tensorrt_rtx or tensorrt.",
+    )
     @click.option(
         "--precision",
         type=click.Choice(["auto", "float32", "mixed", "bfloat16"]),

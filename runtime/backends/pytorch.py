@@ -9,8 +9,9 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.mixed_precision import MixedPrecision
 from fseft_edge.runtime.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.networks.slabwise import SlabwiseResidualUNet
 from fseft_edge.runtime.session import EncoderSession
@@ -20,14 +21,18 @@ _MAX_BATCH_CUDA = 2  # attention of SwinUNETR-48 at 96^3 alone takes 1.5 GB a wi
 
 
 class TorchSession(EncoderSession):
-    """Features by PyTorch, in float32 (on a GPU too: TF32 is off, results are reproducible)."""
+    """Features by PyTorch, in float32 (on a GPU too: TF32 is off, results are reproducible) or, on a GPU, mixed."""
 
     backend: ClassVar[str] = "torch"
 
-    def __init__(self, bundle: EncoderBundle, device: torch.device, threads: int) -> None:
+    def __init__(
+        self, bundle: EncoderBundle, device: torch.device, threads: int, precision: Precision = "float32"
+    ) -> None:
         on_cpu = device.type == "cpu"
-        super().__init__(bundle, device, _MAX_BATCH_CPU if on_cpu else _MAX_BATCH_CUDA)
+        super().__init__(bundle, device, _MAX_BATCH_CPU if on_cpu else _MAX_BATCH_CUDA, precision)
         network = inference_network(bundle.network())
+        if precision == "mixed":
+            network = MixedPrecision(network)
         if on_cpu and isinstance(network, ResidualUNet):
             network = SlabwiseResidualUNet(network)
         self._order = torch.contiguous_format

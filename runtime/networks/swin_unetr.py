@@ -10,6 +10,9 @@ things differ from MONAI's own forward pass, none of them in what is computed:
   (0,1,1) out. Published checkpoints, and FSEFT's own code, were trained so; later MONAI merges differently under the
   same parameter names, and such a network would load these weights and compute something else.
 - Every decoder level is returned.
+
+Softmax and the normalisation without weights compute in float32 also where the network is in half precision
+(:mod:`fseft_edge.runtime.networks.mixed_precision`); in float32 the casts are nothing.
 """
 
 from __future__ import annotations
@@ -118,13 +121,13 @@ def _self_attention(attention: nn.Module, x: Tensor, regions: Tensor | None) -> 
     heads = cast(int, attention.num_heads)
     qkv = cast(nn.Linear, attention.qkv)(x).reshape(-1, tokens, 3, heads, channels // heads)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    scores = (query * cast(float, attention.scale)) @ key.transpose(-2, -1)
-    scores = scores + _position_bias(cast(Tensor, attention.relative_position_bias_table), tokens)
+    scores = ((query * cast(float, attention.scale)) @ key.transpose(-2, -1)).float()
+    scores = scores + _position_bias(cast(Tensor, attention.relative_position_bias_table), tokens).float()
     if regions is not None:
         mask = torch.where(regions[:, None, :] != regions[:, :, None], _MASKED, 0.0)
         scores = scores.reshape(-1, mask.shape[0], heads, tokens, tokens) + mask[None, :, None]
         scores = scores.reshape(-1, heads, tokens, tokens)
-    mixed = (torch.softmax(scores, dim=-1) @ value).transpose(1, 2).reshape(-1, tokens, channels)
+    mixed = (torch.softmax(scores, dim=-1).to(value.dtype) @ value).transpose(1, 2).reshape(-1, tokens, channels)
     projected: Tensor = cast(nn.Linear, attention.proj)(mixed)
     return projected
 
@@ -168,4 +171,4 @@ def _reverse(x: Tensor, window: list[int], size: torch.Size) -> Tensor:
 
 def _channel_norm(x: Tensor) -> Tensor:
     """Return ``[n, C, X, Y, Z]`` normalised over its channels, without weights."""
-    return F.layer_norm(x.permute(0, 2, 3, 4, 1), x.shape[1:2]).permute(0, 4, 1, 2, 3)
+    return F.layer_norm(x.permute(0, 2, 3, 4, 1).float(), x.shape[1:2]).permute(0, 4, 1, 2, 3).to(x.dtype)

@@ -32,8 +32,14 @@ def test_bundle_holds_the_encoder_its_head_and_a_passed_parity_report(model_file
     assert manifest.name == "small"
     assert manifest.organs == ORGANS
     assert manifest.checkpoint_sha256 == hashlib.sha256(model_file.read_bytes()).hexdigest()
-    assert set(manifest.files) == {"encoder.onnx", "encoder.safetensors", "head.safetensors"}
-    assert {"onnxruntime", "openvino"} <= manifest.parity.keys()
+    assert set(manifest.files) == {
+        "encoder.mixed.onnx",
+        "encoder.onnx",
+        "encoder.safetensors",
+        "head.safetensors",
+    }
+    assert bundle.mixed_graph == tmp_path / "small.encoder" / "encoder.mixed.onnx"
+    assert {"onnxruntime", "onnxruntime-mixed", "openvino"} <= manifest.parity.keys()
     assert manifest.parity["openvino"].shortcoming is None
     assert torch.equal(bundle.head_weight(), small_model().head_weight)
     reference = small_network()
@@ -44,9 +50,14 @@ def test_bundle_holds_the_encoder_its_head_and_a_passed_parity_report(model_file
 
 
 @pytest.fixture
-def copied_graph(small_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the exporter, which takes seconds, with a graph that is there already."""
-    monkeypatch.setattr(export, "write_graph", lambda network, window, path: shutil.copyfile(small_graph, path))
+def copied_graph(small_graph: Path, small_mixed_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for the exporter, which takes seconds, with graphs that are there already."""
+    graphs = {"float32": small_graph, "mixed": small_mixed_graph}
+
+    def copy(network: object, window: object, path: Path, precision: str = "float32") -> None:
+        shutil.copyfile(graphs[precision], path)
+
+    monkeypatch.setattr(export, "write_graph", copy)
 
 
 @pytest.mark.usefixtures("copied_graph")

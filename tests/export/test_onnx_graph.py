@@ -46,8 +46,46 @@ def test_graph_is_valid_and_folded(small_graph: Path) -> None:
     assert names == ["level_0", "level_1"]
 
 
-def test_graph_tells_nothing_of_the_machine_that_made_it(small_graph: Path) -> None:
-    content = small_graph.read_bytes()
+HALF, FULL = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+
+
+def test_mixed_graph_takes_and_gives_float32_and_holds_half_the_bytes(
+    small_graph: Path, small_mixed_graph: Path
+) -> None:
+    model = onnx.load(small_mixed_graph)
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.name for entry in model.graph.input] == ["windows"]
+    assert [entry.name for entry in model.graph.output] == ["level_0", "level_1"]
+    ends = [*model.graph.input, *model.graph.output]
+    assert {entry.type.tensor_type.elem_type for entry in ends} == {FULL}
+    assert {entry.data_type for entry in model.graph.initializer} == {HALF}
+    held = {
+        path: sum(len(e.raw_data) for e in onnx.load(path).graph.initializer)
+        for path in (small_graph, small_mixed_graph)
+    }
+    assert held[small_mixed_graph] * 2 == held[small_graph]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_mixed_graph_is_near_pytorch_for_any_number_of_windows(small_mixed_graph: Path, count: int) -> None:
+    features = GraphRunner(small_mixed_graph, torch.device("cpu"), 1)(windows(count))
+    with torch.no_grad():
+        expected = small_network()(windows(count))
+    for a, b in zip(expected, features, strict=True):
+        error = float((a - b).abs().max() / a.abs().max())
+        assert 2**-13 < error < 4 * 2**-10  # a few roundings to 11 bits, and at least one
+
+
+def test_same_network_gives_the_same_mixed_bytes(small_mixed_graph: Path, tmp_path: Path) -> None:
+    network = small_network()
+    write_graph(network, WINDOW, tmp_path / "again.onnx", "mixed")
+    assert (tmp_path / "again.onnx").read_bytes() == small_mixed_graph.read_bytes()
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("graph", ["small_graph", "small_mixed_graph"])
+def test_graph_tells_nothing_of_the_machine_that_made_it(graph: str, request: pytest.FixtureRequest) -> None:
+    content = request.getfixturevalue(graph).read_bytes()
     assert b"site-packages" not in content
     assert str(Path(torch.__file__).parents[2]).encode() not in content
     assert str(Path(__file__).parents[2]).encode() not in content
@@ -74,3 +112,27 @@ def test_instance_normalisation_is_exact_where_large_parts_of_a_window_are_const
     expected = nn.functional.instance_norm(window.double())
     assert float((features - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
     assert isinstance(network.norm, nn.InstanceNorm3d)
+
+
+def test_instance_normalisation_of_a_mixed_graph_computes_in_float32(tmp_path: Path) -> None:
+    """Squares and sums of a window of this size are far beyond the largest float16, 65504."""
+    window = 100 * torch.rand(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    write_graph(NormOnly().eval(), (32, 32, 32), tmp_path / "norm.onnx", "mixed")
+    (features,) = GraphRunner(tmp_path / "norm.onnx", torch.device("cpu"), 1)(window)
+    expected = nn.functional.instance_norm(window.half().double())
+    assert float((features - expected).abs().max()) <= 2**-10 * float(expected.abs().max())
+    kinds = arithmetic_types(tmp_path / "norm.onnx")
+    assert kinds["ReduceMean"] == {FULL}
+    assert kinds["Mul"] == {FULL}
+
+
+def arithmetic_types(path: Path) -> dict[str, set[int]]:
+    """Return the number formats that each operator of a graph takes its first input in."""
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path)).graph
+    types = {entry.name: entry.type.tensor_type.elem_type for entry in (*graph.value_info, *graph.input)}
+    types |= {entry.name: entry.data_type for entry in graph.initializer}
+    kinds: dict[str, set[int]] = {}
+    for node in graph.node:
+        if node.input and node.input[0] in types:
+            kinds.setdefault(node.op_type, set()).add(types[node.input[0]])
+    return kinds

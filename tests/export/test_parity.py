@@ -9,7 +9,7 @@ import torch
 from doubles.encoder import write_case
 from doubles.models import WINDOW, small_network
 
-from fseft_edge.export.parity import GATES, Engine, _ct_windows, parity_reports, relative_errors
+from fseft_edge.export.parity import GATES, Engine, _ct_windows, cpu_engines, parity_reports, relative_errors
 from fseft_edge.runtime.bundle import ParityReport, parity_key
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -18,11 +18,11 @@ HEAD = (torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 1]]) * 1e5, torch.tensor([-0.19,
 
 
 def reports(
-    graph: Path, *, seed: int = 0, volumes: tuple[Path, ...] = (), spacing: float = 6.0
+    engines: list[Engine], *, seed: int = 0, volumes: tuple[Path, ...] = (), spacing: float = 6.0
 ) -> dict[str, ParityReport]:
     found = parity_reports(
         small_network(seed),
-        graph,
+        engines,
         head=HEAD,
         window=WINDOW,
         preprocessing=Preprocessing(spacing=(spacing,) * 3),
@@ -41,8 +41,13 @@ def test_feature_that_is_not_a_number_is_infinitely_wrong() -> None:
     assert relative_errors([torch.tensor([1.0])], [torch.tensor([float("nan")])]) == [float("inf")]
 
 
-def test_graph_of_the_network_passes_on_noise_in_float32(small_graph: Path) -> None:
-    found = reports(small_graph)
+@pytest.fixture
+def engines(small_graph: Path, small_mixed_graph: Path) -> list[Engine]:
+    return cpu_engines(small_graph, small_mixed_graph)
+
+
+def test_graph_of_the_network_passes_on_noise_in_float32(engines: list[Engine]) -> None:
+    found = reports(engines)
     assert {"onnxruntime", "openvino"} <= found.keys()
     for name in ("onnxruntime", "openvino"):
         assert found[name].shortcoming is None
@@ -52,31 +57,32 @@ def test_graph_of_the_network_passes_on_noise_in_float32(small_graph: Path) -> N
         assert 0 < max(found[name].relative_error) < GATES["float32"]
 
 
-def test_noise_does_not_show_that_a_lower_precision_is_good_enough(
-    small_graph: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exact = Engine("onnxruntime", "bfloat16", lambda _: small_network())
-    monkeypatch.setattr("fseft_edge.export.parity.engines", lambda: [exact])
-    with torch.no_grad():
-        (found,) = reports(small_graph).values()
+def test_noise_does_not_show_that_a_lower_precision_is_good_enough() -> None:
+    exact = Engine("onnxruntime", "bfloat16", "1", small_network)
+    (found,) = reports([exact]).values()
     assert found.relative_error == (0.0, 0.0)
     assert found.mask_dsc is None
     assert "was not compared on a CT" in str(found.shortcoming)
 
 
-def test_report_is_the_same_every_time(small_graph: Path) -> None:
-    assert reports(small_graph) == reports(small_graph)
+def test_report_is_the_same_every_time(engines: list[Engine]) -> None:
+    assert reports(engines) == reports(engines)
 
 
-def test_graph_of_another_network_fails(small_graph: Path) -> None:
-    for found in reports(small_graph, seed=1).values():
+def test_mixed_graph_is_compared_under_its_own_gate(engines: list[Engine]) -> None:
+    found = reports(engines)["onnxruntime-mixed"]
+    assert found.gate == GATES["mixed"]
+    assert GATES["float32"] < max(found.relative_error) < GATES["mixed"]
+    assert "was not compared on a CT" in str(found.shortcoming)
+
+
+def test_graph_of_another_network_fails(engines: list[Engine]) -> None:
+    for found in reports(engines, seed=1).values():
         assert "exceeds the gate" in str(found.shortcoming)
         assert max(found.relative_error) > 0.01
 
 
-def test_masks_are_compared_where_a_ct_shows_the_organs(
-    small_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_are_compared_where_a_ct_shows_the_organs(tmp_path: Path) -> None:
     """The finest features of the other engine are off by a constant, so its masks are those of another bias."""
     image, _ = write_case(tmp_path, "case_1", 1)
     shift = 0.005
@@ -86,10 +92,7 @@ def test_masks_are_compared_where_a_ct_shows_the_organs(
             finest, *coarse = small_network()(windows)
             return [finest + shift, *coarse]
 
-    monkeypatch.setattr(
-        "fseft_edge.export.parity.engines", lambda: [Engine("onnxruntime", "bfloat16", lambda _: shifted)]
-    )
-    (found,) = reports(small_graph, volumes=(image,)).values()
+    (found,) = reports([Engine("onnxruntime", "bfloat16", "1", lambda: shifted)], volumes=(image,)).values()
     truth, mine = torch.zeros(2, 0, dtype=torch.bool), torch.zeros(2, 0, dtype=torch.bool)
     for windows in _ct_windows([image], Preprocessing(spacing=(6.0,) * 3), WINDOW):
         with torch.no_grad():
@@ -101,12 +104,12 @@ def test_masks_are_compared_where_a_ct_shows_the_organs(
     assert 0.5 < min(expected) < 1
 
 
-def test_masks_that_the_head_is_not_sure_of_say_nothing(small_graph: Path, tmp_path: Path) -> None:
+def test_masks_that_the_head_is_not_sure_of_say_nothing(engines: list[Engine], tmp_path: Path) -> None:
     image, _ = write_case(tmp_path, "case_1", 1)
     haze = (HEAD[0] / 1e5, HEAD[1] / 1e5)
     found = parity_reports(
         small_network(),
-        small_graph,
+        engines,
         head=haze,
         window=WINDOW,
         preprocessing=Preprocessing(spacing=(6.0,) * 3),
@@ -118,10 +121,10 @@ def test_masks_that_the_head_is_not_sure_of_say_nothing(small_graph: Path, tmp_p
 @pytest.mark.real_ct
 @pytest.mark.parametrize("spacing", [6.0, 40.0])
 def test_graph_passes_on_real_ct_and_on_one_smaller_than_the_window(
-    small_graph: Path, real_ct: Path, spacing: float
+    engines: list[Engine], real_ct: Path, spacing: float
 ) -> None:
     volumes = sorted((real_ct / "headneck" / "ct").glob("*.nii.gz"))[:2]
-    found = reports(small_graph, volumes=tuple(volumes), spacing=spacing)
+    found = reports(engines, volumes=tuple(volumes), spacing=spacing)
     for name in ("onnxruntime", "openvino"):
         assert found[name].source == "ct"
         assert found[name].windows == 4

@@ -93,3 +93,13 @@ def test_graph_equals_pytorch_and_holds_no_masks(network: SwinUnetrFeatures, tmp
     assert max(len(entry.raw_data) for entry in onnx.load(path).graph.initializer) <= largest_parameter
     weights = sum(parameter.numel() * 4 for parameter in network.parameters())
     assert path.stat().st_size < weights + 6e6
+
+
+def test_mixed_graph_is_near_pytorch(shallow_swin: SwinUnetrFeatures, swin_mixed_graph: Path) -> None:
+    both = torch.cat([window(0), window(1)])
+    with torch.no_grad():
+        expected = shallow_swin(both)
+    for a, b in zip(expected, GraphRunner(swin_mixed_graph, torch.device("cpu"), 1)(both), strict=True):
+        assert 2**-13 < float((a - b).abs().max() / a.abs().max()) < 5e-3
+    weights = sum(parameter.numel() * 2 for parameter in shallow_swin.parameters())
+    assert swin_mixed_graph.stat().st_size < weights + 6e6

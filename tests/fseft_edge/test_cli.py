@@ -751,7 +751,7 @@ def test_every_command_and_option_that_docs_and_messages_name_exists() -> None:
     unknown = []
     for path in [*sources, *documents]:
         text = path.read_text(encoding="utf-8")
-        named = re.findall(r"(?:`|^|\$ |\n)fseft-edge ([a-z]+(?:-[a-z]+)*)", text)
+        named = re.findall(r"(?:`|^|\$ |\n)fseft-edge ([a-z]+(?:-[a-z]+)*)\b", text)
         unknown += [f"{path.relative_to(root)}: fseft-edge {name}" for name in named if name not in commands()]
     for path in sources:
         named = re.findall(r"(?<![\w(-])(--[a-z][a-z-]+)\b(?!\s*:)", path.read_text(encoding="utf-8"))

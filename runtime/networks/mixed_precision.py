@@ -1,0 +1,53 @@
+"""A network in half precision wherever that is safe: what adds many numbers up, or divides by such a sum, is not.
+
+It is a property of the network, not of an engine: weights and features are float16, and casts stand in the network
+itself. Engines that obey the types of a graph then all compute the same.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fseft_edge.runtime.networks.base import FeatureNetwork
+
+# Batch normalisations are folded before (`inference_network`); softmax and the normalisations that are no modules
+# compute in float32 in the networks themselves.
+_NORMS = (nn.LayerNorm, nn.InstanceNorm3d)
+
+
+class MixedPrecision(FeatureNetwork):
+    """The same function as a network in its form for inference, computed in float16 with norms and softmax in float32.
+
+    Windows and features stay float32.
+
+    Args:
+        network: it stays as it is; its parameters are copied.
+    """
+
+    def __init__(self, network: FeatureNetwork) -> None:
+        super().__init__()
+        self.levels = network.levels
+        self.network = copy.deepcopy(network).half()
+        for name, norm in network.named_modules():
+            if isinstance(norm, _NORMS):
+                self.network.set_submodule(name, _InFloat32(copy.deepcopy(norm)))
+        self.eval()
+
+    def forward(self, windows: Tensor) -> list[Tensor]:
+        """Return the pyramid in float32 (see :class:`FeatureNetwork`)."""
+        return [level.float() for level in self.network(windows.half())]
+
+
+class _InFloat32(nn.Module):
+    """A normalisation of float16 features that computes in float32, with weights in float32."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(x.float())
+        return normalised.to(torch.float16)

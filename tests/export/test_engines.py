@@ -1,0 +1,381 @@
+"""Engines: really built by TensorRT-RTX, which needs no GPU to build, and never trusted when they do not fit."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from doubles.models import CHANNELS, WINDOW, small_contents
+
+from fseft_edge.cli.main import cli
+from fseft_edge.export.engines import _target_setter, build_engines, compile_graph, prepare_build
+from fseft_edge.export.export import export_encoder
+from fseft_edge.runtime.backends.tensorrt import check_validity
+from fseft_edge.runtime.backends.tensorrt_library import fresh_logger, import_library
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.engine_files import EngineDescription, EngineLibrary, engine_for_gpu, read_engine
+from fseft_edge.runtime.errors import (
+    EncoderBundleError,
+    EngineError,
+    MissingBackendError,
+    OutOfSpaceError,
+    UsageError,
+)
+
+TARGETS = ["sm_75", "sm_86", "sm_89", "sm_120", "portable"]
+
+
+@pytest.fixture(scope="module")
+def rtx() -> ModuleType:
+    return import_library("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def built(small_graph: Path, small_mixed_graph: Path, tmp_path_factory: pytest.TempPathFactory) -> EncoderBundle:
+    """A bundle with an engine for every target."""
+    path = tmp_path_factory.mktemp("built") / "small.encoder"
+    bundle = EncoderBundle.write(path, small_contents(graph=small_graph, mixed_graph=small_mixed_graph))
+    build_engines(bundle.path, TARGETS, max_batch=3)
+    return bundle
+
+
+@pytest.fixture
+def bundle(built: EncoderBundle, tmp_path: Path) -> EncoderBundle:
+    """A copy, as people copy bundles."""
+    shutil.copytree(built.path, tmp_path / "copy.encoder")
+    return EncoderBundle.open(tmp_path / "copy.encoder")
+
+
+def engine(bundle: EncoderBundle, target: str = "sm_86", suffix: str = "engine") -> Path:
+    return bundle.path / "engines" / f"tensorrt_rtx-mixed-{target}.{suffix}"
+
+
+def version() -> str:
+    return str(import_library("tensorrt_rtx").__version__)
+
+
+def read(bundle: EncoderBundle, target: str = "sm_86") -> Path:
+    return read_engine(bundle, "tensorrt_rtx", version(), "mixed", target).path
+
+
+def test_engines_lie_beside_the_bundle_and_not_in_its_manifest(built: EncoderBundle) -> None:
+    names = {f"tensorrt_rtx-mixed-{target}.{kind}" for target in TARGETS for kind in ("engine", "json")}
+    assert {path.name for path in (built.path / "engines").iterdir()} == names
+    assert not any("engine" in name for name in EncoderBundle.open(built.path).manifest.files)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_engine_says_what_it_takes_and_gives(built: EncoderBundle, target: str) -> None:
+    described = EngineDescription.model_validate_json(engine(built, target, "json").read_bytes())
+    assert (described.library, described.target, described.precision) == ("tensorrt_rtx", target, "mixed")
+    assert described.version == version()
+    assert described.max_batch == 3
+    assert described.graph_sha256 == built.manifest.files["encoder.mixed.onnx"]
+    assert [tensor.name for tensor in described.tensors] == ["windows", "level_0", "level_1"]
+    assert {tensor.number_format for tensor in described.tensors} == {"float32"}
+    assert [tensor.shape for tensor in described.tensors] == [
+        (-1, 1, *WINDOW),
+        (-1, CHANNELS[0], *WINDOW),
+        (-1, CHANNELS[1], *(side // 2 for side in WINDOW)),
+    ]
+    content = engine(built, target).read_bytes()
+    assert all(tensor.name.encode() in content for tensor in described.tensors)
+
+
+def test_engines_of_different_gpus_differ(built: EncoderBundle) -> None:
+    assert len({engine(built, target).read_bytes() for target in TARGETS}) == len(TARGETS)
+
+
+@pytest.mark.parametrize(("target", "capabilities"), [("sm_75", ["SM75"]), ("sm_120", ["SM120"]), ("portable", [])])
+def test_build_is_strongly_typed_exact_and_takes_any_batch(
+    rtx: ModuleType, small_mixed_graph: Path, target: str, capabilities: list[str]
+) -> None:
+    build = prepare_build(rtx, small_mixed_graph, target, max_batch=5)
+    assert build.network.get_flag(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert not build.config.get_flag(rtx.BuilderFlag.TF32)
+    assert [tuple(shape) for shape in build.profile.get_shape("windows")] == [(n, 1, *WINDOW) for n in (1, 5, 5)]
+    assert build.config.num_optimization_profiles == 1
+    chosen = [build.config.get_compute_capability(index).name for index in range(build.config.num_compute_capabilities)]
+    assert chosen == capabilities
+    layers = [build.network.get_layer(index) for index in range(build.network.num_layers)]
+    convolutions = [layer for layer in layers if layer.type == rtx.LayerType.CONVOLUTION]
+    assert convolutions
+    assert {layer.get_input(0).dtype for layer in convolutions} == {rtx.float16}
+
+
+def test_engine_of_the_float32_graph_computes_in_float32(rtx: ModuleType, small_graph: Path) -> None:
+    build = prepare_build(rtx, small_graph, "sm_86", max_batch=2)
+    layers = [build.network.get_layer(index) for index in range(build.network.num_layers)]
+    assert {layer.get_output(0).dtype for layer in layers} == {rtx.float32}
+    assert compile_graph(rtx, small_graph, "sm_86", 2)[0]
+
+
+def test_swin_unetr_normalises_in_float32_and_builds(rtx: ModuleType, swin_mixed_graph: Path) -> None:
+    build = prepare_build(rtx, swin_mixed_graph, "portable", 2)
+    layers = [build.network.get_layer(index) for index in range(build.network.num_layers)]
+    kind = rtx.LayerType
+    for exact in (kind.SOFTMAX, kind.NORMALIZATION, kind.REDUCE):
+        assert {layer.get_input(0).dtype for layer in layers if layer.type == exact} == {rtx.float32}
+    for half in (kind.CONVOLUTION, kind.DECONVOLUTION, kind.MATRIX_MULTIPLY):
+        assert {layer.get_input(0).dtype for layer in layers if layer.type == half} == {rtx.float16}
+    for target in ("sm_75", "portable"):
+        content, tensors = compile_graph(rtx, swin_mixed_graph, target, 2)
+        assert len(content) > swin_mixed_graph.stat().st_size / 2
+        assert [tensor.name for tensor in tensors] == ["windows", *(f"level_{level}" for level in range(5))]
+        assert [tensor.shape[1] for tensor in tensors] == [1, 48, 48, 96, 192, 384]
+
+
+def test_the_built_in_encoder_exports_with_engines(tmp_path: Path) -> None:
+    bundle = export_encoder(None, model="edge_base", output=tmp_path / "eb.encoder", targets=["sm_89"])
+    found = read_engine(bundle, "tensorrt_rtx", version(), "mixed", "sm_89")
+    assert [tensor.shape[1] for tensor in found.description.tensors[1:]] == [level.channels for level in bundle.levels]
+    assert found.path.stat().st_size > bundle.mixed_graph.stat().st_size / 2  # type: ignore[union-attr]  # it is there
+    EncoderBundle.open(bundle.path)
+
+
+def test_what_is_current_is_kept(bundle: EncoderBundle) -> None:
+    before = engine(bundle).stat().st_mtime_ns
+    build_engines(bundle.path, ["sm_86"], max_batch=3)
+    assert engine(bundle).stat().st_mtime_ns == before
+
+
+def truncate(bundle: EncoderBundle) -> None:
+    content = engine(bundle).read_bytes()
+    engine(bundle).write_bytes(content[: len(content) // 2])
+
+
+def change_a_byte(bundle: EncoderBundle) -> None:
+    content = bytearray(engine(bundle).read_bytes())
+    content[len(content) // 2] ^= 1
+    engine(bundle).write_bytes(content)
+
+
+def describe(bundle: EncoderBundle, **changes: object) -> None:
+    sidecar = engine(bundle, suffix="json")
+    described = EngineDescription.model_validate_json(sidecar.read_bytes())
+    sidecar.write_text(described.model_copy(update=changes).model_dump_json())
+
+
+def take_another_gpus(bundle: EncoderBundle) -> None:
+    for suffix in ("engine", "json"):
+        shutil.copyfile(engine(bundle, "sm_120", suffix), engine(bundle, suffix=suffix))
+
+
+STALE = [
+    (truncate, "truncated or has changed"),
+    (change_a_byte, "truncated or has changed"),
+    (lambda bundle: engine(bundle, suffix="json").write_text("{"), "json is damaged"),
+    (lambda bundle: engine(bundle, suffix="json").unlink(), "There is no engine"),
+    (lambda bundle: engine(bundle).unlink(), "There is no engine"),
+    (lambda bundle: describe(bundle, version="0.9"), "was built by tensorrt_rtx 0.9, and"),
+    (lambda bundle: describe(bundle, graph_sha256="0" * 64), "built from another graph"),
+    (lambda bundle: describe(bundle, schema_version=2), "json is damaged"),
+    (take_another_gpus, "another target, library or precision than its name says"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), STALE)
+def test_what_does_not_fit_is_refused_and_built_again(
+    bundle: EncoderBundle, caplog: pytest.LogCaptureFixture, spoil: Callable[[EncoderBundle], object], reason: str
+) -> None:
+    spoil(bundle)
+    with pytest.raises(EngineError, match=reason) as caught:
+        read(bundle)
+    assert caught.value.exit_code == 4
+    assert f"build-engines {bundle.path} --target sm_86 --precision mixed" in caught.value.remedy
+    with caplog.at_level(logging.INFO):
+        build_engines(bundle.path, ["sm_86"], max_batch=3)
+    assert reason in caplog.text
+    assert read(bundle) == engine(bundle)
+
+
+def test_another_batch_is_another_engine(bundle: EncoderBundle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        (rebuilt,) = build_engines(bundle.path, ["sm_86"], max_batch=1)
+    assert "it takes 3 windows at once" in caplog.text
+    assert rebuilt.description.max_batch == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "taken"), [((8, 6), "sm_86"), ((12, 0), "sm_120"), ((8, 0), "portable"), ((7, 5), "sm_75")]
+)
+def test_a_gpu_gets_its_own_engine_or_the_portable_one(
+    bundle: EncoderBundle, capability: tuple[int, int], taken: str
+) -> None:
+    found = engine_for_gpu(bundle, "tensorrt_rtx", version(), "mixed", capability)
+    assert found.path == engine(bundle, taken)
+
+
+def test_a_stale_engine_gives_way_to_the_portable_one_but_not_before_ampere(bundle: EncoderBundle) -> None:
+    truncate(bundle)
+    found = engine_for_gpu(bundle, "tensorrt_rtx", version(), "mixed", (8, 6))
+    assert found.path == engine(bundle, "portable")
+    engine(bundle, "sm_75").unlink()
+    with pytest.raises(EngineError, match=r"no engine .*sm_75"):
+        engine_for_gpu(bundle, "tensorrt_rtx", version(), "mixed", (7, 5))
+
+
+def test_a_gpu_that_the_library_does_not_know_is_refused_by_name(bundle: EncoderBundle) -> None:
+    with pytest.raises(EngineError, match=r"tensorrt_rtx .* does not build for sm_90\. It does for sm_75, .*portable"):
+        build_engines(bundle.path, ["sm_86", "sm_90"])
+
+
+@pytest.mark.parametrize("target", ["sm86", "8.6", "sm_8", "sm_8600", ""])
+def test_unknown_target_is_wrong_use(bundle: EncoderBundle, target: str) -> None:
+    with pytest.raises(UsageError, match="is unknown"):
+        build_engines(bundle.path, [target])
+
+
+def test_without_a_gpu_a_target_must_be_named(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="No target is named"):
+        build_engines(bundle.path)
+
+
+def test_a_bundle_without_graphs_is_refused(tmp_path: Path) -> None:
+    bare = EncoderBundle.write(tmp_path / "bare.encoder", small_contents())
+    with pytest.raises(EncoderBundleError, match="no ONNX graph in float32"):
+        build_engines(bare.path, ["portable"])
+
+
+def test_a_bundle_without_a_mixed_graph_gets_engines_in_float32(small_graph: Path, tmp_path: Path) -> None:
+    plain = EncoderBundle.write(tmp_path / "plain.encoder", small_contents(graph=small_graph))
+    (found,) = build_engines(plain.path, ["portable"])
+    assert found.path.name == "tensorrt_rtx-float32-portable.engine"
+
+
+@pytest.mark.parametrize(("library", "extra"), [("tensorrt_rtx", "rtx"), ("tensorrt", "tensorrt")])
+def test_a_missing_library_says_what_to_install(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, library: EngineLibrary, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingBackendError, match=rf"pip install 'fseft-edge\[{extra}\]'") as caught:
+        build_engines(bundle.path, ["portable"], library=library)
+    assert caught.value.exit_code == 4
+
+
+def test_without_any_library_export_says_so_before_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fseft_edge.export.engines.find_spec", lambda name: None)
+    with pytest.raises(MissingBackendError, match="Neither TensorRT-RTX nor TensorRT"):
+        export_encoder(None, model="edge_base", output=tmp_path / "eb.encoder", targets=["portable"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_engines_need_a_graph(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="built from an ONNX graph"):
+        export_encoder(None, model="edge_base", output=tmp_path / "eb.encoder", onnx=False, targets=["portable"])
+
+
+def test_tensorrt_builds_for_the_gpu_that_it_finds_alone(
+    rtx: ModuleType, small_mixed_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its module differs from TensorRT-RTX's in that it names no compute capabilities."""
+    tensorrt = ModuleType("tensorrt")
+    vars(tensorrt).update({name: value for name, value in vars(rtx).items() if name != "ComputeCapability"})
+    tensorrt.__name__ = "tensorrt"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="with the GPU alone, and PyTorch sees none"):
+        prepare_build(tensorrt, small_mixed_graph, "sm_86", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
+    with pytest.raises(EngineError, match="this machine's GPU, sm_89, and not for sm_86"):
+        prepare_build(tensorrt, small_mixed_graph, "sm_86", 2)
+    for target, level in (("sm_89", None), ("portable", tensorrt.HardwareCompatibilityLevel.AMPERE_PLUS)):
+        config = SimpleNamespace(hardware_compatibility_level=None)  # TensorRT-RTX's own forgets what is set
+        _target_setter(tensorrt, target)(config)
+        assert config.hardware_compatibility_level == level
+
+
+def test_the_librarys_messages_find_a_logger_after_its_objects_are_gone(
+    rtx: ModuleType, small_mixed_graph: Path
+) -> None:
+    """It keeps the first logger that it was given, and ended the process when that one was gone."""
+    for _ in range(2):
+        build = prepare_build(rtx, small_mixed_graph, "portable", 2)
+        build.config.hardware_compatibility_level = rtx.HardwareCompatibilityLevel.AMPERE_PLUS  # it complains
+        assert build.config.hardware_compatibility_level == rtx.HardwareCompatibilityLevel.NONE
+        del build
+        gc.collect()
+
+
+def test_no_room_for_an_engine_leaves_the_bundle_as_it_was(
+    small_graph: Path, small_mixed_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = EncoderBundle.write(
+        tmp_path / "plain.encoder", small_contents(graph=small_graph, mixed_graph=small_mixed_graph)
+    )
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OutOfSpaceError, match=r"no room left to write .*portable\.engine"):
+        build_engines(plain.path, ["portable"])
+    assert list((plain.path / "engines").iterdir()) == []
+    EncoderBundle.open(plain.path)
+
+
+def test_the_library_itself_refuses_what_is_no_engine(rtx: ModuleType, tmp_path: Path) -> None:
+    runtime = rtx.Runtime(fresh_logger(rtx))
+    with pytest.raises(EngineError, match="malformed engine"):
+        check_validity(rtx, runtime, tmp_path / "x.engine", b"x" * 1000)
+
+
+def test_no_driver_is_named(rtx: ModuleType, built: EncoderBundle) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a driver")
+    runtime = rtx.Runtime(fresh_logger(rtx))
+    with pytest.raises(EngineError, match="no usable NVIDIA driver") as caught:
+        check_validity(rtx, runtime, engine(built), engine(built).read_bytes())
+    assert "driver" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["UNSUPPORTED_CC"], "unsupported cc"),
+        (["OLD_CUDA_DRIVER", "VERSION_MISMATCH"], "version mismatch, old cuda driver"),
+    ],
+)
+def test_the_librarys_reasons_are_named(rtx: ModuleType, flags: list[str], reason: str) -> None:
+    known = rtx.EngineInvalidityDiagnostics.__members__
+    answer = (rtx.EngineValidity.INVALID, sum(int(known[flag]) for flag in flags))
+    runtime = SimpleNamespace(get_engine_validity=lambda content: answer)
+    with pytest.raises(EngineError, match=f"on this GPU: {reason}"):
+        check_validity(rtx, runtime, Path("x.engine"), b"")
+
+
+def test_command_builds_what_is_asked_for_and_names_the_files(bundle: EncoderBundle) -> None:
+    shutil.rmtree(bundle.path / "engines")
+    wanted = [
+        "build-engines",
+        str(bundle.path),
+        "--target",
+        "sm_86, portable",
+        "--target",
+        "sm_120",
+        "--max-batch",
+        "1",
+    ]
+    done = CliRunner().invoke(cli, wanted)
+    assert done.exit_code == 0
+    lines = [str(engine(bundle, target)) for target in ("sm_86", "portable", "sm_120")]
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == lines
+    assert all(read(bundle, target).is_file() for target in ("sm_86", "portable", "sm_120"))
+    refused = CliRunner().invoke(cli, ["build-engines", str(bundle.path), "--target", "sm_90"])
+    assert isinstance(refused.exception, EngineError)
+
+
+def test_a_copied_bundle_keeps_its_engines(bundle: EncoderBundle, tmp_path: Path) -> None:
+    moved = EncoderBundle.open(Path(shutil.copytree(bundle.path, tmp_path / "elsewhere" / "moved.encoder")))
+    assert moved.encoder_id == bundle.encoder_id
+    assert read(moved) == engine(moved)
