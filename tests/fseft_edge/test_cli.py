@@ -600,7 +600,7 @@ def test_a_failed_case_among_several_gives_its_reason_and_exit_code_5(site: Site
     assert done.returncode == 5, done.stderr
     assert f"{site / 'bad/truncated.nii.gz'} is truncated or damaged" in done.stderr
     assert "Error: 1 of 3 cases failed: truncated." in done.stderr
-    assert "encoding with torch on cpu" in done.stderr
+    assert "encoding with torch in float32 on cpu" in done.stderr
     assert "Traceback" not in done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
         str(tmp_path / "out" / f"case_{number}.nii.gz") for number in (1, 2)
