@@ -7,18 +7,22 @@ import gc
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner
-from doubles.models import CHANNELS, WINDOW, small_contents
+from click.testing import CliRunner, Result
+from doubles.models import CHANNELS, WINDOW, small_contents, small_model
 
 from fseft_edge.cli.main import cli
+from fseft_edge.export import export
+from fseft_edge.export.checkpoints import write_model_file
 from fseft_edge.export.engines import _target_setter, build_engines, compile_graph, prepare_build
 from fseft_edge.export.export import export_encoder
+from fseft_edge.export.onnx_graph import write_graph
+from fseft_edge.export.zoo import load_model
 from fseft_edge.runtime.backends.tensorrt import check_validity
 from fseft_edge.runtime.backends.tensorrt_library import fresh_logger, import_library
 from fseft_edge.runtime.bundle import EncoderBundle
@@ -30,6 +34,7 @@ from fseft_edge.runtime.errors import (
     OutOfSpaceError,
     UsageError,
 )
+from fseft_edge.runtime.networks import build_network
 
 TARGETS = ["sm_75", "sm_86", "sm_89", "sm_120", "portable"]
 
@@ -53,6 +58,15 @@ def bundle(built: EncoderBundle, tmp_path: Path) -> EncoderBundle:
     """A copy, as people copy bundles."""
     shutil.copytree(built.path, tmp_path / "copy.encoder")
     return EncoderBundle.open(tmp_path / "copy.encoder")
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Result]]:
+    """Run ``fseft-edge``; how much it says afterwards is as before."""
+    logger = logging.getLogger("fseft_edge")
+    level = logger.level
+    yield lambda *arguments: CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    logger.setLevel(level)
 
 
 def engine(bundle: EncoderBundle, target: str = "sm_86", suffix: str = "engine") -> Path:
@@ -134,12 +148,40 @@ def test_swin_unetr_normalises_in_float32_and_builds(rtx: ModuleType, swin_mixed
         assert [tensor.shape[1] for tensor in tensors] == [1, 48, 48, 96, 192, 384]
 
 
-def test_the_built_in_encoder_exports_with_engines(tmp_path: Path) -> None:
-    bundle = export_encoder(None, model="edge_base", output=tmp_path / "eb.encoder", targets=["sm_89"])
-    found = read_engine(bundle, "tensorrt_rtx", version(), "mixed", "sm_89")
-    assert [tensor.shape[1] for tensor in found.description.tensors[1:]] == [level.channels for level in bundle.levels]
-    assert found.path.stat().st_size > bundle.mixed_graph.stat().st_size / 2  # type: ignore[union-attr]  # it is there
-    EncoderBundle.open(bundle.path)
+def test_the_built_in_encoder_builds_for_every_target(rtx: ModuleType, tmp_path: Path) -> None:
+    model = load_model("edge_base", None).model
+    network = build_network(model.description.architecture, **model.description.settings)
+    network.load_state_dict(dict(model.encoder))
+    graph = tmp_path / "eb.onnx"
+    write_graph(network.eval(), model.description.window, graph, "mixed")
+    for target in TARGETS:
+        content, tensors = compile_graph(rtx, graph, target, 2)
+        assert [tensor.shape for tensor in tensors[1:]] == [
+            (-1, level.channels, *(side // level.stride for side in model.description.window))
+            for level in network.levels
+        ]
+        assert len(content) > graph.stat().st_size
+
+
+def test_export_builds_the_engines_that_it_is_asked_for(
+    small_graph: Path,
+    small_mixed_graph: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., Result],
+) -> None:
+    graphs = {"float32": small_graph, "mixed": small_mixed_graph}
+
+    def copy(network: object, window: object, path: Path, precision: str = "float32") -> None:
+        shutil.copyfile(graphs[precision], path)
+
+    monkeypatch.setattr(export, "write_graph", copy)  # the exporter takes seconds
+    write_model_file(tmp_path / "small.safetensors", small_model())
+    output = tmp_path / "small.encoder"
+    done = command("export", tmp_path / "small.safetensors", "-o", output, "--target", "sm_89,portable")
+    assert done.exit_code == 0
+    made = EncoderBundle.open(output)
+    assert [read(made, target).is_file() for target in ("sm_89", "portable")] == [True, True]
 
 
 def test_what_is_current_is_kept(bundle: EncoderBundle) -> None:
@@ -354,24 +396,17 @@ def test_the_librarys_reasons_are_named(rtx: ModuleType, flags: list[str], reaso
         check_validity(rtx, runtime, Path("x.engine"), b"")
 
 
-def test_command_builds_what_is_asked_for_and_names_the_files(bundle: EncoderBundle) -> None:
+def test_command_builds_what_is_asked_for_and_names_the_files(
+    bundle: EncoderBundle, command: Callable[..., Result]
+) -> None:
     shutil.rmtree(bundle.path / "engines")
-    wanted = [
-        "build-engines",
-        str(bundle.path),
-        "--target",
-        "sm_86, portable",
-        "--target",
-        "sm_120",
-        "--max-batch",
-        "1",
-    ]
-    done = CliRunner().invoke(cli, wanted)
+    targets = ("--target", "sm_86, portable", "--target", "sm_120")
+    done = command("build-engines", bundle.path, *targets, "--max-batch", 1)
     assert done.exit_code == 0
     lines = [str(engine(bundle, target)) for target in ("sm_86", "portable", "sm_120")]
     assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == lines
     assert all(read(bundle, target).is_file() for target in ("sm_86", "portable", "sm_120"))
-    refused = CliRunner().invoke(cli, ["build-engines", str(bundle.path), "--target", "sm_90"])
+    refused = command("build-engines", bundle.path, "--target", "sm_90")
     assert isinstance(refused.exception, EngineError)
 
 

