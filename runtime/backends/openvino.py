@@ -12,7 +12,6 @@ from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import EncoderBundleError, MissingBackendError
 from fseft_edge.runtime.libraries import openvino_core
 from fseft_edge.runtime.session import EncoderSession
-from fseft_edge.runtime.signal_stack import own_signal_stack
 
 _MAX_BATCH = 1  # the graph is compiled for one window: for a fixed shape it runs faster
 _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
@@ -69,8 +68,7 @@ class CompiledGraph:
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,  # pinned threads of two processes would share a core and leave others idle
         }
-        with own_signal_stack():  # its CPU plugin sets one, for processors with AMX, and frees it with itself
-            self._request = core.compile_model(model, "CPU", settings).create_infer_request()
+        self._request = core.compile_model(model, "CPU", settings).create_infer_request()
 
     def __call__(self, windows: Tensor) -> list[Tensor]:
         """Return the outputs for one window ``[1, 1, X, Y, Z]`` on any device, as tensors on the CPU."""
