@@ -26,10 +26,11 @@ _FLOAT = 4
 
 # Code of PyTorch, oneDNN and Blosc2 that becomes resident when it is first used. Measured, as are the factors below.
 _FIRST_USE = 40 * _MIB
-# What an engine takes for every byte of the network's tensors: ONNX Runtime's arena keeps pieces of former windows.
-_ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.36}
+# What an engine takes for every byte of the network's tensors: ONNX Runtime's arena keeps pieces of former windows,
+# OpenVINO all that a compiled graph needs.
+_ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.36, "openvino": 1.1}
 _OTHER_ENGINES = 2.0
-_KEPT_BY_ENGINE = {"onnxruntime": 0.6}
+_KEPT_BY_ENGINE = {"onnxruntime": 0.6, "openvino": 1.1}
 # On a GPU convolutions want room to work in besides. Never measured: no GPU was at hand.
 _ON_A_GPU = 1.25
 # A section's frame is built in pieces and then joined: two times what LZ4 leaves of float16, at least.

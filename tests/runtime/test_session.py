@@ -148,10 +148,10 @@ def test_absent_gpu_is_a_problem_of_the_environment(
     ("backend", "precision", "bfloat16", "missing", "taken"),
     [
         ("auto", "auto", True, (), ("openvino", "bfloat16")),
-        ("auto", "auto", False, (), ("openvino", "float32")),
-        ("auto", "auto", True, ("openvino-bfloat16",), ("openvino", "float32")),
-        ("auto", "auto", True, ("openvino-bfloat16", "openvino"), ("torch", "float32")),
-        ("auto", "float32", True, (), ("openvino", "float32")),
+        ("auto", "auto", False, (), ("torch", "float32")),
+        ("auto", "auto", True, ("openvino-bfloat16",), ("torch", "float32")),
+        ("auto", "float32", True, (), ("torch", "float32")),
+        ("openvino", "auto", False, (), ("openvino", "float32")),
         ("openvino", "auto", True, ("openvino-bfloat16", "openvino"), ("openvino", "float32")),
         ("openvino", "bfloat16", True, ("openvino-bfloat16",), ("openvino", "bfloat16")),
         ("onnxruntime", "auto", True, (), ("onnxruntime", "float32")),
@@ -225,11 +225,6 @@ def test_engines_of_graphs_need_one(tmp_path: Path, backend: str) -> None:
     bundle = EncoderBundle.write(tmp_path / "small.encoder", small_contents())
     with pytest.raises(EncoderBundleError, match="has no ONNX graph"):
         open_session(bundle, device="cpu", backend=backend)
-
-
-def test_without_openvino_auto_takes_torch_for_convolutions(bundle: EncoderBundle) -> None:
-    with open_session(described_as(bundle, parity={"onnxruntime": PASSED}), device="cpu") as session:
-        assert session.backend == "torch"
 
 
 def test_without_openvino_auto_takes_onnxruntime_for_attention(bundle: EncoderBundle) -> None:
@@ -306,8 +301,8 @@ def test_choices_name_every_backend_and_why_not(bundle: EncoderBundle, monkeypat
     missing = "the bundle holds no parity report for it"
     assert backend_choices(described_as(bundle, parity={}), CPU) == [
         BackendChoice("openvino", "bfloat16", "this CPU has no bfloat16 instructions"),
-        BackendChoice("openvino", "float32", missing),
         BackendChoice("torch", "float32", None),
+        BackendChoice("openvino", "float32", missing),
         BackendChoice("onnxruntime", "float32", missing),
         BackendChoice("tensorrt_rtx", "float32", "does not compute on a CPU", suits_device=False),
         BackendChoice("tensorrt", "float32", "does not compute on a CPU", suits_device=False),
