@@ -19,6 +19,7 @@ from fseft_edge._version import __version__
 from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box, read_block, tiles
+from fseft_edge.decision import decide, least_decisive
 from fseft_edge.organs import OrganLabel
 from fseft_edge.overlap import overlapped
 from fseft_edge.postprocessing import PostProcessing, post_process
@@ -184,10 +185,10 @@ def segment_encoded(
     """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
     labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
-    for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan)):
+    for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan), least_decisive(adapters)):
         where = [slice(None)] * 3
         where[piece.axis] = slice(piece.start, piece.stop)
-        labels[tuple(where)] = _decide(piece.probabilities, adapters, labels.dtype)
+        labels[tuple(where)] = decide(piece.probabilities, adapters, labels.dtype)
     return labels
 
 
@@ -215,28 +216,6 @@ def _predict_block(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray
         features = read_block(encoded.features, adapter.boxes(core), adapter.device)
         probabilities: NDArray[np.float32] = adapter.probabilities(adapter(features, core))[0].cpu().numpy()
     return probabilities
-
-
-def _decide(
-    probabilities: NDArray[np.float32], adapters: Sequence[Adapter], dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
-) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Give every voxel to its most probable organ: above 1/2 (sigmoid), or above the background (softmax)."""
-    labels = np.zeros(probabilities.shape[1:], dtype)
-    best = np.zeros(probabilities.shape[1:], np.float32)
-    channel, label = 0, 0
-    for adapter in adapters:
-        threshold: NDArray[np.float32] | float = 0.5
-        if adapter.backgrounds:
-            threshold = probabilities[channel]
-            channel += 1
-        for _ in range(adapter.classes - adapter.backgrounds):
-            label += 1
-            here = probabilities[channel]
-            wins = (here > threshold) & (here > best)
-            labels[wins] = label
-            best[wins] = here[wins]
-            channel += 1
-    return labels
 
 
 _Tune = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]

@@ -146,11 +146,15 @@ class Grid:
             occupancy[x, y, z] = self._interpolated(lambda part: mask[part].astype(np.float32), in_reach, z)
         return occupancy
 
-    def to_source(self, sections: Iterator[tuple[int, NDArray[np.float32]]]) -> Iterator[SourcePiece]:
+    def to_source(
+        self, sections: Iterator[tuple[int, NDArray[np.float32]]], least: float = 0.0
+    ) -> Iterator[SourcePiece]:
         """Carry probabilities from the grid to the scan's own lattice, piece by piece.
 
         Args:
             sections: ``(z0, float32 [K, X, Y, n])`` of the whole grid, each beginning where the last one ended.
+            least: what does not matter: a class may be 0 where its interpolated probability would not exceed this.
+                Where it does, it is the same to the last bit. Far from every organ nothing is computed.
 
         Yields:
             Pieces of at most 32 MiB (at least one slice) that cover the scan once, in the order of the grid's z:
@@ -175,7 +179,8 @@ class Grid:
             for start in range(done, ready, step):
                 rows = slice(start, min(start + step, ready))
                 used = drawn_on(along_z, rows)
-                yield self._piece(along_z[rows, used], kept[used.start - kept_from : used.stop - kept_from], rows)
+                slices = kept[used.start - kept_from : used.stop - kept_from]
+                yield self._piece(along_z[rows, used], slices, rows, least)
             done = ready
             to_come = drawn_on(along_z, slice(ready, along_z.shape[0]))
             needed_from = min(to_come.start, arrived) if to_come.stop else arrived
@@ -218,10 +223,11 @@ class Grid:
                 result[:, :, index] = apply_first(along_x, apply_first(along_y, plane).T)
         return result
 
-    def _piece(self, along_z: AxisMatrix, slices: NDArray[np.float32], rows: slice) -> SourcePiece:
+    def _piece(self, along_z: AxisMatrix, slices: NDArray[np.float32], rows: slice, least: float) -> SourcePiece:
         """The scan's slices ``rows`` (counted along the grid's z) out of the grid slices ``[n, K, X, Y]`` they draw on.
 
-        Only the rectangle in which an organ has anything but zero is interpolated.
+        Only the rectangle in which an organ exceeds ``least`` is interpolated, with the voxels around it: what is
+        interpolated draws on two neighbours along each axis, and exceeds ``least`` only where one of them does.
         """
         x, y, z = self.axes
         along_x, along_y, _ = self._to_scan
@@ -230,8 +236,8 @@ class Grid:
         flipped = tuple(axis for axis, along in ((1, z), (2, y), (3, x)) if along.flipped)
         piece = np.flip(stored, flipped)
         for organ in range(classes):
-            filled: NDArray[np.bool_] = np.any(slices[:, organ], axis=0)
-            from_x, from_y = _extent(filled, 0), _extent(filled, 1)
+            filled: NDArray[np.bool_] = np.any(slices[:, organ] > least, axis=0)
+            from_x, from_y = (_extent(filled, axis, margin=1) for axis in (0, 1))
             to_x, to_y = reaching(along_x, from_x), reaching(along_y, from_y)
             planes = apply_first(along_z, slices[:, organ, from_x, from_y])
             for index, plane in enumerate(planes):
@@ -272,11 +278,13 @@ def _slices_first(section: NDArray[np.float32], *, after: NDArray[np.float32] | 
     return slices
 
 
-def _extent(array: NDArray[Any], axis: int) -> slice:
-    """The smallest range along one axis that holds everything but zeros."""
+def _extent(array: NDArray[Any], axis: int, margin: int = 0) -> slice:
+    """The smallest range along one axis that holds everything but zeros, and a margin as far as there is one."""
     others = tuple(index for index in range(array.ndim) if index != axis)
     filled = np.flatnonzero(array.any(axis=others))
-    return slice(int(filled[0]), int(filled[-1]) + 1) if filled.size else slice(0, 0)
+    if not filled.size:
+        return slice(0, 0)
+    return slice(max(int(filled[0]) - margin, 0), min(int(filled[-1]) + 1 + margin, array.shape[axis]))
 
 
 def _box_above(volume: Volume, threshold_hu: float) -> list[slice]:

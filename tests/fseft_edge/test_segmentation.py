@@ -549,6 +549,17 @@ def test_overlapping_cases_give_the_bytes_of_one_after_another(site: Site, tmp_p
     assert len(list((tmp_path / "overlapping").iterdir())) == 6
 
 
+@pytest.mark.parametrize("settings", [SPATIAL, SOFTMAX], ids=["sigmoid", "softmax"])
+def test_what_is_not_carried_back_changes_no_label(
+    site: Site, encoded: EncodedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: AdapterSettings
+) -> None:
+    file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), settings=settings)
+    found = segment_encoded(encoded, [file.adapter])
+    monkeypatch.setattr("fseft_edge.segmentation.least_decisive", lambda _: 0.0)
+    assert np.array_equal(found, segment_encoded(encoded, [file.adapter]))
+    assert set(np.unique(found)) == {0, 1, 2}
+
+
 def test_masks_are_treated_as_the_adapter_says_unless_told_otherwise(site: Site, tmp_path: Path) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle)
     organ = file.description.organs[0].model_copy(update={"post_processing": PostProcessing(largest_component=True)})

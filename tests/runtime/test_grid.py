@@ -467,3 +467,31 @@ def test_real_body_outline_survives_the_way_there_and_back(real_ct, name, expect
     body = np.asarray(volume.array > -300)
     back = carried_back(grid, grid.occupancy(body)[None], depth=32)[0] >= 0.5
     assert dice(back, body) >= expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_exceeds_the_least_that_matters_is_the_same_to_the_last_bit(seed):
+    """Blobs on a lattice that is finer than the grid, turned and flipped; the rest is 0 or what it would have been."""
+    random = np.random.default_rng(seed)
+    affine = np.diag([1.3, -0.9, 2.1, 1.0])
+    volume = Volume(random.integers(-500, 500, (40, 44, 30)).astype(np.int16), affine)
+    grid = Grid.of(volume, Preprocessing(spacing=(3.0, 3.0, 3.0)))
+    indices = np.indices(grid.shape)
+    blobs = []
+    for _ in range(3):
+        centre = [random.uniform(0, size) for size in grid.shape]
+        distance = sum((axis - c) ** 2 for axis, c in zip(indices, centre, strict=True))
+        blobs.append(np.exp(-distance / random.uniform(2, 20)))
+    probabilities = np.array(blobs, np.float32)
+    whole_back = carried_back(grid, probabilities)
+    least = 0.5
+    cut = np.zeros_like(whole_back)
+    for piece in grid.to_source(iter([(0, probabilities)]), least):
+        place = [slice(None)] * 4
+        place[1 + piece.axis] = slice(piece.start, piece.stop)
+        cut[tuple(place)] = piece.probabilities
+    matters = whole_back > least
+    assert matters.any()
+    assert np.array_equal(cut[matters], whole_back[matters])
+    assert (cut[~matters] <= least).all()
+    assert (cut == 0).sum() > (whole_back == 0).sum()

@@ -1,0 +1,45 @@
+"""From probabilities to labels: which organ has a voxel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fseft_edge.adapters import Adapter
+
+# Below one half by more than what rounding adds where values near it are interpolated.
+_NOT_DECISIVE = 0.5 - 1e-5
+
+
+def least_decisive(adapters: Sequence[Adapter]) -> float:
+    """Return the probability up to which an organ's probability cannot matter to :func:`decide`.
+
+    With sigmoid, what does not exceed one half is in no mask. With softmax the background decides: anything matters.
+    """
+    return 0.0 if any(adapter.backgrounds for adapter in adapters) else _NOT_DECISIVE
+
+
+def decide(
+    probabilities: NDArray[np.float32], adapters: Sequence[Adapter], dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Give every voxel to its most probable organ: above 1/2 (sigmoid), or above the background (softmax)."""
+    labels = np.zeros(probabilities.shape[1:], dtype)
+    best = np.zeros(probabilities.shape[1:], np.float32)
+    channel, label = 0, 0
+    for adapter in adapters:
+        threshold: NDArray[np.float32] | float = 0.5
+        if adapter.backgrounds:
+            threshold = probabilities[channel]
+            channel += 1
+        for _ in range(adapter.classes - adapter.backgrounds):
+            label += 1
+            here = probabilities[channel]
+            channel += 1
+            if not here.any():  # far from the organ nothing was computed
+                continue
+            wins = (here > threshold) & (here > best)
+            labels[wins] = label
+            best[wins] = here[wins]
+    return labels
