@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 def bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
     """Return the smallest box around a non-empty mask ``[X, Y, Z]``."""
-    x, y, z = (
-        slice(int(filled[0]), int(filled[-1]) + 1)
-        for filled in (np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3))
-    )
+    box = [slice(0, size) for size in mask.shape]
+    for axis in range(3):  # what is found along one axis need not be looked through along the next
+        filled = np.flatnonzero(mask[tuple(box)].any(axis=tuple({0, 1, 2} - {axis})))
+        box[axis] = slice(int(filled[0]), int(filled[-1]) + 1)
+    x, y, z = box
     return x, y, z
 
 

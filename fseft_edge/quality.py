@@ -29,14 +29,15 @@ def quality_flags(mask: NDArray[np.bool_], volume_ml: float, support_volumes_ml:
     if not mask.any():
         return ("empty",)
     flags: list[str] = []
-    if any(mask.take(index, axis).any() for axis in range(3) for index in (0, -1)):
+    box = bounding_box(mask)
+    if any(part.start == 0 or part.stop == size for part, size in zip(box, mask.shape, strict=True)):
         flags.append("touches_edge")
     if support_volumes_ml:
         if volume_ml < (1 - SIZE_MARGIN) * min(support_volumes_ml):
             flags.append("small")
         if volume_ml > (1 + SIZE_MARGIN) * max(support_volumes_ml):
             flags.append("large")
-    if largest_component_share(mask) < LARGEST_COMPONENT_SHARE:
+    if largest_component_share(mask[box]) < LARGEST_COMPONENT_SHARE:
         flags.append("fragmented")
     return tuple(flags)
 
