@@ -28,9 +28,9 @@ from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.encoding import EncodedScan, encode_scan
-from fseft_edge.runtime.encoding_plan import held_after_encoding
-from fseft_edge.runtime.errors import FseftEdgeError, SomeCasesFailedError, UsageError
+from fseft_edge.runtime.encoding import EncodedScan, encode_scan, layout_of
+from fseft_edge.runtime.encoding_plan import held_after_encoding, plan_encoding
+from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, SomeCasesFailedError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
@@ -304,7 +304,16 @@ class _Stages:
         # Before the long work, not after it.
         held = held_after_encoding(self.bundle, self.session)
         adapters = [file.adapter for file in self.adapters]
-        return _Opened(path, volume, grid, plan_segmentation(grid, adapters, self.budget, held))
+        try:
+            plan = plan_segmentation(grid, adapters, self.budget, held)
+        except OutOfMemoryError as refused:
+            try:
+                plan_encoding(layout_of(grid, self.bundle), self.bundle, self.session, self.budget)
+            except OutOfMemoryError as also_refused:
+                if also_refused.least > refused.least:  # what is said to be enough has to be enough for both
+                    raise also_refused from None
+            raise
+        return _Opened(path, volume, grid, plan)
 
     def _encode(self, opened: _Opened) -> _Encoded:
         with ExitStack() as stack:

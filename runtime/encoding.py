@@ -33,6 +33,12 @@ class EncodedScan:
     features: FeatureMap
 
 
+def layout_of(grid: Grid, bundle: EncoderBundle) -> WindowLayout:
+    """Return where the encoder's windows lie on a grid."""
+    coarsest = max(level.stride for level in bundle.levels)
+    return WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
+
+
 def encode_scan(
     volume: Volume,
     *,
@@ -61,8 +67,7 @@ def encode_scan(
     key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage, precision=session.precision)
     features = store.get(key)
     if features is None:
-        coarsest = max(level.stride for level in bundle.levels)
-        layout = WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
+        layout = layout_of(grid, bundle)
         meta = FeatureMapMeta(
             grid_shape=grid.shape,
             padded_shape=layout.padded_shape,

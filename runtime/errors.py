@@ -93,7 +93,17 @@ class OutOfSpaceError(EnvironmentProblemError):
 
 
 class OutOfMemoryError(EnvironmentProblemError):
-    """The work does not fit into the memory of the machine or the budget given."""
+    """The work does not fit into the memory of the machine or the budget given.
+
+    Args:
+        message: see :class:`FseftEdgeError`.
+        remedy: likewise.
+        least: bytes that would be enough, where a budget is too small.
+    """
+
+    def __init__(self, message: str, *, remedy: str, least: int = 0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.least = least
 
 
 class SomeCasesFailedError(FseftEdgeError):

@@ -127,6 +127,7 @@ def _too_small(work: str, option: str, budget: int, least: int) -> OutOfMemoryEr
     return OutOfMemoryError(
         f"A budget of {budget / GB:.2f} GB is too small for {work}: at least {enough:.2f} GB are needed.",
         remedy=f"Give --{option} {enough:.2f} or more.",
+        least=least,
     )
 
 

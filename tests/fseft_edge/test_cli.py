@@ -201,7 +201,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(
     command = ["segment", site / "images/case_1.nii.gz", "--adapter", site / "a.adapter", *ON_CPU]
     refused = run(*command, "-o", tmp_path / "no", "--memory", 0.01)
     assert refused.code == 4
-    assert "A budget of 0.01 GB is too small for segmenting this scan" in refused.err
+    assert "A budget of 0.01 GB is too small for " in refused.err
     assert not (tmp_path / "no").exists()
     smallest = re.search(r"Give --memory (\d+\.\d\d) or more", refused.err)
     assert smallest is not None

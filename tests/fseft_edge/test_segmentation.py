@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fseft_edge.runtime.errors import (
     AdapterError,
     InputError,
     NotACtError,
+    OutOfMemoryError,
     SomeCasesFailedError,
     UnreadableFileError,
     UsageError,
@@ -547,6 +548,29 @@ def test_overlapping_cases_give_the_bytes_of_one_after_another(site: Site, tmp_p
     for path in sorted((tmp_path / "overlapping").iterdir()):
         assert path.read_bytes() == (tmp_path / "one_by_one" / path.name).read_bytes()
     assert len(list((tmp_path / "overlapping").iterdir())) == 6
+
+
+@pytest.mark.parametrize(("encoding", "segmenting", "said"), [(9, 5, 9), (5, 9, 9), (None, 5, 5)])
+def test_what_a_refused_budget_is_told_is_enough_for_encoding_and_segmenting(
+    site: Site,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    encoding: int | None,
+    segmenting: int,
+    said: int,
+) -> None:
+    def needs(least: int | None) -> Callable[..., None]:
+        def planned(*_: object) -> None:
+            if least is not None:
+                raise OutOfMemoryError(f"at least {least}", remedy="Give it.", least=least)
+
+        return planned
+
+    write_random_adapter(tmp_path / "a.adapter", site.bundle)
+    monkeypatch.setattr("fseft_edge.segmentation.plan_encoding", needs(encoding))
+    monkeypatch.setattr("fseft_edge.segmentation.plan_segmentation", needs(segmenting))
+    with pytest.raises(OutOfMemoryError, match=f"at least {said}"):
+        site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out", memory_gb=1.0)
 
 
 @pytest.mark.parametrize("settings", [SPATIAL, SOFTMAX], ids=["sigmoid", "softmax"])
