@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import headneck
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation import adapt
@@ -25,6 +25,7 @@ from fseft_edge.adapter_file import AdapterFile, read_adapter
 from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.fused_export import export_adapter
 from fseft_edge.metrics import dice
+from fseft_edge.runtime.backends.onnxruntime import import_onnxruntime
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import OVERLAP, EncodedScan, encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore
@@ -55,7 +56,7 @@ def main() -> None:
             f"{graph.path.stat().st_size / 1e6:.2f} MB, written in {time.perf_counter() - started:.0f} s, "
             f"noise windows within {graph.difference:.1e}"
         )
-        session = onnxruntime.InferenceSession(graph.path)
+        session = import_onnxruntime().InferenceSession(graph.path)
         for case in arguments.cases:
             volume = read_ct(headneck.image_path(case))
             contours = read_label_map(headneck.label_path(case)).array
@@ -80,7 +81,7 @@ def _compare(
     volume: Volume,
     reference: NDArray[np.unsignedinteger] | None,
     *,
-    session: onnxruntime.InferenceSession,
+    session: Any,
     file: AdapterFile,
     bundle: EncoderBundle,
     overlaps: list[float],
@@ -111,9 +112,7 @@ def _compare(
             )
 
 
-def blended(
-    session: onnxruntime.InferenceSession, scan: Array, window: tuple[int, int, int], overlap: float
-) -> tuple[Array, int]:
+def blended(session: Any, scan: Array, window: tuple[int, int, int], overlap: float) -> tuple[Array, int]:
     """Return the blended probabilities ``[classes, X, Y, Z]`` of a scan on its grid, and how many windows they took."""
     padded = np.pad(scan, [(0, max(0, size - length)) for size, length in zip(window, scan.shape, strict=True)])
     origins = list(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +49,13 @@ class Library:
 
 
 def import_library(module: str) -> ModuleType:
-    """Return a library, imported; openvino without the telemetry that its conversion tools would set up."""
+    """Return a library, imported; onnxruntime and openvino without the telemetry that they would set up.
+
+    Since 1.29, ONNX Runtime reports its use over the network unless it is told not to before it is imported; it
+    decides once for the process. OpenVINO's conversion tools report through a package of their own.
+    """
+    if module == "onnxruntime":
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     if module != "openvino" or module in sys.modules or _TELEMETRY in sys.modules:
         return import_module(module)
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # marks it as not there: a stub that sends nothing serves

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # for tests that import onnxruntime themselves
+
 
 @pytest.fixture(scope="session")
 def real_ct() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import EncoderBundleError, MissingBackendError
+from fseft_edge.runtime.libraries import import_library
 from fseft_edge.runtime.session import EncoderSession
 
 _MAX_BATCH_CPU = 1  # more windows at once cost memory and gain nothing measurable
@@ -86,7 +86,7 @@ def import_onnxruntime() -> ModuleType:
         MissingBackendError: when it is not installed, or not for this machine.
     """
     try:
-        return importlib.import_module("onnxruntime")
+        return import_library("onnxruntime")
     except ImportError as error:
         raise MissingBackendError(
             f"The backend onnxruntime cannot be loaded: {error}.",

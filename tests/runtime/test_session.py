@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -185,6 +186,20 @@ def test_a_precision_named_against_its_gate_is_warned_of(
 def test_a_precision_that_nothing_computes_in_is_wrong_use(bundle: EncoderBundle, backend: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         open_session(bundle, "cpu", backend, precision="mixed")
+
+
+def test_onnxruntime_is_used_without_its_telemetry(bundle: EncoderBundle, tmp_path: Path) -> None:
+    """It leaves an identifier and a session's file where it reports its use."""
+    code = (
+        "import sys, torch; from pathlib import Path; from fseft_edge.runtime.backends.onnxruntime import GraphRunner;"
+        "GraphRunner(Path(sys.argv[1]), torch.device('cpu'), 1)(torch.zeros(1, 1, 16, 16, 16))"
+    )
+    folders = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"), str(tmp_path))
+    reporting = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    subprocess.run(  # noqa: S603 - a fixed script
+        [sys.executable, "-c", code, str(bundle.graph)], check=True, env={**reporting, **folders}
+    )
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_openvino_is_imported_without_its_telemetry() -> None:
