@@ -81,7 +81,7 @@ def _compare(
     volume: Volume,
     reference: NDArray[np.unsignedinteger] | None,
     *,
-    session: Any,
+    session: Any,  # noqa: ANN401 - of a library without types
     file: AdapterFile,
     bundle: EncoderBundle,
     overlaps: list[float],
@@ -112,7 +112,12 @@ def _compare(
             )
 
 
-def blended(session: Any, scan: Array, window: tuple[int, int, int], overlap: float) -> tuple[Array, int]:
+def blended(
+    session: Any,  # noqa: ANN401 - likewise
+    scan: Array,
+    window: tuple[int, int, int],
+    overlap: float,
+) -> tuple[Array, int]:
     """Return the blended probabilities ``[classes, X, Y, Z]`` of a scan on its grid, and how many windows they took."""
     padded = np.pad(scan, [(0, max(0, size - length)) for size, length in zip(window, scan.shape, strict=True)])
     origins = list(

@@ -125,7 +125,7 @@ def _encoder(path: Path, machine: Machine) -> EncoderDiagnosis:
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     rows = []
     for device in devices:
-        choices = backend_choices(bundle, device)
+        choices = list(backend_choices(bundle, device))
         first = next((choice for choice in choices if choice.usable), None)
         rows += [
             BackendOnDevice(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.engine_files import EngineLibrary, engine_for_gpu
-from fseft_edge.runtime.errors import EngineError, MissingBackendError
+from fseft_edge.runtime.errors import EngineError
 from fseft_edge.runtime.libraries import import_library, import_problem
 from fseft_edge.runtime.remembered_speed import remembered_order
 
 BackendName = Literal["torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
 
-_BACKENDS: tuple[BackendName, ...] = ("torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt")
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 # Fastest first, by `benchmarks/encoder_backends.py`. In float32, convolutions alone run as fast in PyTorch with oneDNN
 # (channels last) as in OpenVINO, in two thirds of the memory. Attention runs faster where operators are fused, so that
@@ -71,16 +72,30 @@ class BackendChoice:
         return self.obstacle is None
 
 
-def backend_choices(bundle: EncoderBundle, device: torch.device) -> list[BackendChoice]:
-    """Return every way to run an encoder, in the order in which ``auto`` asks: it takes the first that is usable.
+def backend_choices(
+    bundle: EncoderBundle, device: torch.device, backend: str = "auto", precision: str = "auto"
+) -> Iterator[BackendChoice]:
+    """Yield the ways to run an encoder, in the order in which ``auto`` asks: it takes the first that is usable.
 
-    Libraries are imported to find out whether they work.
+    A library is imported to find out whether it works, when its turn comes.
+
+    Args:
+        bundle: the encoder.
+        device: where.
+        backend: this one alone, or ``auto`` for all.
+        precision: this one alone, or ``auto``.
     """
+
+    def wanted(way: tuple[BackendName, Precision]) -> bool:
+        return backend in ("auto", way[0]) and precision in ("auto", way[1])
+
     order = _order(bundle, device)
-    choices = [BackendChoice(*way, _obstacle(*way, bundle, device)) for way in order]
+    for way in filter(wanted, order):
+        yield BackendChoice(*way, _obstacle(*way, bundle, device))
     never = f"does not compute on a {'CPU' if device.type == 'cpu' else 'GPU'}"
-    others = [backend for backend in _BACKENDS if backend not in {choice.backend for choice in choices}]
-    return choices + [BackendChoice(backend, "float32", never, suits_device=False) for backend in others]
+    for name in BACKENDS:
+        if name not in {computes for computes, _ in order} and wanted((name, "float32")):
+            yield BackendChoice(name, "float32", never, suits_device=False)
 
 
 def has_bfloat16(device: torch.device) -> bool:
@@ -134,11 +149,10 @@ def _engine_obstacle(
     library: EngineLibrary, precision: Precision, bundle: EncoderBundle, device: torch.device
 ) -> str | None:
     """An engine's features are those of a GPU, so that its own report counts, not one that the bundle could hold."""
+    version = str(import_library(library).__version__)
     try:
-        version = str(import_library(library).__version__)
-        capability = torch.cuda.get_device_capability(device)
-        engine = engine_for_gpu(bundle, library, version, precision, capability)
-    except (MissingBackendError, EngineError) as error:
+        engine = engine_for_gpu(bundle, library, version, precision, torch.cuda.get_device_capability(device))
+    except EngineError as error:
         return str(error)
     report = engine.description.parity
     if report is None:

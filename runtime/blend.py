@@ -9,6 +9,7 @@ is resident. Wherever they lie on a CPU, the same operations meet the same numbe
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import os
 import tempfile
@@ -45,9 +46,7 @@ class FileTensor:
     """
 
     def __init__(self, shape: Sequence[int]) -> None:
-        count = 1
-        for size in shape:
-            count *= size
+        count = math.prod(shape)
         try:
             with tempfile.TemporaryFile() as file:
                 # Blocks are claimed now: running out of them while writing to a mapping would end the process.

@@ -122,19 +122,25 @@ def open_session(
     target = resolve_device(device)
     if backend != "auto" and backend not in _BACKENDS:
         raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose auto, {', '.join(_BACKENDS)}.")
-    choices = backend_choices(bundle, target)
-    while True:
-        choice = _choose(choices, backend, precision)
+    refused: list[BackendChoice] = []
+    for choice in backend_choices(bundle, target, backend, precision):
+        if not choice.usable:
+            _log.info("backend %s in %s passed over: %s", choice.backend, choice.precision, choice.obstacle)
+            refused.append(choice)
+            continue
         try:
-            session = _BACKENDS[choice.backend](bundle, target, threads or torch.get_num_threads(), choice.precision)
+            return _opened(choice, bundle, target, threads)
         except EnvironmentProblemError as error:
-            if backend != "auto" or not choice.usable or choice.backend == "torch":
+            if backend != "auto" or choice.backend == "torch":
                 raise
             _log.warning("backend %s in %s passed over: %s", choice.backend, choice.precision, error)
-            choices.remove(choice)
-        else:
-            _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
-            return session
+    return _opened(_last_resort(refused, backend, precision), bundle, target, threads)
+
+
+def _opened(choice: BackendChoice, bundle: EncoderBundle, device: torch.device, threads: int | None) -> EncoderSession:
+    session = _BACKENDS[choice.backend](bundle, device, threads or torch.get_num_threads(), choice.precision)
+    _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
+    return session
 
 
 def backend_names() -> tuple[str, ...]:
@@ -165,20 +171,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _choose(choices: Sequence[BackendChoice], backend: str, precision: str) -> BackendChoice:
-    """Return the first choice that fits what was asked for and has no obstacle.
+def _last_resort(refused: Sequence[BackendChoice], backend: str, precision: str) -> BackendChoice:
+    """Return what is tried where every choice has an obstacle: what was asked for by name, and else float32.
 
-    Where every one has, what was asked for by name is tried whatever the gate says, and else float32: a session that
-    cannot be opened says why itself.
+    A session that cannot be opened says why itself.
     """
-    fitting = [choice for choice in choices if choice.suits_device and backend in ("auto", choice.backend)]
-    if precision != "auto":
-        fitting = [choice for choice in fitting if choice.precision == precision]
-    usable = next((choice for choice in fitting if choice.usable), None)
-    if usable is not None:
-        for choice in fitting[: fitting.index(usable)]:
-            _log.info("backend %s in %s passed over: %s", choice.backend, choice.precision, choice.obstacle)
-        return usable
+    fitting = [choice for choice in refused if choice.suits_device]
     if not fitting:
         who = "No backend computes" if backend == "auto" else f"The backend {backend} does not compute"
         how = "" if precision == "auto" else f" in {precision}"

@@ -153,7 +153,7 @@ def test_a_backend_that_this_version_gets_is_advised_by_itself(
 
 def test_bundles_get_the_verdict_of_auto(bundle: EncoderBundle) -> None:
     (encoder,) = diagnose([bundle.path]).encoders
-    choices = backend_choices(bundle, torch.device("cpu"))
+    choices = list(backend_choices(bundle, torch.device("cpu")))
     on_cpu = [row for row in encoder.backends if row.device == "cpu"]
     assert [(row.backend, row.precision, row.reason) for row in on_cpu] == [
         (choice.backend, choice.precision, choice.obstacle) for choice in choices

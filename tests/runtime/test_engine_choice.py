@@ -73,7 +73,7 @@ def obstacle(bundle: EncoderBundle, backend: str = "tensorrt_rtx", precision: st
 
 def test_an_engine_that_passed_on_this_gpu_comes_first(bundle: EncoderBundle) -> None:
     add_engine(bundle)
-    first = backend_choices(bundle, GPU)[0]
+    first = next(backend_choices(bundle, GPU))
     assert (first.backend, first.precision, first.obstacle) == ("tensorrt_rtx", "mixed", None)
 
 

@@ -311,10 +311,20 @@ class _Named:
         self.backend = backend
 
 
+def test_an_engine_that_is_named_imports_no_other(bundle: EncoderBundle) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fseft_edge.runtime.bundle import EncoderBundle;"
+        "from fseft_edge.runtime.session import open_session; bundle = EncoderBundle.open(Path(sys.argv[1]));"
+        "open_session(bundle, 'cpu', 'torch').close(); print({'openvino', 'onnxruntime'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle.path)], capture_output=True, text=True, check=True)  # noqa: S603 - a fixed script
+    assert done.stdout.strip() == "set()"
+
+
 def test_choices_name_every_backend_and_why_not(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fseft_edge.runtime.backend_choice.has_bfloat16", lambda _: False)
     missing = "the bundle holds no parity report for it"
-    assert backend_choices(described_as(bundle, parity={}), CPU) == [
+    assert list(backend_choices(described_as(bundle, parity={}), CPU)) == [
         BackendChoice("openvino", "bfloat16", "this CPU has no bfloat16 instructions"),
         BackendChoice("torch", "float32", None),
         BackendChoice("openvino", "float32", missing),
@@ -333,7 +343,7 @@ def test_an_architecture_of_a_newer_version_has_no_backend(bundle: EncoderBundle
 
 
 def test_the_choices_are_of_the_backends_that_can_be_opened() -> None:
-    assert set(INTERNALS._BACKENDS) == set(sys.modules["fseft_edge.runtime.backend_choice"]._BACKENDS)
+    assert set(INTERNALS._BACKENDS) == set(sys.modules["fseft_edge.runtime.backend_choice"].BACKENDS)
 
 
 def test_an_onnxruntime_without_cuda_is_not_for_a_gpu(
