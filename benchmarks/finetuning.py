@@ -76,7 +76,7 @@ def fine_tune(kind: str, cases: Sequence[str], *, seed: int, output: Path) -> Fi
     learned = _learned(network, kind)
     cohorts = load_cohorts(plan, headneck.data_root(), SilentProgress())
     optimizer = torch.optim.AdamW(learned, weight_decay=plan.schedule.weight_decay)
-    started = time.monotonic()
+    started = time.process_time()
     for step in range(plan.schedule.steps):
         network.train()
         if kind != "from scratch" or step >= plan.schedule.steps * (1 - plan.schedule.frozen_norm_fraction):
@@ -93,7 +93,7 @@ def fine_tune(kind: str, cases: Sequence[str], *, seed: int, output: Path) -> Fi
         optimizer.step()
         if step % 50 == 49:
             print(f"{plan.name}: step {step + 1}, loss {float(loss.detach()):.3f}", flush=True)
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     description = built_in.description.model_copy(update={"name": plan.name, "organs": plan.organs, "training": {}})
     model = output / f"{plan.name}.safetensors"
     weights = network.head.weight.detach().flatten(1)
