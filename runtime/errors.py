@@ -70,6 +70,10 @@ class AdapterError(InputError):
     """An adapter file is damaged, of an unknown schema, or was made with another encoder."""
 
 
+class BatchStateError(InputError):
+    """The state of a batch is damaged, from a newer version, or of other adapters."""
+
+
 class EnvironmentProblemError(FseftEdgeError):
     """The machine lacks something: a backend, memory, disk space."""
 
