@@ -13,12 +13,12 @@ from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
 from fseft_edge.organs import OrganLabel
+from fseft_edge.prediction import segment_encoded
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import read_ct, read_label_map
 from fseft_edge.runtime.session import EncoderSession
-from fseft_edge.segmentation import segment_encoded
 from fseft_edge.support import load_support
 
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from fseft_edge.adaptation import zero_shot_adapter
 from fseft_edge.metrics import dice
+from fseft_edge.prediction import predict_sections
 from fseft_edge.runtime.encoding import encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import read_ct
 from fseft_edge.runtime.session import open_session
-from fseft_edge.segmentation import predict_sections
 
 
 def main() -> None:

@@ -23,10 +23,10 @@ from fseft_edge.adapter_file import read_adapter
 from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.metrics import dice
 from fseft_edge.postprocessing import PostProcessing, post_process
+from fseft_edge.prediction import segment_encoded
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import open_session
-from fseft_edge.segmentation import segment_encoded
 from fseft_edge.validation import Candidate, leave_one_out
 
 

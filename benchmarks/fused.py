@@ -25,6 +25,7 @@ from fseft_edge.adapter_file import AdapterFile, read_adapter
 from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.fused_export import export_adapter
 from fseft_edge.metrics import dice
+from fseft_edge.prediction import predict_sections, segment_encoded
 from fseft_edge.runtime.backends.onnxruntime import import_onnxruntime
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import OVERLAP, EncodedScan, encode_scan
@@ -34,7 +35,6 @@ from fseft_edge.runtime.nifti import read_ct, read_label_map
 from fseft_edge.runtime.session import open_session
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.runtime.windows import gaussian_importance
-from fseft_edge.segmentation import predict_sections, segment_encoded
 
 Array = NDArray[np.float32]
 

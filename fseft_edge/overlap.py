@@ -6,10 +6,10 @@ most one case is in each stage, so memory is bounded whatever the number of case
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
 Item = TypeVar("Item")
 Prepared = TypeVar("Prepared")
@@ -18,7 +18,7 @@ Finished = TypeVar("Finished")
 
 
 def overlapped(
-    items: Sequence[Item],
+    items: Iterable[Item],
     prepare: Callable[[Item], Prepared],
     work: Callable[[Prepared], Worked],
     finish: Callable[[Worked], Finished],
@@ -29,23 +29,33 @@ def overlapped(
     the caller stops early, what these two are at is still completed.
 
     Args:
-        items: what goes through the stages.
+        items: what goes through the stages; asked for one ahead, in the thread that prepares, so it may wait for more.
         prepare: first stage.
         work: the long one.
         finish: last stage.
     """
+    coming = iter(items)
     finishing: Future[Finished] | None = None
+
+    def prepared() -> Prepared | _End:
+        for item in coming:
+            return prepare(item)
+        return _End()
+
     with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
-        upcoming = [ahead.submit(prepare, item) for item in items[:1]]
-        for number in range(len(items)):
+        upcoming = [ahead.submit(prepared)]
+        while True:
             current = upcoming.pop()
             wait([current])
-            upcoming = [ahead.submit(prepare, item) for item in items[number + 1 : number + 2]]
+            if current.exception() is None and isinstance(current.result(), _End):
+                break
+            upcoming = [ahead.submit(prepared)]
             last: Callable[[], Finished]
             try:
-                last = partial(finish, work(current.result()))
+                last = partial(finish, work(cast("Prepared", current.result())))
             except Exception as error:  # the item's own trouble, which its outcome tells
                 last = partial(_raise, error)
+            del current
             if finishing is not None:
                 wait([finishing])
             before, finishing = finishing, behind.submit(last)
@@ -55,6 +65,10 @@ def overlapped(
         if finishing is not None:
             wait([finishing])
             yield finishing
+
+
+class _End:
+    """There are no more items."""
 
 
 def _raise(error: Exception) -> NoReturn:

@@ -13,9 +13,9 @@ from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows, Method, Read
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
 from fseft_edge.postprocessing import ALL, PostProcessing, post_process
+from fseft_edge.prediction import segment_encoded
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.encoding import EncodedScan
-from fseft_edge.segmentation import segment_encoded
 
 _READS: tuple[Reads, ...] = ("last", "pyramid")
 

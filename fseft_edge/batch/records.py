@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from fseft_edge.segmentation import SegmentedOrgan
+from fseft_edge.segmented_case import SegmentedOrgan
 
 
 class CaseState(StrEnum):

@@ -1,7 +1,8 @@
 """The state of a batch: an SQLite file that a crash, at any moment, leaves consistent.
 
 WAL mode with ``synchronous=FULL``: a transaction that has returned survives a power cut. One process writes (the
-coordinator, which holds the outbox's lock) and any may read; `retry`, `cancel` and the review write single rows beside it.
+coordinator, which holds the outbox's lock) and any may read; `retry`, `cancel` and the review write single rows beside
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Final, Self
 
 from fseft_edge.batch.records import CaseRecord, CaseState, Decision, Duplicate, Review, StageSeconds
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
-from fseft_edge.segmentation import SegmentedOrgan
+from fseft_edge.segmented_case import SegmentedOrgan
 
 SCHEMA_VERSION: Final = 1
 STATE_FOLDER: Final = ".fseft-edge"
@@ -244,8 +245,8 @@ class BatchStore:
         wanted = [case for case in self._named(keys) if case.state in again]
         for case in wanted:
             self._execute(
-                "UPDATE cases SET state = ?, attempts = 0, started_at = NULL, finished_at = NULL, problem = '', reason = '',"
-                " remedy = '' WHERE key = ? AND state = ?",
+                "UPDATE cases SET state = ?, attempts = 0, started_at = NULL, finished_at = NULL, problem = '',"
+                " reason = '', remedy = '' WHERE key = ? AND state = ?",
                 CaseState.WAITING,
                 case.key,
                 case.state,

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, Final, cast
 
+from fseft_edge.prediction import predict_sections
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoding import encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
@@ -23,7 +24,7 @@ from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.nifti import read_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.streaming import stream_features
-from fseft_edge.segmentation import predict_sections, segment
+from fseft_edge.segmentation import segment
 
 STAGES: Final = {
     "read": "the file, unpacked and checked",

@@ -17,7 +17,7 @@ from fseft_edge.report.progress import open_progress
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
 
 if TYPE_CHECKING:
-    from fseft_edge.segmentation import SegmentedCase
+    from fseft_edge.segmented_case import SegmentedCase
     from fseft_edge.transduction import TransductionPlan
 
 _ORGAN_HELP = "What to segment and its label value in the annotation files: NAME=ID[,NAME=ID...]; may be repeated."

@@ -37,7 +37,8 @@ from fseft_edge.runtime.errors import (
 from fseft_edge.runtime.nifti import read_label_map, write_ct, write_label_map
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume
-from fseft_edge.segmentation import SegmentedCase, segment
+from fseft_edge.segmentation import segment
+from fseft_edge.segmented_case import SegmentedCase
 from fseft_edge.validation import Candidate, Validated
 
 LINEAR = AdapterSettings(method="linear", reads="last")

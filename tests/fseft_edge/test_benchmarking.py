@@ -145,7 +145,7 @@ def test_every_stage_gets_the_time_that_is_spent_in_it(
         (Grid, "_interpolated", 5),
         (TorchSession, "_encode_batch", 7),
         (feature_store, "write_feature_map", 11),
-        (fseft_edge.segmentation, "_predict_block", 13),
+        (fseft_edge.prediction, "_predict_block", 13),
         (Grid, "_piece", 17),
         (nifti, "_write", 19),
         (fseft_edge.segmentation, "decide", 23),

@@ -12,11 +12,11 @@ from monai.inferers import sliding_window_inference
 from fseft_edge.adaptation import zero_shot_adapter
 from fseft_edge.export.export import export_encoder
 from fseft_edge.organs import OrganLabel
+from fseft_edge.prediction import predict_sections
 from fseft_edge.runtime.encoding import OVERLAP, encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import read_ct
 from fseft_edge.runtime.session import open_session
-from fseft_edge.segmentation import predict_sections
 
 
 @pytest.mark.real_ct

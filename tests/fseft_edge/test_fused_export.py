@@ -29,6 +29,7 @@ from fseft_edge.fused_export import GATE, export_adapter
 from fseft_edge.metrics import dice
 from fseft_edge.organs import OrganLabel
 from fseft_edge.phantom import phantom
+from fseft_edge.prediction import predict_sections, segment_encoded
 from fseft_edge.runtime.backends.onnxruntime import GraphRunner
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
@@ -37,7 +38,6 @@ from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import read_ct, read_label_map
 from fseft_edge.runtime.session import open_session
 from fseft_edge.runtime.volume import Volume
-from fseft_edge.segmentation import predict_sections, segment_encoded
 
 ORGANS = ("liver", "spleen")
 # Every method and every set of levels with either activation, which is the graph's last step.

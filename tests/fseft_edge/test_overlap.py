@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,6 +16,22 @@ def test_outcomes_are_those_of_the_stages_in_order() -> None:
     outcomes = overlapped(range(5), lambda item: item + 1, lambda item: item * 10, str)
     assert [outcome.result() for outcome in outcomes] == ["10", "20", "30", "40", "50"]
     assert list(overlapped([], int, int, int)) == []
+
+
+def test_an_item_that_is_yet_to_come_holds_up_nothing_that_is_there() -> None:
+    """The second item comes only once the first is finished."""
+    finished = threading.Event()
+
+    def coming() -> Iterator[int]:
+        yield 0
+        assert finished.wait(PATIENCE)
+        yield 1
+
+    def finish(item: int) -> int:
+        finished.set()
+        return item
+
+    assert [outcome.result() for outcome in overlapped(coming(), int, int, finish)] == [0, 1]
 
 
 @pytest.mark.parametrize("stage", ["prepare", "work", "finish"])

@@ -28,6 +28,7 @@ from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.organs import OrganLabel
 from fseft_edge.phantom import phantom
 from fseft_edge.postprocessing import PostProcessing, post_process
+from fseft_edge.prediction import predict_sections, segment_encoded
 from fseft_edge.quality import quality_flags
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
@@ -44,7 +45,8 @@ from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.nifti import read_ct, read_label_map, write_ct
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import Volume
-from fseft_edge.segmentation import SegmentedCase, predict_sections, segment, segment_encoded
+from fseft_edge.segmentation import segment
+from fseft_edge.segmented_case import SegmentedCase
 from fseft_edge.size_priors import SizePrior
 from fseft_edge.transduction import OrganOutcome, Transduced, TransductionPlan, TransductionSettings
 
@@ -567,8 +569,8 @@ def test_what_a_refused_budget_is_told_is_enough_for_encoding_and_segmenting(
         return planned
 
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
-    monkeypatch.setattr("fseft_edge.segmentation.plan_encoding", needs(encoding))
-    monkeypatch.setattr("fseft_edge.segmentation.plan_segmentation", needs(segmenting))
+    monkeypatch.setattr("fseft_edge.segmenter.plan_encoding", needs(encoding))
+    monkeypatch.setattr("fseft_edge.segmenter.plan_segmentation", needs(segmenting))
     with pytest.raises(OutOfMemoryError, match=f"at least {said}"):
         site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out", memory_gb=1.0)
 
@@ -579,7 +581,7 @@ def test_what_is_not_carried_back_changes_no_label(
 ) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), settings=settings)
     found = segment_encoded(encoded, [file.adapter])
-    monkeypatch.setattr("fseft_edge.segmentation.least_decisive", lambda _: 0.0)
+    monkeypatch.setattr("fseft_edge.prediction.least_decisive", lambda _: 0.0)
     assert np.array_equal(found, segment_encoded(encoded, [file.adapter]))
     assert set(np.unique(found)) == {0, 1, 2}
 

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fseft_edge import segmentation
+from fseft_edge import prediction
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.blocks import Box, read_block
 from fseft_edge.metrics import dice
+from fseft_edge.prediction import segment_encoded
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.feature_store import FeatureStore
@@ -28,7 +29,7 @@ from fseft_edge.runtime.networks.base import FeatureLevel
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.session import open_session
 from fseft_edge.runtime.volume import Volume
-from fseft_edge.segmentation import segment, segment_encoded
+from fseft_edge.segmentation import segment
 from fseft_edge.segmentation_plan import AMPLE, adapter_bytes, plan_segmentation, plans
 
 LEVELS = tuple(FeatureLevel(2**level, channels) for level, channels in enumerate((16, 32, 64, 128)))
@@ -104,14 +105,14 @@ def test_smaller_pieces_where_memory_runs_out(
     write_random_adapter(tmp_path / "a.adapter", bundle)
     where: Any = {"device": "cpu", "backend": "torch", "cache": tmp_path / "cache"}
     (expected,) = segment([image], [tmp_path / "a.adapter"], tmp_path / "ample", **where)
-    predict = segmentation._predict_block
+    predict = prediction._predict_block
 
     def scarce(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
         if max(core.shape) > fits:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return predict(adapter, encoded, core)
 
-    monkeypatch.setattr(segmentation, "_predict_block", scarce)
+    monkeypatch.setattr(prediction, "_predict_block", scarce)
     if code:
         with pytest.raises(OutOfMemoryError, match="smallest pieces") as caught:
             segment([image], [tmp_path / "a.adapter"], tmp_path / "out", **where)
