@@ -19,7 +19,7 @@ from doubles.encoder import WINDOW, write_case, write_random_adapter, write_tiny
 from rich.console import Console
 from torch import nn
 
-import fseft_edge.segmentation
+import fseft_edge.prediction
 from fseft_edge.benchmarking import arithmetic, jobs, runs, stages
 from fseft_edge.benchmarking.arithmetic import flop_of, matrix_product_ceiling
 from fseft_edge.benchmarking.jobs import (
@@ -148,7 +148,7 @@ def test_every_stage_gets_the_time_that_is_spent_in_it(
         (fseft_edge.prediction, "_predict_block", 13),
         (Grid, "_piece", 17),
         (nifti, "_write", 19),
-        (fseft_edge.segmentation, "decide", 23),
+        (fseft_edge.prediction, "decide", 23),
     ):
         clock.slow(monkeypatch, owner, name, ticks, calls)
     how = {"encoder": bundle.path, "backend": "torch", "precision": "float32", "device": "cpu"}
