@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fseft_edge.fused_export import export_adapter
     from fseft_edge.organs import OrganLabel
     from fseft_edge.pretraining import pretrain, read_plan
+    from fseft_edge.review.server import open_review
     from fseft_edge.segmentation import segment
 
 _HOMES = {
@@ -43,6 +44,7 @@ _HOMES = {
     "evaluate": "fseft_edge.evaluation",
     "export_adapter": "fseft_edge.fused_export",
     "export_encoder": "fseft_edge.export.export",
+    "open_review": "fseft_edge.review.server",
     "pretrain": "fseft_edge.pretraining",
     "read_plan": "fseft_edge.pretraining",
     "run_demo": "fseft_edge.demonstration",
@@ -61,6 +63,7 @@ __all__ = [
     "evaluate",
     "export_adapter",
     "export_encoder",
+    "open_review",
     "pretrain",
     "read_plan",
     "run_demo",
