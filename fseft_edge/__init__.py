@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from fseft_edge.organs import OrganLabel
     from fseft_edge.pretraining import pretrain, read_plan
     from fseft_edge.review.server import open_review
+    from fseft_edge.review.support import ReviewedBatch
     from fseft_edge.segmentation import segment
 
 _HOMES = {
     "AdapterSettings": "fseft_edge.adapters",
     "OrganLabel": "fseft_edge.organs",
+    "ReviewedBatch": "fseft_edge.review.support",
     "TrainingSettings": "fseft_edge.adapter_training",
     "adapt": "fseft_edge.adaptation",
     "benchmark": "fseft_edge.benchmarking.runs",
@@ -54,6 +56,7 @@ _HOMES = {
 __all__ = [
     "AdapterSettings",
     "OrganLabel",
+    "ReviewedBatch",
     "TrainingSettings",
     "__version__",
     "adapt",

@@ -140,7 +140,8 @@ def _whole_hu(stored: NDArray[Any], volume: Volume) -> bytes:
         hu = stored
     else:
         hu = np.rint(stored.astype(np.float64) * volume.slope + volume.intercept)
-    return np.clip(hu, whole.min, whole.max).astype("<i2").tobytes()
+    clipped: NDArray[np.int16] = np.clip(hu, whole.min, whole.max).astype("<i2")
+    return clipped.tobytes()
 
 
 def list_cases(path: Path) -> list[Path]:

@@ -39,7 +39,7 @@ class Access:
         return f"{self._cookie_name}={self.session}; Path=/; HttpOnly; SameSite=Strict"
 
     def is_our_host(self, host: str | None) -> bool:
-        """Whether a ``Host`` header names this server, not a foreign name that was made to point here (DNS rebinding)."""
+        """Whether a ``Host`` header names this server, and not a foreign name that points here (DNS rebinding)."""
         return host in (f"{HOST}:{self.port}", f"localhost:{self.port}")
 
     def is_our_origin(self, origin: str | None) -> bool:

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 from fseft_edge.batch.records import CaseRecord, CaseState, Decision
 from fseft_edge.batch.store import BatchStore
 from fseft_edge.review.result_files import open_result
-from fseft_edge.runtime.errors import GeometryError, UsageError
-from fseft_edge.runtime.nifti import read_ct
+from fseft_edge.review.sources import read_source
+from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.volume import Volume
 
 LONGEST_NOTE = 2000
@@ -75,13 +75,8 @@ class ReviewCases:
             self._store.review(key, decision, note)
 
     def scan(self, case: CaseRecord) -> Volume:
-        """Read the CT that a mask was made of.
-
-        Raises:
-            InputError: it cannot be read any more.
-            GeometryError: what lies in its place has another shape than the mask.
-        """
-        return read_ct(case.source)
+        """Read the CT that a mask was made of, see :func:`fseft_edge.review.sources.read_source`."""
+        return read_source(case)
 
     def result(self, case: CaseRecord, suffix: str) -> BinaryIO:
         """Open a result of a case, see :func:`fseft_edge.review.result_files.open_result`."""

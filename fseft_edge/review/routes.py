@@ -88,7 +88,9 @@ class Routes:
                 raise ValueError("a note is text")
             note.encode()  # half a surrogate pair is no text either
         except (ValueError, KeyError, TypeError, RecursionError):
-            return _problem(HTTPStatus.BAD_REQUEST, 'A decision is {"decision": "accepted" or "rejected", "note": text}.')
+            return _problem(
+                HTTPStatus.BAD_REQUEST, 'A decision is {"decision": "accepted" or "rejected", "note": text}.'
+            )
         return self._with_case(matched["key"], lambda case: self._decide(case, decision, note))
 
     def _with_case(self, key: str, answer: Callable[[CaseRecord], Reply]) -> Reply:
