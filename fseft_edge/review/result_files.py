@@ -42,11 +42,10 @@ def open_result(outbox: Path, key: str, suffix: str) -> BinaryIO:
             os.close(box)
     except OSError as error:
         raise _refused(key, suffix, error.strerror or "it cannot be opened") from error
-    file = os.fdopen(result, "rb")
     if not stat.S_ISREG(os.fstat(result).st_mode):
-        file.close()
+        os.close(result)
         raise _refused(key, suffix, "it is no regular file")
-    return file
+    return os.fdopen(result, "rb")
 
 
 def _refused(key: str, suffix: str, reason: str) -> UnreadableFileError:
