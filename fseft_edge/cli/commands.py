@@ -46,8 +46,8 @@ def demo(output: Path, quiet: bool) -> None:
     metavar="OUTBOX",
     help="Learn from the masks of this batch that were accepted, too; or, without --images and --labels, alone.",
 )
-@click.option("--corrected", type=PATH, help="With --from-reviewed: folder of masks <key>.nii.gz to take instead.")
-@click.option("--state", type=PATH, help="With --from-reviewed: the batch's state, if its run had a --state.")
+@click.option("--corrected", type=PATH, help="With --from-reviewed, a folder of masks <key>.nii.gz to take instead.")
+@click.option("--state", type=PATH, help="With --from-reviewed, the batch's state, if its run had a --state.")
 @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
 @click.option("-o", "--output", type=PATH, required=True, help="The adapter to write, NAME.adapter.")
 @click.option("--case", "cases", multiple=True, help="Use only this case; may be repeated. Default: all annotated.")
