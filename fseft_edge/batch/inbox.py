@@ -1,0 +1,156 @@
+"""What lies in the inbox: scans whose files have stopped growing, known by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from fseft_edge.runtime.errors import UnreadableFileError
+from fseft_edge.runtime.nifti import SUFFIXES
+
+_ARCHIVE: Final = ".zip"
+_KEY_DIGITS: Final = 12
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A file or folder that may be a scan; its signature changes when a file in it grows, comes or goes."""
+
+    source: Path
+    signature: str
+
+
+@dataclass
+class Inbox:
+    """A folder that scans arrive in.
+
+    A NIfTI file or a ZIP archive, at any depth, is a scan. So is a folder directly in the inbox that holds neither: the
+    DICOM files of one patient, nested as they may be. Names that begin with a dot are left alone: copying programs use
+    them for what is not complete.
+
+    Args:
+        folder: the inbox.
+        settle: seconds for which nothing about a scan may change before it is taken for complete.
+        clock: seconds; only differences count.
+
+    Raises:
+        UnreadableFileError: there is no such folder.
+    """
+
+    folder: Path
+    settle: float
+    clock: Callable[[], float] = time.monotonic
+    _since: dict[Path, tuple[str, float]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise UnreadableFileError(f"{self.folder} is no folder.", remedy="Name the folder that scans arrive in.")
+
+    def settled(self) -> list[Arrival]:
+        """Look, and return what has not changed for long enough."""
+        now = self.clock()
+        seen = {arrival.source: arrival for arrival in arrivals(self.folder)}
+        self._since = {
+            source: self._since[source]
+            if self._since.get(source, ("", 0.0))[0] == arrival.signature
+            else (arrival.signature, now)
+            for source, arrival in seen.items()
+        }
+        return [arrival for source, arrival in seen.items() if now - self._since[source][1] >= self.settle]
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether something seen at the last look may still be growing."""
+        now = self.clock()
+        return any(now - since < self.settle for _, since in self._since.values())
+
+
+def arrivals(folder: Path) -> list[Arrival]:
+    """Return everything in the inbox that may be a scan, by name.
+
+    Raises:
+        UnreadableFileError: the inbox cannot be listed.
+    """
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise UnreadableFileError(
+            f"The inbox {folder} cannot be read: {error.strerror}.", remedy="Check that it is there and may be read."
+        ) from error
+    found: list[Arrival] = []
+    for entry in entries:
+        if not entry.is_dir():
+            found += [_arrival(entry, [entry])] if _is_one_file(entry) else []
+            continue
+        files = sorted(_files(entry))
+        scans = [file for file in files if _is_one_file(file)]
+        if scans:
+            found += [_arrival(file, [file]) for file in scans]
+        elif files:
+            found.append(_arrival(entry, files))
+    return found
+
+
+def signature_of(source: Path) -> str | None:
+    """Return the signature of what lies there now, or None where nothing does."""
+    if source.is_dir():
+        return _arrival(source, sorted(_files(source))).signature
+    return _arrival(source, [source]).signature if source.exists() else None
+
+
+def content_key(source: Path) -> str:
+    """Return a scan's pseudonym: ``case-`` and 12 digits of the sha256 of its content.
+
+    Names, dates and the order of the files in a folder do not count: the same series sent again is the same case.
+
+    Raises:
+        UnreadableFileError: a file cannot be read.
+    """
+    try:
+        if source.is_dir():
+            digests = sorted(_sha256(file) for file in _files(source))
+            digest = hashlib.sha256(b"".join(digests)).hexdigest()
+        else:
+            digest = _sha256(source).hex()
+    except OSError as error:
+        # The name of a file within may be a patient's: only what the user knows is named.
+        raise UnreadableFileError(
+            f"{source} cannot be read: {error.strerror}.", remedy="Check the permissions, or copy it again."
+        ) from error
+    return f"case-{digest[:_KEY_DIGITS]}"
+
+
+def _is_one_file(path: Path) -> bool:
+    return path.name.lower().endswith((*SUFFIXES, _ARCHIVE))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent) / name for name in names if not name.startswith("."))
+
+
+def _arrival(source: Path, files: list[Path]) -> Arrival:
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:  # gone, or a dangling link: it counts by its name
+            digest.update(repr(str(file)).encode())
+            continue
+        digest.update(repr((str(file), status.st_size, status.st_mtime_ns)).encode())
+    return Arrival(source, digest.hexdigest())
+
+
+def _sha256(file: Path) -> bytes:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.digest()

@@ -1,0 +1,194 @@
+"""The overnight batch: `batch run`, `status`, `retry` and `cancel`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from fseft_edge.batch.records import CaseRecord, CaseState
+from fseft_edge.batch.store import BatchStore, state_path
+from fseft_edge.cli.options import PATH, Common, common_options, talk_options
+from fseft_edge.runtime.errors import SomeCasesFailedError
+
+if TYPE_CHECKING:
+    from fseft_edge.batch.settings import StopRequest
+
+_STATE_HELP = "The state file, if it does not lie in OUTBOX; on a local disk."
+
+
+@click.group()
+def batch() -> None:
+    """Segment every scan that arrives in a folder, overnight and unattended."""
+
+
+@batch.command("run")
+@click.argument("inbox", type=PATH)
+@click.option("-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for results and state.")
+@click.option("--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter; may be repeated.")
+@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
+@click.option("--watch", is_flag=True, help="When all is done, wait for more.")
+@click.option("--until", metavar="HH:MM", help="Begin no case after this time of day.")
+@click.option(
+    "--workers",
+    default="auto",
+    show_default=True,
+    metavar="N",
+    help="Worker processes. One keeps a GPU or a few cores busy.",
+)
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Minutes a case may take.",
+)
+@click.option(
+    "--attempts",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="How often a case may crash or take too long before it is set aside.",
+)
+@click.option(
+    "--settle",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    help="Seconds for which a scan's files must not change.",
+)
+@click.option("--one-by-one", is_flag=True, help="Do not overlap the stages of cases: slower, in less memory.")
+@click.option("--state", type=PATH, help=_STATE_HELP)
+@common_options
+def run(
+    *,
+    inbox: Path,
+    outbox: Path,
+    adapters: tuple[Path, ...],
+    encoder: Path | None,
+    watch: bool,
+    until: str | None,
+    workers: str,
+    limit: float,
+    attempts: int,
+    settle: float,
+    one_by_one: bool,
+    state: Path | None,
+    common: Common,
+) -> None:
+    """Segment the scans in INBOX, each exactly once; run again after a crash, it goes on where it was.
+
+    Ctrl-C finishes the cases in hand; pressed again, it stops at once.
+    """
+    from fseft_edge.batch.coordinator import run_batch  # noqa: PLC0415 - brings in torch
+    from fseft_edge.batch.settings import (  # noqa: PLC0415 - likewise
+        BatchSettings,
+        StopRequest,
+        parse_until,
+        parse_workers,
+    )
+    from fseft_edge.segmenter import SegmentationSettings  # noqa: PLC0415 - likewise
+
+    if not common.quiet:  # unattended runs say what they do; their log holds no names
+        logging.getLogger("fseft_edge.batch").setLevel(logging.INFO)
+    segmentation = SegmentationSettings(
+        adapters,
+        encoder,
+        preview=True,
+        cache=common.cache,
+        cache_gb=common.cache_gb,
+        device=common.device,
+        backend=common.backend,
+        precision=common.precision,
+        memory_gb=common.memory,
+        vram_gb=common.vram,
+    )
+    settings = BatchSettings(
+        inbox,
+        outbox,
+        segmentation,
+        state=state,
+        watch=watch,
+        until=parse_until(until, datetime.now().astimezone()) if until else None,
+        workers=parse_workers(workers),
+        limit_minutes=limit,
+        attempts=attempts,
+        settle=settle,
+        pipeline=not one_by_one,
+    )
+    stop = StopRequest()
+    _listen(stop)
+    summary = run_batch(settings, stop)
+    click.echo(f"{summary.done} done, {summary.failed} failed, {summary.waiting} waiting")
+    if summary.failed:
+        raise SomeCasesFailedError(
+            f"{summary.failed} cases failed.",
+            remedy=f"`fseft-edge batch status {outbox}` says why; `batch retry` tries again.",
+        )
+
+
+@batch.command()
+@click.argument("outbox", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--show-ids", is_flag=True, help="Name the files too; their names may be patients'.")
+@click.option("--state", type=PATH, help=_STATE_HELP)
+@talk_options
+def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+    """Say where every case of OUTBOX stands."""
+    with BatchStore(state_path(outbox, state)) as store:
+        cases, duplicates = store.cases(), store.duplicates()
+    if as_json:
+        listed = [_as_dict(case, show_ids=show_ids) for case in cases]
+        click.echo(json.dumps({"schema_version": 1, "cases": listed, "duplicates": len(duplicates)}, indent=2))
+        return
+    for case in cases:
+        name = f"{case.key}  {case.source.name}" if show_ids else case.key
+        click.echo(f"{name}  {case.state}{f'  {case.reason} {case.remedy}' if case.reason else ''}")
+    counts = ", ".join(f"{sum(case.state == state for case in cases)} {state.replace('_', ' ')}" for state in CaseState)
+    click.echo(f"{len(cases)} cases: {counts}; {len(duplicates)} found twice")
+
+
+@batch.command()
+@click.argument("outbox", type=PATH)
+@click.argument("keys", nargs=-1, metavar="[CASE]...")
+@click.option("--state", type=PATH, help=_STATE_HELP)
+@talk_options
+def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+    """Let cases that failed, were set aside or cancelled wait again; all of them unless some are named."""
+    with BatchStore(state_path(outbox, state)) as store:
+        click.echo(f"{store.retry(keys)} cases wait again; `batch run` does them")
+
+
+@batch.command()
+@click.argument("outbox", type=PATH)
+@click.argument("keys", nargs=-1, metavar="[CASE]...")
+@click.option("--state", type=PATH, help=_STATE_HELP)
+@talk_options
+def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+    """Take waiting cases out; all of them unless some are named. What is in hand goes on."""
+    with BatchStore(state_path(outbox, state)) as store:
+        click.echo(f"{store.cancel(keys)} cases cancelled")
+
+
+def _as_dict(case: CaseRecord, *, show_ids: bool) -> dict[str, object]:
+    known = asdict(case)
+    source = known.pop("source")
+    return {**known, "source": str(source)} if show_ids else known
+
+
+def _listen(stop: StopRequest) -> None:
+    """Turn Ctrl-C and `kill` into requests: the first ends the run after the cases in hand, the second at once."""
+
+    def requested(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal handler's signature
+        stop.times += 1
+        click.echo("Stopping now." if stop.now else "Finishing the cases in hand; once more stops at once.", err=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, requested)
