@@ -16,7 +16,14 @@ from fseft_edge.batch.case_work import CaseTask, outcome_of, read_record
 from fseft_edge.batch.inbox import Arrival, Inbox, content_key, signature_of
 from fseft_edge.batch.local_crew import LocalCrew
 from fseft_edge.batch.messages import CrewEvent, Lost
-from fseft_edge.batch.outbox import check_folders, no_room, only_one_run, place_of_state, scratch_folder
+from fseft_edge.batch.outbox import (
+    check_folders,
+    clear_leftovers,
+    no_room,
+    only_one_run,
+    place_of_state,
+    scratch_folder,
+)
 from fseft_edge.batch.records import CaseRecord, CaseState, Outcome
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.store import BatchStore
@@ -84,9 +91,11 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
             )
         store.set_recipe(recipe)
         store.put_back_all()
-        for leftover in settings.outbox.glob(".*.partial*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        return _Run(settings, store, recipe, scratch, stop).run()
+        clear_leftovers(settings.outbox)
+        try:
+            return _Run(settings, store, recipe, scratch, stop).run()
+        finally:
+            clear_leftovers(settings.outbox)
 
 
 class _Run:

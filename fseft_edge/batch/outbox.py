@@ -95,6 +95,15 @@ def scratch_folder(outbox: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def clear_leftovers(outbox: Path) -> None:
+    """Remove results that were being written when their worker died; nobody may be writing now."""
+    for leftover in outbox.glob(".*.partial*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def no_room(folders: Sequence[Path]) -> OutOfSpaceError | None:
     """Return why nothing could be written now, or None where there is room again: then one case alone was too large."""
     for folder in folders:

@@ -61,10 +61,7 @@ class BatchStore:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self.path = path
         if not create and not path.is_file():
-            raise UsageError(
-                f"There is no batch at {path}.",
-                remedy="Name the OUTBOX of a `batch run`, and its --state if it had one.",
-            )
+            raise self._none()
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             # Every statement is its own transaction unless `_transaction` opens one. One thread at a time uses it.
@@ -89,7 +86,9 @@ class BatchStore:
         }
         if version == SCHEMA_VERSION and tables >= {"meta", "cases", "sources"}:
             return
-        if tables or not create:
+        if not tables and not create:
+            raise self._none()
+        if tables:
             raise BatchStateError(
                 f"{self.path} is an SQLite file, but no state of a batch.", remedy="Name another OUTBOX or --state."
             )
@@ -97,6 +96,12 @@ class BatchStore:
             for statement in _SCHEMA.split(";")[:-1]:
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _none(self) -> UsageError:
+        return UsageError(
+            f"There is no batch at {self.path}.",
+            remedy="Name the OUTBOX of a `batch run`, and its --state if it had one.",
+        )
 
     def __enter__(self) -> Self:
         return self
