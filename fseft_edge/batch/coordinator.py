@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fseft_edge.batch.case_work import CaseTask, outcome_of, read_record
+from fseft_edge.batch.cluster_crew import ClusterCrew
 from fseft_edge.batch.inbox import Arrival, Inbox, content_key, signature_of
 from fseft_edge.batch.local_crew import LocalCrew
 from fseft_edge.batch.messages import CrewEvent, Lost
@@ -75,6 +76,7 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
         EnvironmentProblemError: workers cannot start.
     """
     stop = stop or StopRequest()
+    settings = settings.absolute()
     check_folders(settings.inbox, settings.outbox)
     recipe = _recipe(settings.segmentation)
     state = place_of_state(settings.outbox, settings.state)
@@ -241,13 +243,16 @@ class _Run:
         workers = settings.workers or 1
         of_each = WorkerSettings(
             settings.segmentation,
-            settings.outbox.absolute(),
+            settings.outbox,
             self._recipe,
             self._scratch,
             max(1, (os.cpu_count() or 1) // workers),
             settings.pipeline,
         )
-        return LocalCrew(of_each, workers, settings.limit_minutes * 60, _LOG.info)
+        limit = settings.limit_minutes * 60
+        if settings.scheduler is not None:
+            return ClusterCrew(of_each, settings.scheduler, limit, _LOG.info)
+        return LocalCrew(of_each, workers, limit, _LOG.info)
 
 
 def _gone(key: str) -> Outcome:

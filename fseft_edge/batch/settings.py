@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -41,6 +41,16 @@ class BatchSettings:
     settle: float = 10.0
     pipeline: bool = True
     scheduler: str | None = None
+
+    def absolute(self) -> BatchSettings:
+        """Return the same with absolute paths, which mean the same to workers, and to a run from another folder."""
+        return replace(
+            self,
+            inbox=self.inbox.absolute(),
+            outbox=self.outbox.absolute(),
+            state=self.state and self.state.absolute(),
+            segmentation=self.segmentation.absolute(),
+        )
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ def batch() -> None:
     help="Seconds for which a scan's files must not change.",
 )
 @click.option("--one-by-one", is_flag=True, help="Do not overlap the stages of cases: slower, in less memory.")
+@click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers do the cases: tcp://HOST:8786.")
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @common_options
 def run(
@@ -80,6 +81,7 @@ def run(
     attempts: int,
     settle: float,
     one_by_one: bool,
+    scheduler: str | None,
     state: Path | None,
     common: Common,
 ) -> None:
@@ -122,6 +124,7 @@ def run(
         attempts=attempts,
         settle=settle,
         pipeline=not one_by_one,
+        scheduler=scheduler,
     )
     stop = StopRequest()
     _listen(stop)
