@@ -66,7 +66,6 @@ class Cluster:
             "0",
             "--scheduler",
             self.address,
-            *options,
         ]
         return subprocess.Popen(  # noqa: S603 - the arguments are this test's
             command,
