@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from fseft_edge.runtime.errors import SomeCasesFailedError
 if TYPE_CHECKING:
     from fseft_edge.batch.settings import StopRequest
 
+_LIMIT_HELP = "Minutes a case may take."
 _STATE_HELP = "The state file, if it does not lie in OUTBOX; on a local disk."
 
 
@@ -48,7 +50,7 @@ def batch() -> None:
     type=click.FloatRange(min=0, min_open=True),
     default=60.0,
     show_default=True,
-    help="Minutes a case may take.",
+    help=_LIMIT_HELP,
 )
 @click.option(
     "--attempts",
@@ -178,6 +180,51 @@ def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bo
     """Take waiting cases out; all of them unless some are named. What is in hand goes on."""
     with BatchStore(state_path(outbox, state)) as store:
         click.echo(f"{store.cancel(keys)} cases cancelled")
+
+
+@batch.command("install-service")
+@click.argument("inbox", type=PATH)
+@click.option("-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for results and state.")
+@click.option("--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter; may be repeated.")
+@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
+@click.option("--at", default="18:00", show_default=True, metavar="HH:MM", help="When the batch begins, every day.")
+@click.option("--until", default="06:30", show_default=True, metavar="HH:MM", help="When it begins no more cases.")
+@click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=60.0, help=_LIMIT_HELP, show_default=True)
+@click.option("--units", type=PATH, help="Folder for the unit files.  [default: ~/.config/systemd/user]")
+@talk_options
+def install_service(
+    *,
+    inbox: Path,
+    outbox: Path,
+    adapters: tuple[Path, ...],
+    encoder: Path | None,
+    at: str,
+    until: str,
+    limit: float,
+    units: Path | None,
+    quiet: bool,
+) -> None:
+    """Write systemd units that run the batch every night; nothing is started."""
+    from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
+    from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
+    from fseft_edge.segmenter import SegmentationSettings  # noqa: PLC0415 - likewise
+
+    now = datetime.now().astimezone()
+    begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))
+    settings = SegmentationSettings(adapters, encoder).absolute()
+    command = [str(Path(sys.executable).with_name("fseft-edge")), "batch", "run", str(inbox.absolute())]
+    command += ["--output", str(outbox.absolute()), "--encoder", str(settings.encoder)]
+    command += [word for adapter in settings.adapters for word in ("--adapter", str(adapter))]
+    command += ["--watch", "--until", end, "--limit", f"{limit:g}"]
+    folder = units or Path.home() / ".config" / "systemd" / "user"
+    written = write_units(folder, command, at=begin, limit_minutes=limit)
+    click.echo(f"{written.service}\n{written.timer}")
+    if not quiet:
+        click.echo(
+            f"Start it with: systemctl --user daemon-reload && systemctl --user enable --now {NAME}.timer\n"
+            "and let it run when nobody is logged in: loginctl enable-linger",
+            err=True,
+        )
 
 
 def _as_dict(case: CaseRecord, *, show_ids: bool) -> dict[str, object]:

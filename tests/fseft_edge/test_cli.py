@@ -129,7 +129,9 @@ def commands() -> dict[str, click.Command]:
     context = click.Context(cli)
     found = {name: cli.get_command(context, name) for name in cli.list_commands(context)}
     assert all(found.values())
-    return {name: command for name, command in found.items() if command is not None}
+    whole = {name: command for name, command in found.items() if command is not None}
+    groups = {name: command.commands for name, command in whole.items() if isinstance(command, click.Group)}
+    return whole | {f"{name} {part}": command for name, parts in groups.items() for part, command in parts.items()}
 
 
 def test_the_main_job_in_four_commands(site: Site, tmp_path: Path, run: Run) -> None:
