@@ -97,7 +97,7 @@ def test_the_units_run_the_batch_that_was_asked_for(tmp_path: Path) -> None:
     )
     assert made.exit_code == 0, made.output
     service, timer = (configparser.ConfigParser(interpolation=None) for _ in range(2))
-    service.optionxform = timer.optionxform = str  # type: ignore[assignment,method-assign]
+    service.optionxform = timer.optionxform = str  # type: ignore[assignment,method-assign]  # as its docs say
     service.read(tmp_path / "units" / "fseft-edge-batch.service")
     timer.read(tmp_path / "units" / "fseft-edge-batch.timer")
     command = service["Service"]["ExecStart"]

@@ -36,7 +36,7 @@ def mischievous_work(connection: Connection, settings: WorkerSettings) -> None:
                 raise CaseError(outcome_of(error, task.key, settings.scratch))
         return read(self, task)
 
-    CaseWork.read = read_or_worse  # type: ignore[method-assign]
+    CaseWork.read = read_or_worse  # type: ignore[method-assign]  # in this process only
     work(connection, settings)
 
 
