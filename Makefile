@@ -9,12 +9,17 @@ STAMP := $(VENV)/.installed
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 BENCHMARK ?= kshot
 
-.PHONY: demo test test-gpu lint build benchmark lock clean
+.PHONY: install-runtime demo test test-gpu lint build benchmark lock clean
 
 $(STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[$(RUNTIME),dev]'
 	touch $(STAMP)
+
+# What a site needs to run it, and no more; the Dockerfile's step.
+install-runtime:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock '.[$(RUNTIME),cluster]'
 
 demo: $(STAMP)
 	$(BIN)/fseft-edge demo --output demo

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fseft_edge.adaptation import adapt
     from fseft_edge.adapter_training import TrainingSettings
     from fseft_edge.adapters import AdapterSettings
+    from fseft_edge.batch.coordinator import run_batch
+    from fseft_edge.batch.settings import BatchSettings
     from fseft_edge.benchmarking.runs import benchmark
     from fseft_edge.demonstration import run_demo
     from fseft_edge.doctor import diagnose
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
     from fseft_edge.review.server import open_review
     from fseft_edge.review.support import ReviewedBatch
     from fseft_edge.segmentation import segment
+    from fseft_edge.segmenter import SegmentationSettings
 
 _HOMES = {
+    "SegmentationSettings": "fseft_edge.segmenter",
+    "BatchSettings": "fseft_edge.batch.settings",
     "AdapterSettings": "fseft_edge.adapters",
     "OrganLabel": "fseft_edge.organs",
     "ReviewedBatch": "fseft_edge.review.support",
@@ -49,14 +54,17 @@ _HOMES = {
     "open_review": "fseft_edge.review.server",
     "pretrain": "fseft_edge.pretraining",
     "read_plan": "fseft_edge.pretraining",
+    "run_batch": "fseft_edge.batch.coordinator",
     "run_demo": "fseft_edge.demonstration",
     "segment": "fseft_edge.segmentation",
 }
 
 __all__ = [
     "AdapterSettings",
+    "BatchSettings",
     "OrganLabel",
     "ReviewedBatch",
+    "SegmentationSettings",
     "TrainingSettings",
     "__version__",
     "adapt",
@@ -69,6 +77,7 @@ __all__ = [
     "open_review",
     "pretrain",
     "read_plan",
+    "run_batch",
     "run_demo",
     "segment",
 ]

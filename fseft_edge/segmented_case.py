@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,11 @@ class SegmentedOrgan:
     label: int
     volume_ml: float
     flags: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> Self:
+        """Return what :func:`dataclasses.asdict` and JSON made of one."""
+        return cls(**{**written, "flags": tuple(written["flags"])})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +77,16 @@ class SegmentationSettings:
 
     def __post_init__(self) -> None:
         self.budget  # noqa: B018 - an impossible one is refused here
+
+    def absolute(self) -> SegmentationSettings:
+        """Return the same with absolute paths, for a process that works in another folder."""
+        ingredients = read_ingredients(self)  # the encoder is looked for from here
+        return replace(
+            self,
+            adapters=tuple(path.absolute() for path in self.adapters),
+            encoder=ingredients.bundle.path.absolute(),
+            cache=self.cache and self.cache.absolute(),
+        )
 
     @property
     def budget(self) -> Budget:

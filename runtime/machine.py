@@ -25,6 +25,10 @@ _INSTRUCTIONS: Final = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf
 
 _PROC = Path("/proc")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_NETWORK_FILE_SYSTEMS: Final = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs", "gpfs", "davfs"}
+    | {"fuse.sshfs", "fuse.glusterfs", "fuse.ceph"}
+)
 _QUERY = ("--query-gpu=name,driver_version,compute_cap,memory.total,memory.free", "--format=csv,noheader,nounits")
 _QUERY_SECONDS = 20.0
 
@@ -210,3 +214,25 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def network_file_system(path: Path, mounts: Path = _PROC / "mounts") -> str | None:
+    """Return the kind of network drive that a path lies on, or would lie on; None on a local disk.
+
+    Args:
+        path: may not exist yet.
+        mounts: what is mounted where, one line a mount (proc(5)).
+    """
+    place = path.resolve()
+    kinds: dict[Path, str] = {}
+    with contextlib.suppress(OSError):
+        for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            _, where, kind, *_ = line.split()
+            kinds[Path(where.encode("utf-8", "surrogateescape").decode("unicode_escape"))] = kind  # a space is \\040
+    deepest = max((mount for mount in kinds if mount == place or mount in place.parents), default=None, key=_depth)
+    kind = kinds[deepest] if deepest is not None else ""
+    return kind if kind in _NETWORK_FILE_SYSTEMS else None
+
+
+def _depth(path: Path) -> int:
+    return len(path.parts)

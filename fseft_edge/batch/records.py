@@ -47,6 +47,18 @@ class StageSeconds:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """How a case ended: done with its organs, or with a problem."""
+
+    state: CaseState
+    organs: tuple[SegmentedOrgan, ...] = ()
+    seconds: StageSeconds | None = None
+    problem: str = ""
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
 class Review:
     """A person's decision on a mask, with a note in their own words; ``at`` is in seconds since the epoch."""
 

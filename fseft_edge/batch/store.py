@@ -12,12 +12,12 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from fseft_edge.batch.records import CaseRecord, CaseState, Decision, Duplicate, Review, StageSeconds
+from fseft_edge.batch.records import CaseRecord, CaseState, Decision, Duplicate, Outcome, Review, StageSeconds
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
 from fseft_edge.segmented_case import SegmentedOrgan
 
@@ -36,18 +36,6 @@ CREATE TABLE cases (
 CREATE TABLE sources (path TEXT PRIMARY KEY, signature TEXT NOT NULL, key TEXT NOT NULL REFERENCES cases (key)) STRICT;
 """
 _BUSY_SECONDS: Final = 30.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a case ended: done with its organs, or with a problem."""
-
-    state: CaseState
-    organs: tuple[SegmentedOrgan, ...] = ()
-    seconds: StageSeconds | None = None
-    problem: str = ""
-    reason: str = ""
-    remedy: str = ""
 
 
 def state_path(outbox: Path, state: Path | None = None) -> Path:
@@ -73,10 +61,7 @@ class BatchStore:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self.path = path
         if not create and not path.is_file():
-            raise UsageError(
-                f"There is no batch at {path}.",
-                remedy="Name the OUTBOX of a `batch run`, and its --state if it had one.",
-            )
+            raise self._none()
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             # Every statement is its own transaction unless `_transaction` opens one. One thread at a time uses it.
@@ -101,7 +86,9 @@ class BatchStore:
         }
         if version == SCHEMA_VERSION and tables >= {"meta", "cases", "sources"}:
             return
-        if tables or not create:
+        if not tables and not create:
+            raise self._none()
+        if tables:
             raise BatchStateError(
                 f"{self.path} is an SQLite file, but no state of a batch.", remedy="Name another OUTBOX or --state."
             )
@@ -109,6 +96,12 @@ class BatchStore:
             for statement in _SCHEMA.split(";")[:-1]:
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _none(self) -> UsageError:
+        return UsageError(
+            f"There is no batch at {self.path}.",
+            remedy="Name the OUTBOX of a `batch run`, and its --state if it had one.",
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -146,9 +139,15 @@ class BatchStore:
         )
         return [Duplicate(Path(row["path"]), row["key"]) for row in rows]
 
-    def known(self, source: Path, signature: str) -> bool:
-        """Whether what lies there, with this signature, has become a case."""
-        return bool(self._execute("SELECT 1 FROM sources WHERE path = ? AND signature = ?", str(source), signature))
+    def key_of(self, source: Path, signature: str) -> str | None:
+        """Return the case that what lies there, with this signature, has become; None where it is new."""
+        rows = self._execute("SELECT key FROM sources WHERE path = ? AND signature = ?", str(source), signature)
+        return str(rows[0]["key"]) if rows else None
+
+    def sources_of(self, key: str) -> dict[Path, str]:
+        """Return where a case was found, with the signature it had there."""
+        rows = self._execute("SELECT path, signature FROM sources WHERE key = ? ORDER BY path", key)
+        return {Path(row["path"]): row["signature"] for row in rows}
 
     def next_waiting(self, *, alone: bool) -> CaseRecord | None:
         """Return the case that waits longest, of those that have to run alone or of the others."""
@@ -325,7 +324,6 @@ class BatchStore:
 
 def _record(row: sqlite3.Row) -> CaseRecord:
     seconds: dict[str, Any] | None = json.loads(row["seconds"]) if row["seconds"] else None
-    organs = [{**organ, "flags": tuple(organ["flags"])} for organ in json.loads(row["organs"])]
     review = None
     if row["decision"]:
         review = Review(Decision(row["decision"]), row["note"], row["decided_at"])
@@ -340,7 +338,7 @@ def _record(row: sqlite3.Row) -> CaseRecord:
         problem=row["problem"],
         reason=row["reason"],
         remedy=row["remedy"],
-        organs=tuple(SegmentedOrgan(**organ) for organ in organs),
+        organs=tuple(SegmentedOrgan.from_json(organ) for organ in json.loads(row["organs"])),
         seconds=StageSeconds(**seconds) if seconds else None,
         review=review,
     )

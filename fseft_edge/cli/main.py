@@ -22,6 +22,7 @@ _COMMANDS = {
     "build-engines": "encoder_commands",
     "adapt": "commands",
     "segment": "commands",
+    "batch": "batch_commands",
     "export-adapter": "commands",
     "evaluate": "commands",
     "review": "review_commands",

@@ -1,0 +1,13 @@
+# The same steps as the Makefile: an environment of its own, exact versions from requirements.lock. CPU only.
+FROM python:3.11-slim AS build
+RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/fseft-edge
+COPY . .
+RUN make install-runtime VENV=/opt/venv
+
+FROM python:3.11-slim
+COPY --from=build /opt/venv /opt/venv
+RUN useradd --create-home fseft
+USER fseft
+WORKDIR /home/fseft
+ENTRYPOINT ["/opt/venv/bin/fseft-edge"]

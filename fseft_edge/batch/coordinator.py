@@ -1,0 +1,279 @@
+"""The coordinator of a batch: finds cases, hands them to workers, and writes down what became of each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Final, Protocol
+
+from fseft_edge.batch.case_work import CaseTask, outcome_of, read_record
+from fseft_edge.batch.cluster_crew import ClusterCrew
+from fseft_edge.batch.inbox import Arrival, Inbox, content_key, signature_of
+from fseft_edge.batch.local_crew import LocalCrew
+from fseft_edge.batch.messages import CrewEvent, Lost
+from fseft_edge.batch.outbox import (
+    check_folders,
+    clear_leftovers,
+    no_room,
+    only_one_run,
+    place_of_state,
+    scratch_folder,
+)
+from fseft_edge.batch.records import CaseRecord, CaseState, Outcome
+from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
+from fseft_edge.batch.store import BatchStore
+from fseft_edge.batch.worker import WorkerSettings
+from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError
+from fseft_edge.segmenter import SegmentationSettings, read_ingredients
+
+_LOG = logging.getLogger(__name__)
+
+POLL: Final = 1.0  # seconds between two looks at what workers say
+_LOOK: Final = 5.0  # seconds between two looks into the inbox
+
+
+class Crew(Protocol):
+    """Those who do the cases."""
+
+    @property
+    def in_hand(self) -> int:
+        """How many cases they have."""
+
+    def room(self, *, alone: bool) -> bool:
+        """Whether another case can be handed over; one that has to be alone needs a worker without any."""
+
+    def hand_over(self, task: CaseTask, *, alone: bool) -> None:
+        """Give them a case."""
+
+    def events(self, timeout: float) -> list[CrewEvent]:
+        """Return what happened, waiting at most so many seconds for the first of it."""
+
+    def close(self, *, now: bool = False) -> list[str]:
+        """Let them go, at once or when they have finished; return the cases that were lost by it."""
+
+
+def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> BatchSummary:
+    """Segment every scan of the inbox into the outbox, each exactly once, whatever happens meanwhile.
+
+    Every case gets a folder ``outbox/<key>/``, which appears whole, and a row in the state. Called again it goes on
+    where it was. See docs/batch.md.
+
+    Args:
+        settings: what, where and how.
+        stop: lets a signal handler end the run.
+
+    Raises:
+        UsageError: another run holds this outbox, or inbox and outbox overlap.
+        BatchStateError: the state is damaged, newer, or of other adapters.
+        InputError: an adapter, the encoder or the inbox is not usable.
+        OutOfSpaceError: there is no room for results; cases in hand wait again.
+        EnvironmentProblemError: workers cannot start.
+    """
+    stop = stop or StopRequest()
+    settings = settings.absolute()
+    check_folders(settings.inbox, settings.outbox)
+    recipe = _recipe(settings.segmentation)
+    state = place_of_state(settings.outbox, settings.state)
+    with (
+        only_one_run(settings.outbox),
+        BatchStore(state, create=True) as store,
+        scratch_folder(settings.outbox) as scratch,
+    ):
+        before = store.recipe()
+        if before not in (None, recipe):
+            raise BatchStateError(
+                f"{settings.outbox} holds results of other adapters, or of other options.",
+                remedy="Use another OUTBOX, or the same adapters and options as before.",
+            )
+        store.set_recipe(recipe)
+        store.put_back_all()
+        clear_leftovers(settings.outbox)
+        try:
+            return _Run(settings, store, recipe, scratch, stop).run()
+        finally:
+            clear_leftovers(settings.outbox)
+
+
+class _Run:
+    """One run of a batch, with what it holds open."""
+
+    def __init__(
+        self, settings: BatchSettings, store: BatchStore, recipe: str, scratch: Path, stop: StopRequest
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._recipe = recipe
+        self._scratch = scratch
+        self._stop = stop
+        self._inbox = Inbox(settings.inbox, settings.settle)
+        self._done = self._failed = 0
+        self._trouble: OutOfSpaceError | None = None
+        self._crew: Crew | None = None
+
+    def run(self) -> BatchSummary:
+        looked = float("-inf")
+        try:
+            while True:
+                if not self._ending and time.monotonic() - looked >= min(_LOOK, max(self._settings.settle, POLL)):
+                    self._look()
+                    looked = time.monotonic()
+                if not self._ending:
+                    self._hand_over()
+                in_hand = self._crew.in_hand if self._crew else 0
+                if self._stop.now or (not in_hand and (self._ending or self._nothing_more)):
+                    break
+                if self._crew is None:
+                    time.sleep(POLL)
+                    continue
+                for event in self._crew.events(POLL):
+                    self._note(event)
+        finally:
+            if self._crew is not None:
+                for key in self._crew.close(now=self._stop.now or self._crew.in_hand > 0):
+                    self._store.put_back(key)
+        if self._trouble is not None:
+            raise self._trouble
+        waiting = sum(case.state == CaseState.WAITING for case in self._store.cases())
+        return BatchSummary(self._done, self._failed, waiting)
+
+    @property
+    def _ending(self) -> bool:
+        """Whether no case is begun any more."""
+        late = self._settings.until is not None and datetime.now().astimezone() >= self._settings.until
+        return self._stop.soon or late or self._trouble is not None
+
+    @property
+    def _nothing_more(self) -> bool:
+        return not (self._settings.watch or self._inbox.unsettled)
+
+    def _look(self) -> None:
+        for arrival in self._inbox.settled():
+            if self._store.key_of(arrival.source, arrival.signature) is None:
+                self._add(arrival)
+
+    def _add(self, arrival: Arrival) -> None:
+        try:
+            key = content_key(arrival.source)
+        except FseftEdgeError as error:
+            # Known by its place instead, so that it is listed, and looked at again when it changes.
+            key = f"case-{sha256(f'{arrival.source}{arrival.signature}'.encode()).hexdigest()[:12]}"
+            if self._store.add(arrival.source, arrival.signature, key):
+                self._end(key, outcome_of(error, key, arrival.source))
+            return
+        if not self._store.add(arrival.source, arrival.signature, key):
+            return
+        outcome = read_record(self._settings.outbox / key, self._recipe)
+        if outcome is not None:  # done in a run whose state is lost, or just before the machine went down
+            self._store.end(key, outcome)
+
+    def _hand_over(self) -> None:
+        for alone in (True, False):
+            while (case := self._store.next_waiting(alone=alone)) is not None:
+                outcome = read_record(self._settings.outbox / case.key, self._recipe)
+                source = self._source(case)
+                if outcome is not None or source is None:
+                    self._end(case.key, outcome or _gone(case.key))
+                    continue
+                if self._crew is None:
+                    self._crew = self._new_crew()
+                if not self._crew.room(alone=alone):
+                    break
+                if self._store.start(case.key):
+                    self._crew.hand_over(CaseTask(case.key, source), alone=alone)
+
+    def _source(self, case: CaseRecord) -> Path | None:
+        """Return where a case lies unchanged."""
+        places = self._store.sources_of(case.key)
+        return next((place for place, signature in places.items() if signature_of(place) == signature), None)
+
+    def _note(self, event: CrewEvent) -> None:
+        if isinstance(event, Lost):
+            self._note_lost(event)
+            return
+        if (
+            event.outcome.problem == OutOfSpaceError.__name__
+            and (trouble := no_room([self._settings.outbox, self._scratch])) is not None
+        ):
+            self._trouble = trouble
+            self._store.put_back(event.key)
+            return
+        outcome = event.outcome
+        places = self._store.sources_of(event.key)
+        if (
+            outcome.state == CaseState.DONE
+            and self._source(self._store.case(event.key)) is None
+            and any(map(Path.exists, places))
+        ):
+            # It grew or was replaced while it was read: nobody knows of what the mask is.
+            shutil.rmtree(self._settings.outbox / event.key, ignore_errors=True)
+            outcome = _gone(event.key)
+        self._end(event.key, outcome)
+
+    def _note_lost(self, lost: Lost) -> None:
+        attempts = self._store.put_back(lost.key, alone=True, attempted=lost.blamed)
+        if attempts >= self._settings.attempts:
+            times = f"{attempts} times" if attempts > 1 else "once"
+            self._end(
+                lost.key,
+                Outcome(
+                    CaseState.SET_ASIDE,
+                    problem="Crash",
+                    reason=f"{lost.key} was tried {times}: {lost.cause}.",
+                    remedy="Try `fseft-edge segment` on it, or give more memory or time; then `batch retry`.",
+                ),
+            )
+
+    def _end(self, key: str, outcome: Outcome) -> None:
+        self._store.end(key, outcome)
+        if outcome.state == CaseState.DONE:
+            self._done += 1
+            _LOG.info("%s is done", key)
+        else:
+            self._failed += 1
+            _LOG.warning("%s failed: %s %s", key, outcome.reason, outcome.remedy)
+
+    def _new_crew(self) -> Crew:
+        settings = self._settings
+        workers = settings.workers or 1
+        of_each = WorkerSettings(
+            settings.segmentation,
+            settings.outbox,
+            self._recipe,
+            self._scratch,
+            max(1, (os.cpu_count() or 1) // workers),
+            settings.pipeline,
+        )
+        limit = settings.limit_minutes * 60
+        if settings.scheduler is not None:
+            return ClusterCrew(of_each, settings.scheduler, limit, _LOG.info)
+        return LocalCrew(of_each, workers, limit, _LOG.info)
+
+
+def _gone(key: str) -> Outcome:
+    return Outcome(
+        CaseState.FAILED,
+        problem="UnreadableFileError",
+        reason=f"{key} was changed or taken away before it was done.",
+        remedy="Once it is there again and complete, it is found by itself.",
+    )
+
+
+def _recipe(segmentation: SegmentationSettings) -> str:
+    """Return what decides on the masks, as text."""
+    ingredients = read_ingredients(segmentation)
+    return json.dumps(
+        {
+            "encoder": ingredients.bundle.encoder_id,
+            "adapters": [file.sha256 for file in ingredients.adapters],
+            "largest_component": segmentation.largest_component,
+            "fill_holes": segmentation.fill_holes,
+            "transductive": segmentation.transduction is not None,
+        },
+        sort_keys=True,
+    )
