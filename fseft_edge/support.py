@@ -81,8 +81,11 @@ def read_annotations(
     annotated = [*((image, read_label_map(annotation)) for image, annotation in pairs), *reviewed]
     present = [_labels_in(label_map, organs) for _, label_map in annotated]
     for organ in organs:
+        # By the annotation's name: of a reviewed case it is the pseudonym.
         without = [
-            case_name(image) for (image, _), values in zip(annotated, present, strict=True) if organ.label not in values
+            case_name(label_map.source or image)
+            for (image, label_map), values in zip(annotated, present, strict=True)
+            if organ.label not in values
         ]
         if len(without) == len(annotated):
             raise LabelError(

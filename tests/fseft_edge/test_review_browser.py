@@ -134,6 +134,11 @@ def test_a_night_is_gone_through(batch: Batch, tab: Tab) -> None:
         tab.page.keyboard.press("a")
         tab.wait("#decided:has-text('accepted')")
         assert tab.text("#progress") == "1 of 2 decided"
+        tab.page.keyboard.press("p")
+        tab.wait("#message:not([hidden])")
+        assert tab.canvas()[200:].std() == 0  # below the message nothing is left of the scan before
+        tab.page.keyboard.press("n")
+        tab.shown(flagged)
         tab.page.keyboard.press("n")
         tab.shown(plain)
         note = "<b>an</b> <img src=x onerror=alert(1)> apron"

@@ -78,7 +78,7 @@ export class Viewer {
     this.#places = placesOf(overlay);
     overlay.hdr.intent_code = 1002; // label map (NIFTI_INTENT_LABEL), without which NiiVue draws no outlines
     overlay.setColormapLabel(this.#colours());
-    this.#niivue.addVolume(volume);
+    this.#niivue.volumes = [volume]; // drawn with the mask at once, not before it too
     this.#niivue.addVolume(overlay);
     const flagged = organs.find((organ) => organ.flags.length && this.#places.has(organ.label));
     const largest = [...organs].sort((a, b) => b.volume_ml - a.volume_ml)[0];
@@ -87,7 +87,9 @@ export class Viewer {
   }
 
   clear() {
-    for (const volume of [...this.#niivue.volumes].reverse()) this.#niivue.removeVolume(volume);
+    if (!this.#mask) return;
+    this.#niivue.volumes = [];
+    this.#niivue.updateGLVolume();
     this.#mask = null;
     this.#organs = [];
   }
