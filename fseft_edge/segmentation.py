@@ -34,7 +34,8 @@ from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, SomeCase
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
-from fseft_edge.runtime.nifti import case_name, read_ct, write_label_map
+from fseft_edge.runtime.nifti import write_label_map
+from fseft_edge.runtime.scans import read_scan, scan_name
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
 from fseft_edge.segmentation_inputs import cases_of, check_organs, check_output, find_encoder
@@ -70,6 +71,7 @@ def segment(
     output: Path,
     *,
     encoder: Path | None = None,
+    series: str | None = None,
     transduction: TransductionPlan | None = None,
     largest_component: bool | None = None,
     fill_holes: bool | None = None,
@@ -88,10 +90,11 @@ def segment(
     Labels are 1..K in the adapters' order. Where organs overlap, the more probable one has the voxel.
 
     Args:
-        scans: NIfTI files, or folders of them.
+        scans: NIfTI files, folders of them, and DICOM series in folders, zip archives or files of their own.
         adapters: adapter files, all trained on the same encoder.
         output: folder, made if need be.
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
+        series: which DICOM series of the only scan, by number or UID; None takes the CT series with most slices.
         transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
         largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
             to help (see :mod:`fseft_edge.validation`).
@@ -117,7 +120,7 @@ def segment(
     """
     progress = progress or SilentProgress()
     budget = Budget.of(memory_gb, vram_gb)
-    paths = cases_of(scans)
+    paths = cases_of(scans, series)
     check_output(output, paths)
     files = [read_adapter(path) for path in adapters]
     if not files:
@@ -157,6 +160,7 @@ def segment(
             budget=budget,
             tune=tune,
             treatment=treatment,
+            series=series,
             preview=preview,
             cache=cache,
             cache_gb=cache_gb,
@@ -167,8 +171,8 @@ def segment(
             except FseftEdgeError as error:
                 if len(paths) == 1:
                     raise
-                failed.append(case_name(path))
-                _LOG.error("%s failed: %s", case_name(path), error)
+                failed.append(scan_name(path))
+                _LOG.error("%s failed: %s", scan_name(path), error)
             task.advance(1)
     if failed:
         raise SomeCasesFailedError(
@@ -281,6 +285,7 @@ class _Stages:
     budget: Budget
     tune: _Tune
     treatment: Sequence[PostProcessing]
+    series: str | None
     preview: bool
     cache: Path | None
     cache_gb: float | None
@@ -299,7 +304,7 @@ class _Stages:
             yield outcome
 
     def _open(self, path: Path) -> _Opened:
-        volume = read_ct(path)
+        volume = read_scan(path, self.series)
         grid = Grid.of(volume, self.bundle.preprocessing)
         # Before the long work, not after it.
         held = held_after_encoding(self.bundle, self.session)
@@ -335,7 +340,7 @@ class _Stages:
             found = in_smaller_pieces(opened.plan, lambda pieces: segment_encoded(encoded.scan, tuned, pieces))
         labels = LabelMap(post_process(found, self.treatment), opened.volume.affine)
         organs = tuple(_measured(labels, self.adapters, outcomes))
-        name = case_name(opened.path)
+        name = scan_name(opened.path)
         case = SegmentedCase(name, self.output / f"{name}.nii.gz", organs)
         _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
         if self.preview:
