@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import secrets
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,11 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MULTI_FRAME_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
 """Enhanced CT, and CT that was made enhanced by conversion (PS3.4 B.5)."""
+
+_PIXELS = {struct.pack(order, 0x7FE0, element) for order in ("<HH", ">HH") for element in (0x08, 0x09, 0x10)}
+"""How the element begins at which a header ends: that of the pixels, (7FE0,0010), or of floats in their place."""
+
+_DICOMDIR = "1.2.840.10008.1.3.10"
 
 _SALT = secrets.token_bytes(16)
 
@@ -131,7 +137,8 @@ def read_slices(file: DicomFile, stream: IO[bytes]) -> tuple[SliceHeader, ...]:
         DamagedHeaderError: the header is truncated or makes no sense.
     """
     try:
-        return tuple(_slices(file, read_header(stream, _TAGS)))
+        header = read_header(stream, _TAGS)
+        return tuple(_slices(file, header, has_pixels=stream.read(4) in _PIXELS))
     except DamagedHeaderError:
         raise
     except Exception:  # pydicom raises many kinds on bytes that are no header, some when a value is first looked at
@@ -158,13 +165,15 @@ def _behind_meta(tag: BaseTag, vr: str | None, length: int) -> bool:  # noqa: AR
     return tag >> 16 != 2
 
 
-def _slices(file: DicomFile, header: Dataset) -> Iterator[SliceHeader]:
-    sop_class = _text(header, "SOPClassUID")
-    if not sop_class:
+def _slices(file: DicomFile, header: Dataset, *, has_pixels: bool) -> Iterator[SliceHeader]:
+    sop_class, named = _text(header, "SOPClassUID"), _text(header.file_meta, "MediaStorageSOPClassUID")
+    if not has_pixels:
+        # pydicom takes the end of a file for the end of its header, wherever that is, and within a value too.
+        is_other = sop_class == named not in ("", CT_IMAGE, *MULTI_FRAME_CT)
+        if is_other or (not sop_class and named == _DICOMDIR):
+            return
         raise DamagedHeaderError
     frames = _whole(header, "NumberOfFrames", 1)
-    if "Rows" not in header and sop_class != CT_IMAGE and sop_class not in MULTI_FRAME_CT:
-        return
     for frame, groups in enumerate(_groups(header, sop_class, frames)):
         yield SliceHeader(
             file=file,

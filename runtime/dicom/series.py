@@ -200,8 +200,9 @@ def _sorting_key(slice_: SliceHeader) -> tuple[object, ...]:
 
 
 def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, tolerance: float) -> bool:
+    """Whether numbers agree; one that is missing agrees with all, so that it spoils its series and is not set aside."""
     if a is None or b is None:
-        return a is b
+        return True
     return bool(np.abs(np.subtract(a, b)).max() <= tolerance)
 
 

@@ -1,4 +1,4 @@
-"""Synthetic CT series as DICOM files, made by pydicom from the standard's own definitions, to be read back or broken."""
+"""Synthetic CT series as DICOM files, made by pydicom from the standard's own definitions."""
 
 from __future__ import annotations
 
