@@ -36,7 +36,10 @@ from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import EncoderSession
 
 DOCS = Path(__file__).parents[2] / "docs"
-HEAVY = {"torch", "monai", "numpy", "scipy", "nibabel", "onnx", "onnxruntime", "blosc2", "safetensors", "pydantic"}
+HEAVY = {
+    *("torch", "monai", "numpy", "scipy", "nibabel", "pydicom"),
+    *("onnx", "onnxruntime", "blosc2", "safetensors", "pydantic"),
+}
 LIVER = f"liver={label_of('liver')}"
 CHEAP = ("--method", "linear", "--reads", "last", "--epochs", "1", "--device", "cpu", "--backend", "torch")
 ON_CPU = ("--device", "cpu", "--backend", "torch")
