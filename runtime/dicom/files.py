@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 from fseft_edge.runtime.errors import ArchiveError, FseftEdgeError, UnreadableFileError
 
@@ -90,7 +90,7 @@ class DicomSource:
                 yield file
 
     @contextmanager
-    def open(self, file: DicomFile) -> Iterator[IO[bytes]]:
+    def open(self, file: DicomFile) -> Iterator[BinaryIO]:
         """Open one of the files to read; a member of an archive is unpacked as it is read, into memory alone.
 
         Raises:
@@ -102,8 +102,8 @@ class DicomSource:
                 with file.path.open("rb", buffering=0) as raw, _Bounded(raw) as stream:
                     yield stream
             else:
-                with self._archive.open(file.member or "") as stream:
-                    yield stream
+                with self._archive.open(file.member or "") as unpacked:
+                    yield cast("BinaryIO", unpacked)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
             if self._archive is None:
                 raise

@@ -14,7 +14,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO
+from typing import BinaryIO
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -130,7 +130,7 @@ class SliceHeader:
     pixels: PixelFormat
 
 
-def read_slices(file: DicomFile, stream: IO[bytes]) -> tuple[SliceHeader, ...]:
+def read_slices(file: DicomFile, stream: BinaryIO) -> tuple[SliceHeader, ...]:
     """Describe the slices in a DICOM file; none in one that holds no image, such as a report or a DICOMDIR.
 
     Raises:
@@ -145,7 +145,7 @@ def read_slices(file: DicomFile, stream: IO[bytes]) -> tuple[SliceHeader, ...]:
         raise DamagedHeaderError from None
 
 
-def read_header(stream: IO[bytes], tags: Sequence[str] | None = None) -> Dataset:
+def read_header(stream: BinaryIO, tags: Sequence[str] | None = None) -> Dataset:
     """Read a DICOM file up to its pixels.
 
     Raises:

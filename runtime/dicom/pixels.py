@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom import uid
-from pydicom.pixels import get_decoder, iter_pixels
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import iter_pixels
 
 from fseft_edge.runtime.dicom.headers import PixelFormat, SliceHeader
 from fseft_edge.runtime.errors import NoDecoderError, PixelFormatError, RescaleError
@@ -88,7 +89,7 @@ def storage_of(slices: Sequence[SliceHeader]) -> Storage:
     return Storage(next(fitting), slope, intercept)
 
 
-def decoded(slices: Sequence[SliceHeader], stream: IO[bytes], path: Path) -> Iterator[NDArray[Any]]:
+def decoded(slices: Sequence[SliceHeader], stream: BinaryIO, path: Path) -> Generator[NDArray[Any], None, None]:
     """Yield the pixels ``[rows, columns]`` of slices that lie in one file, in the order given, as they are encoded.
 
     Raises:

@@ -133,7 +133,7 @@ def _check_geometry(slices: Sequence[SliceHeader], path: Path) -> None:
         )
     first = slices[0]
     row, column = np.array((first.orientation or ())[:3]), np.array((first.orientation or ())[3:])
-    errors = (abs(np.linalg.norm(row) - 1), abs(np.linalg.norm(column) - 1), abs(float(row @ column)))
+    errors = [float(abs(error)) for error in (np.linalg.norm(row) - 1, np.linalg.norm(column) - 1, row @ column)]
     if not max(errors) <= _UNIT:
         raise GeometryError(
             f"The series in {path} has an orientation whose axes are not of length one and perpendicular.",
