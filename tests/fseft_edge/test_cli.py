@@ -36,7 +36,10 @@ from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import EncoderSession
 
 DOCS = Path(__file__).parents[2] / "docs"
-HEAVY = {"torch", "monai", "numpy", "scipy", "nibabel", "onnx", "onnxruntime", "blosc2", "safetensors", "pydantic"}
+HEAVY = {
+    *("torch", "monai", "numpy", "scipy", "nibabel", "pydicom"),
+    *("onnx", "onnxruntime", "blosc2", "safetensors", "pydantic"),
+}
 LIVER = f"liver={label_of('liver')}"
 CHEAP = ("--method", "linear", "--reads", "last", "--epochs", "1", "--device", "cpu", "--backend", "torch")
 ON_CPU = ("--device", "cpu", "--backend", "torch")
@@ -686,7 +689,9 @@ def test_masks_that_cannot_be_compared_end_in_5_and_the_others_are_shown(site: S
     assert [row["dsc"] for row in json.loads((tmp_path / "rows.json").read_text())["cases"]] == [1.0]
 
 
-@pytest.mark.parametrize("command", [[], *(name.split() for name in commands())], ids=lambda names: " ".join(names) or "all")
+@pytest.mark.parametrize(
+    "command", [[], *(name.split() for name in commands())], ids=lambda names: " ".join(names) or "all"
+)
 def test_help_explains_every_option(run: Run, command: list[str]) -> None:
     outcome = run(*command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
@@ -758,6 +763,8 @@ def test_every_command_and_option_that_docs_and_messages_name_exists() -> None:
     for path in sources:
         named = re.findall(r"(?<![\w(-])(--[a-z][a-z-]+)\b(?!\s*:)", path.read_text(encoding="utf-8"))
         unknown += [
-            f"{path.relative_to(root)}: {name}" for name in named if name not in options | OF_OTHER_PROGRAMS | {"--help"}
+            f"{path.relative_to(root)}: {name}"
+            for name in named
+            if name not in options | OF_OTHER_PROGRAMS | {"--help"}
         ]
     assert not unknown
