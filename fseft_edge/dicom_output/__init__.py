@@ -33,6 +33,7 @@ def write_dicom_results(
     folder: Path,
     stem: str,
     kinds: Iterable[DicomKind],
+    *,
     labels: LabelMap,
     organs: Sequence[SegmentedOrgan],
     source: Sequence[Dataset],
@@ -63,6 +64,4 @@ def write_dicom_results(
     for kind in wanted:
         if kind not in _WRITERS:
             raise UsageError(f"The DICOM object {kind!r} is unknown.", remedy=f"Choose from {', '.join(_WRITERS)}.")
-    return tuple(
-        _WRITERS[kind](folder / f"{stem}.{kind}.dcm", labels, organs, source, algorithm) for kind in wanted
-    )
+    return tuple(_WRITERS[kind](folder / f"{stem}.{kind}.dcm", labels, organs, source, algorithm) for kind in wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ def closed_contours(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float64]]:
         float64 ``[n, 2]``, column and row of each vertex, in pixels with centres at whole numbers; the first vertex is
         not repeated at the end.
     """
-    from contourpy import FillType, contour_generator
+    from contourpy import FillType, contour_generator  # noqa: PLC0415 - only where contours are drawn
 
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     if not rows.size:
@@ -33,8 +34,8 @@ def closed_contours(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float64]]:
     # A margin closes the outline of what reaches the edge of the image.
     filled = contour_generator(z=np.pad(piece, 1).astype(np.float64), fill_type=FillType.OuterOffset).filled(0.5, 2.0)
     for points, offsets in zip(*filled, strict=True):
-        rings = [points[start : stop - 1] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)]
-        yield _without_straight_vertices(_keyholed(rings[0], rings[1:])) + (left - 1, top - 1)
+        rings = [points[start : stop - 1] for start, stop in pairwise(offsets)]
+        yield _without_straight_vertices(_keyholed(rings[0], rings[1:])) + np.array([left - 1, top - 1])
 
 
 def _keyholed(outline: NDArray[np.float64], holes: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

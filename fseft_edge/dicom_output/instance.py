@@ -83,9 +83,7 @@ class SegmentationAlgorithm:
     version: str = __version__
 
     @classmethod
-    def of(
-        cls, encoder_id: str, files: Sequence[AdapterFile], *, transductive: bool = False
-    ) -> SegmentationAlgorithm:
+    def of(cls, encoder_id: str, files: Sequence[AdapterFile], *, transductive: bool = False) -> SegmentationAlgorithm:
         """Return the algorithm that these adapters on this encoder are."""
         adapters = {organ.name: file.sha256 or "" for file in files for organ in file.description.organs}
         return cls(encoder_id, adapters, transductive)

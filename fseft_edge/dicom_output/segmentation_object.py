@@ -102,7 +102,7 @@ def write_dicom_segmentation(
 def _segmentation(
     series: SourceSeries, organs: Sequence[NumberedOrgan], algorithm: SegmentationAlgorithm
 ) -> Segmentation:
-    from highdicom.seg import Segmentation
+    from highdicom.seg import Segmentation  # noqa: PLC0415 - slow to import
 
     date, time = _scan_date(series.first)
     segmentation = Segmentation(
@@ -160,13 +160,14 @@ def _segment_numbers(
     numbers = np.zeros(np.iinfo(planes.dtype).max + 1, np.uint8 if len(organs) < 256 else np.uint16)
     for organ in organs:
         numbers[organ.label] = organ.number
-    return numbers[planes]
+    numbered: NDArray[np.unsignedinteger] = numbers[planes]
+    return numbered
 
 
 def _description(organ: NumberedOrgan, algorithm: SegmentationAlgorithm) -> SegmentDescription:
-    from highdicom import AlgorithmIdentificationSequence
-    from highdicom.color import CIELabColor
-    from highdicom.seg import SegmentDescription
+    from highdicom import AlgorithmIdentificationSequence  # noqa: PLC0415 - slow to import
+    from highdicom.color import CIELabColor  # noqa: PLC0415 - slow to import
+    from highdicom.seg import SegmentDescription  # noqa: PLC0415 - slow to import
 
     description = SegmentDescription(
         segment_number=organ.number,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -32,7 +33,6 @@ class SourcePlane:
         position: float64 ``[3]``, centre of its first pixel, LPS+ mm (ImagePositionPatient).
         along_row: float64 ``[3]``, step from a column to the next, LPS+ mm.
         along_column: float64 ``[3]``, step from a row to the next, LPS+ mm.
-        slice_index: where it lies along the label map's slice axis.
     """
 
     sop_class_uid: str
@@ -41,10 +41,9 @@ class SourcePlane:
     position: NDArray[np.float64]
     along_row: NDArray[np.float64]
     along_column: NDArray[np.float64]
-    slice_index: int
 
     def points(self, columns_and_rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return LPS+ mm ``[n, 3]`` of positions ``[n, 2]`` in the image, in pixels: column first, centres at wholes."""
+        """Return LPS+ mm ``[n, 3]`` of pixels ``[n, 2]``, column first, centres at whole numbers."""
         steps = np.stack([self.along_row, self.along_column])
         placed: NDArray[np.float64] = self.position + columns_and_rows @ steps
         return placed
@@ -55,8 +54,8 @@ class SourceSeries:
     """A CT series on whose lattice a label map lies.
 
     Attributes:
-        planes: every slice once. Of single-frame images along the label map's slice axis; of a multi-frame image in the
-            order of its frames.
+        planes: every slice once. Of single-frame images by position, along the direction of rows times columns; of a
+            multi-frame image in the order of its frames.
         images: the header of each plane's image in the same order, or the one multi-frame header.
         labels: ``[planes, rows, columns]``, a view of the label map or a copy of it.
         slice_spacing: distance between neighbouring planes, mm.
@@ -86,35 +85,25 @@ class SourceSeries:
         """
         _check_one_series(source)
         multi_frame = len(source) == 1 and "PerFrameFunctionalGroupsSequence" in source[0]
-        headers = list(_frames(source[0])) if multi_frame else [(image, None, image, image, image) for image in source]
-        located = []
-        for image, number, positions, orientations, measures in headers:
-            located.append((_located(image, number, positions, orientations, measures, labels), image))
-        axes = located[0][0][1]
-        if any(found != axes for (_, found), _ in located):
-            raise GeometryError("The slices of the series are not parallel.", remedy=_ANOTHER_SERIES)
-        planes = [(plane, image) for (plane, _), image in located]
+        frames = list(_frames_within(source[0]) if multi_frame else map(_frame_of, source))
         if not multi_frame:
-            planes.sort(key=lambda pair: pair[0].slice_index)
-        slices = [plane.slice_index for plane, _ in planes]
-        depth = labels.shape[axes[0][0]]
+            # By position, so that neither the order of the headers nor that of the label map's axes shows in a file.
+            frames.sort(key=_Frame.height)
+        axes = _Axes.of(frames[0], labels)
+        slices = [axes.slice_index(frame, labels) for frame in frames]
+        depth = labels.shape[axes.slices]
         if sorted(slices) != list(range(depth)):
             raise GeometryError(
-                f"The series has {len(slices)} slices, {len(set(slices))} of them in different places, and the label map "
-                f"has {depth}.",
+                f"The series has {len(slices)} slices, {len(set(slices))} of them in different places, and the label "
+                f"map has {depth}.",
                 remedy=_ANOTHER_SERIES,
             )
-        order = tuple(axis for axis, _ in axes)
-        view = np.transpose(labels.array, order)[:, :: axes[1][1], :: axes[2][1]]
         return cls(
-            tuple(plane for plane, _ in planes),
-            (source[0],) if multi_frame else tuple(image for _, image in planes),
-            view if slices == list(range(depth)) else view[slices],
-            float(np.linalg.norm(labels.affine[:3, order[0]])),
+            tuple(frame.plane for frame in frames),
+            (source[0],) if multi_frame else tuple(frame.image for frame in frames),
+            _taken(axes.view(labels), slices),
+            float(np.linalg.norm(labels.affine[:3, axes.slices])),
         )
-
-
-_Axes = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
 def _check_one_series(source: Sequence[Dataset]) -> None:
@@ -133,65 +122,113 @@ def _check_one_series(source: Sequence[Dataset]) -> None:
             raise InputError(f"The source images differ in {keyword}: they are not one series.", remedy=_ANOTHER_SERIES)
 
 
-_Header = tuple[Dataset, int | None, Dataset, Dataset, Dataset]
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """A plane and the header of its image."""
+
+    plane: SourcePlane
+    image: Dataset
+
+    def height(self) -> float:
+        """Return how far along the direction of rows times columns it lies, in units that are the same for a series."""
+        return float(self.plane.position @ np.cross(self.plane.along_row, self.plane.along_column))
 
 
-def _frames(image: Dataset) -> Iterable[_Header]:
-    """Yield image, frame number and the items that tell position, orientation and spacing (PS3.3 C.7.6.16.2)."""
+def _frame_of(image: Dataset) -> _Frame:
+    return _Frame(_plane(image, None, position=image, orientation=image, measures=image), image)
+
+
+def _frames_within(image: Dataset) -> Iterator[_Frame]:
+    """Yield the frames of a multi-frame image (functional groups, PS3.3 C.7.6.16)."""
     shared = (image.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
     for number, own in enumerate(image.PerFrameFunctionalGroupsSequence, start=1):
-        items = [
+        position, orientation, measures = (
             (own.get(keyword) or shared.get(keyword) or [Dataset()])[0]
             for keyword in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
-        ]
-        yield image, number, items[0], items[1], items[2]
-
-
-def _located(
-    image: Dataset,
-    number: int | None,
-    positions: Dataset,
-    orientations: Dataset,
-    measures: Dataset,
-    labels: LabelMap,
-) -> tuple[SourcePlane, _Axes]:
-    """Return a plane, and for slices, rows and columns the label map's axis and its direction (1 or -1)."""
-    position = _numbers(positions, "ImagePositionPatient", 3)
-    orientation = _numbers(orientations, "ImageOrientationPatient", 6)
-    spacing = _numbers(measures, "PixelSpacing", 2)
-    along_row, along_column = orientation[:3] * spacing[1], orientation[3:] * spacing[0]
-    into = np.linalg.inv(labels.affine)
-    row_step, column_step = (into[:3, :3] @ (step * _LPS_TO_RAS) for step in (along_column, along_row))
-    row_axis, column_axis = (int(np.abs(step).argmax()) for step in (row_step, column_step))
-    if row_axis == column_axis or (labels.shape[row_axis], labels.shape[column_axis]) != (image.Rows, image.Columns):
-        raise GeometryError(
-            f"The source images have {image.Rows} rows and {image.Columns} columns, which the label map of shape "
-            f"{labels.shape} has not in that place.",
-            remedy=_ANOTHER_SERIES,
         )
-    slice_axis = 3 - row_axis - column_axis
-    row_way, column_way = (1 if step[axis] > 0 else -1 for step, axis in ((row_step, row_axis), (column_step, column_axis)))
-    index = int(round(float((into[:3, :3] @ (position * _LPS_TO_RAS) + into[:3, 3])[slice_axis])))
-    plane = SourcePlane(
-        str(image.SOPClassUID), str(image.SOPInstanceUID), number, position, along_row, along_column, index
+        yield _Frame(_plane(image, number, position=position, orientation=orientation, measures=measures), image)
+
+
+def _plane(
+    image: Dataset, number: int | None, *, position: Dataset, orientation: Dataset, measures: Dataset
+) -> SourcePlane:
+    """Return a plane, its place read from the items that hold it (Image Plane Module, PS3.3 C.7.6.2)."""
+    cosines = _numbers(orientation, "ImageOrientationPatient", 6)
+    between_rows, between_columns = _numbers(measures, "PixelSpacing", 2)
+    return SourcePlane(
+        str(image.SOPClassUID),
+        str(image.SOPInstanceUID),
+        number,
+        _numbers(position, "ImagePositionPatient", 3),
+        cosines[:3] * between_columns,
+        cosines[3:] * between_rows,
     )
-    corners = np.array([[column, row] for column in (0, image.Columns - 1) for row in (0, image.Rows - 1)], np.float64)
-    voxels = np.empty((4, 3))
-    voxels[:, slice_axis] = index
-    for axis, way, place in ((column_axis, column_way, corners[:, 0]), (row_axis, row_way, corners[:, 1])):
-        voxels[:, axis] = place if way > 0 else labels.shape[axis] - 1 - place
-    expected = voxels @ labels.affine[:3, :3].T + labels.affine[:3, 3]
-    distance = float(np.linalg.norm(plane.points(corners) * _LPS_TO_RAS - expected, axis=1).max())
-    if not 0 <= index < labels.shape[slice_axis]:
-        raise GeometryError("A slice of the source series lies outside the label map.", remedy=_ANOTHER_SERIES)
-    if distance > AGREEMENT_MM:
-        raise GeometryError(
-            f"Source series and label map do not agree: a slice lies {distance:.3g} mm from the voxels it would stand "
-            f"for, and {AGREEMENT_MM} mm are allowed.",
-            remedy=_ANOTHER_SERIES,
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """Which axes of a label map a series' slices, rows and columns lie along, the latter two with their direction."""
+
+    slices: int
+    rows: int
+    columns: int
+    rows_way: int
+    columns_way: int
+
+    @classmethod
+    def of(cls, frame: _Frame, labels: LabelMap) -> _Axes:
+        into = np.linalg.inv(labels.affine[:3, :3])
+        row_step, column_step = (
+            into @ (step * _LPS_TO_RAS) for step in (frame.plane.along_column, frame.plane.along_row)
         )
-    # The direction of the slice axis is that of the label map; the planes are sorted by it.
-    return plane, ((slice_axis, 1), (row_axis, row_way), (column_axis, column_way))
+        rows, columns = int(np.abs(row_step).argmax()), int(np.abs(column_step).argmax())
+        size = frame.image.Rows, frame.image.Columns
+        if rows == columns or (labels.shape[rows], labels.shape[columns]) != size:
+            raise GeometryError(
+                f"The source images have {size[0]} rows and {size[1]} columns, and the label map of shape "
+                f"{labels.shape} has not as many there.",
+                remedy=_ANOTHER_SERIES,
+            )
+        return cls(
+            3 - rows - columns,
+            rows,
+            columns,
+            *(1 if step > 0 else -1 for step in (row_step[rows], column_step[columns])),
+        )
+
+    def slice_index(self, frame: _Frame, labels: LabelMap) -> int:
+        """Return where a plane lies along the label map's slice axis, its four corners compared."""
+        place = np.linalg.inv(labels.affine) @ [*frame.plane.position * _LPS_TO_RAS, 1.0]
+        index = round(float(place[self.slices]))
+        if not 0 <= index < labels.shape[self.slices]:
+            raise GeometryError("A slice of the source series lies outside the label map.", remedy=_ANOTHER_SERIES)
+        corners = np.array(list(product((0, labels.shape[self.columns] - 1), (0, labels.shape[self.rows] - 1))), float)
+        voxels = np.empty((4, 3))
+        voxels[:, self.slices] = index
+        for number, axis, way in ((0, self.columns, self.columns_way), (1, self.rows, self.rows_way)):
+            voxels[:, axis] = corners[:, number] if way > 0 else labels.shape[axis] - 1 - corners[:, number]
+        expected = voxels @ labels.affine[:3, :3].T + labels.affine[:3, 3]
+        distance = float(np.linalg.norm(frame.plane.points(corners) * _LPS_TO_RAS - expected, axis=1).max())
+        if distance > AGREEMENT_MM:
+            raise GeometryError(
+                f"Source series and label map do not agree: a slice lies {distance:.3g} mm from the voxels it would "
+                f"stand for, and {AGREEMENT_MM} mm are allowed.",
+                remedy=_ANOTHER_SERIES,
+            )
+        return index
+
+    def view(self, labels: LabelMap) -> NDArray[np.unsignedinteger]:
+        """Return the label map as ``[slices, rows, columns]``, rows and columns in the images' direction."""
+        turned = np.transpose(labels.array, (self.slices, self.rows, self.columns))
+        return turned[:, :: self.rows_way, :: self.columns_way]
+
+
+def _taken(planes: NDArray[np.unsignedinteger], order: list[int]) -> NDArray[np.unsignedinteger]:
+    """Return planes in another order, as a view where that order is simple: a long scan's mask is not copied."""
+    ascending = list(range(len(planes)))
+    if order == ascending:
+        return planes
+    return planes[::-1] if order == ascending[::-1] else planes[order]
 
 
 def _numbers(dataset: Dataset, keyword: str, count: int) -> NDArray[np.float64]:

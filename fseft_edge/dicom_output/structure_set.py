@@ -1,7 +1,6 @@
 """A mask as an RT Structure Set (PS3.3 A.19), for programs that plan radiotherapy.
 
-Written with pydicom alone: highdicom has no such object, and what libraries there are for it lack upkeep or bring much along
-(see docs/dicom-output.md).
+Written with pydicom alone: highdicom has no such object, and no well-kept library does (docs/dicom-output.md).
 """
 
 from __future__ import annotations
