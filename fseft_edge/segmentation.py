@@ -13,7 +13,7 @@ from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.bundle import Precision
 from fseft_edge.runtime.errors import FseftEdgeError, SomeCasesFailedError
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE
-from fseft_edge.runtime.nifti import case_name
+from fseft_edge.runtime.scans import scan_name
 from fseft_edge.segmentation_inputs import cases_of, check_output
 from fseft_edge.segmented_case import SegmentedCase
 from fseft_edge.segmenter import SegmentationSettings, Segmenter, open_segmenter
@@ -28,6 +28,7 @@ def segment(
     output: Path,
     *,
     encoder: Path | None = None,
+    series: str | None = None,
     transduction: TransductionPlan | None = None,
     largest_component: bool | None = None,
     fill_holes: bool | None = None,
@@ -46,10 +47,11 @@ def segment(
     Labels are 1..K in the adapters' order. Where organs overlap, the more probable one has the voxel.
 
     Args:
-        scans: NIfTI files, or folders of them.
+        scans: NIfTI files, folders of them, and DICOM series in folders, zip archives or files of their own.
         adapters: adapter files, all trained on the same encoder.
         output: folder, made if need be.
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
+        series: which DICOM series of the only scan, by number or UID; None takes the CT series with most slices.
         transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
         largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
             to help (see :mod:`fseft_edge.validation`).
@@ -77,6 +79,7 @@ def segment(
     settings = SegmentationSettings(
         tuple(adapters),
         encoder,
+        series,
         transduction,
         largest_component,
         fill_holes,
@@ -89,7 +92,7 @@ def segment(
         memory_gb,
         vram_gb,
     )
-    paths = cases_of(scans)
+    paths = cases_of(scans, series)
     check_output(output, paths)
     done: list[SegmentedCase] = []
     failed: list[str] = []
@@ -100,8 +103,8 @@ def segment(
             except FseftEdgeError as error:
                 if len(paths) == 1:
                     raise
-                failed.append(case_name(path))
-                _LOG.error("%s failed: %s", case_name(path), error)
+                failed.append(scan_name(path))
+                _LOG.error("%s failed: %s", scan_name(path), error)
             task.advance(1)
     if failed:
         raise SomeCasesFailedError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from fseft_edge.adapter_file import AdapterFile
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import EncoderBundleError, InputError, UsageError
-from fseft_edge.runtime.nifti import case_name, list_cases
+from fseft_edge.runtime.scans import list_scans, scan_name
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,21 +33,26 @@ def find_encoder(adapter: Path, encoder_id: str) -> Path:
     )
 
 
-def cases_of(scans: Sequence[Path]) -> list[Path]:
+def cases_of(scans: Sequence[Path], series: str | None = None) -> list[Path]:
     """Return the CTs that files and folders name.
 
     Raises:
-        UsageError: there is none, or two would be written under one name.
+        UsageError: there is none, or two would be written under one name, or a DICOM series is named of several.
     """
-    paths = [path for scan in scans for path in list_cases(scan)]
+    paths = [path for scan in scans for path in list_scans(scan)]
     if not paths:
-        raise UsageError("No CT was given.", remedy="Name NIfTI files, or folders that hold some.")
+        raise UsageError("No CT was given.", remedy="Name NIfTI files or DICOM series, or folders.")
+    if series is not None and len(paths) > 1:
+        raise UsageError(
+            f"--series names a series of one scan, and {len(paths)} are given.",
+            remedy="Segment the scan whose series is to be chosen by itself.",
+        )
     seen: dict[str, Path] = {}
     for path in paths:
-        earlier = seen.setdefault(case_name(path), path)
+        earlier = seen.setdefault(scan_name(path), path)
         if earlier is not path:
             raise UsageError(
-                f"{earlier} and {path} would both be written as {case_name(path)}.nii.gz.",
+                f"{earlier} and {path} would both be written as {scan_name(path)}.nii.gz.",
                 remedy="Rename one, or segment them into different folders.",
             )
     return paths
@@ -67,7 +72,11 @@ def check_output(output: Path, scans: Sequence[Path]) -> None:
     """Raise :class:`UsageError` if masks would take the place of scans, or ``output`` is no folder."""
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file.", remedy="Name a folder for the masks.")
-    if output.resolve() in {scan.resolve().parent for scan in scans}:
-        raise UsageError(
-            f"{output} holds the scans: masks would overwrite what lies there.", remedy="Write to another folder."
-        )
+    target = output.resolve()
+    for scan in scans:
+        folder = scan.resolve() if scan.is_dir() else scan.resolve().parent
+        if target == folder or (scan.is_dir() and folder in target.parents):
+            raise UsageError(
+                f"{output} holds the scans: masks would overwrite what lies there, or be taken for scans.",
+                remedy="Write to another folder.",
+            )

@@ -27,7 +27,8 @@ from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.memory import Budget
-from fseft_edge.runtime.nifti import case_name, read_ct, write_label_map
+from fseft_edge.runtime.nifti import write_label_map
+from fseft_edge.runtime.scans import read_scan, scan_name
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
 from fseft_edge.segmentation_inputs import check_organs, find_encoder
@@ -44,6 +45,7 @@ class SegmentationSettings:
     Attributes:
         adapters: adapter files, all trained on the same encoder.
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
+        series: which DICOM series of a scan (see :func:`fseft_edge.runtime.dicom.choose_series`).
         transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
         largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
             to help (see :mod:`fseft_edge.validation`).
@@ -63,6 +65,7 @@ class SegmentationSettings:
 
     adapters: tuple[Path, ...]
     encoder: Path | None = None
+    series: str | None = None
     transduction: TransductionPlan | None = None
     largest_component: bool | None = None
     fill_holes: bool | None = None
@@ -213,7 +216,7 @@ class Segmenter:
 
     def open(self, path: Path) -> OpenedCase:
         """Read a scan and plan its way to a mask."""
-        volume = read_ct(path)
+        volume = read_scan(path, self.settings.series)
         grid = Grid.of(volume, self.bundle.preprocessing)
         # Before the long work, not after it.
         held = held_after_encoding(self.bundle, self.session)
@@ -251,7 +254,7 @@ class Segmenter:
             found = in_smaller_pieces(opened.plan, lambda pieces: segment_encoded(encoded.scan, tuned, pieces))
         labels = LabelMap(post_process(found, self._treatment), opened.volume.affine)
         organs = tuple(_measured(labels, self.adapters, outcomes))
-        name = case_name(opened.path)
+        name = scan_name(opened.path)
         case = SegmentedCase(name, output / f"{name}.nii.gz", organs)
         _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
         if self.settings.preview:

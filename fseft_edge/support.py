@@ -18,7 +18,8 @@ from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
-from fseft_edge.runtime.nifti import case_name, cases_by_name, read_ct, read_label_map
+from fseft_edge.runtime.nifti import case_name, cases_by_name, read_label_map
+from fseft_edge.runtime.scans import read_scan
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, check_labels_match
 
@@ -169,7 +170,7 @@ def load_support(
     support: list[SupportScan] = []
     with (progress or SilentProgress()).task("encode", len(annotated)) as task:
         for image, label_map in annotated:
-            volume = read_ct(image)
+            volume = read_scan(image)
             check_labels_match(volume, label_map)
             encoded = encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget)
             support.append(_support_scan(encoded, label_map, organs))

@@ -54,6 +54,70 @@ class GeometryError(InputError):
     """A lattice is missing, degenerate, or differs from the one it must equal."""
 
 
+class ArchiveError(InputError):
+    """A zip archive is encrypted, damaged, or larger unpacked than is allowed."""
+
+
+class NoSeriesError(InputError):
+    """Nothing in a file, folder or archive is a DICOM series of CT slices that can be read."""
+
+
+class ChooseSeriesError(InputError):
+    """Several DICOM series could be meant, or the one that was named is not there."""
+
+
+class SeveralPatientsError(ChooseSeriesError):
+    """DICOM images of more than one patient lie together."""
+
+
+class OtherModalityError(NotACtError):
+    """DICOM images of another modality than CT."""
+
+
+class LocaliserError(NotACtError):
+    """A DICOM series of localisers (scouts), the overview images that a CT is planned on."""
+
+
+class SecondaryCaptureError(NotACtError):
+    """A DICOM series of screenshots or scanned pictures, which hold no HU."""
+
+
+class SliceStackError(GeometryError):
+    """The slices of a DICOM series are not one even stack."""
+
+
+class MissingSliceError(SliceStackError):
+    """A DICOM series has a gap where slices should be."""
+
+
+class DuplicateSliceError(SliceStackError):
+    """A DICOM series has several slices at one place: copies, or phases of a dynamic scan."""
+
+
+class UnevenSlicesError(SliceStackError):
+    """The slices of a DICOM series lie at uneven distances, or not above one another."""
+
+
+class GantryTiltError(SliceStackError):
+    """The slices of a DICOM series are shifted against one another by a tilted gantry."""
+
+
+class MixedSeriesError(InputError):
+    """One DICOM series holds images of several patients, studies or frames of reference."""
+
+
+class RescaleError(InputError):
+    """A DICOM series does not say how its stored values become HU."""
+
+
+class PixelFormatError(InputError):
+    """The pixels of a DICOM series are stored in a way in which no CT is."""
+
+
+class NoDecoderError(InputError):
+    """A DICOM series is compressed in a way for which no decoder is installed, or for which there is none."""
+
+
 class LabelError(InputError):
     """Annotations do not contain what was asked for."""
 

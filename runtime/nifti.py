@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
-import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,19 +25,14 @@ from fseft_edge.runtime.errors import (
     InputError,
     LabelError,
     NotACtError,
-    OutOfSpaceError,
     UnreadableFileError,
     UsageError,
 )
+from fseft_edge.runtime.hounsfield import check_hounsfield
+from fseft_edge.runtime.unnamed_file import no_room_to_unpack, unnamed_file
 from fseft_edge.runtime.volume import LabelMap, Volume, slabs
 
 SUFFIXES = (".nii.gz", ".nii")
-
-HU_RANGE = (-32768.0, 65535.0)
-"""What 16 bits can hold, signed or unsigned; a rescaled CT beyond it has a wrong slope or intercept."""
-
-AIR_BELOW_HU = -200.0
-TISSUE_ABOVE_HU = 0.0
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _COPY_BYTES = 1 << 20
@@ -49,9 +42,8 @@ def read_ct(path: Path) -> Volume:
     """Read a CT without loading it: the array is a read-only memory map.
 
     A compressed file is unpacked as a stream into an unnamed file in the system's temporary folder (``TMPDIR``),
-    which disappears with the volume. The intensities are read through once and must look like HU: finite, not
-    constant, inside ``HU_RANGE``, with something below ``AIR_BELOW_HU`` (air, lung) and something above
-    ``TISSUE_ABOVE_HU``. This refuses MRI, images scaled to 0..1 and CTs that lost their intercept.
+    which disappears with the volume. The intensities are read through once and must look like HU
+    (:func:`fseft_edge.runtime.hounsfield.check_hounsfield`).
 
     Raises:
         UnreadableFileError: missing, a folder, truncated, damaged, or not NIfTI.
@@ -62,7 +54,7 @@ def read_ct(path: Path) -> Volume:
     array, header = _read(path)
     slope, intercept = _rescale(header, path)
     volume = Volume(_squeezed(array), _affine(header, path), slope, intercept, source=path)
-    _check_intensities(volume)
+    check_hounsfield(volume)
     return volume
 
 
@@ -199,20 +191,13 @@ def _read(path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
             file.seek(0)
             if not packed:
                 return _map(file, path)
-            with _temporary_file(path) as unpacked:
+            with unnamed_file(path) as unpacked:
                 _unpack(file, unpacked, path)
                 return _map(unpacked, path)
     except OSError as error:
         raise UnreadableFileError(
             f"{path} cannot be read: {error.strerror or error}.", remedy="Check the name and the permissions."
         ) from error
-
-
-def _temporary_file(path: Path) -> IO[bytes]:
-    try:
-        return tempfile.TemporaryFile()
-    except OSError as error:
-        raise _no_room_to_unpack(path) from error
 
 
 def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
@@ -229,20 +214,12 @@ def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
             try:
                 unpacked.write(piece)
             except OSError as error:
-                raise _no_room_to_unpack(path) from error
+                raise no_room_to_unpack(path) from error
     try:
         unpacked.flush()
     except OSError as error:
-        raise _no_room_to_unpack(path) from error
+        raise no_room_to_unpack(path) from error
     unpacked.seek(0)
-
-
-def _no_room_to_unpack(path: Path) -> OutOfSpaceError:
-    folder = tempfile.gettempdir()
-    return OutOfSpaceError(
-        f"There is no room in {folder} to unpack {path}.",
-        remedy=f"Free some space ({shutil.disk_usage(folder).free >> 20} MiB are left), or point TMPDIR elsewhere.",
-    )
 
 
 def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
@@ -310,31 +287,6 @@ def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return array
-
-
-def _check_intensities(volume: Volume) -> None:
-    lowest, highest = np.inf, -np.inf
-    for chunk in volume.chunks():
-        low, high = float(chunk.min()), float(chunk.max())
-        if not (np.isfinite(low) and np.isfinite(high)):
-            raise NotACtError(
-                f"{volume.source} holds values that are not finite.", remedy="Export the scan again, padded with air."
-            )
-        bounds = (low * volume.slope + volume.intercept, high * volume.slope + volume.intercept)
-        lowest, highest = min(lowest, *bounds), max(highest, *bounds)
-    found = f"its values reach from {lowest:g} to {highest:g}"
-    if lowest == highest:
-        raise NotACtError(f"{volume.source} is constant: every voxel is {lowest:g}.", remedy="Export the scan again.")
-    if lowest < HU_RANGE[0] or highest > HU_RANGE[1]:
-        raise NotACtError(
-            f"{volume.source} does not hold HU: {found}.", remedy="Check the rescale slope and intercept."
-        )
-    if lowest >= AIR_BELOW_HU or highest <= TISSUE_ABOVE_HU:
-        raise NotACtError(
-            f"{volume.source} does not look like a CT in HU: {found}, but a CT shows both air (below {AIR_BELOW_HU:g}) "
-            f"and tissue (above {TISSUE_ABOVE_HU:g}).",
-            remedy="Give the CT in HU, neither windowed nor scaled; MRI and other images are not supported.",
-        )
 
 
 def _label_values(stored: NDArray[Any], slope: float, intercept: float, path: Path) -> NDArray[Any]:

@@ -162,6 +162,12 @@ def adapt(
 @click.option("-o", "--output", type=PATH, required=True, help="Folder for masks and their JSON.")
 @click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
 @click.option(
+    "--series",
+    metavar="UID",
+    help="DICOM series of the scan: its UID, an end of it, or its number in the list that an error shows."
+    "  [default: the CT series with most slices]",
+)
+@click.option(
     "--transductive", is_flag=True, help="Tune the adapters to each scan, so that organs have plausible sizes."
 )
 @click.option("--support-images", type=PATH, help="With --transductive: the annotated CTs that adapt was given.")
@@ -193,6 +199,7 @@ def segment(
     adapters: tuple[Path, ...],
     output: Path,
     encoder: Path | None,
+    series: str | None,
     transductive: bool,
     support_images: Path | None,
     support_labels: Path | None,
@@ -204,7 +211,7 @@ def segment(
     as_json: bool,
     common: Common,
 ) -> None:
-    """Segment CTs (NIfTI files or folders of them); every mask lies on its scan's own lattice."""
+    """Segment CTs (NIfTI files, folders of them, DICOM series); every mask lies on its scan's own lattice."""
     plan = None
     if transductive:
         plan = _transduction_plan(support_images, support_labels, size_priors, size_volumes)
@@ -220,6 +227,7 @@ def segment(
                 adapters,
                 output,
                 encoder=encoder,
+                series=series,
                 transduction=plan,
                 largest_component=largest_component,
                 fill_holes=fill_holes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fseft_edge.batch.inbox import content_key
 from fseft_edge.batch.records import CaseRecord
 from fseft_edge.runtime.errors import InputError
-from fseft_edge.runtime.nifti import read_ct
+from fseft_edge.runtime.scans import read_scan
 from fseft_edge.runtime.volume import Volume
 
 
@@ -30,4 +30,4 @@ def read_source(case: CaseRecord) -> Volume:
         InputError: it cannot be read any more, or something else lies in its place.
     """
     check_source(case)
-    return read_ct(case.source)
+    return read_scan(case.source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +35,10 @@ from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import EncoderSession
 
 DOCS = Path(__file__).parents[2] / "docs"
-HEAVY = {"torch", "monai", "numpy", "scipy", "nibabel", "onnx", "onnxruntime", "blosc2", "safetensors", "pydantic"}
+HEAVY = {
+    *("torch", "monai", "numpy", "scipy", "nibabel", "pydicom"),
+    *("onnx", "onnxruntime", "blosc2", "safetensors", "pydantic"),
+}
 LIVER = f"liver={label_of('liver')}"
 CHEAP = ("--method", "linear", "--reads", "last", "--epochs", "1", "--device", "cpu", "--backend", "torch")
 ON_CPU = ("--device", "cpu", "--backend", "torch")
@@ -55,10 +57,8 @@ Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run ``fseft-edge`` as its console script does, in this process."""
-    logger = logging.getLogger("fseft_edge")
-    level, on_termination = logger.level, signal.getsignal(signal.SIGTERM)
 
     def run_main(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["fseft-edge", *map(str, arguments)])
@@ -70,10 +70,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         printed = capsys.readouterr()
         return Outcome(code or 0, printed.out, printed.err)
 
-    yield run_main
-    logger.setLevel(level)
-    logging.captureWarnings(capture=False)
-    signal.signal(signal.SIGTERM, on_termination)
+    return run_main
 
 
 @dataclass(frozen=True)

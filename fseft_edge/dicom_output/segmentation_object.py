@@ -1,0 +1,195 @@
+"""A mask as a DICOM Segmentation (PS3.3 A.51), made by highdicom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence as DicomSequence
+from pydicom.uid import ExplicitVRLittleEndian
+
+from fseft_edge.dicom_output.instance import (
+    PENDING_UID,
+    SERIES_NUMBERS,
+    TOOLKIT,
+    NumberedOrgan,
+    SegmentationAlgorithm,
+    WrittenDicom,
+    copy_patient_and_study,
+    name_private_codes,
+    present_organs,
+    write_instance,
+)
+from fseft_edge.dicom_output.organ_codes import code_item
+from fseft_edge.dicom_output.source_planes import SourceSeries
+from fseft_edge.runtime.atomic import check_writable
+from fseft_edge.runtime.volume import LabelMap
+
+if TYPE_CHECKING:
+    from highdicom.seg import Segmentation, SegmentDescription
+
+    from fseft_edge.segmented_case import SegmentedOrgan
+
+_LOG = logging.getLogger(__name__)
+
+_NO_DATE: Final = ("19000101", "000000")
+"""Stands for the date of a scan that tells none, as de-identified ones may; a Segmentation must have one."""
+
+_GEOMETRY: Final = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "PositionReferenceIndicator",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "LossyImageCompression",
+    "LossyImageCompressionRatio",
+    "LossyImageCompressionMethod",
+)
+"""All that the Segmentation needs of an image, beside patient and study."""
+
+
+def write_dicom_segmentation(
+    path: Path,
+    labels: LabelMap,
+    organs: Sequence[SegmentedOrgan],
+    source: Sequence[Dataset],
+    algorithm: SegmentationAlgorithm,
+) -> WrittenDicom:
+    """Write a mask as a DICOM Segmentation of type BINARY, one segment an organ, frames only where an organ is.
+
+    The same mask of the same series by the same adapters and versions gives the same bytes. Where the whole mask is
+    empty there is nothing that a Segmentation could hold: no file is written, and one of that name is removed.
+
+    Args:
+        path: the file; an older one is replaced.
+        labels: the mask, on the lattice of the source.
+        organs: every organ of the mask.
+        source: headers of the CT images, without their voxels, in any order; or that of one multi-frame image.
+        algorithm: what made the mask.
+
+    Raises:
+        InputError: a header lacks what identifies it, or the headers are not of one series.
+        GeometryError: a header lacks its place in space, or series and label map do not agree.
+        LabelError: the mask holds a value that is no organ's.
+        OutOfSpaceError: the disk is full or not writable.
+    """
+    check_writable(path)
+    series = SourceSeries.of(source, labels)
+    numbered, omitted = present_organs(series.labels, organs)
+    if not numbered:
+        _LOG.warning("%s is not written: the mask is empty.", path)
+        path.unlink(missing_ok=True)
+        return WrittenDicom("seg", None, (), omitted)
+    write_instance(path, _segmentation(series, numbered, algorithm))
+    return WrittenDicom("seg", path, tuple(organ.name for organ in numbered), omitted)
+
+
+def _segmentation(
+    series: SourceSeries, organs: Sequence[NumberedOrgan], algorithm: SegmentationAlgorithm
+) -> Segmentation:
+    from highdicom.seg import Segmentation  # noqa: PLC0415 - slow to import
+
+    date, time = _scan_date(series.first)
+    segmentation = Segmentation(
+        source_images=[_geometry(image, series.slice_spacing) for image in series.images],
+        pixel_array=_segment_numbers(series.labels, organs),
+        # The LABELMAP type of 2024 would be smaller, but few programs read it yet.
+        segmentation_type="BINARY",
+        segment_descriptions=[_description(organ, algorithm) for organ in organs],
+        series_instance_uid=PENDING_UID,
+        series_number=SERIES_NUMBERS["seg"],
+        sop_instance_uid=PENDING_UID,
+        instance_number=1,
+        manufacturer=TOOLKIT,
+        manufacturer_model_name=TOOLKIT,
+        software_versions=algorithm.version,
+        device_serial_number="none",  # must not be empty (PS3.3 C.7.5.2); software has no serial number
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        content_label="ORGANS",
+        content_description="Organs, segmented automatically",
+        omit_empty_frames=True,
+        series_description="Organs (fseft-edge)",
+        content_date=date,
+        content_time=time,
+    )
+    copy_patient_and_study(series.first, segmentation)
+    name_private_codes(segmentation, organs)
+    # Times of the writing would make every run's bytes different.
+    for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
+        del segmentation[keyword]
+    for item in segmentation.ContributingEquipmentSequence:
+        del item["ContributionDateTime"]
+    return segmentation
+
+
+def _geometry(image: Dataset, slice_spacing: float) -> Dataset:
+    """Return the part of a header that highdicom works on, so that no other value in it can trouble it."""
+    kept = Dataset()
+    kept.Modality = "CT"
+    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"):
+        setattr(kept, keyword, "")
+    for keyword in ("AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
+        setattr(kept, keyword, "")
+    for keyword in _GEOMETRY:
+        if keyword in image:
+            kept[keyword] = image[keyword]
+    if "PerFrameFunctionalGroupsSequence" not in kept and not kept.get("SliceThickness"):
+        kept.SliceThickness = f"{slice_spacing:.6g}"
+    return kept
+
+
+def _segment_numbers(
+    planes: NDArray[np.unsignedinteger], organs: Sequence[NumberedOrgan]
+) -> NDArray[np.unsignedinteger]:
+    """Return segment numbers in place of labels: with organs left out they still count from 1 without a gap."""
+    numbers = np.zeros(np.iinfo(planes.dtype).max + 1, np.uint8 if len(organs) < 256 else np.uint16)
+    for organ in organs:
+        numbers[organ.label] = organ.number
+    numbered: NDArray[np.unsignedinteger] = numbers[planes]
+    return numbered
+
+
+def _description(organ: NumberedOrgan, algorithm: SegmentationAlgorithm) -> SegmentDescription:
+    from highdicom import AlgorithmIdentificationSequence  # noqa: PLC0415 - slow to import
+    from highdicom.color import CIELabColor  # noqa: PLC0415 - slow to import
+    from highdicom.seg import SegmentDescription  # noqa: PLC0415 - slow to import
+
+    description = SegmentDescription(
+        segment_number=organ.number,
+        segment_label=organ.name,
+        segmented_property_category=organ.code.category,
+        segmented_property_type=organ.code.kind,
+        # No person took part in this scan's segmentation; those who annotated the support set did so on other scans.
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=AlgorithmIdentificationSequence.from_sequence(
+            DicomSequence([algorithm.item(organ.name)])
+        ),
+        display_color=CIELabColor.from_rgb(*organ.colour),
+    )
+    if organ.code.side is not None:
+        kind = description.SegmentedPropertyTypeCodeSequence[0]
+        kind.SegmentedPropertyTypeModifierCodeSequence = [code_item(organ.code.side)]
+    return description
+
+
+def _scan_date(image: Dataset) -> tuple[str, str]:
+    """Return date and time of the scan: the mask shows the patient as of then, whenever it was computed."""
+    for when in ("Series", "Study"):
+        if image.get(f"{when}Date"):
+            return str(image[f"{when}Date"].value), str(image.get(f"{when}Time") or _NO_DATE[1])
+    return _NO_DATE

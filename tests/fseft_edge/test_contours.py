@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from matplotlib.path import Path as Polygon
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from fseft_edge.dicom_output.contours import closed_contours
+
+MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=14), elements=st.booleans())
+
+
+def filled(polygon: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Pixels whose centre lies in a polygon, as matplotlib sees it."""
+    rows, columns = np.indices(shape)
+    centres = np.stack([columns.ravel(), rows.ravel()], axis=1)
+    return Polygon(np.vstack([polygon, polygon[:1]])).contains_points(centres).reshape(shape)
+
+
+def area(polygon: NDArray[np.float64]) -> float:
+    x, y = polygon.T
+    return float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)) / 2)
+
+
+@given(MASKS)
+def test_contours_enclose_exactly_the_pixels_of_the_mask_by_union_and_by_exclusion(mask: NDArray[np.bool_]) -> None:
+    united, excluding = np.zeros_like(mask), np.zeros_like(mask)
+    for polygon in closed_contours(mask):
+        inside = filled(polygon, mask.shape)
+        united |= inside
+        excluding ^= inside
+    np.testing.assert_array_equal(united, mask)
+    np.testing.assert_array_equal(excluding, mask)
+
+
+@given(MASKS)
+def test_area_is_that_of_the_pixels_less_half_a_pixel_a_piece_plus_half_a_pixel_a_hole(mask: NDArray[np.bool_]) -> None:
+    """Marching squares cut an eighth of a pixel off every corner; corners of a closed outline sum up to four."""
+    _, pieces = ndimage.label(mask)
+    _, background = ndimage.label(~np.pad(mask, 1), np.ones((3, 3)))
+    polygons = list(closed_contours(mask))
+    assert len(polygons) == pieces
+    assert sum(map(area, polygons)) == pytest.approx(mask.sum() - pieces / 2 + (background - 1) / 2)
+
+
+def test_a_ring_is_one_polygon_with_a_channel_through_the_ring_alone() -> None:
+    mask = np.zeros((9, 9), bool)
+    mask[1:8, 1:8] = True
+    mask[3:6, 4:6] = False
+    (polygon,) = closed_contours(mask)
+    vertices = [tuple(vertex) for vertex in polygon.tolist()]
+    twice = {vertex for vertex in vertices if vertices.count(vertex) == 2}
+    assert len(twice) == 2  # where the channel leaves the outline and where it meets the hole
+    ends = sorted(twice)
+    assert [row for _, row in ends] == [ends[0][1]] * 2
+    assert all(mask[int(ends[0][1]), column] for column in range(int(np.ceil(ends[0][0])), int(ends[1][0]) + 1))
+
+
+def test_a_rectangle_has_eight_vertices_however_large() -> None:
+    (polygon,) = closed_contours(np.ones((200, 300), bool))
+    assert sorted(map(tuple, polygon.tolist())) == sorted(
+        [(0, -0.5), (299, -0.5), (0, 199.5), (299, 199.5), (-0.5, 0), (-0.5, 199), (299.5, 0), (299.5, 199)]
+    )
+
+
+def test_an_empty_mask_has_no_contour() -> None:
+    assert list(closed_contours(np.zeros((4, 5), bool))) == []
