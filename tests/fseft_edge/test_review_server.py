@@ -11,11 +11,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from doubles.dicom import Series, some_hu
 from doubles.encoder import label_of, scan
 from doubles.reviewed import PATIENT, Batch, add_failure, run_batch
 from doubles.reviewer import SECONDS, Reviewer, served
 
-from fseft_edge.batch.records import Decision
+from fseft_edge.batch.inbox import content_key
+from fseft_edge.batch.records import CaseState, Decision
+from fseft_edge.batch.store import Outcome
 from fseft_edge.review.cases import LONGEST_NOTE
 from fseft_edge.review.result_files import open_result
 from fseft_edge.review.server import open_review
@@ -73,6 +76,24 @@ def test_the_scan_is_the_source_in_hu_on_its_own_lattice(batch: Batch, reviewer:
     assert served_scan.get_data_dtype() == np.int16
     np.testing.assert_array_equal(np.asarray(served_scan.dataobj), np.rint(source.get_fdata()))
     np.testing.assert_allclose(served_scan.affine, source.affine, atol=1e-5)
+
+
+def test_a_dicom_series_is_shown_as_well(batch: Batch, reviewer: Reviewer, tmp_path: Path) -> None:
+    series = Series(some_hu())
+    source = series.write(batch.root / "inbox" / PATIENT)
+    key = content_key(source)
+    with batch.store() as store:
+        store.add(source, "", key)
+        store.start(key)
+        store.end(key, Outcome(CaseState.DONE))
+    (tmp_path / "scan.nii").write_bytes(reviewer.ask(f"/cases/{key}/scan.nii").body)
+    shown = nib.load(tmp_path / "scan.nii")
+    assert sorted(np.asarray(shown.dataobj).ravel()) == sorted(series.hu.ravel())
+    for index in np.ndindex(shown.shape):
+        distances = np.linalg.norm(series.world() - nib.affines.apply_affine(shown.affine, index), axis=-1)
+        nearest = np.unravel_index(distances.argmin(), distances.shape)
+        assert distances[nearest] < 1e-3
+        assert series.hu[nearest] == shown.dataobj[index]
 
 
 @pytest.mark.parametrize(
