@@ -273,6 +273,7 @@ def _recipe(segmentation: SegmentationSettings) -> str:
             "adapters": [file.sha256 for file in ingredients.adapters],
             "largest_component": segmentation.largest_component,
             "fill_holes": segmentation.fill_holes,
+            "dicom": sorted(set(segmentation.dicom)),
             "transductive": segmentation.transduction is not None,
         },
         sort_keys=True,

@@ -16,11 +16,12 @@ import click
 
 from fseft_edge.batch.records import CaseRecord, CaseState
 from fseft_edge.batch.store import BatchStore, state_path
-from fseft_edge.cli.options import PATH, Common, common_options, talk_options
+from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, talk_options
 from fseft_edge.runtime.errors import SomeCasesFailedError
 
 if TYPE_CHECKING:
     from fseft_edge.batch.settings import StopRequest
+    from fseft_edge.dicom_output import DicomKind
 
 _LIMIT_HELP = "Minutes a case may take."
 _STATE_HELP = "The state file, if it does not lie in OUTBOX; on a local disk."
@@ -69,6 +70,7 @@ def batch() -> None:
 @click.option("--one-by-one", is_flag=True, help="Do not overlap the stages of cases: slower, in less memory.")
 @click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers do the cases: tcp://HOST:8786.")
 @click.option("--state", type=PATH, help=_STATE_HELP)
+@dicom_option
 @common_options
 def run(
     *,
@@ -85,6 +87,7 @@ def run(
     one_by_one: bool,
     scheduler: str | None,
     state: Path | None,
+    dicom: tuple[DicomKind, ...],
     common: Common,
 ) -> None:
     """Segment the scans in INBOX, each exactly once; run again after a crash, it goes on where it was.
@@ -106,6 +109,7 @@ def run(
         adapters,
         encoder,
         preview=True,
+        dicom=dicom,
         cache=common.cache,
         cache_gb=common.cache_gb,
         device=common.device,
