@@ -37,11 +37,6 @@ class SegmentedOrgan:
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         return cls(**{**fields, **lists})
 
-    @classmethod
-    def from_json(cls, written: Mapping[str, Any]) -> Self:
-        """Return what :func:`dataclasses.asdict` and JSON made of one."""
-        return cls(**{**written, "flags": tuple(written["flags"])})
-
 
 @dataclass(frozen=True)
 class SegmentedCase:

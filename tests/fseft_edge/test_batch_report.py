@@ -462,7 +462,7 @@ def test_a_browser_shows_it(batch: Batch, tmp_path: Path) -> None:
     assert "Export it again." in dom
     picture = tmp_path / "screen.png"
     size = ["--window-size=1400,1800", f"--screenshot={picture}"]
-    subprocess.run([*command, *size, page], check=True, capture_output=True, timeout=120)  # noqa: S603 - likewise
+    subprocess.run([*command, *size, page], check=True, capture_output=True, timeout=120)  # noqa: S603 - the same browser and page
     shown = np.asarray(Image.open(picture).convert("L"))
     assert shown.shape == (1800, 1400)
     assert len(np.unique(shown)) > 50
