@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +11,15 @@ from numpy.typing import NDArray
 from fseft_edge.components import bounding_box, components
 from fseft_edge.intensities import HuPercentiles
 
+if TYPE_CHECKING:  # a report needs the limits, and not torch
+    from fseft_edge.adapters import Method
+
 SIZE_MARGIN = 0.3
 LARGEST_COMPONENT_SHARE = 0.9
-LEAST_CONFIDENCE = 0.75
+LEAST_CONFIDENCE: Final[dict[Method, float]] = {"linear": 0.75, "pointwise": 0.84, "spatial": 0.84}
+"""Adapters with a residual path are surer of themselves, also where they are wrong."""
 HU_MARGIN, HU_MARGIN_SHARE = 50, 0.5
-"""The last three were chosen on `support`: docs/segment.md, "How the limits were chosen"."""
+"""These and the least confidence were chosen on `support`: docs/segment.md, "How the limits were chosen"."""
 
 
 def quality_flags(
@@ -23,6 +28,7 @@ def quality_flags(
     support_volumes_ml: Sequence[float],
     *,
     confidence: float | None = None,
+    method: Method = "spatial",
     median_hu: int | None = None,
     support_hu: Sequence[HuPercentiles] = (),
 ) -> tuple[str, ...]:
@@ -33,14 +39,15 @@ def quality_flags(
         volume_ml: its volume.
         support_volumes_ml: the organ's volumes in the support set.
         confidence: mean probability of its voxels; None where it is not known.
+        method: of the adapter that found it.
         median_hu: of its voxels; None likewise.
         support_hu: of the organ in the support set.
 
     Returns:
         Any of ``empty``; ``touches_edge`` (the organ reaches the border of the field of view and may be cut off);
         ``small`` or ``large`` (outside the support set's range, widened by 30 %); ``fragmented`` (the largest
-        26-connected component holds less than 90 % of it); ``low_confidence`` (below 0.75); ``implausible_hu`` (see
-        :func:`has_implausible_hu`).
+        26-connected component holds less than 90 % of it); ``low_confidence`` (below what is usual for the method);
+        ``implausible_hu`` (see :func:`has_implausible_hu`).
     """
     if not mask.any():
         return ("empty",)
@@ -55,7 +62,7 @@ def quality_flags(
             flags.append("large")
     if largest_component_share(mask[box]) < LARGEST_COMPONENT_SHARE:
         flags.append("fragmented")
-    if confidence is not None and confidence < LEAST_CONFIDENCE:
+    if confidence is not None and confidence < LEAST_CONFIDENCE[method]:
         flags.append("low_confidence")
     if median_hu is not None and has_implausible_hu(median_hu, support_hu):
         flags.append("implausible_hu")

@@ -284,8 +284,10 @@ def _measured(
     adapters: Sequence[AdapterFile],
     outcomes: Sequence[OrganOutcome],
 ) -> Iterator[SegmentedOrgan]:
-    organs: list[AdapterOrgan] = [organ for file in adapters for organ in file.description.organs]
-    for label, organ in enumerate(organs, start=1):
+    organs: list[tuple[AdapterFile, AdapterOrgan]] = [
+        (file, organ) for file in adapters for organ in file.description.organs
+    ]
+    for label, (file, organ) in enumerate(organs, start=1):
         mask = labels.array == label
         volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
         hu = hu_percentiles(volume, mask)
@@ -295,6 +297,7 @@ def _measured(
             volume_ml,
             organ.support_volumes_ml,
             confidence=sure,
+            method=file.adapter.settings.method,
             median_hu=hu.median if hu else None,
             support_hu=organ.support_hu,
         )

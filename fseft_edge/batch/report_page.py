@@ -166,7 +166,7 @@ def _organs(organs: Sequence[SegmentedOrgan]) -> str:
         cells = (
             ("ml", "number", _number(organ.volume_ml)),
             ("support set", "range", _against_support(organ)),
-            ("confidence", "number", "–" if organ.confidence is None else f"{organ.confidence:.2f}"),
+            ("confidence", "number", "–" if organ.confidence is None else f"{organ.confidence:.3f}"),
             ("median HU", "number", "–" if organ.median_hu is None else str(organ.median_hu)),
         )
         flags = f'<div class="flags">{_flags(organ.flags)}</div>' if organ.flags else ""

@@ -228,7 +228,9 @@ def test_the_summary_says_what_the_mask_holds(site: Site, tmp_path: Path) -> Non
         assert entry["label"] == label
         assert entry["volume_ml"] == pytest.approx(voxels * voxel_ml, abs=1e-3)
         assert entry["flags"] == list(
-            quality_flags(array == label, voxels * voxel_ml, (1.0, 2.0), confidence=entry["confidence"])
+            quality_flags(
+                array == label, voxels * voxel_ml, (1.0, 2.0), confidence=entry["confidence"], method="linear"
+            )
         )
         assert "large" in entry["flags"]
         assert entry["support_ml"] == [1.0, 2.0]
