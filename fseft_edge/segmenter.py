@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from fseft_edge._version import __version__
 from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
 from fseft_edge.adapters import Adapter
+from fseft_edge.intensities import hu_percentiles
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing, post_process
-from fseft_edge.prediction import segment_encoded
+from fseft_edge.prediction import decide_encoded
 from fseft_edge.quality import quality_flags
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -258,9 +259,9 @@ class Segmenter:
         opened = encoded.opened
         with encoded.resources:
             tuned, outcomes = self._tune(self.adapters, encoded.scan)
-            found = in_smaller_pieces(opened.plan, lambda pieces: segment_encoded(encoded.scan, tuned, pieces))
-        labels = LabelMap(post_process(found, self._treatment), opened.volume.affine)
-        organs = tuple(_measured(labels, self.adapters, outcomes))
+            found = in_smaller_pieces(opened.plan, lambda pieces: decide_encoded(encoded.scan, tuned, pieces))
+        labels = LabelMap(post_process(found.labels, self._treatment), opened.volume.affine)
+        organs = tuple(_measured(opened.volume, labels, found.confidence, self.adapters, outcomes))
         name = scan_name(opened.scan.path)
         case = SegmentedCase(name, output / f"{name}.nii.gz", organs)
         _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
@@ -301,16 +302,41 @@ class Segmenter:
 
 
 def _measured(
-    labels: LabelMap, adapters: Sequence[AdapterFile], outcomes: Sequence[OrganOutcome]
+    volume: Volume,
+    labels: LabelMap,
+    confidence: Sequence[float | None],
+    adapters: Sequence[AdapterFile],
+    outcomes: Sequence[OrganOutcome],
 ) -> Iterator[SegmentedOrgan]:
-    organs: list[AdapterOrgan] = [organ for file in adapters for organ in file.description.organs]
-    for label, organ in enumerate(organs, start=1):
+    organs: list[tuple[AdapterFile, AdapterOrgan]] = [
+        (file, organ) for file in adapters for organ in file.description.organs
+    ]
+    for label, (file, organ) in enumerate(organs, start=1):
         mask = labels.array == label
         volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
-        flags = quality_flags(mask, volume_ml, organ.support_volumes_ml)
+        hu = hu_percentiles(volume, mask)
+        sure = confidence[label - 1] if hu else None  # post-processing may have taken what was found
+        flags = quality_flags(
+            mask,
+            volume_ml,
+            organ.support_volumes_ml,
+            confidence=sure,
+            method=file.adapter.settings.method,
+            median_hu=hu.median if hu else None,
+            support_hu=organ.support_hu,
+        )
         if outcomes:
             flags += outcomes[label - 1].notes
-        yield SegmentedOrgan(organ.name, label, round(volume_ml, 3), flags)
+        known = organ.support_volumes_ml
+        yield SegmentedOrgan(
+            name=organ.name,
+            label=label,
+            volume_ml=round(volume_ml, 3),
+            flags=flags,
+            support_ml=(min(known), max(known)) if known else None,
+            confidence=None if sure is None else round(sure, 4),
+            median_hu=hu.median if hu else None,
+        )
 
 
 def _write_summary(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fseft_edge.dicom_output import DicomKind
 
 _LIMIT_HELP = "Minutes a case may take."
+_IDS_HELP = "Name the files of the inbox too; their names may be patients'."
 _STATE_HELP = "The state file, if it does not lie in OUTBOX; on a local disk."
 
 
@@ -69,6 +70,7 @@ def batch() -> None:
 )
 @click.option("--one-by-one", is_flag=True, help="Do not overlap the stages of cases: slower, in less memory.")
 @click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers do the cases: tcp://HOST:8786.")
+@click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @dicom_option
 @common_options
@@ -86,6 +88,7 @@ def run(
     settle: float,
     one_by_one: bool,
     scheduler: str | None,
+    show_ids: bool,
     state: Path | None,
     dicom: tuple[DicomKind, ...],
     common: Common,
@@ -131,11 +134,12 @@ def run(
         settle=settle,
         pipeline=not one_by_one,
         scheduler=scheduler,
+        show_ids=show_ids,
     )
     stop = StopRequest()
     _listen(stop)
     summary = run_batch(settings, stop)
-    click.echo(f"{summary.done} done, {summary.failed} failed, {summary.waiting} waiting")
+    click.echo(f"{summary.done} done, {summary.failed} failed, {summary.waiting} waiting: {outbox / 'report.html'}")
     if summary.failed:
         raise SomeCasesFailedError(
             f"{summary.failed} cases failed.",
@@ -146,7 +150,7 @@ def run(
 @batch.command()
 @click.argument("outbox", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--show-ids", is_flag=True, help="Name the files too; their names may be patients'.")
+@click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @talk_options
 def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
