@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from fseft_edge.fused_export import export_adapter
     from fseft_edge.organs import OrganLabel
     from fseft_edge.pretraining import pretrain, read_plan
+    from fseft_edge.review.server import open_review
+    from fseft_edge.review.support import ReviewedBatch
     from fseft_edge.segmentation import segment
     from fseft_edge.segmenter import SegmentationSettings
 
@@ -40,6 +42,7 @@ _HOMES = {
     "BatchSettings": "fseft_edge.batch.settings",
     "AdapterSettings": "fseft_edge.adapters",
     "OrganLabel": "fseft_edge.organs",
+    "ReviewedBatch": "fseft_edge.review.support",
     "TrainingSettings": "fseft_edge.adapter_training",
     "adapt": "fseft_edge.adaptation",
     "benchmark": "fseft_edge.benchmarking.runs",
@@ -48,6 +51,7 @@ _HOMES = {
     "evaluate": "fseft_edge.evaluation",
     "export_adapter": "fseft_edge.fused_export",
     "export_encoder": "fseft_edge.export.export",
+    "open_review": "fseft_edge.review.server",
     "pretrain": "fseft_edge.pretraining",
     "read_plan": "fseft_edge.pretraining",
     "run_batch": "fseft_edge.batch.coordinator",
@@ -59,6 +63,7 @@ __all__ = [
     "AdapterSettings",
     "BatchSettings",
     "OrganLabel",
+    "ReviewedBatch",
     "SegmentationSettings",
     "TrainingSettings",
     "__version__",
@@ -69,6 +74,7 @@ __all__ = [
     "evaluate",
     "export_adapter",
     "export_encoder",
+    "open_review",
     "pretrain",
     "read_plan",
     "run_batch",

@@ -18,9 +18,10 @@ from fseft_edge.block_sampling import SupportScan
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.review.support import ReviewedBatch, accepted_annotations
 from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.errors import LabelError, UsageError
 from fseft_edge.runtime.feature_store import open_store
 from fseft_edge.runtime.memory import Budget
 from fseft_edge.runtime.session import open_session
@@ -32,11 +33,12 @@ _LOG = logging.getLogger(__name__)
 
 def adapt(
     encoder: Path,
-    images: Path,
-    labels: Path,
+    images: Path | None,
+    labels: Path | None,
     organs: Sequence[OrganLabel],
     output: Path,
     *,
+    reviewed: ReviewedBatch | None = None,
     settings: AdapterSettings | None = None,
     training: TrainingSettings | None = None,
     choose: bool = False,
@@ -55,17 +57,18 @@ def adapt(
 
     Args:
         encoder: encoder bundle.
-        images: folder of CTs (or one CT), NIfTI.
+        images: folder of CTs (or one CT), NIfTI; None with ``labels`` where ``reviewed`` gives all scans.
         labels: folder of annotations (or one), each with its CT's file name and lattice.
         organs: what to learn, and its label value in the annotations. A scan without an organ's label counts as not
             annotated for that organ.
         output: the adapter file, ``NAME.adapter``.
+        reviewed: a batch whose accepted masks are learned from too, their organs matched by name.
         settings: the kind of adapter; spatial on the pyramid by default.
         training: schedule and seed.
         choose: take the method, and what it reads, that validates best; ``settings`` gives activation and width only.
         validate: leave every scan out once, so that the file says what to expect on new scans; takes as long as the
             training once a scan. Where no organ is annotated in two scans, nothing can be validated.
-        cases: names of the cases to use; None takes all that have an annotation.
+        cases: names of the cases of ``images`` to use; None takes all that have an annotation.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
         device: where to encode and train (see :func:`fseft_edge.runtime.session.open_session`).
@@ -77,7 +80,7 @@ def adapt(
         progress: where to show progress.
 
     Raises:
-        UsageError: ``output`` is a folder.
+        UsageError: ``output`` is a folder, there is nothing to learn from, or no mask of ``reviewed`` was accepted.
         OutOfMemoryError: the budget is too small to encode a scan.
         OutOfSpaceError: ``output`` cannot be written.
         InputError: an image or annotation is not usable.
@@ -88,8 +91,17 @@ def adapt(
     budget = Budget.of(memory_gb, vram_gb)
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
-    pairs = find_pairs(images, labels, cases)
-    annotated = read_annotations(pairs, organs, labels, settings)
+    if images is not None and labels is not None:
+        pairs = find_pairs(images, labels, cases)
+    elif images is None and labels is None and reviewed is not None:
+        pairs = []
+    else:
+        raise UsageError(
+            "There are no annotated scans to learn from.",
+            remedy="Name their folders by --images and --labels, or a reviewed batch by --from-reviewed.",
+        )
+    accepted = accepted_annotations(reviewed, organs, [image for image, _ in pairs]) if reviewed else []
+    annotated = read_annotations(pairs, organs, labels, settings, reviewed=accepted)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fseft_edge.mask_description import organ_labels
 from fseft_edge.metrics import DEFAULT_NSD_TOLERANCE_MM, score_mask, volume_ml
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.atomic import atomic_path
@@ -333,14 +334,7 @@ def _ids_in_prediction(prediction: Path, organs: Mapping[str, int]) -> dict[str,
     description = prediction.with_name(f"{case_name(prediction)}.json")
     if not description.exists():
         return dict(organs)
-    try:
-        entries = json.loads(description.read_text(encoding="utf-8"))["organs"]
-        ids = {str(entry["name"]): int(entry["label"]) for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabelError(
-            f"{description} does not say which label is which organ.",
-            remedy="Segment the case again, or remove the file so that the references' label values are taken.",
-        ) from error
+    ids = organ_labels(description)
     if missing := [name for name in organs if name not in ids]:
         raise LabelError(
             f"{description} names no {' and no '.join(missing)}, only {', '.join(ids) or 'nothing'}.",

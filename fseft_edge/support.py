@@ -19,7 +19,8 @@ from fseft_edge.runtime.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
-from fseft_edge.runtime.nifti import case_name, cases_by_name, read_ct, read_label_map
+from fseft_edge.runtime.nifti import case_name, cases_by_name, read_label_map
+from fseft_edge.runtime.scans import read_scan
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
 
@@ -59,24 +60,41 @@ def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -
 
 
 def read_annotations(
-    pairs: Sequence[tuple[Path, Path]], organs: Sequence[OrganLabel], labels: Path, settings: AdapterSettings
+    pairs: Sequence[tuple[Path, Path]],
+    organs: Sequence[OrganLabel],
+    labels: Path | None,
+    settings: AdapterSettings,
+    *,
+    reviewed: Sequence[tuple[Path, LabelMap]] = (),
 ) -> list[tuple[Path, LabelMap]]:
     """Return each CT with its annotation read, having made sure that there is something to learn from.
+
+    Args:
+        pairs: CTs and annotation files, see :func:`find_pairs`.
+        organs: what is to be learned.
+        labels: the folder of the annotations, for messages; None where there are only reviewed masks.
+        settings: of the adapter.
+        reviewed: CTs with masks of a batch that were accepted; they come last.
 
     Raises:
         UnreadableFileError: an annotation cannot be read.
         LabelError: an organ is annotated in no case; with softmax, no case is annotated for all of them.
     """
-    annotated = [(image, read_label_map(annotation)) for image, annotation in pairs]
+    annotated = [*((image, read_label_map(annotation)) for image, annotation in pairs), *reviewed]
     present = [_labels_in(label_map, organs) for _, label_map in annotated]
     for organ in organs:
+        # By the annotation's name: of a reviewed case it is the pseudonym.
         without = [
-            case_name(image) for (image, _), values in zip(pairs, present, strict=True) if organ.label not in values
+            case_name(label_map.source or image)
+            for (image, label_map), values in zip(annotated, present, strict=True)
+            if organ.label not in values
         ]
-        if len(without) == len(pairs):
+        if len(without) == len(annotated):
             raise LabelError(
-                f"No annotation in {labels} contains the label {organ.label} ({organ.name}).",
-                remedy="Check the number in --organ NAME=ID against the annotation files.",
+                f"No annotation in {labels} contains the label {organ.label} ({organ.name})."
+                if labels
+                else f"No accepted mask holds the organ {organ.name}.",
+                remedy="Check --organ NAME=ID: the number against the annotation files, the name against a batch's.",
             )
         if without:
             _LOG.warning("%s: label %d is missing in %s: not annotated there", organ.name, organ.label, without)
@@ -153,7 +171,7 @@ def load_support(
     support: list[SupportScan] = []
     with (progress or SilentProgress()).task("encode", len(annotated)) as task:
         for image, label_map in annotated:
-            volume = read_ct(image)
+            volume = read_scan(image)
             check_labels_match(volume, label_map)
             encoded = encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget)
             support.append(_support_scan(volume, encoded, label_map, organs))

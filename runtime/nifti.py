@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import itertools
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -107,6 +109,31 @@ def write_ct(path: Path, volume: Volume) -> None:
     header = _header_for(volume, dtype)
     header.set_slope_inter(volume.slope, volume.intercept)
     _write(path, volume.array, header, dtype)
+
+
+def stream_hu(volume: Volume) -> tuple[int, Iterator[bytes]]:
+    """Return a scan as an uncompressed NIfTI file in whole HU (int16): its length in bytes, and its pieces in order.
+
+    One piece of the scan is in memory at a time. What lies beyond the range of int16 becomes its ends.
+    """
+    whole = np.dtype("<i2")
+    header = _header_for(volume, whole)
+    offset = int(header.single_vox_offset)
+    head = header.binaryblock
+    return (
+        offset + whole.itemsize * int(np.prod(volume.shape, dtype=np.int64)),
+        itertools.chain([head + bytes(offset - len(head))], (_whole_hu(piece, volume) for piece in volume.chunks())),
+    )
+
+
+def _whole_hu(stored: NDArray[Any], volume: Volume) -> bytes:
+    whole = np.iinfo(np.int16)
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2 and (volume.slope, volume.intercept) == (1.0, 0.0):
+        hu = stored
+    else:
+        hu = np.rint(stored.astype(np.float64) * volume.slope + volume.intercept)
+    clipped: NDArray[np.int16] = np.clip(hu, whole.min, whole.max).astype("<i2")
+    return clipped.tobytes()
 
 
 def list_cases(path: Path) -> list[Path]:

@@ -39,8 +39,16 @@ def demo(output: Path, quiet: bool) -> None:
 
 @click.command()
 @click.option("--encoder", type=PATH, required=True, help="Encoder bundle, NAME.encoder.")
-@click.option("--images", type=PATH, required=True, help="Folder of annotated CTs (NIfTI).")
-@click.option("--labels", type=PATH, required=True, help="Folder of their annotations, same file names.")
+@click.option("--images", type=PATH, help="Folder of annotated CTs (NIfTI).")
+@click.option("--labels", type=PATH, help="Folder of their annotations, same file names.")
+@click.option(
+    "--from-reviewed",
+    type=PATH,
+    metavar="OUTBOX",
+    help="Learn from the masks of this batch that were accepted, too; or, without --images and --labels, alone.",
+)
+@click.option("--corrected", type=PATH, help="With --from-reviewed, a folder of masks <key>.nii.gz to take instead.")
+@click.option("--state", type=PATH, help="With --from-reviewed, the batch's state, if its run had a --state.")
 @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
 @click.option("-o", "--output", type=PATH, required=True, help="The adapter to write, NAME.adapter.")
 @click.option("--case", "cases", multiple=True, help="Use only this case; may be repeated. Default: all annotated.")
@@ -74,8 +82,11 @@ def demo(output: Path, quiet: bool) -> None:
 def adapt(
     *,
     encoder: Path,
-    images: Path,
-    labels: Path,
+    images: Path | None,
+    labels: Path | None,
+    from_reviewed: Path | None,
+    corrected: Path | None,
+    state: Path | None,
     organs: tuple[str, ...],
     output: Path,
     cases: tuple[str, ...],
@@ -93,7 +104,10 @@ def adapt(
     from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
     from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
     from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
+    from fseft_edge.review.support import ReviewedBatch  # noqa: PLC0415 - likewise
 
+    if from_reviewed is None and (corrected or state):
+        raise UsageError("--corrected and --state serve --from-reviewed.", remedy="Add it, or leave them out.")
     if method == "auto" and not validate:
         raise UsageError("--method auto chooses by validation.", remedy="Leave --no-validate out, or name a method.")
     if method == "auto" and reads:
@@ -107,6 +121,7 @@ def adapt(
             labels,
             wanted,
             output,
+            reviewed=ReviewedBatch(from_reviewed, state, corrected) if from_reviewed else None,
             settings=settings,
             training=TrainingSettings(seed=seed, epochs=epochs),
             choose=method == "auto",

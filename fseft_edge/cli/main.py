@@ -25,6 +25,7 @@ _COMMANDS = {
     "batch": "batch_commands",
     "export-adapter": "commands",
     "evaluate": "commands",
+    "review": "review_commands",
     "pretrain": "commands",
     "doctor": "machine_commands",
     "benchmark": "machine_commands",

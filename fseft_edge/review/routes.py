@@ -1,0 +1,153 @@
+"""What the review's server answers: its own page, the cases of the batch, and decisions on them.
+
+A request's path never becomes a path of the file system: static files come from a table made at the start, and a case
+is looked up in the batch's state by its key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Any, BinaryIO, Final
+
+from fseft_edge.batch.records import CaseRecord, Decision
+from fseft_edge.review.cases import LONGEST_NOTE, ReviewCases, progress_of
+from fseft_edge.runtime.errors import FseftEdgeError, InputError, UsageError
+from fseft_edge.runtime.nifti import stream_hu
+
+LARGEST_BODY: Final = 16 << 10
+"""Bytes of a request: several times a note of the longest length."""
+
+_STATIC: Final = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/review.css": ("review.css", "text/css; charset=utf-8"),
+    "/review.js": ("review.js", "text/javascript; charset=utf-8"),
+    "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
+    "/niivue.umd.js": ("niivue.umd.js", "text/javascript; charset=utf-8"),
+}
+_OF_A_CASE: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/(?P<what>scan\.nii|mask\.nii\.gz|picture\.png)")
+_DECISION: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/decision")
+_BINARY: Final = "application/octet-stream"
+_PIECE_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: its status, what it holds, of which length, and anything else to say in its headers."""
+
+    status: HTTPStatus
+    content_type: str
+    length: int
+    pieces: Iterable[bytes]
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def text_reply(status: HTTPStatus, message: str, *headers: tuple[str, str]) -> Reply:
+    """Return a sentence for a person who sees it in the browser."""
+    body = f"{message}\n".encode("utf-8", "replace")
+    return Reply(status, "text/plain; charset=utf-8", len(body), [body], headers)
+
+
+class Routes:
+    """The answers to requests that may be answered.
+
+    Args:
+        cases: of the batch.
+    """
+
+    def __init__(self, cases: ReviewCases) -> None:
+        self._cases = cases
+        static = files("fseft_edge.review") / "static"
+        self._static = {path: (kind, (static / name).read_bytes()) for path, (name, kind) in _STATIC.items()}
+
+    def get(self, path: str) -> Reply:
+        """Return what lies at a path."""
+        if path in self._static:
+            kind, body = self._static[path]
+            return Reply(HTTPStatus.OK, kind, len(body), [body])
+        if path == "/cases":
+            return self._list()
+        if matched := _OF_A_CASE.fullmatch(path):
+            return self._with_case(matched["key"], lambda case: self._file(case, matched["what"]))
+        return _problem(HTTPStatus.NOT_FOUND, "There is nothing here.")
+
+    def post(self, path: str, body: bytes) -> Reply:
+        """Note a decision."""
+        matched = _DECISION.fullmatch(path)
+        if not matched:
+            return _problem(HTTPStatus.NOT_FOUND, "There is nothing here.")
+        try:
+            given = json.loads(body)
+            decision, note = Decision(given["decision"]), given["note"]
+            if not isinstance(note, str) or set(given) != {"decision", "note"}:
+                raise ValueError("a note is text")
+            note.encode()  # half a surrogate pair is no text either
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return _problem(
+                HTTPStatus.BAD_REQUEST, 'A decision is {"decision": "accepted" or "rejected", "note": text}.'
+            )
+        return self._with_case(matched["key"], lambda case: self._decide(case, decision, note))
+
+    def _with_case(self, key: str, answer: Callable[[CaseRecord], Reply]) -> Reply:
+        try:
+            case = self._cases.case(key)
+        except UsageError:
+            return _problem(HTTPStatus.NOT_FOUND, f"There is no case {key}.")
+        try:
+            return answer(case)
+        except FseftEdgeError as error:
+            kind = HTTPStatus.BAD_REQUEST if isinstance(error, UsageError) else HTTPStatus.INTERNAL_SERVER_ERROR
+            status = HTTPStatus.CONFLICT if isinstance(error, InputError) else kind
+            return _problem(status, self._cases.without_name(str(error), case))
+
+    def _list(self) -> Reply:
+        cases = self._cases.listed()
+        progress = progress_of(cases)
+        return _json(
+            HTTPStatus.OK,
+            {
+                "cases": [self._cases.described(case) for case in cases],
+                "decided": progress.decided,
+                "masks": progress.masks,
+                "longest_note": LONGEST_NOTE,
+            },
+        )
+
+    def _decide(self, case: CaseRecord, decision: Decision, note: str) -> Reply:
+        self._cases.decide(case.key, decision, note)
+        return _json(HTTPStatus.OK, self._cases.described(self._cases.case(case.key)))
+
+    def _file(self, case: CaseRecord, what: str) -> Reply:
+        if what == "scan.nii":
+            length, pieces = stream_hu(self._cases.scan(case))
+            return Reply(HTTPStatus.OK, _BINARY, length, pieces)
+        if what == "picture.png":
+            return _file_reply(self._cases.result(case, ".png"), "image/png")
+        return _file_reply(self._cases.result(case, ".nii.gz"), _BINARY)
+
+
+def _file_reply(file: BinaryIO, content_type: str) -> Reply:
+    length = file.seek(0, 2)
+    file.seek(0)
+    return Reply(HTTPStatus.OK, content_type, length, _pieces(file, length))
+
+
+def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:
+    with contextlib.closing(file):
+        while length > 0 and (piece := file.read(min(length, _PIECE_BYTES))):
+            length -= len(piece)
+            yield piece
+
+
+def _json(status: HTTPStatus, content: dict[str, Any]) -> Reply:
+    body = json.dumps(content, allow_nan=False).encode()
+    return Reply(status, "application/json", len(body), [body])
+
+
+def _problem(status: HTTPStatus, message: str) -> Reply:
+    return _json(status, {"error": message})

@@ -1,0 +1,273 @@
+// The page: which case, what is shown of it, what was decided. Every text goes in by textContent.
+
+import { canDraw, colourOf, Viewer, WINDOWS } from "/viewer.js";
+
+const element = (id) => document.getElementById(id);
+const GROUPS = ["Failed", "Flagged", "Not flagged", "Not done"];
+const FAILURES = ["failed", "set_aside"];
+const DRAWS = canDraw();
+
+let cases = [];
+let current = null; // key
+let seen = null; // key of the case whose mask is on the screen
+let loading = new AbortController();
+let viewer = null;
+let cross = true;
+const notes = new Map(); // written but not yet sent, by key
+
+const caseOf = (key) => cases.find((item) => item.key === key);
+const hasMask = (item) => item?.state === "done";
+
+function make(tag, text, className) {
+  const made = document.createElement(tag);
+  made.textContent = text ?? "";
+  if (className) made.className = className;
+  return made;
+}
+
+async function ask(path, options) {
+  const response = await fetch(path, { cache: "no-store", redirect: "error", ...options });
+  if (response.ok) return response;
+  const type = response.headers.get("Content-Type") ?? "";
+  const said = type.startsWith("application/json") ? (await response.json()).error : (await response.text()).trim();
+  throw new Error(said || `The server answered ${response.status}.`);
+}
+
+async function download(path, signal, onProgress) {
+  const response = await ask(path, { signal });
+  if (!onProgress) return response.arrayBuffer();
+  const bytes = new Uint8Array(Number(response.headers.get("Content-Length")));
+  const reader = response.body.getReader();
+  let at = 0;
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    bytes.set(value, at);
+    at += value.length;
+    onProgress(at / bytes.length);
+  }
+  if (at !== bytes.length) throw new Error("The scan arrived only in part.");
+  return bytes.buffer;
+}
+
+// What is listed
+
+async function refresh() {
+  const listed = await (await ask("/cases")).json();
+  cases = listed.cases;
+  element("progress").textContent = `${listed.decided} of ${listed.masks} decided`;
+  element("note").maxLength = listed.longest_note;
+  showList();
+}
+
+const groupOf = (item) => {
+  if (FAILURES.includes(item.state)) return 0;
+  if (!hasMask(item)) return 3;
+  return item.organs.some(({ flags }) => flags.length) ? 1 : 2;
+};
+
+function showList() {
+  const list = element("cases");
+  const rows = [];
+  let group = -1;
+  for (const item of cases) {
+    if (groupOf(item) !== group) {
+      group = groupOf(item);
+      rows.push(make("li", GROUPS[group], "group"));
+    }
+    const button = make("button", item.key, item.review?.decision);
+    button.type = "button";
+    button.setAttribute("aria-current", String(item.key === current));
+    button.append(make("small", item.review?.decision ?? (hasMask(item) ? "undecided" : item.state.replace("_", " "))));
+    button.addEventListener("click", () => open(item.key));
+    const row = make("li");
+    row.append(button);
+    rows.push(row);
+  }
+  list.replaceChildren(...rows);
+  list.querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
+}
+
+// What is shown of a case
+
+function say(text) {
+  element("message").textContent = text;
+  element("message").hidden = !text;
+}
+
+function showDescription(item) {
+  element("title").textContent = item.key;
+  element("name").textContent = item.name ?? "";
+  element("name").hidden = !item.name;
+  const at = item.review && new Date(item.review.at * 1000).toLocaleString();
+  element("decided").textContent = item.review ? `${item.review.decision} ${at}` : hasMask(item) ? "undecided" : "";
+  element("decision").hidden = !hasMask(item);
+  element("note").value = notes.get(item.key) ?? item.review?.note ?? "";
+  element("organs").replaceChildren(...item.organs.map(organRow));
+}
+
+function organRow(organ) {
+  const row = make("li");
+  const shown = make("input");
+  shown.type = "checkbox";
+  shown.checked = true;
+  shown.disabled = !viewer;
+  shown.title = `show ${organ.name}`;
+  shown.addEventListener("change", () => viewer.setShown(organ.label, shown.checked));
+  const swatch = make("span", "", "swatch");
+  swatch.style.backgroundColor = `rgb(${colourOf(organ.label).join()})`;
+  const name = make("button", organ.name);
+  name.type = "button";
+  name.title = `go to ${organ.name}`;
+  name.disabled = !viewer;
+  name.addEventListener("click", () => viewer.goTo(organ.label));
+  name.append(make("span", ` ${organ.volume_ml.toFixed(1)} ml`, "volume"));
+  row.append(shown, swatch, name);
+  if (organ.flags.length) row.append(make("span", organ.flags.join(", ").replaceAll("_", " "), "flags"));
+  return row;
+}
+
+function allowDecision() {
+  for (const id of ["accept", "reject"]) element(id).disabled = seen !== current || !hasMask(caseOf(current));
+}
+
+async function open(key) {
+  loading.abort();
+  loading = new AbortController();
+  const { signal } = loading;
+  const item = caseOf(key);
+  current = key;
+  seen = null;
+  viewer?.clear();
+  element("picture").hidden = true;
+  element("position").textContent = "";
+  showDescription(item);
+  showList();
+  allowDecision();
+  if (!hasMask(item)) {
+    say([item.reason || `This case is ${item.state.replace("_", " ")}: there is no mask yet.`, item.remedy].join("\n"));
+    return;
+  }
+  try {
+    await (viewer ? showScan(item, signal) : showPicture(item, signal));
+    if (signal.aborted) return;
+    seen = key;
+  } catch (error) {
+    if (signal.aborted) return;
+    say(`${key} cannot be shown. ${error.message}`);
+  }
+  allowDecision();
+}
+
+async function showScan(item, signal) {
+  say("Reading the scan …");
+  const onProgress = (share) => say(`Reading the scan … ${Math.round(100 * share)} %`);
+  const [scan, mask] = await Promise.all([
+    download(`/cases/${item.key}/scan.nii`, signal, onProgress),
+    download(`/cases/${item.key}/mask.nii.gz`, signal),
+  ]);
+  await viewer.show(scan, mask, item.organs, WINDOWS[element("window").value], element("fill").value / 100);
+  say("");
+}
+
+async function showPicture(item, signal) {
+  const why = "This browser has no WebGL2, so the scan cannot be scrolled through. Another browser, or one with hardware"
+    + " acceleration turned on, can.";
+  say(`${why}\nThere is no picture of this case either.`);
+  const picture = element("picture");
+  const response = await ask(`/cases/${item.key}/picture.png`, { signal });
+  await response.blob();
+  picture.src = `/cases/${item.key}/picture.png`;
+  picture.hidden = false;
+  say(`${why}\nBelow is the picture that the batch made.`);
+}
+
+// What is decided
+
+async function decide(decision) {
+  const key = current;
+  if (seen !== key || !hasMask(caseOf(key))) return;
+  const note = element("note").value;
+  try {
+    await ask(`/cases/${key}/decision`, {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ decision, note }),
+    });
+    notes.delete(key);
+    await refresh();
+    if (current === key) {
+      showDescription(caseOf(key));
+      say("");
+    }
+  } catch (error) {
+    say(`The decision on ${key} was not stored. ${error.message}`);
+  }
+}
+
+function step(by) {
+  const at = cases.findIndex(({ key }) => key === current) + by;
+  if (cases[at]) open(cases[at].key);
+}
+
+function toggleOrgans() {
+  const boxes = [...document.querySelectorAll("#organs input")];
+  const show = !boxes.some(({ checked }) => checked);
+  for (const box of boxes) if (box.checked !== show) box.click();
+}
+
+const KEYS = {
+  a: () => decide("accepted"),
+  r: () => decide("rejected"),
+  n: () => step(1),
+  p: () => step(-1),
+  o: () => toggleOrgans(),
+  x: () => viewer?.setCross((cross = !cross)),
+  "+": () => viewer?.zoom(1.25),
+  "-": () => viewer?.zoom(0.8),
+  0: () => viewer?.zoom(0),
+  ArrowUp: (shift) => viewer?.move(0, shift ? 1 : 0, shift ? 0 : 1),
+  ArrowDown: (shift) => viewer?.move(0, shift ? -1 : 0, shift ? 0 : -1),
+  ArrowLeft: (shift) => viewer?.move(shift ? 0 : 1, shift ? -1 : 0, 0),
+  ArrowRight: (shift) => viewer?.move(shift ? 0 : -1, shift ? 1 : 0, 0),
+};
+
+function onKey(event) {
+  if (event.ctrlKey || event.altKey || event.metaKey || event.repeat && !event.key.startsWith("Arrow")) return;
+  if (event.target.matches("textarea, select, input[type=range]")) {
+    if (event.key === "Escape") event.target.blur();
+    return;
+  }
+  const action = KEYS[event.key];
+  if (!action) return;
+  event.preventDefault();
+  event.stopPropagation();
+  action(event.shiftKey);
+}
+
+function showPosition({ slice, hu, organ }) {
+  const [x, y, z] = slice.map((voxel) => Math.round(voxel) + 1);
+  const where = `slice ${z} axial, ${y} coronal, ${x} sagittal · ${Math.round(hu)} HU`;
+  element("position").textContent = organ ? `${where} · ${organ}` : where;
+}
+
+async function start() {
+  if (DRAWS) {
+    viewer = new Viewer(showPosition);
+    await viewer.attach(element("canvas"));
+  }
+  for (const id of ["planes", "window", "fill"]) element(id).disabled = !viewer;
+  element("planes").addEventListener("change", ({ target }) => viewer.setPlanes(target.value));
+  element("window").addEventListener("change", ({ target }) => viewer.setWindow(WINDOWS[target.value]));
+  element("fill").addEventListener("input", ({ target }) => viewer.setFill(target.value / 100));
+  element("accept").addEventListener("click", () => decide("accepted"));
+  element("reject").addEventListener("click", () => decide("rejected"));
+  element("note").addEventListener("input", ({ target }) => notes.set(current, target.value));
+  document.addEventListener("keydown", onKey, { capture: true });
+  await refresh();
+  window.addEventListener("focus", () => refresh().catch((error) => say(error.message)));
+  if (cases.length) await open(cases[0].key);
+  else say("There are no cases in this batch yet.");
+}
+
+start().catch((error) => say(error.message));

@@ -1,0 +1,120 @@
+"""A batch that has run: scans in an inbox, masks in an outbox, and the state of both."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from numpy.typing import NDArray
+from PIL import Image
+
+from doubles.encoder import label_of, scan
+from fseft_edge.batch.inbox import content_key
+from fseft_edge.batch.records import CaseState, Decision
+from fseft_edge.batch.store import BatchStore, Outcome, StageSeconds, state_path
+from fseft_edge.runtime.nifti import write_ct, write_label_map
+from fseft_edge.runtime.volume import LabelMap, Volume
+from fseft_edge.segmented_case import SegmentedOrgan
+
+PATIENT = "Mustermann_Erika"
+"""Part of the name of every scan."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where it lies, and the keys of its cases in the order in which they were found."""
+
+    root: Path
+    keys: list[str]
+
+    @property
+    def outbox(self) -> Path:
+        return self.root / "outbox"
+
+    def mask(self, key: str, suffix: str = ".nii.gz") -> Path:
+        return self.outbox / key / f"{key}{suffix}"
+
+    def store(self) -> BatchStore:
+        return BatchStore(state_path(self.outbox))
+
+    def source(self, key: str) -> Path:
+        with self.store() as store:
+            return store.case(key).source
+
+    def decide(self, key: str, decision: Decision, note: str = "") -> None:
+        with self.store() as store:
+            store.review(key, decision, note)
+
+
+def run_batch(
+    root: Path,
+    seeds: tuple[int, ...] = (1, 2),
+    *,
+    organs: tuple[str, ...] = ("spleen", "liver"),
+    flagged: int = 1,
+    axes: str = "RAS",
+) -> Batch:
+    """Leave what a batch leaves of phantoms whose organs it found exactly; their labels are 1..K in the order given.
+
+    Args:
+        root: folder of inbox and outbox.
+        seeds: the patients.
+        organs: what was segmented.
+        flagged: how many of the last cases carry a flag at each organ.
+        axes: how the scans are stored.
+    """
+    batch = Batch(root, [])
+    with BatchStore(state_path(batch.outbox), create=True) as store:
+        for number, seed in enumerate(seeds):
+            source = root / "inbox" / f"{PATIENT}_{seed}.nii.gz"
+            patient = scan(seed)
+            hu, affine = _stored(np.asarray(patient.volume.array), patient.volume.affine, axes)
+            write_ct(source, Volume(hu, affine, patient.volume.slope, patient.volume.intercept))
+            key = content_key(source)
+            store.add(source, "", key)
+            store.start(key)
+            labels = np.zeros(patient.labels.shape, np.uint8)
+            found = []
+            for label, organ in enumerate(organs, start=1):
+                here = patient.labels.array == label_of(organ)
+                labels[here] = label
+                volume = round(float(here.sum()) * patient.labels.voxel_volume_mm3 / 1000, 3)
+                found.append(SegmentedOrgan(organ, label, volume, ("small",) if number >= len(seeds) - flagged else ()))
+            write_label_map(batch.mask(key), LabelMap(*_stored(labels, patient.labels.affine, axes)))
+            entries = [{"name": organ.name, "label": organ.label} for organ in found]
+            batch.mask(key, ".json").write_text(json.dumps({"schema_version": 1, "case": key, "organs": entries}))
+            Image.new("RGB", (60, 20), (255, 150, 0)).save(batch.mask(key, ".png"))
+            store.end(key, Outcome(CaseState.DONE, tuple(found), StageSeconds(1.0, 2.0, 3.0)))
+            batch.keys.append(key)
+    return batch
+
+
+def _stored(array: NDArray[Any], affine: NDArray[np.float64], axes: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    change = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
+    return apply_orientation(array, change), affine @ inv_ornt_aff(change, array.shape)
+
+
+def add_failure(batch: Batch, name: str = f"{PATIENT}_failed.nii.gz") -> str:
+    """Add a case that failed; return its key."""
+    source = batch.root / "inbox" / name
+    shutil.copy(Path(__file__), source)
+    key = content_key(source)
+    with batch.store() as store:
+        store.add(source, "", key)
+        store.start(key)
+        store.end(
+            key,
+            Outcome(
+                CaseState.FAILED,
+                problem="UnreadableFileError",
+                reason=f"{source} is not a NIfTI file.",
+                remedy="Convert it.",
+            ),
+        )
+    batch.keys.append(key)
+    return key
