@@ -172,6 +172,7 @@ def describe(
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
+    hu = [tuple(look for scan in support if (look := scan.hu[k])) for k in range(len(organs))]
     description = AdapterDescription(
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
@@ -184,8 +185,9 @@ def describe(
                 support_volumes_ml=volume,
                 left_out_dsc=tuple(round(score, 4) for score in scores),
                 post_processing=treatment,
+                support_hu=looks,
             )
-            for organ, volume, scores, treatment in zip(organs, volumes, left_out, treatments, strict=True)
+            for organ, volume, looks, scores, treatment in zip(organs, volumes, hu, left_out, treatments, strict=True)
         ),
         shots=len(support),
         seed=seed,

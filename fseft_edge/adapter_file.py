@@ -7,15 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.intensities import HuPercentiles
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import sha256_of_file, sha256_of_weights
@@ -35,6 +36,8 @@ class AdapterOrgan(BaseModel):
         left_out_dsc: DSC on every support scan that annotates it, of an adapter made from the others: what to expect on
             a new scan. Empty where nothing was validated.
         post_processing: of its masks, unless the user of the adapter wants it otherwise; included in ``left_out_dsc``.
+        support_hu: what it looks like in every support scan that annotates it. Empty in adapters made before this was
+            kept, and then not written, so that they keep their checksum.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +47,14 @@ class AdapterOrgan(BaseModel):
     support_volumes_ml: tuple[float, ...]
     left_out_dsc: tuple[float, ...] = ()
     post_processing: PostProcessing = PostProcessing()
+    support_hu: tuple[HuPercentiles, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_known(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if not self.support_hu:
+            del fields["support_hu"]
+        return fields
 
 
 class AdapterDescription(BaseModel):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box, read_block, stack_blocks
+from fseft_edge.intensities import HuPercentiles
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.runtime.feature_map import FeatureMap
 from fseft_edge.runtime.grid import Grid
@@ -32,6 +33,7 @@ class SupportScan:
         volumes_mm3: volume of each organ on the source lattice, 0 where not annotated.
         grid: the scan's grid; None where nobody validates on the scan.
         reference: its annotation on its own lattice, and the label value of each organ; likewise.
+        hu: of each organ, None where not annotated; empty where nobody asks for them.
     """
 
     features: FeatureMap
@@ -41,6 +43,7 @@ class SupportScan:
     volumes_mm3: tuple[float, ...]
     grid: Grid | None = None
     reference: tuple[LabelMap, tuple[int, ...]] | None = None
+    hu: tuple[HuPercentiles | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,14 @@ from fseft_edge.adapters import Adapter
 
 # Below one half by more than what rounding adds where values near it are interpolated.
 _NOT_DECISIVE = 0.5 - 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """Labels of a piece of a scan, and the probability of each voxel's label, 0 in the background."""
+
+    labels: NDArray[np.uint8] | NDArray[np.uint16]
+    probabilities: NDArray[np.float32]
 
 
 def least_decisive(adapters: Sequence[Adapter]) -> float:
@@ -23,7 +32,7 @@ def least_decisive(adapters: Sequence[Adapter]) -> float:
 
 def decide(
     probabilities: NDArray[np.float32], adapters: Sequence[Adapter], dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
-) -> NDArray[np.uint8] | NDArray[np.uint16]:
+) -> Decided:
     """Give every voxel to its most probable organ: above 1/2 (sigmoid), or above the background (softmax)."""
     labels = np.zeros(probabilities.shape[1:], dtype)
     best = np.zeros(probabilities.shape[1:], np.float32)
@@ -42,4 +51,4 @@ def decide(
             wins = (here > threshold) & (here > best)
             labels[wins] = label
             best[wins] = here[wins]
-    return labels
+    return Decided(labels, best)

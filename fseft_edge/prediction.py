@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,22 +11,44 @@ from numpy.typing import NDArray
 
 from fseft_edge.adapters import Adapter
 from fseft_edge.blocks import Box, read_block, tiles
+from fseft_edge.confidence import ConfidenceTally
 from fseft_edge.decision import decide, least_decisive
 from fseft_edge.runtime.encoding import EncodedScan
 from fseft_edge.segmentation_plan import AMPLE, SegmentationPlan
+
+
+@dataclass(frozen=True, eq=False)
+class DecidedScan:
+    """A scan whose every voxel is decided.
+
+    Attributes:
+        labels: ``[X, Y, Z]`` on the scan's own lattice, 1..K in the adapters' order.
+        confidence: of each organ, the mean probability of its voxels; None of one that has none.
+    """
+
+    labels: NDArray[np.uint8] | NDArray[np.uint16]
+    confidence: tuple[float | None, ...]
 
 
 def segment_encoded(
     encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
+    return decide_encoded(encoded, adapters, plan).labels
+
+
+def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE) -> DecidedScan:
+    """Return the same label map, and how sure the adapters are of each organ."""
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
     labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
+    tally = ConfidenceTally(organs)
     for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan), least_decisive(adapters)):
         where = [slice(None)] * 3
         where[piece.axis] = slice(piece.start, piece.stop)
-        labels[tuple(where)] = decide(piece.probabilities, adapters, labels.dtype)
-    return labels
+        decided = decide(piece.probabilities, adapters, labels.dtype)
+        labels[tuple(where)] = decided.labels
+        tally.add(decided.labels, decided.probabilities)
+    return DecidedScan(labels, tally.means())
 
 
 def predict_sections(

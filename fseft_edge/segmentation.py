@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fseft_edge.overlap import overlapped
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -14,10 +14,13 @@ from fseft_edge.runtime.bundle import Precision
 from fseft_edge.runtime.errors import FseftEdgeError, SomeCasesFailedError
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE
 from fseft_edge.runtime.scans import scan_name
-from fseft_edge.segmentation_inputs import cases_of, check_output
+from fseft_edge.segmentation_inputs import cases_of, check_dicom, check_output
 from fseft_edge.segmented_case import SegmentedCase
 from fseft_edge.segmenter import SegmentationSettings, Segmenter, open_segmenter
 from fseft_edge.transduction import TransductionPlan
+
+if TYPE_CHECKING:
+    from fseft_edge.dicom_output import DicomKind
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ def segment(
     largest_component: bool | None = None,
     fill_holes: bool | None = None,
     preview: bool = False,
+    dicom: Sequence[DicomKind] = (),
     cache: Path | None = None,
     cache_gb: float | None = None,
     device: str = "auto",
@@ -57,6 +61,8 @@ def segment(
             to help (see :mod:`fseft_edge.validation`).
         fill_holes: fill what an organ encloses on all sides; None likewise.
         preview: also write ``output/<case>.png``, three planes with the organs outlined.
+        dicom: also write the masks as DICOM: ``seg`` (Segmentation), ``rtstruct`` (RT Structure Set) or both. All scans
+            have to be DICOM.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
         device: where to compute (see :func:`fseft_edge.runtime.session.open_session`).
@@ -84,6 +90,7 @@ def segment(
         largest_component,
         fill_holes,
         preview,
+        tuple(dicom),
         cache,
         cache_gb,
         device,
@@ -94,6 +101,8 @@ def segment(
     )
     paths = cases_of(scans, series)
     check_output(output, paths)
+    if dicom:
+        check_dicom(paths)
     done: list[SegmentedCase] = []
     failed: list[str] = []
     with open_segmenter(settings, progress) as segmenter, progress.task("segment", len(paths)) as task:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fseft_edge.adapter_file import AdapterFile
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import EncoderBundleError, InputError, UsageError
-from fseft_edge.runtime.scans import list_scans, scan_name
+from fseft_edge.runtime.scans import is_nifti, list_scans, scan_name
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,3 +80,13 @@ def check_output(output: Path, scans: Sequence[Path]) -> None:
                 f"{output} holds the scans: masks would overwrite what lies there, or be taken for scans.",
                 remedy="Write to another folder.",
             )
+
+
+def check_dicom(scans: Sequence[Path]) -> None:
+    """Raise :class:`UsageError` if a scan is no DICOM series, which its mask as DICOM would have to refer to."""
+    plain = [scan for scan in scans if is_nifti(scan)]
+    if plain:
+        raise UsageError(
+            f"{plain[0]} is NIfTI, and a mask as DICOM belongs to a DICOM series.",
+            remedy="Leave --dicom out, or give the series itself.",
+        )

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fseft_edge._version import __version__
 from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
 from fseft_edge.adapters import Adapter
+from fseft_edge.intensities import hu_percentiles
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing, post_process
-from fseft_edge.prediction import segment_encoded
+from fseft_edge.prediction import decide_encoded
 from fseft_edge.quality import quality_flags
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -28,7 +29,7 @@ from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.memory import Budget
 from fseft_edge.runtime.nifti import write_label_map
-from fseft_edge.runtime.scans import read_scan, scan_name
+from fseft_edge.runtime.scans import Scan, find_scan, scan_name
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import LabelMap, Volume
 from fseft_edge.segmentation_inputs import check_organs, find_encoder
@@ -36,6 +37,10 @@ from fseft_edge.segmentation_plan import SegmentationPlan, in_smaller_pieces, pl
 from fseft_edge.segmented_case import SegmentedCase, SegmentedOrgan
 from fseft_edge.support import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.transduction import OrganOutcome, TransductionPlan, support_of, tuned_adapters
+
+if TYPE_CHECKING:
+    from fseft_edge.dicom_output import DicomKind
+    from fseft_edge.runtime.dicom import DicomSeries
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class SegmentationSettings:
             to help (see :mod:`fseft_edge.validation`).
         fill_holes: fill what an organ encloses on all sides; None likewise.
         preview: also write a picture of three planes with the organs outlined.
+        dicom: objects to write beside the mask of a DICOM series: ``seg``, ``rtstruct`` or both.
         cache: folder in which feature maps are kept; None keeps none.
         cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
         device: where to compute (see :func:`fseft_edge.runtime.session.open_session`).
@@ -70,6 +76,7 @@ class SegmentationSettings:
     largest_component: bool | None = None
     fill_holes: bool | None = None
     preview: bool = False
+    dicom: tuple[DicomKind, ...] = ()
     cache: Path | None = None
     cache_gb: float | None = None
     device: str = "auto"
@@ -109,7 +116,7 @@ class Ingredients:
 class OpenedCase:
     """A scan that was read, and how it will be turned into a mask."""
 
-    path: Path
+    scan: Scan
     volume: Volume
     grid: Grid
     plan: SegmentationPlan
@@ -216,7 +223,8 @@ class Segmenter:
 
     def open(self, path: Path) -> OpenedCase:
         """Read a scan and plan its way to a mask."""
-        volume = read_scan(path, self.settings.series)
+        scan = find_scan(path, self.settings.series)
+        volume = scan.read()
         grid = Grid.of(volume, self.bundle.preprocessing)
         # Before the long work, not after it.
         held = held_after_encoding(self.bundle, self.session)
@@ -230,7 +238,7 @@ class Segmenter:
                 if also_refused.least > refused.least:  # what is said to be enough has to be enough for both
                     raise also_refused from None
             raise
-        return OpenedCase(path, volume, grid, plan)
+        return OpenedCase(scan, volume, grid, plan)
 
     def encode(self, opened: OpenedCase) -> EncodedCase:
         """Return the scan with its features, from the cache if they are there."""
@@ -251,17 +259,34 @@ class Segmenter:
         opened = encoded.opened
         with encoded.resources:
             tuned, outcomes = self._tune(self.adapters, encoded.scan)
-            found = in_smaller_pieces(opened.plan, lambda pieces: segment_encoded(encoded.scan, tuned, pieces))
-        labels = LabelMap(post_process(found, self._treatment), opened.volume.affine)
-        organs = tuple(_measured(labels, self.adapters, outcomes))
-        name = scan_name(opened.path)
+            found = in_smaller_pieces(opened.plan, lambda pieces: decide_encoded(encoded.scan, tuned, pieces))
+        labels = LabelMap(post_process(found.labels, self._treatment), opened.volume.affine)
+        organs = tuple(_measured(opened.volume, labels, found.confidence, self.adapters, outcomes))
+        name = scan_name(opened.scan.path)
         case = SegmentedCase(name, output / f"{name}.nii.gz", organs)
         _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
         if self.settings.preview:
             masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
             three_plane_picture(opened.volume, masks, output / f"{name}.png")
+        if self.settings.dicom and opened.scan.series is not None:
+            self._write_dicom(case, labels, opened.scan.series)
         write_label_map(case.mask, labels)
         return case
+
+    def _write_dicom(self, case: SegmentedCase, labels: LabelMap, series: DicomSeries) -> None:
+        from fseft_edge.dicom_output import SegmentationAlgorithm, write_dicom_results  # noqa: PLC0415 - only for this
+
+        write_dicom_results(
+            case.mask.parent,
+            case.case,
+            self.settings.dicom,
+            labels=labels,
+            organs=case.organs,
+            source=series.headers(),
+            algorithm=SegmentationAlgorithm.of(
+                self.bundle.encoder_id, self.adapters, transductive=self.settings.transduction is not None
+            ),
+        )
 
     @property
     def _treatment(self) -> list[PostProcessing]:
@@ -277,16 +302,41 @@ class Segmenter:
 
 
 def _measured(
-    labels: LabelMap, adapters: Sequence[AdapterFile], outcomes: Sequence[OrganOutcome]
+    volume: Volume,
+    labels: LabelMap,
+    confidence: Sequence[float | None],
+    adapters: Sequence[AdapterFile],
+    outcomes: Sequence[OrganOutcome],
 ) -> Iterator[SegmentedOrgan]:
-    organs: list[AdapterOrgan] = [organ for file in adapters for organ in file.description.organs]
-    for label, organ in enumerate(organs, start=1):
+    organs: list[tuple[AdapterFile, AdapterOrgan]] = [
+        (file, organ) for file in adapters for organ in file.description.organs
+    ]
+    for label, (file, organ) in enumerate(organs, start=1):
         mask = labels.array == label
         volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
-        flags = quality_flags(mask, volume_ml, organ.support_volumes_ml)
+        hu = hu_percentiles(volume, mask)
+        sure = confidence[label - 1] if hu else None  # post-processing may have taken what was found
+        flags = quality_flags(
+            mask,
+            volume_ml,
+            organ.support_volumes_ml,
+            confidence=sure,
+            method=file.adapter.settings.method,
+            median_hu=hu.median if hu else None,
+            support_hu=organ.support_hu,
+        )
         if outcomes:
             flags += outcomes[label - 1].notes
-        yield SegmentedOrgan(organ.name, label, round(volume_ml, 3), flags)
+        known = organ.support_volumes_ml
+        yield SegmentedOrgan(
+            name=organ.name,
+            label=label,
+            volume_ml=round(volume_ml, 3),
+            flags=flags,
+            support_ml=(min(known), max(known)) if known else None,
+            confidence=None if sure is None else round(sure, 4),
+            median_hu=hu.median if hu else None,
+        )
 
 
 def _write_summary(

@@ -10,6 +10,7 @@ import numpy as np
 
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.block_sampling import SupportScan
+from fseft_edge.intensities import hu_percentiles
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -21,7 +22,7 @@ from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.nifti import case_name, cases_by_name, read_label_map
 from fseft_edge.runtime.scans import read_scan
 from fseft_edge.runtime.session import EncoderSession
-from fseft_edge.runtime.volume import LabelMap, check_labels_match
+from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
 
 _LOG = logging.getLogger(__name__)
 
@@ -173,12 +174,12 @@ def load_support(
             volume = read_scan(image)
             check_labels_match(volume, label_map)
             encoded = encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget)
-            support.append(_support_scan(encoded, label_map, organs))
+            support.append(_support_scan(volume, encoded, label_map, organs))
             task.advance(1)
     return support
 
 
-def _support_scan(encoded: EncodedScan, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportScan:
+def _support_scan(volume: Volume, encoded: EncodedScan, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportScan:
     """Return an annotated scan on the grid."""
     values = [organ.label for organ in organs]
     voxels = [int((labels.array == value).sum()) for value in values]
@@ -190,4 +191,5 @@ def _support_scan(encoded: EncodedScan, labels: LabelMap, organs: Sequence[Organ
         volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
         grid=encoded.grid,
         reference=(labels, tuple(values)),
+        hu=tuple(hu_percentiles(volume, labels.array == value) for value in values),
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fseft_edge.runtime.errors import UnreadableFileError, UsageError
 from fseft_edge.runtime.nifti import SUFFIXES, case_name, list_cases, read_ct
 from fseft_edge.runtime.volume import Volume
+
+if TYPE_CHECKING:
+    from fseft_edge.runtime.dicom import DicomSeries
 
 _DICOM_SUFFIXES = (".zip", ".dcm")
 
@@ -29,13 +34,39 @@ def read_scan(path: Path, series: str | None = None) -> Volume:
             :func:`fseft_edge.runtime.dicom.find_series`, ``choose_series`` and ``read_series``).
         OutOfSpaceError: no room to unpack it.
     """
+    return find_scan(path, series).read()
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A scan that was found and not read yet; ``series`` is None where it is NIfTI."""
+
+    path: Path
+    series: DicomSeries | None
+
+    def read(self) -> Volume:
+        """Read it.
+
+        Raises:
+            InputError: see :func:`read_scan`.
+            OutOfSpaceError: no room to unpack it.
+        """
+        if self.series is None:
+            return read_ct(self.path)
+        from fseft_edge.runtime.dicom import read_series  # noqa: PLC0415 - brings in pydicom, which NIfTI does not need
+
+        return read_series(self.series)
+
+
+def find_scan(path: Path, series: str | None = None) -> Scan:
+    """Return the scan that a path stands for, and of DICOM the series; arguments and errors as in :func:`read_scan`."""
     if is_nifti(path):
         if series is not None:
             raise UsageError(f"{path} is NIfTI and holds no series.", remedy="Leave --series out.")
-        return read_ct(path)
-    from fseft_edge.runtime import dicom  # noqa: PLC0415 - brings in pydicom, which NIfTI does not need
+        return Scan(path, None)
+    from fseft_edge.runtime import dicom  # noqa: PLC0415 - likewise
 
-    return dicom.read_series(dicom.choose_series(dicom.find_series(path), series))
+    return Scan(path, dicom.choose_series(dicom.find_series(path), series))
 
 
 def list_scans(path: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from fseft_edge.batch.outbox import (
     scratch_folder,
 )
 from fseft_edge.batch.records import CaseRecord, CaseState, Outcome
+from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.store import BatchStore
 from fseft_edge.batch.worker import WorkerSettings
@@ -35,6 +36,7 @@ from fseft_edge.segmenter import SegmentationSettings, read_ingredients
 _LOG = logging.getLogger(__name__)
 
 POLL: Final = 1.0  # seconds between two looks at what workers say
+_REPORT: Final = 60.0  # seconds between two reports while cases are done
 _LOOK: Final = 5.0  # seconds between two looks into the inbox
 
 
@@ -115,6 +117,8 @@ class _Run:
         self._done = self._failed = 0
         self._trouble: OutOfSpaceError | None = None
         self._crew: Crew | None = None
+        self._changed = True
+        self._reported = float("-inf")
 
     def run(self) -> BatchSummary:
         looked = float("-inf")
@@ -133,14 +137,27 @@ class _Run:
                     continue
                 for event in self._crew.events(POLL):
                     self._note(event)
+                self._report(at_most_every=_REPORT)
         finally:
             if self._crew is not None:
                 for key in self._crew.close(now=self._stop.now or self._crew.in_hand > 0):
                     self._store.put_back(key)
         if self._trouble is not None:
             raise self._trouble
+        self._report()
         waiting = sum(case.state == CaseState.WAITING for case in self._store.cases())
         return BatchSummary(self._done, self._failed, waiting)
+
+    def _report(self, *, at_most_every: float = 0.0) -> None:
+        """Write the report; one that cannot be written costs no case."""
+        if not self._changed or time.monotonic() - self._reported < at_most_every:
+            return
+        try:
+            write_report(self._settings.outbox, self._store, show_ids=self._settings.show_ids)
+            self._changed = False
+        except FseftEdgeError as error:
+            _LOG.warning("the report was not written: %s", error)
+        self._reported = time.monotonic()
 
     @property
     def _ending(self) -> bool:
@@ -171,6 +188,7 @@ class _Run:
         outcome = read_record(self._settings.outbox / key, self._recipe)
         if outcome is not None:  # done in a run whose state is lost, or just before the machine went down
             self._store.end(key, outcome)
+            self._changed = True
 
     def _hand_over(self) -> None:
         for alone in (True, False):
@@ -231,6 +249,7 @@ class _Run:
 
     def _end(self, key: str, outcome: Outcome) -> None:
         self._store.end(key, outcome)
+        self._changed = True
         if outcome.state == CaseState.DONE:
             self._done += 1
             _LOG.info("%s is done", key)
@@ -273,6 +292,7 @@ def _recipe(segmentation: SegmentationSettings) -> str:
             "adapters": [file.sha256 for file in ingredients.adapters],
             "largest_component": segmentation.largest_component,
             "fill_holes": segmentation.fill_holes,
+            "dicom": sorted(set(segmentation.dicom)),
             "transductive": segmentation.transduction is not None,
         },
         sort_keys=True,

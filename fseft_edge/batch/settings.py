@@ -26,6 +26,7 @@ class BatchSettings:
         attempts: how often a case may crash its worker, or take too long, before it is set aside.
         settle: seconds for which a scan's files must not have changed.
         pipeline: read the next case and finish the last while one is encoded.
+        show_ids: name the files of the inbox in the report, which may be patients' names.
         scheduler: address of a Dask scheduler whose workers do the cases, instead of processes on this machine.
     """
 
@@ -41,6 +42,7 @@ class BatchSettings:
     settle: float = 10.0
     pipeline: bool = True
     scheduler: str | None = None
+    show_ids: bool = False
 
     def absolute(self) -> BatchSettings:
         """Return the same with absolute paths, which mean the same to workers, and to a run from another folder."""

@@ -16,13 +16,15 @@ import click
 
 from fseft_edge.batch.records import CaseRecord, CaseState
 from fseft_edge.batch.store import BatchStore, state_path
-from fseft_edge.cli.options import PATH, Common, common_options, talk_options
+from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, talk_options
 from fseft_edge.runtime.errors import SomeCasesFailedError
 
 if TYPE_CHECKING:
     from fseft_edge.batch.settings import StopRequest
+    from fseft_edge.dicom_output import DicomKind
 
 _LIMIT_HELP = "Minutes a case may take."
+_IDS_HELP = "Name the files of the inbox too; their names may be patients'."
 _STATE_HELP = "The state file, if it does not lie in OUTBOX; on a local disk."
 
 
@@ -68,7 +70,9 @@ def batch() -> None:
 )
 @click.option("--one-by-one", is_flag=True, help="Do not overlap the stages of cases: slower, in less memory.")
 @click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers do the cases: tcp://HOST:8786.")
+@click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
+@dicom_option
 @common_options
 def run(
     *,
@@ -84,7 +88,9 @@ def run(
     settle: float,
     one_by_one: bool,
     scheduler: str | None,
+    show_ids: bool,
     state: Path | None,
+    dicom: tuple[DicomKind, ...],
     common: Common,
 ) -> None:
     """Segment the scans in INBOX, each exactly once; run again after a crash, it goes on where it was.
@@ -106,6 +112,7 @@ def run(
         adapters,
         encoder,
         preview=True,
+        dicom=dicom,
         cache=common.cache,
         cache_gb=common.cache_gb,
         device=common.device,
@@ -127,11 +134,12 @@ def run(
         settle=settle,
         pipeline=not one_by_one,
         scheduler=scheduler,
+        show_ids=show_ids,
     )
     stop = StopRequest()
     _listen(stop)
     summary = run_batch(settings, stop)
-    click.echo(f"{summary.done} done, {summary.failed} failed, {summary.waiting} waiting")
+    click.echo(f"{summary.done} done, {summary.failed} failed, {summary.waiting} waiting: {outbox / 'report.html'}")
     if summary.failed:
         raise SomeCasesFailedError(
             f"{summary.failed} cases failed.",
@@ -142,7 +150,7 @@ def run(
 @batch.command()
 @click.argument("outbox", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--show-ids", is_flag=True, help="Name the files too; their names may be patients'.")
+@click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @talk_options
 def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature

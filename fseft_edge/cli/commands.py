@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from fseft_edge.cli.options import PATH, Common, common_options, talk_options
+from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, talk_options
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.organs import parse_organs
 from fseft_edge.report.progress import open_progress
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
 
 if TYPE_CHECKING:
+    from fseft_edge.dicom_output import DicomKind
     from fseft_edge.segmented_case import SegmentedCase
     from fseft_edge.transduction import TransductionPlan
 
@@ -191,6 +192,7 @@ def adapt(
     "--fill-holes/--keep-holes", default=None, help="Fill the holes of each organ, or not.  [default: likewise]"
 )
 @click.option("--preview", is_flag=True, help="Write a picture of each mask, <case>.png.")
+@dicom_option
 @click.option("--json", "as_json", is_flag=True, help="Print volumes and flags as JSON.")
 @common_options
 def segment(
@@ -208,6 +210,7 @@ def segment(
     largest_component: bool | None,
     fill_holes: bool | None,
     preview: bool,
+    dicom: tuple[DicomKind, ...],
     as_json: bool,
     common: Common,
 ) -> None:
@@ -232,6 +235,7 @@ def segment(
                 largest_component=largest_component,
                 fill_holes=fill_holes,
                 preview=preview,
+                dicom=dicom,
                 cache=common.cache,
                 cache_gb=common.cache_gb,
                 device=common.device,

@@ -99,3 +99,20 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         command(common=Common(device, backend, precision, cache, cache_gb, memory, vram, quiet), **options)
 
     return wrapped
+
+
+def dicom_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--dicom``; the command receives ``dicom``, the kinds of objects to write."""
+
+    @click.option(
+        "--dicom",
+        "dicom",
+        type=click.Choice(["seg", "rtstruct"]),
+        multiple=True,
+        help="Also write the mask of a DICOM series as Segmentation or RT Structure Set; may be repeated.",
+    )
+    @functools.wraps(command)
+    def wrapped(**options: object) -> None:
+        command(**options)
+
+    return wrapped

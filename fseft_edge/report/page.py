@@ -125,9 +125,19 @@ def write_page(path: Path, title: str, sections: Sequence[Section], *, summary: 
         body.append(f"<section>\n<h2>{escape(section.heading)}</h2>")
         body += [_block(block) for block in section.blocks]
         body.append("</section>")
-    html = _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body), version=escape(__version__))
     with atomic_path(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+        temporary.write_text(page_around("\n".join(body), title), encoding="utf-8")
+
+
+def page_around(body: str, title: str, *, style: str = "") -> str:
+    """Return a whole page around a body that is HTML already; the title is escaped here.
+
+    Args:
+        body: what stands between the top of the page and its footer.
+        title: of the browser's tab.
+        style: CSS beside that of every page, whose colours follow the reader's light or dark setting.
+    """
+    return _PAGE.format(title=escape(title), style=_STYLE + style, body=body, version=escape(__version__))
 
 
 def _block(block: Paragraph | Table | Picture) -> str:

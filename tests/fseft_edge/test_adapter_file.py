@@ -22,8 +22,10 @@ from fseft_edge.adapter_file import (
 )
 from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.blocks import Box, read_block
+from fseft_edge.intensities import HuPercentiles
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.runtime import atomic
+from fseft_edge.runtime.bundle import sha256_of_weights
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.networks.base import FeatureLevel
 
@@ -123,6 +125,56 @@ def test_the_file_is_plain_safetensors_with_its_description_as_json(tmp_path: Pa
     assert load_file(path).keys() == made().adapter.state_dict().keys()
 
 
+def test_hu_of_the_support_set_come_back(tmp_path: Path) -> None:
+    file = made()
+    liver, spleen = file.description.organs
+    liver = liver.model_copy(update={"support_hu": (HuPercentiles(-20, 104, 180), HuPercentiles(0, 60, 121))})
+    description = file.description.model_copy(update={"organs": (liver, spleen)})
+    write_adapter(tmp_path / "a", AdapterFile(description, file.adapter))
+    assert read_adapter(tmp_path / "a").description.organs == (liver, spleen)
+    header = (tmp_path / "a").read_bytes()
+    assert rb"\"support_hu\":[{\"low\":-20,\"median\":104,\"high\":180}" in header
+
+
+def test_a_file_from_before_hu_were_kept_is_read_and_keeps_its_checksum(tmp_path: Path) -> None:
+    """Its description as it was written then, with the checksum that the code of that time computed."""
+    file = made()
+    weights = dict(file.adapter.state_dict())
+    organs = [
+        {
+            "name": name,
+            "label": label,
+            "support_volumes_ml": volumes,
+            "left_out_dsc": [],
+            "post_processing": {"largest_component": False, "fill_holes": False},
+        }
+        for name, label, volumes in (("liver", 6, [1500.0]), ("spleen", 1, []))
+    ]
+    description = {
+        "schema_version": 3,
+        "toolkit_version": "0.1.0",
+        "encoder_id": "ab" * 32,
+        "encoder_name": "tiny",
+        "levels": [[level.stride, level.channels] for level in LEVELS],
+        "settings": adapter_settings(file.adapter.settings),
+        "organs": organs,
+        "shots": 1,
+        "seed": 0,
+        "steps": 3,
+        "losses": [],
+        "bfloat16": False,
+        "content_sha256": "",
+    }
+    text = json.dumps(description, separators=(",", ":"))
+    digest = hashlib.sha256(f"{text}{sha256_of_weights(weights)}".encode()).hexdigest()
+    header = json.dumps({**description, "content_sha256": digest}, separators=(",", ":"))
+    save_file(weights, tmp_path / "old.adapter", metadata={KEY: header})
+    old = read_adapter(tmp_path / "old.adapter")
+    assert [organ.support_hu for organ in old.description.organs] == [(), ()]
+    write_adapter(tmp_path / "again.adapter", old)
+    assert (tmp_path / "again.adapter").read_bytes() == (tmp_path / "old.adapter").read_bytes()
+
+
 def test_another_encoder_is_refused_by_a_message_that_names_the_file_and_the_encoder() -> None:
     file = made()
     file.check_encoder("ab" * 32, path=Path("site.adapter"))
@@ -193,6 +245,7 @@ def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object)
     [
         {"organs": []},
         {"organs": [{"name": "liver", "label": 6, "support_volumes_ml": []}]},
+        {"organs": [{"name": "liver", "label": 6, "support_volumes_ml": [], "support_hu": [[0, 1, 2]]}] * 2},
         {"levels": [[1, 4]]},
         {"levels": []},
         {"levels": "none"},

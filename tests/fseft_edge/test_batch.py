@@ -175,7 +175,8 @@ def test_a_night_in_small(night: Night, caplog: pytest.LogCaptureFixture) -> Non
     assert all(path.stat().st_mtime_ns == date for path, date in made.items())
 
     said = caplog.text + "".join(f"{case.reason}{case.remedy}{case.problem}" for case in night.cases.values())
-    written = b"".join(path.read_bytes() for path in night.outbox.rglob("*.json"))
+    report = [night.outbox / f"report.{kind}" for kind in ("html", "csv", "json")]
+    written = b"".join(path.read_bytes() for path in [*night.outbox.rglob("*.json"), *report])
     for name in NAMES:
         assert name not in said
         assert name.encode() not in written

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import inspect
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
+from fseft_edge import quality, transduction
+from fseft_edge.adapters import Method
+from fseft_edge.flags import MEANINGS
+from fseft_edge.intensities import HuPercentiles
 from fseft_edge.quality import largest_component_share, quality_flags
 
 SHAPE = (12, 10, 8)
@@ -124,3 +131,47 @@ def test_scipy_finds_the_same_share_where_cc3d_is_missing(monkeypatch: pytest.Mo
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "cc3d", None)
         assert largest_component_share(mask) == share
+
+
+@pytest.mark.parametrize(("method", "least"), [("linear", 0.75), ("pointwise", 0.84), ("spatial", 0.84)])
+def test_confidence_is_judged_by_what_is_usual_for_the_method(method: Method, least: float) -> None:
+    for confidence in (None, 1.0, least):
+        assert quality_flags(INNER, 64.0, (60.0, 70.0), confidence=confidence, method=method) == ()
+    low = quality_flags(INNER, 64.0, (60.0, 70.0), confidence=least - 0.0001, method=method)
+    assert low == ("low_confidence",)
+
+
+def hu(*medians: int) -> list[HuPercentiles]:
+    return [HuPercentiles(median - 500, median, median + 500) for median in medians]
+
+
+@pytest.mark.parametrize(
+    ("support", "inside", "outside"),
+    [
+        ((30, 20, 60), (-30, 110), (-31, 111)),  # soft tissue: 50 HU beyond either end
+        ((400, 900), (200, 1350), (199, 1351)),  # bone: half of either end
+        ((-850, -700), (-1275, -350), (-1276, -349)),  # lung: the same, on the other side of water
+    ],
+)
+def test_hu_are_implausible_beyond_50_or_half_of_the_supports_ends(
+    support: tuple[int, ...], inside: tuple[int, ...], outside: tuple[int, ...]
+) -> None:
+    for median in inside:
+        assert quality_flags(INNER, 64.0, (64.0,), median_hu=median, support_hu=hu(*support)) == ()
+    for median in outside:
+        flags = quality_flags(INNER, 64.0, (64.0,), median_hu=median, support_hu=hu(*support))
+        assert flags == ("implausible_hu",)
+
+
+def test_without_support_hu_no_hu_are_implausible() -> None:
+    assert quality_flags(INNER, 64.0, (64.0,), median_hu=-1000) == ()
+
+
+def test_every_flag_has_words_and_stands_in_the_docs() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "segment.md").read_text(encoding="utf-8")
+    raised = set(re.findall(r'flags\.append\("(\w+)"\)', inspect.getsource(quality))) | {"empty"}
+    raised |= set(re.findall(r'\("(\w+)",\)', inspect.getsource(transduction)))
+    assert {"low_confidence", "implausible_hu", "outside_prior", "absent", "cut_off"} <= raised
+    assert raised == set(MEANINGS)
+    for flag in raised:
+        assert f"| `{flag}` |" in document

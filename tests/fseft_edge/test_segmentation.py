@@ -28,7 +28,7 @@ from fseft_edge.adapters import Adapter, AdapterSettings
 from fseft_edge.organs import OrganLabel
 from fseft_edge.phantom import phantom
 from fseft_edge.postprocessing import PostProcessing, post_process
-from fseft_edge.prediction import predict_sections, segment_encoded
+from fseft_edge.prediction import decide_encoded, predict_sections, segment_encoded
 from fseft_edge.quality import quality_flags
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
@@ -46,7 +46,7 @@ from fseft_edge.runtime.nifti import read_ct, read_label_map, write_ct
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.segmentation import segment
-from fseft_edge.segmented_case import SegmentedCase
+from fseft_edge.segmented_case import SegmentedCase, SegmentedOrgan
 from fseft_edge.size_priors import SizePrior
 from fseft_edge.transduction import OrganOutcome, Transduced, TransductionPlan, TransductionSettings
 
@@ -199,8 +199,11 @@ def test_softmax_and_sigmoid_adapters_share_a_mask(site: Site, encoded: EncodedS
         ]
     )
     wanted = np.where(candidates.max(0) > 0, candidates.argmax(0) + 1, 0)
-    np.testing.assert_array_equal(segment_encoded(encoded, [soft.adapter, sigmoid.adapter]), wanted)
+    found = decide_encoded(encoded, [soft.adapter, sigmoid.adapter])
+    np.testing.assert_array_equal(found.labels, wanted)
     assert set(np.unique(wanted)) == {0, 1, 2, 3}
+    for label, (confidence, candidate) in enumerate(zip(found.confidence, candidates, strict=True), start=1):
+        assert confidence == pytest.approx(candidate[wanted == label].mean(), rel=1e-5)
 
 
 def test_the_summary_says_what_the_mask_holds(site: Site, tmp_path: Path) -> None:
@@ -224,11 +227,16 @@ def test_the_summary_says_what_the_mask_holds(site: Site, tmp_path: Path) -> Non
         assert entry["name"] == organ
         assert entry["label"] == label
         assert entry["volume_ml"] == pytest.approx(voxels * voxel_ml, abs=1e-3)
-        assert entry["flags"] == list(quality_flags(array == label, voxels * voxel_ml, (1.0, 2.0)))
+        assert entry["flags"] == list(
+            quality_flags(
+                array == label, voxels * voxel_ml, (1.0, 2.0), confidence=entry["confidence"], method="linear"
+            )
+        )
         assert "large" in entry["flags"]
-    assert [(o.name, o.label, o.volume_ml, list(o.flags)) for o in case.organs] == [
-        (o["name"], o["label"], o["volume_ml"], o["flags"]) for o in summary["organs"]
-    ]
+        assert entry["support_ml"] == [1.0, 2.0]
+        assert 0.5 < entry["confidence"] <= 1
+        assert entry["median_hu"] == pytest.approx(np.median(scan(2).volume.array[array == label]), abs=0.5)
+    assert [SegmentedOrgan.from_json(entry) for entry in summary["organs"]] == list(case.organs)
     assert case.mask == tmp_path / "out" / "case_2.nii.gz"
 
 
@@ -245,9 +253,39 @@ def test_an_organ_that_is_nowhere_is_listed_as_empty(site: Site, tmp_path: Path)
         file.adapter.direct.bias[1] = -5.0
     write_adapter(tmp_path / "a.adapter", file)
     (case,) = site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out")
-    assert case.organs[1].volume_ml == 0
-    assert case.organs[1].flags == ("empty",)
+    empty = case.organs[1]
+    assert (empty.volume_ml, empty.flags, empty.confidence, empty.median_hu) == (0, ("empty",), None, None)
+    assert empty.support_ml is None
     assert not (labels_in(case) == 2).any()
+
+
+def test_hu_unlike_those_of_the_support_set_are_flagged(site: Site, tmp_path: Path) -> None:
+    """The adapter is made of one scan; in another, the same anatomy is 300 HU denser."""
+    file = adapt(
+        site.bundle.path,
+        site.image("case_1"),
+        site.root / "labels" / "case_1.nii.gz",
+        [OrganLabel("liver", label_of("liver"))],
+        tmp_path / "a.adapter",
+        settings=AdapterSettings("linear", "pyramid"),
+        cache=site.cache,
+        device="cpu",
+        backend="torch",
+    )
+    array, labels = scan(1).volume.array, scan(1).labels.array
+    (liver,) = file.description.organs
+    (hu,) = liver.support_hu
+    inside = array[labels == label_of("liver")]
+    assert (hu.low, hu.median, hu.high) == tuple(np.percentile(inside, (1, 50, 99), method="inverted_cdf"))
+    write_ct(tmp_path / "denser.nii.gz", Volume(array + np.int16(300) * (array > -200), scan(1).volume.affine))
+    same, denser = (
+        site.segment([path], [tmp_path / "a.adapter"], tmp_path / "out" / path.name)[0].organs[0]
+        for path in (site.image("case_1"), tmp_path / "denser.nii.gz")
+    )
+    assert same.volume_ml > 0
+    assert denser.volume_ml > 0
+    assert "implausible_hu" not in same.flags
+    assert "implausible_hu" in denser.flags
 
 
 def test_a_rerun_writes_the_same_bytes(site: Site, tmp_path: Path) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
+import SimpleITK as sitk  # noqa: N813 - its customary name
 from doubles.dicom import PATIENT, Series, zipped
 from doubles.encoder import SPACING, scan, write_random_adapter, write_tiny_encoder
+from numpy.typing import NDArray
 
 from fseft_edge.cli.main import main
 from fseft_edge.runtime.bundle import EncoderBundle
@@ -128,3 +133,46 @@ def test_a_real_archive_from_end_to_end(site: Site, real_ct: Path, tmp_path: Pat
     assert mask.shape == volume.shape == (512, 512, 61)
     np.testing.assert_array_equal(mask.affine, volume.affine)
     assert all(organ.volume_ml > 0 for organ in case.organs)
+
+
+COS, SIN = math.cos(math.radians(20)), math.sin(math.radians(20))
+LAYOUTS = {
+    "axial": (1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
+    "reversed": (1.0, 0.0, 0.0, 0.0, -1.0, 0.0),
+    "oblique": (COS, 0.0, SIN, 0.0, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_series_to_mask_to_dicom_and_back_by_an_independent_reader(site: Site, tmp_path: Path, layout: str) -> None:
+    series = replace(site.series, orientation=LAYOUTS[layout])
+    folder = series.write(tmp_path / "case")
+    adapter, out = site.root / "a.adapter", tmp_path / "out"
+    (case,) = segment([folder], [adapter], out, dicom=["seg", "rtstruct"], device="cpu", backend="torch")
+    command = ["--inputDICOM", out / "case.seg.dcm", "--outputDirectory", tmp_path, "--prefix", "read"]
+    program = Path(sys.executable).with_name("segimage2itkimage")
+    subprocess.run([program, *command], check=True, capture_output=True)  # noqa: S603 - dcmqi's, the arguments ours
+    labels = read_label_map(case.mask)
+    for organ in case.organs:
+        image = sitk.ReadImage(tmp_path / f"read-{organ.label}.nrrd")
+        found = [image.TransformIndexToPhysicalPoint(at.tolist()) for at in _indices(image)]
+        ours = np.argwhere(labels.array == organ.label) @ labels.affine[:3, :3].T + labels.affine[:3, 3]
+        assert len(found) == len(ours) > 100
+        lps = np.asarray(found) * (-1.0, -1.0, 1.0)
+        np.testing.assert_allclose(lps[np.lexsort(lps.round(1).T)], ours[np.lexsort(ours.round(1).T)], atol=0.01)
+    for kind in ("seg", "rtstruct"):
+        written = pydicom.dcmread(out / f"case.{kind}.dcm")
+        assert written.StudyInstanceUID == series.study
+        assert series.frame_of_reference in str(written)
+        assert written.PatientName == PATIENT
+
+
+def _indices(image: sitk.Image) -> NDArray[np.intp]:
+    return np.argwhere(sitk.GetArrayFromImage(image) > 0)[:, ::-1]
+
+
+def test_a_mask_as_dicom_belongs_to_a_series(site: Site, tmp_path: Path) -> None:
+    write_ct(tmp_path / "in" / "nifti.nii.gz", read_scan(site.folder))
+    with pytest.raises(UsageError, match="belongs to a DICOM series"):
+        segment([tmp_path / "in"], [site.root / "a.adapter"], tmp_path / "out", dicom=["seg"])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,145 @@
+"""What the limits of `low_confidence` and `implausible_hu` rest on: `make benchmark BENCHMARK=flags`.
+
+Adapters are made from some scans of `support` and segment the others; `test` is not touched. Each adapter's masks are
+lines of OUTPUT/flags.jsonl; an adapter that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import headneck
+import numpy as np
+from bench import Bench
+from sklearn.metrics import roc_auc_score
+
+from fseft_edge.adapter_training import TrainingSettings
+from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.decision import decide, least_decisive
+from fseft_edge.intensities import HuPercentiles, hu_percentiles
+from fseft_edge.metrics import dice
+from fseft_edge.prediction import predict_sections
+from fseft_edge.quality import LEAST_CONFIDENCE, has_implausible_hu
+from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.nifti import read_ct, read_label_map
+from fseft_edge.runtime.session import open_session
+
+KINDS: Final = {
+    "linear": AdapterSettings(method="linear", reads="pyramid"),
+    "softmax": AdapterSettings(method="linear", reads="pyramid", activation="softmax"),
+    "spatial": AdapterSettings(method="spatial", reads="pyramid"),
+}
+BAD: Final = 0.5
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Do what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--blocks", type=int, help="of a spatial adapter's training; by default what adapt takes")
+    parser.add_argument("--output", type=Path, default=headneck.RUNS / "flags")
+    arguments = parser.parse_args()
+    file = arguments.output / "flags.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    bundle = headneck.encoder(None)
+    with open_session(bundle) as session:
+        bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
+        for kind, settings in KINDS.items():
+            for draw in range(arguments.draws):
+                identity = {"kind": kind, "shots": arguments.shots, "draw": draw}
+                if any(identity.items() <= row.items() for row in _rows(file)):
+                    continue
+                cases = headneck.draw_support(arguments.shots, draw)
+                training = TrainingSettings(blocks=arguments.blocks)
+                adapter = bench.train(bench.support(cases), settings, training).adapter
+                known = {organ: [hu for case in cases if (hu := _true_hu(case)[organ])] for organ in _true_hu(cases[0])}
+                found = [
+                    {**identity, **row}
+                    for case in headneck.split("support")
+                    if case not in cases
+                    for row in _masks(bench, adapter, case, known)
+                ]
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.writelines(f"{json.dumps(row)}\n" for row in found)
+    print(markdown(_rows(file)))
+
+
+def _rows(file: Path) -> list[Row]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _true_hu(case: str) -> dict[str, HuPercentiles | None]:
+    labels = read_label_map(headneck.label_path(case)).array
+    volume = read_ct(headneck.image_path(case))
+    return {organ.name: hu_percentiles(volume, labels == organ.label) for organ in headneck.ORGANS}
+
+
+def _masks(bench: Bench, adapter: Adapter, case: str, known: dict[str, Sequence[HuPercentiles]]) -> Iterator[Row]:
+    """Yield each organ's scores, statistics of its probabilities, and whether its HU, and the truth's, are flagged."""
+    encoded = bench.encoded(case)
+    shape = encoded.grid.source_shape
+    labels, sure = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
+    for piece in encoded.grid.to_source(predict_sections(encoded, [adapter]), least_decisive([adapter])):
+        where = [slice(None)] * 3
+        where[piece.axis] = slice(piece.start, piece.stop)
+        decided = decide(piece.probabilities, [adapter], labels.dtype)
+        labels[tuple(where)], sure[tuple(where)] = decided.labels, decided.probabilities
+    volume, reference = read_ct(headneck.image_path(case)), read_label_map(headneck.label_path(case)).array
+    truth = _true_hu(case)
+    for label, organ in enumerate(headneck.ORGANS, start=1):
+        mask, true_hu = labels == label, truth[organ.name]
+        hu = hu_percentiles(volume, mask)
+        yield {
+            "case": case,
+            "organ": organ.name,
+            "dsc": float(dice(mask, reference == organ.label) or 0),
+            "mean": float(sure[mask].mean()) if hu else None,
+            "median": float(np.median(sure[mask])) if hu else None,
+            "below_075": float((sure[mask] < 0.75).mean()) if hu else None,
+            "hu_flagged": hu is not None and has_implausible_hu(hu.median, known[organ.name]),
+            "true_hu_flagged": true_hu is not None and has_implausible_hu(true_hu.median, known[organ.name]),
+            "others_flagged": [
+                has_implausible_hu(other.median, known[organ.name])
+                for name, other in truth.items()
+                if name != organ.name and other is not None
+            ],
+        }
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return how well confidence tells bad masks, and how often HU are flagged in masks of what they should be."""
+    lines = [
+        f"| adapter | masks | DSC below {BAD} | area under the curve: mean, median, share below 0.75 "
+        f"| flagged | of them DSC below {BAD} | of DSC below {BAD} flagged | DSC flagged, others |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    filled = [row for row in rows if row["mean"] is not None]
+    for kind in (*dict.fromkeys(row["kind"] for row in filled), "all"):
+        mine = [row for row in filled if kind in (row["kind"], "all")]
+        dsc, mean, median, below = (np.array([row[k] for row in mine]) for k in ("dsc", "mean", "median", "below_075"))
+        bad, flagged = dsc < BAD, np.array([row["mean"] < LEAST_CONFIDENCE[KINDS[row["kind"]].method] for row in mine])
+        area = " / ".join(f"{roc_auc_score(bad, score):.2f}" for score in (-mean, -median, below))
+        right = f"{bad[flagged].mean():.0%}" if flagged.any() else "–"
+        means = f"{dsc[flagged].mean():.2f}" if flagged.any() else "–"
+        lines.append(
+            f"| {kind} | {len(mine)} | {bad.mean():.0%} | {area} | {flagged.mean():.0%} | {right} "
+            f"| {flagged[bad].mean():.0%} | {means}, {dsc[~flagged].mean():.2f} |"
+        )
+    others = [flag for row in rows for flag in row["others_flagged"]]
+    lines += [
+        "",
+        f"HU flagged: {np.mean([row['hu_flagged'] for row in filled]):.1%} of masks found, "
+        f"{np.mean([row['true_hu_flagged'] for row in rows]):.1%} of annotated ones, "
+        f"{np.mean(others):.0%} where another organ's annotation stands for the mask.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The morning report for other programs: one row a case and organ, and the same as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from fseft_edge.batch.night import Night, ReportedCase
+from fseft_edge.batch.records import Duplicate
+from fseft_edge.flags import MEANINGS
+from fseft_edge.segmented_case import SegmentedOrgan
+
+SCHEMA_VERSION: Final = 1
+
+COLUMNS: Final = (
+    "case",
+    "source",
+    "state",
+    "organ",
+    "label",
+    "volume_ml",
+    "support_min_ml",
+    "support_max_ml",
+    "confidence",
+    "median_hu",
+    "flags",
+    "problem",
+    "reason",
+    "remedy",
+    "complaints",
+    "attempts",
+    "found_at",
+    "started_at",
+    "finished_at",
+    "read_s",
+    "encode_s",
+    "finish_s",
+    "review",
+    "review_note",
+)
+"""Of ``report.csv``; later versions may add to the end."""
+
+_FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
+
+
+def csv_text(cases: Sequence[ReportedCase], *, show_ids: bool) -> str:
+    """Return the CSV: a row for each organ of each case that is done, and one for each other case."""
+    written = io.StringIO()
+    writer = csv.DictWriter(written, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for case in cases:
+        of_case = _case_cells(case, show_ids=show_ids)
+        for organ in case.record.organs or (None,):
+            cells = of_case | (_organ_cells(organ) if organ else {})
+            writer.writerow({name: _harmless(value) for name, value in cells.items() if value is not None})
+    return written.getvalue()
+
+
+def json_fields(
+    title: str, night: Night, cases: Sequence[ReportedCase], duplicates: Sequence[Duplicate], *, show_ids: bool
+) -> dict[str, Any]:
+    """Return what ``report.json`` holds."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": title,
+        "summary": {
+            **asdict(night),
+            "began": _time(night.began),
+            "ended": _time(night.ended),
+            "busy_seconds": round(night.busy_seconds, 3),
+            "cases_per_hour": None if night.cases_per_hour is None else round(night.cases_per_hour, 2),
+        },
+        "cases": [_case_fields(case, show_ids=show_ids) for case in cases],
+        "duplicates": [
+            {"case": duplicate.key, "source": duplicate.source.name if show_ids else None} for duplicate in duplicates
+        ],
+        "flags": MEANINGS,
+    }
+
+
+def _case_fields(case: ReportedCase, *, show_ids: bool) -> dict[str, Any]:
+    record = case.record
+    return {
+        "case": record.key,
+        "source": record.source.name if show_ids else None,
+        "state": record.state.value,
+        "flagged": case.flagged,
+        "problem": record.problem,
+        "reason": record.reason,
+        "remedy": record.remedy,
+        "complaints": list(case.complaints),
+        "attempts": record.attempts,
+        "found_at": _time(record.found_at),
+        "started_at": _time(record.started_at),
+        "finished_at": _time(record.finished_at),
+        "seconds": asdict(record.seconds) if record.seconds else None,
+        "organs": [asdict(organ) for organ in record.organs],
+        "review": {
+            "decision": record.review.decision.value,
+            "note": record.review.note,
+            "at": _time(record.review.at),
+        }
+        if record.review
+        else None,
+    }
+
+
+def _case_cells(case: ReportedCase, *, show_ids: bool) -> dict[str, str | float | None]:
+    record = case.record
+    seconds, review = record.seconds, record.review
+    return {
+        "case": record.key,
+        "source": record.source.name if show_ids else None,
+        "state": record.state.value,
+        "problem": record.problem,
+        "reason": record.reason,
+        "remedy": record.remedy,
+        "complaints": " ".join(case.complaints),
+        "attempts": record.attempts,
+        "found_at": _time(record.found_at),
+        "started_at": _time(record.started_at),
+        "finished_at": _time(record.finished_at),
+        "read_s": round(seconds.read, 3) if seconds else None,
+        "encode_s": round(seconds.encode, 3) if seconds else None,
+        "finish_s": round(seconds.finish, 3) if seconds else None,
+        "review": review.decision.value if review else None,
+        "review_note": review.note if review else None,
+    }
+
+
+def _organ_cells(organ: SegmentedOrgan) -> dict[str, str | float | None]:
+    low, high = organ.support_ml or (None, None)
+    return {
+        "organ": organ.name,
+        "label": organ.label,
+        "volume_ml": organ.volume_ml,
+        "support_min_ml": low,
+        "support_max_ml": high,
+        "confidence": organ.confidence,
+        "median_hu": organ.median_hu,
+        "flags": " ".join(organ.flags),
+    }
+
+
+def _harmless(value: str | float) -> str | float:
+    """Return a cell that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
+
+
+def _time(seconds: float | None) -> str | None:
+    """Return ISO 8601 in UTC, to the second."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
