@@ -340,6 +340,24 @@ def test_a_compressed_slice_of_another_size(tmp_path, series):
     refused(tmp_path, UnreadableFileError, "Slice 1 of 9")
 
 
+@pytest.mark.parametrize(
+    ("syntax", "plugin", "marker", "rows_at"),
+    [(JPEGLSLossless, "pyjpegls", b"\xff\xf7", 5), (JPEG2000Lossless, "pylibjpeg", b"\xff\x51", 10)],
+)
+def test_a_frame_that_claims_another_size_is_never_decoded(tmp_path, monkeypatch, syntax, plugin, marker, rows_at):
+    """A decoder would set memory aside for it: 65535 rows, here."""
+    series = Series(some_hu((64, 64, 3)))
+    for place, dataset in enumerate(series.datasets()):
+        dataset.compress(syntax, encoding_plugin=plugin, generate_instance_uid=False)
+        raw = bytearray(save(dataset, tmp_path / NAMED[place]).read_bytes())
+        if place == 0:
+            at = raw.index(marker, raw.index(b"\xe0\x7f\x10\x00")) + rows_at
+            raw[at : at + 4 if syntax == JPEG2000Lossless else at + 2] = b"\xff\xff"
+            (tmp_path / NAMED[place]).write_bytes(raw)
+    monkeypatch.setattr(pixels, "iter_pixels", lambda *_, **__: pytest.fail("a decoder was asked"))
+    refused(tmp_path, UnreadableFileError, "Slice 1 of 3")
+
+
 def test_an_enhanced_image_that_lacks_frames(tmp_path, series):
     dataset = series.enhanced()
     dataset.NumberOfFrames = 12
