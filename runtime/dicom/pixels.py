@@ -14,6 +14,7 @@ from pydicom import uid
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import iter_pixels
 
+from fseft_edge.runtime.dicom.codestreams import check_codestreams
 from fseft_edge.runtime.dicom.headers import PixelFormat, SliceHeader
 from fseft_edge.runtime.errors import NoDecoderError, PixelFormatError, RescaleError
 
@@ -94,13 +95,16 @@ def decoded(slices: Sequence[SliceHeader], stream: BinaryIO, path: Path) -> Gene
 
     Raises:
         NoDecoderError: see :func:`check_pixels`.
-        Exception: of the decoders', on pixels that are truncated or damaged.
+        Exception: of the decoders' or :func:`check_codestreams`', on pixels that are truncated or damaged.
     """
+    plugin = _plugin(slices[0].syntax, path)
+    if plugin and slices[0].syntax != uid.RLELossless:
+        check_codestreams(stream, slices[0])
     yield from iter_pixels(
         stream,
         indices=[slice_.frame for slice_ in slices],
         raw=True,
-        decoding_plugin=_plugin(slices[0].syntax, path),
+        decoding_plugin=plugin,
         correct_unused_bits=False,  # padding may be written with bits beyond those that hold a value
     )
 
