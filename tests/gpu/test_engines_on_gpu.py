@@ -92,3 +92,21 @@ def test_torch_in_mixed_precision_is_near_float32(bundle: EncoderBundle) -> None
     for a, b in zip(expected, features, strict=True):
         assert b.dtype == torch.float32
         assert float((a - b.cpu()).abs().max()) <= 5e-3 * float(a.abs().max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_onnxruntime_returns_the_features_of_pytorch_on_the_gpu(bundle: EncoderBundle, count: int) -> None:
+    library = pytest.importorskip("onnxruntime", exc_type=ImportError)
+    if "CUDAExecutionProvider" not in library.get_available_providers():
+        pytest.skip("the installed onnxruntime is the one without CUDA")
+    with open_session(bundle, "cuda", "onnxruntime") as session:
+        first, second = session.encode(windows(count)), session.encode(windows(count).cuda())
+        with torch.cuda.stream(torch.cuda.Stream()):  # a caller that is on a stream of its own
+            third = [level.cpu() for level in session.encode(windows(count).cuda())]
+    with torch.no_grad():
+        expected = small_network()(windows(count))
+    for a, b, c, d in zip(expected, first, second, third, strict=True):
+        assert b.device.type == c.device.type == "cuda"
+        for features in (b.cpu(), c.cpu(), d):
+            assert float((a - features).abs().max()) <= BOUNDS["float32"] * float(a.abs().max())
