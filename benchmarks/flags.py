@@ -98,10 +98,10 @@ def _masks(bench: Bench, adapter: Adapter, case: str, known: dict[str, Sequence[
         yield {
             "case": case,
             "organ": organ.name,
-            "dsc": float(dice(mask, reference == organ.label) or 0),
-            "mean": float(sure[mask].mean()) if hu else None,
-            "median": float(np.median(sure[mask])) if hu else None,
-            "below_075": float((sure[mask] < 0.75).mean()) if hu else None,
+            "dsc": round(float(dice(mask, reference == organ.label) or 0), 4),
+            "mean": round(float(sure[mask].mean()), 4) if hu else None,
+            "median": round(float(np.median(sure[mask])), 4) if hu else None,
+            "below_075": round(float((sure[mask] < 0.75).mean()), 4) if hu else None,
             "hu_flagged": hu is not None and has_implausible_hu(hu.median, known[organ.name]),
             "true_hu_flagged": true_hu is not None and has_implausible_hu(true_hu.median, known[organ.name]),
             "others_flagged": [
