@@ -21,7 +21,8 @@ from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoding import encode_scan
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import read_ct, write_label_map
+from fseft_edge.runtime.nifti import write_label_map
+from fseft_edge.runtime.scans import Scan, find_scan, read_scan
 from fseft_edge.runtime.session import EncoderSession, open_session
 from fseft_edge.runtime.streaming import stream_features
 from fseft_edge.segmentation import segment
@@ -44,7 +45,7 @@ def encoded(scan: Path, *, encoder: Path, backend: str, precision: Precision, de
     """Take a scan from its file to its stored features."""
     bundle = EncoderBundle.open(encoder)
     with open_session(bundle, device, backend, precision=precision) as session, open_store(None) as store:
-        encode_scan(read_ct(scan), bundle=bundle, session=session, store=store)
+        encode_scan(read_scan(scan), bundle=bundle, session=session, store=store)
 
 
 def segmented(scan: Path, *, encoder: Path, backend: str, precision: Precision, device: str, adapter: Path) -> None:
@@ -80,7 +81,7 @@ def stage_times(work: Callable[[], object]) -> StageTimes:
     adapter = inside(predict_sections)
     opening = inside(EncoderBundle.open, open_session)
     seconds = {
-        "read": inside(read_ct),
+        "read": inside(find_scan, Scan.read),
         "grid": inside(Grid.of) + section,
         "encode": encode,
         "blend": stream - section - encode,

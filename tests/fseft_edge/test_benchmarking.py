@@ -141,7 +141,7 @@ def test_every_stage_gets_the_time_that_is_spent_in_it(
 ) -> None:
     calls: list[str] = []
     for owner, name, ticks in (
-        (nifti, "_check_intensities", 3),
+        (nifti, "check_hounsfield", 3),
         (Grid, "_interpolated", 5),
         (TorchSession, "_encode_batch", 7),
         (feature_store, "write_feature_map", 11),
