@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--scan", type=Path, help="default: the abdomen CT under FSEFT_EDGE_DATA")
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     scan = arguments.scan or headneck.data_root() / "abdomen" / "ct_1p5mm.nii.gz"
@@ -96,13 +97,13 @@ def main() -> None:
     if arguments.measure:
         measure(encoder, scan, arguments.measure)
         return
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.only}
     for _ in range(arguments.rounds):
-        for name in NAMES:
+        for name in arguments.only:
             command = [sys.executable, __file__, "--encoder", str(encoder), "--scan", str(scan), "--measure", name]
             printed = subprocess.check_output(command, text=True)  # noqa: S603 - runs this very file
             rounds[name].append(json.loads(printed))
-    reference = min(result["seconds"] for result in rounds["monai"])
+    reference = min(result["seconds"] for result in rounds.get("monai", rounds[arguments.only[0]]))
     print("| segment | seconds | times faster | peak MiB |\n|---|---|---|---|")
     for name, results in rounds.items():
         seconds = min(result["seconds"] for result in results)
