@@ -28,9 +28,9 @@ from fseft_edge.batch.outbox import (
 from fseft_edge.batch.records import CaseRecord, CaseState, Outcome
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
-from fseft_edge.batch.store import BatchStore
+from fseft_edge.batch.store import GONE, UNREADABLE, BatchStore
 from fseft_edge.batch.worker import WorkerSettings
-from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError
+from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.segmenter import SegmentationSettings, read_ingredients
 
 _LOG = logging.getLogger(__name__)
@@ -170,7 +170,14 @@ class _Run:
         return not (self._settings.watch or self._inbox.unsettled)
 
     def _look(self) -> None:
-        for arrival in self._inbox.settled():
+        try:
+            settled = self._inbox.settled()
+        except UnreadableFileError as error:
+            if not self._settings.watch:
+                raise
+            _LOG.warning("%s Looking again later.", error.message)  # a network drive that comes back
+            return
+        for arrival in settled:
             if self._store.key_of(arrival.source, arrival.signature) is None:
                 self._add(arrival)
 
@@ -179,7 +186,7 @@ class _Run:
             key = content_key(arrival.source)
         except FseftEdgeError as error:
             # Known by its place instead, so that it is listed, and looked at again when it changes.
-            key = f"case-{sha256(f'{arrival.source}{arrival.signature}'.encode()).hexdigest()[:12]}"
+            key = f"{UNREADABLE}{sha256(f'{arrival.source}{arrival.signature}'.encode()).hexdigest()[:12]}"
             if self._store.add(arrival.source, arrival.signature, key):
                 self._end(key, outcome_of(error, key, arrival.source))
             return
@@ -222,13 +229,10 @@ class _Run:
             self._store.put_back(event.key)
             return
         outcome = event.outcome
-        places = self._store.sources_of(event.key)
-        if (
-            outcome.state == CaseState.DONE
-            and self._source(self._store.case(event.key)) is None
-            and any(map(Path.exists, places))
-        ):
-            # It grew or was replaced while it was read: nobody knows of what the mask is.
+        replaced = [place for place in self._store.sources_of(event.key) if place.exists()]
+        unchanged = self._source(self._store.case(event.key)) is not None
+        if not unchanged and (replaced or outcome.state != CaseState.DONE):
+            # It grew, was replaced or went away while it was read: nobody knows of what the mask is.
             shutil.rmtree(self._settings.outbox / event.key, ignore_errors=True)
             outcome = _gone(event.key)
         self._end(event.key, outcome)
@@ -248,7 +252,10 @@ class _Run:
             )
 
     def _end(self, key: str, outcome: Outcome) -> None:
-        self._store.end(key, outcome)
+        if outcome.problem == GONE:
+            self._store.lose(key, outcome)
+        else:
+            self._store.end(key, outcome)
         self._changed = True
         if outcome.state == CaseState.DONE:
             self._done += 1
@@ -277,7 +284,7 @@ class _Run:
 def _gone(key: str) -> Outcome:
     return Outcome(
         CaseState.FAILED,
-        problem="UnreadableFileError",
+        problem=GONE,
         reason=f"{key} was changed or taken away before it was done.",
         remedy="Once it is there again and complete, it is found by itself.",
     )

@@ -25,6 +25,12 @@ SCHEMA_VERSION: Final = 1
 STATE_FOLDER: Final = ".fseft-edge"
 STATE_FILE: Final = "state.sqlite"
 
+UNREADABLE: Final = "unread-"
+"""How keys begin of what lies in the inbox and cannot be read: they come from its place, not from its content."""
+
+GONE: Final = "Gone"
+"""The problem of a case whose scan was changed or taken away before it was done."""
+
 _SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE cases (
@@ -170,8 +176,9 @@ class BatchStore:
         self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES ('recipe', ?)", recipe)
 
     def add(self, source: Path, signature: str, key: str) -> bool:
-        """Note what lies in the inbox; return whether it is a case that was not known."""
+        """Note what lies in the inbox; return whether a case waits for it: a new one, or one that was gone."""
         with self._transaction():
+            self._forget_unreadable("SELECT key FROM sources WHERE path = ?", str(source))
             new = self._connection.execute(
                 "INSERT OR IGNORE INTO cases (key, source, state, found_at) VALUES (?, ?, ?, ?)",
                 (key, str(source), CaseState.WAITING, time.time()),
@@ -184,7 +191,24 @@ class BatchStore:
                 "UPDATE cases SET source = ? WHERE key = ? AND source NOT IN (SELECT path FROM sources WHERE key = ?)",
                 (str(source), key, key),
             )
-        return bool(new)
+            back = self._connection.execute(
+                "UPDATE cases SET state = ?, finished_at = NULL, problem = '', reason = '', remedy = ''"
+                " WHERE key = ? AND problem = ?",
+                (CaseState.WAITING, key, GONE),
+            ).rowcount
+        return bool(new or back)
+
+    def lose(self, key: str, outcome: Outcome) -> None:
+        """Note that a case is nowhere any more; where it lay is forgotten, so that it is found again there."""
+        self.end(key, outcome)
+        self._execute("DELETE FROM sources WHERE key = ?", key)
+
+    def _forget_unreadable(self, keys: str, *values: object) -> None:
+        """Forget cases that could not even be read to be known by their content."""
+        found = [str(row[0]) for row in self._connection.execute(keys, values) if str(row[0]).startswith(UNREADABLE)]
+        for key in found:
+            self._connection.execute("DELETE FROM sources WHERE key = ?", (key,))
+            self._connection.execute("DELETE FROM cases WHERE key = ?", (key,))
 
     def start(self, key: str) -> bool:
         """Note that a waiting case is begun; False when it waits no more."""
@@ -243,6 +267,10 @@ class BatchStore:
         again = (CaseState.FAILED, CaseState.SET_ASIDE, CaseState.CANCELLED)
         wanted = [case for case in self._named(keys) if case.state in again]
         for case in wanted:
+            if case.key.startswith(UNREADABLE):  # found anew, by its content
+                with self._transaction():
+                    self._forget_unreadable("SELECT ?", case.key)
+                continue
             self._execute(
                 "UPDATE cases SET state = ?, attempts = 0, started_at = NULL, finished_at = NULL, problem = '',"
                 " reason = '', remedy = '' WHERE key = ? AND state = ?",

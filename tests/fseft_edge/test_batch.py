@@ -25,10 +25,10 @@ from doubles.workers import MISCHIEF, mischievous_work
 from filelock import FileLock
 
 from fseft_edge.batch.coordinator import run_batch
-from fseft_edge.batch.inbox import content_key
+from fseft_edge.batch.inbox import content_key, signature_of
 from fseft_edge.batch.records import CaseRecord, CaseState
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
-from fseft_edge.batch.store import STATE_FOLDER, BatchStore, state_path
+from fseft_edge.batch.store import STATE_FOLDER, UNREADABLE, BatchStore, state_path
 from fseft_edge.runtime.errors import (
     BatchStateError,
     EnvironmentProblemError,
@@ -254,6 +254,33 @@ def test_a_file_that_changes_before_its_turn_is_not_taken_for_what_it_was(night:
     assert night.cases["case-of-before"].state == CaseState.FAILED
     assert "changed or taken away" in night.cases["case-of-before"].reason
     night.check_good(NAMES[0])
+
+
+def test_a_case_that_went_away_is_done_when_it_is_back(night: Night) -> None:
+    night.arrive(NAMES[0])
+    scan, away = night.inbox / f"{NAMES[0]}.nii.gz", night.root / "away.nii.gz"
+    with BatchStore(state_path(night.outbox), create=True) as store:
+        signature = signature_of(scan)
+        assert signature is not None
+        store.add(scan, signature, night.site.key(NAMES[0]))
+    scan.rename(away)
+    assert night.run() == BatchSummary(done=0, failed=1, waiting=0)
+    away.rename(scan)
+    assert night.run() == BatchSummary(done=1, failed=0, waiting=0)
+    night.check_good(NAMES[0])
+
+
+def test_what_cannot_be_read_is_listed_and_done_once_it_can_be(night: Night) -> None:
+    link = night.inbox / "link.nii.gz"
+    link.symlink_to(night.root / "later.nii.gz")
+    assert night.run() == BatchSummary(done=0, failed=1, waiting=0)
+    (unread,) = night.cases.values()
+    assert unread.key.startswith(UNREADABLE)
+    assert "link" not in unread.reason
+    shutil.copy(night.site.scan(NAMES[0]), night.root / "later.nii.gz")
+    assert night.run() == BatchSummary(done=1, failed=0, waiting=0)
+    night.check_good(NAMES[0])
+    assert len(night.cases) == 1
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fseft_edge.batch.records import CaseState, Decision, Outcome, StageSeconds
-from fseft_edge.batch.store import SCHEMA_VERSION, BatchStore, state_path
+from fseft_edge.batch.store import GONE, SCHEMA_VERSION, UNREADABLE, BatchStore, state_path
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
 from fseft_edge.segmented_case import SegmentedOrgan
 
@@ -168,3 +168,25 @@ def test_a_place_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutOfSpaceError, match="cannot be written"):
         BatchStore(tmp_path / "file" / "state.sqlite", create=True)
+
+
+def test_a_case_that_was_gone_waits_again_when_it_is_back_at_the_same_place(tmp_path: Path) -> None:
+    with store_of(tmp_path, "case-1") as store:
+        place = tmp_path / "case-1.nii.gz"
+        store.lose("case-1", Outcome(CaseState.FAILED, problem=GONE, reason="It was taken away."))
+        assert store.case("case-1").state == CaseState.FAILED
+        assert store.key_of(place, "signature") is None
+        assert store.add(place, "signature", "case-1")
+        assert (store.case("case-1").state, store.case("case-1").reason) == (CaseState.WAITING, "")
+
+
+def test_what_could_not_be_read_gives_way_to_what_it_turns_out_to_be(tmp_path: Path) -> None:
+    with store_of(tmp_path, "case-1") as store:
+        for name in ("a", "b"):
+            store.add(tmp_path / name, "signature", f"{UNREADABLE}{name}")
+            store.end(f"{UNREADABLE}{name}", FAILED)
+        assert store.add(tmp_path / "a", "now readable", "case-2")
+        assert [case.key for case in store.cases()] == ["case-1", f"{UNREADABLE}b", "case-2"]
+        assert store.retry([f"{UNREADABLE}b"]) == 1
+        assert store.key_of(tmp_path / "b", "signature") is None  # found anew at the next look
+        assert [case.key for case in store.cases()] == ["case-1", "case-2"]
