@@ -3,7 +3,7 @@ FROM python:3.11-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/fseft-edge
 COPY . .
-RUN make install-runtime VENV=/opt/venv
+RUN make install-runtime VENV=/opt/venv RUNTIME=cpu
 
 FROM python:3.11-slim
 COPY --from=build /opt/venv /opt/venv

@@ -13,8 +13,9 @@ from typing import Final, TypeVar
 
 from fseft_edge.batch.records import CaseState, Outcome, StageSeconds
 from fseft_edge.runtime.atomic import atomic_folder
-from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError
+from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError
 from fseft_edge.runtime.memory import is_out_of_memory
+from fseft_edge.runtime.nifti import SUFFIXES
 from fseft_edge.segmented_case import SegmentedOrgan
 from fseft_edge.segmenter import EncodedCase, OpenedCase, Segmenter
 
@@ -71,9 +72,15 @@ class CaseWork:
 
     def read(self, task: CaseTask) -> CaseUnderWay:
         """Read the scan."""
-        case = CaseUnderWay(task, tempfile.TemporaryDirectory(prefix="fseft-edge-"))
-        link = Path(case.link.name) / f"{task.key}{_suffix(task.source)}"
-        link.symlink_to(task.source.absolute())
+        try:
+            case = CaseUnderWay(task, tempfile.TemporaryDirectory(prefix="fseft-edge-"))
+            link = Path(case.link.name) / f"{task.key}{_suffix(task.source)}"
+            link.symlink_to(task.source.absolute())
+        except OSError as error:  # its own words name the source
+            problem = OutOfSpaceError(
+                f"No temporary file can be made: {error.strerror}.", remedy="See to the disk that TMPDIR lies on."
+            )
+            raise CaseError(outcome_of(problem, task.key, task.source)) from None
         case.opened = self._stage(case, lambda: self.segmenter.open(link))
         return case
 
@@ -160,5 +167,5 @@ def read_record(folder: Path, recipe: str) -> Outcome | None:
 
 
 def _suffix(source: Path) -> str:
-    """Return what the reader tells files by."""
-    return "" if source.is_dir() else "".join(suffix for suffix in source.suffixes[-2:] if len(suffix) <= 4).lower()
+    """Return what the reader tells files by, and nothing else of the name."""
+    return next((suffix for suffix in (*SUFFIXES, ".zip") if source.name.lower().endswith(suffix)), "")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distributed import Future
 
 _PATIENCE: Final = 15.0  # seconds for the scheduler to answer
+_ABSENCE: Final = 120.0  # seconds for a first worker, or another one, to come
 _PAUSE: Final = 0.1  # seconds between two looks at the cases
 
 
@@ -48,6 +49,7 @@ class ClusterCrew:
         self._limit = limit
         self._say = say
         self._cases: dict[str, tuple[Future[Outcome], float]] = {}
+        self._seen = time.monotonic()
         try:
             self._client = Client(address, timeout=_PATIENCE, set_as_default=False)
         except (OSError, TimeoutError, ValueError) as error:
@@ -75,7 +77,16 @@ class ClusterCrew:
 
     def room(self, *, alone: bool) -> bool:  # noqa: ARG002 - here every case is alone in its worker
         """Whether a worker is free."""
-        return len(self._cases) < self._count()
+        count = self._count()
+        now = time.monotonic()
+        if count:
+            self._seen = now
+        elif now - self._seen > _ABSENCE:
+            raise EnvironmentProblemError(
+                f"The Dask scheduler has had no worker for {_ABSENCE:.0f} seconds.",
+                remedy="Start some with `dask worker --nthreads 1`, then run the batch again.",
+            )
+        return len(self._cases) < count
 
     def hand_over(self, task: CaseTask, *, alone: bool) -> None:  # noqa: ARG002 - likewise
         """Give the workers a case."""
@@ -93,7 +104,9 @@ class ClusterCrew:
             if time.monotonic() >= give_up:
                 break
             time.sleep(_PAUSE)
-        events = [self._ended(key, self._cases.pop(key)[0]) for key in ended]
+        events = [self._ended(key, self._cases[key][0]) for key in ended]
+        for key in ended:
+            del self._cases[key]
         late = [key for key, (_, begun) in self._cases.items() if time.monotonic() - begun > self._limit]
         return events + [self._late(key) for key in late]
 
@@ -131,4 +144,4 @@ class ClusterCrew:
         future.cancel(force=True)
         self._client.restart_workers(busy, raise_for_error=False)
         self._say(f"{key} takes too long: its worker is ended")
-        return Lost(key, blamed=True, cause=f"it took longer than {self._limit / 60:.0f} minutes")
+        return Lost(key, blamed=True, cause=f"it took longer than {self._limit / 60:g} minutes")

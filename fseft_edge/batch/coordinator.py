@@ -22,6 +22,7 @@ from fseft_edge.batch.outbox import (
     clear_leftovers,
     no_room,
     only_one_run,
+    outbox_number,
     place_of_state,
     scratch_folder,
 )
@@ -83,18 +84,20 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
     recipe = _recipe(settings.segmentation)
     state = place_of_state(settings.outbox, settings.state)
     with (
-        only_one_run(settings.outbox),
+        only_one_run(settings.outbox, state),
         BatchStore(state, create=True) as store,
         scratch_folder(settings.outbox) as scratch,
     ):
-        before = store.recipe()
+        _check_belongs(settings.outbox, store)
+        before = store.noted("recipe")
         if before not in (None, recipe):
             raise BatchStateError(
                 f"{settings.outbox} holds results of other adapters, or of other options.",
                 remedy="Use another OUTBOX, or the same adapters and options as before.",
             )
-        store.set_recipe(recipe)
+        store.note("recipe", recipe)
         store.put_back_all()
+        store.forget_unreadable()
         clear_leftovers(settings.outbox)
         try:
             return _Run(settings, store, recipe, scratch, stop).run()
@@ -119,6 +122,7 @@ class _Run:
         self._crew: Crew | None = None
         self._changed = True
         self._reported = float("-inf")
+        self._report_seconds = 0.0
 
     def run(self) -> BatchSummary:
         looked = float("-inf")
@@ -150,7 +154,8 @@ class _Run:
 
     def _report(self, *, at_most_every: float = 0.0) -> None:
         """Write the report; one that cannot be written costs no case."""
-        if not self._changed or time.monotonic() - self._reported < at_most_every:
+        begun = time.monotonic()
+        if not self._changed or begun - self._reported < max(at_most_every, 10 * self._report_seconds):
             return
         try:
             write_report(self._settings.outbox, self._store, show_ids=self._settings.show_ids)
@@ -158,6 +163,7 @@ class _Run:
         except FseftEdgeError as error:
             _LOG.warning("the report was not written: %s", error)
         self._reported = time.monotonic()
+        self._report_seconds = self._reported - begun if at_most_every else 0.0
 
     @property
     def _ending(self) -> bool:
@@ -167,7 +173,8 @@ class _Run:
 
     @property
     def _nothing_more(self) -> bool:
-        return not (self._settings.watch or self._inbox.unsettled)
+        waiting = any(self._store.next_waiting(alone=alone) for alone in (True, False))
+        return not (self._settings.watch or self._inbox.unsettled or waiting)
 
     def _look(self) -> None:
         try:
@@ -178,7 +185,7 @@ class _Run:
             _LOG.warning("%s Looking again later.", error.message)  # a network drive that comes back
             return
         for arrival in settled:
-            if self._store.key_of(arrival.source, arrival.signature) is None:
+            if not self._ending and self._store.key_of(arrival.source, arrival.signature) is None:
                 self._add(arrival)
 
     def _add(self, arrival: Arrival) -> None:
@@ -186,7 +193,7 @@ class _Run:
             key = content_key(arrival.source)
         except FseftEdgeError as error:
             # Known by its place instead, so that it is listed, and looked at again when it changes.
-            key = f"{UNREADABLE}{sha256(f'{arrival.source}{arrival.signature}'.encode()).hexdigest()[:12]}"
+            key = f"{UNREADABLE}{sha256(os.fsencode(arrival.source) + arrival.signature.encode()).hexdigest()[:12]}"
             if self._store.add(arrival.source, arrival.signature, key):
                 self._end(key, outcome_of(error, key, arrival.source))
             return
@@ -205,6 +212,7 @@ class _Run:
                 if outcome is not None or source is None:
                     self._end(case.key, outcome or _gone(case.key))
                     continue
+                self._scratch.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have been there
                 if self._crew is None:
                     self._crew = self._new_crew()
                 if not self._crew.room(alone=alone):
@@ -286,7 +294,8 @@ def _gone(key: str) -> Outcome:
         CaseState.FAILED,
         problem=GONE,
         reason=f"{key} was changed or taken away before it was done.",
-        remedy="Once it is there again and complete, it is found by itself.",
+        remedy="Back in the inbox it is found by itself; another scan in its place is a case of its own. "
+        "`batch cancel` with this case takes it off the list.",
     )
 
 
@@ -304,3 +313,17 @@ def _recipe(segmentation: SegmentationSettings) -> str:
         },
         sort_keys=True,
     )
+
+
+def _check_belongs(outbox: Path, store: BatchStore) -> None:
+    """Make sure that a state is of this outbox; both hold the same number, which outlives a new name.
+
+    Raises:
+        BatchStateError: it is of another.
+    """
+    own, theirs = outbox_number(outbox), store.noted("outbox")
+    if theirs not in (None, own):
+        raise BatchStateError(
+            f"The state {store.path} is of another outbox.", remedy="Give every OUTBOX a --state of its own."
+        )
+    store.note("outbox", own)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -85,10 +87,14 @@ def arrivals(folder: Path) -> list[Arrival]:
         ) from error
     found: list[Arrival] = []
     for entry in entries:
-        if not entry.is_dir():
+        if not os.path.isdir(entry):  # noqa: PTH112 - is_dir() raises where a link leads to what may not be looked at
             found += [_arrival(entry, [entry])] if _is_one_file(entry) else []
             continue
-        files = sorted(_files(entry))
+        try:
+            files = sorted(_files(entry))
+        except OSError:  # listed all the same: content_key says what is wrong
+            found.append(_arrival(entry, [entry]))
+            continue
         scans = [file for file in files if _is_one_file(file)]
         if scans:
             found += [_arrival(file, [file]) for file in scans]
@@ -99,9 +105,12 @@ def arrivals(folder: Path) -> list[Arrival]:
 
 def signature_of(source: Path) -> str | None:
     """Return the signature of what lies there now, or None where nothing does."""
-    if source.is_dir():
-        return _arrival(source, sorted(_files(source))).signature
-    return _arrival(source, [source]).signature if source.exists() else None
+    try:
+        if os.path.isdir(source):  # noqa: PTH112 - as above
+            return _arrival(source, sorted(_files(source))).signature
+        return _arrival(source, [source]).signature if source.exists() else None
+    except OSError:
+        return None
 
 
 def content_key(source: Path) -> str:
@@ -113,7 +122,7 @@ def content_key(source: Path) -> str:
         UnreadableFileError: a file cannot be read.
     """
     try:
-        if source.is_dir():
+        if os.path.isdir(source):  # noqa: PTH112 - as above
             digests = sorted(_sha256(file) for file in _files(source))
             digest = hashlib.sha256(b"".join(digests)).hexdigest()
         else:
@@ -131,7 +140,10 @@ def _is_one_file(path: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+    def failed(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=failed):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent) / name for name in names if not name.startswith("."))
 
@@ -144,13 +156,16 @@ def _arrival(source: Path, files: list[Path]) -> Arrival:
         except OSError:  # gone, or a dangling link: it counts by its name
             digest.update(repr(str(file)).encode())
             continue
-        digest.update(repr((str(file), status.st_size, status.st_mtime_ns)).encode())
+        digest.update(repr((str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
     return Arrival(source, digest.hexdigest())
 
 
 def _sha256(file: Path) -> bytes:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    # Without O_NONBLOCK a named pipe would wait for somebody to write.
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # noqa: PTH123 - of a descriptor
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.digest()

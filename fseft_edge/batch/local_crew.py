@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ IN_HAND: Final = 3
 """Cases that a pipelined worker has: one being read, one encoded, one finished."""
 
 _LEAST_STARTS: Final = 3
+_LONGEST_START: Final = 600.0  # seconds for a worker to open its encoder, or --limit where that is longer
 _PATIENCE: Final = 10.0  # seconds for a worker to end by itself once it has nothing left to do
 _CONTEXT: Final = get_context("spawn")
 
@@ -41,6 +43,7 @@ class _Worker:
 
     process: SpawnProcess
     mailbox: Connection
+    started: float = field(default_factory=time.monotonic)
     ready: bool = False
     alone: bool = False
     cases: dict[str, _Clock] = field(default_factory=dict)
@@ -100,6 +103,9 @@ class LocalCrew:
                 worker.process.kill()
                 worker.process.join()
                 events += self._received(worker)
+            if not worker.ready and time.monotonic() - worker.started > max(self._limit, _LONGEST_START):
+                worker.process.kill()
+                worker.process.join()
             if worker.process.is_alive():
                 continue
             events += self._received(worker)
@@ -127,7 +133,13 @@ class LocalCrew:
     def _started(self) -> _Worker:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(target=work, args=(theirs, self._settings), name="fseft-edge worker")
-        process.start()
+        # A worker inherits this while it imports what it needs; it leaves Ctrl-C to the coordinator.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+        try:
+            process.start()
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGINT, before)
         theirs.close()
         return _Worker(process, ours)
 
@@ -174,7 +186,7 @@ class LocalCrew:
                     remedy="See what `fseft-edge doctor` says, and whether there is enough memory.",
                 )
         if late:
-            cause = f"it took longer than {self._limit / 60:.0f} minutes"
+            cause = f"it took longer than {self._limit / 60:g} minutes"
             return [Lost(key, key in late, cause if key in late else "") for key in worker.cases]
         cause = f"its worker process ended unexpectedly ({_ending(code)})"
         self._say(f"a worker ended unexpectedly ({_ending(code)}) with {', '.join(worker.cases) or 'nothing'} in hand")
@@ -187,3 +199,7 @@ def _ending(code: int | None) -> str:
         name = signal.Signals(-code).name
         return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
     return f"exit code {code}"
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

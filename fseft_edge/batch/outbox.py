@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from fseft_edge.batch.store import STATE_FOLDER, state_path
+from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import EnvironmentProblemError, OutOfSpaceError, UsageError
 from fseft_edge.runtime.machine import network_file_system
 
@@ -53,24 +55,43 @@ def place_of_state(outbox: Path, state: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def only_one_run(outbox: Path) -> Iterator[None]:
-    """Hold the outbox, so that one run at a time writes there."""
-    folder = outbox / STATE_FOLDER
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UsageError(
-            f"Another `batch run` works on {outbox}.", remedy="Wait for it, end it, or use another OUTBOX."
-        ) from None
-    except OSError as error:
-        raise OutOfSpaceError(
-            f"{outbox} cannot be written to: {error.strerror}.",
-            remedy="Name an OUTBOX that this account may write to, on a disk with free space.",
-        ) from error
-    with lock:
+def only_one_run(outbox: Path, state: Path) -> Iterator[None]:
+    """Hold the outbox and the state, so that one run at a time writes there.
+
+    Raises:
+        UsageError: another run holds one of them.
+        OutOfSpaceError: one of them cannot be written to.
+    """
+    locks = dict.fromkeys([outbox / STATE_FOLDER / "lock", state.with_name(f"{state.name}.lock")])
+    with contextlib.ExitStack() as stack:
+        for path in locks:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(path, timeout=0))
+            except Timeout:
+                raise UsageError(
+                    f"Another `batch run` works on {outbox} or with its state.",
+                    remedy="Wait for it, end it, or use another OUTBOX.",
+                ) from None
+            except OSError as error:
+                raise OutOfSpaceError(
+                    f"{path.parent} cannot be written to: {error.strerror}.",
+                    remedy="Name an OUTBOX that this account may write to, on a disk with free space.",
+                ) from error
         yield
+
+
+def outbox_number(outbox: Path) -> str:
+    """Return the outbox's own number, which it gets when it is first used and keeps when it is renamed.
+
+    Raises:
+        OutOfSpaceError: it cannot be written.
+    """
+    file = outbox / STATE_FOLDER / "id"
+    if not file.exists():
+        with atomic_path(file) as temporary:
+            temporary.write_text(secrets.token_hex(16), encoding="ascii")
+    return file.read_text(encoding="ascii", errors="replace")
 
 
 @contextlib.contextmanager

@@ -99,6 +99,11 @@ class CaseRecord:
     seconds: StageSeconds | None
     review: Review | None
 
+    @property
+    def source_name(self) -> str:
+        """The source's name as it can be shown: what is no text, or would break a line, is replaced."""
+        return shown(self.source.name)
+
 
 @dataclass(frozen=True)
 class Duplicate:
@@ -106,3 +111,8 @@ class Duplicate:
 
     source: Path
     key: str
+
+
+def shown(name: str) -> str:
+    """Return the name of a file as it can be shown and written: what is no text, or would break a line, is replaced."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)

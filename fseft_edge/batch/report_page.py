@@ -8,7 +8,7 @@ from html import escape
 from typing import Final
 
 from fseft_edge.batch.night import Night, ReportedCase
-from fseft_edge.batch.records import CaseState, Duplicate, Review
+from fseft_edge.batch.records import CaseState, Duplicate, Review, shown
 from fseft_edge.batch.report_style import STYLE
 from fseft_edge.flags import MEANINGS, in_words
 from fseft_edge.quality import SIZE_MARGIN
@@ -219,7 +219,7 @@ def _listing(cases: Sequence[ReportedCase], show_ids: bool) -> str:
 def _again(duplicates: Sequence[Duplicate], show_ids: bool) -> str:
     """How often each case lay there beside the first time, or, with names, where."""
     if show_ids:
-        lines = [f"{duplicate.key}: {duplicate.source.name}" for duplicate in duplicates]
+        lines = [f"{duplicate.key}: {shown(duplicate.source.name)}" for duplicate in duplicates]
     else:
         keys = [duplicate.key for duplicate in duplicates]
         lines = [f"{key}: {_count(keys.count(key), 'further copy', 'further copies')}" for key in dict.fromkeys(keys)]
@@ -249,7 +249,7 @@ def _section(name: str, heading: str, blocks: Iterable[str]) -> str:
 
 
 def _source(case: ReportedCase, show_ids: bool) -> str:
-    return f'<p class="source">{escape(case.record.source.name)}</p>' if show_ids else ""
+    return f'<p class="source">{escape(case.record.source_name)}</p>' if show_ids else ""
 
 
 def _lattice(case: ReportedCase) -> str:

@@ -36,7 +36,8 @@ h3 { font-size: 1rem; margin: 0 0 .3rem; display: flex; flex-wrap: wrap; gap: .2
 .verdict { font-weight: 600; font-size: .9rem; }
 .verdict.accepted { color: var(--good); }
 .remedy::before { content: "→ "; color: var(--soft); }
-.both { display: grid; grid-template-columns: minmax(0, 11fr) minmax(0, 9fr); gap: 1.5rem; align-items: start; }
+.both { display: grid; gap: 1.5rem; align-items: start; }
+.both { grid-template-columns: minmax(0, 11fr) minmax(min-content, 9fr); }
 .nothing { color: var(--soft); border: 1px dashed var(--line); padding: 1.5rem; text-align: center; }
 .organs { width: 100%; margin: 0 0 .5rem; font-size: .92rem; }
 .organs th, .organs td { padding: .3rem .5rem; vertical-align: top; }

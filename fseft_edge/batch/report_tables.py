@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from fseft_edge.batch.night import Night, ReportedCase
-from fseft_edge.batch.records import Duplicate
+from fseft_edge.batch.records import Duplicate, shown
 from fseft_edge.flags import MEANINGS
 from fseft_edge.segmented_case import SegmentedOrgan
 
@@ -76,7 +76,8 @@ def json_fields(
         },
         "cases": [_case_fields(case, show_ids=show_ids) for case in cases],
         "duplicates": [
-            {"case": duplicate.key, "source": duplicate.source.name if show_ids else None} for duplicate in duplicates
+            {"case": duplicate.key, "source": shown(duplicate.source.name) if show_ids else None}
+            for duplicate in duplicates
         ],
         "flags": MEANINGS,
     }
@@ -86,7 +87,7 @@ def _case_fields(case: ReportedCase, *, show_ids: bool) -> dict[str, Any]:
     record = case.record
     return {
         "case": record.key,
-        "source": record.source.name if show_ids else None,
+        "source": record.source_name if show_ids else None,
         "state": record.state.value,
         "flagged": case.flagged,
         "problem": record.problem,
@@ -114,7 +115,7 @@ def _case_cells(case: ReportedCase, *, show_ids: bool) -> dict[str, str | float 
     seconds, review = record.seconds, record.review
     return {
         "case": record.key,
-        "source": record.source.name if show_ids else None,
+        "source": record.source_name if show_ids else None,
         "state": record.state.value,
         "problem": record.problem,
         "reason": record.reason,

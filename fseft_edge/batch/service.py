@@ -49,6 +49,7 @@ RequiresMountsFor={" ".join(_quoted(word) for word in _folders(command))}
 Type=exec
 ExecStart={" ".join(_quoted(word) for word in command)}
 KillMode=mixed
+OOMPolicy=continue
 TimeoutStopSec={round(limit_minutes * 60)}
 SuccessExitStatus=5
 Nice=10

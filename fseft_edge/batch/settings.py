@@ -88,11 +88,13 @@ def parse_until(text: str, now: datetime) -> datetime:
         UsageError: it is no time of day.
     """
     try:
-        at = datetime.strptime(text, "%H:%M").replace(tzinfo=now.tzinfo)
+        at = datetime.strptime(text, "%H:%M").time()
     except ValueError:
         raise UsageError(f"{text} is no time of day.", remedy="Write it as HH:MM, e.g. 06:30.") from None
-    moment = now.replace(hour=at.hour, minute=at.minute, second=0, microsecond=0)
-    return moment if moment > now else moment + timedelta(days=1)
+    # Without an offset, so that a night in which the clocks change ends when they show it.
+    day = now.replace(tzinfo=None)
+    moment = datetime.combine(day, at)
+    return (moment if moment > day else moment + timedelta(days=1)).astimezone()
 
 
 def parse_workers(text: str) -> int | None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
+import string
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from fseft_edge.batch.records import CaseRecord, CaseState, Decision, Duplicate, Outcome, Review, StageSeconds
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
@@ -41,6 +44,7 @@ CREATE TABLE cases (
 ) STRICT;
 CREATE TABLE sources (path TEXT PRIMARY KEY, signature TEXT NOT NULL, key TEXT NOT NULL REFERENCES cases (key)) STRICT;
 """
+_PLAIN: Final = (string.punctuation + " ").replace("%", "")
 _BUSY_SECONDS: Final = 30.0
 
 
@@ -143,17 +147,17 @@ class BatchStore:
         rows = self._execute(
             "SELECT path, sources.key FROM sources JOIN cases USING (key) WHERE path <> source ORDER BY path"
         )
-        return [Duplicate(Path(row["path"]), row["key"]) for row in rows]
+        return [Duplicate(_as_path(row["path"]), row["key"]) for row in rows]
 
     def key_of(self, source: Path, signature: str) -> str | None:
         """Return the case that what lies there, with this signature, has become; None where it is new."""
-        rows = self._execute("SELECT key FROM sources WHERE path = ? AND signature = ?", str(source), signature)
+        rows = self._execute("SELECT key FROM sources WHERE path = ? AND signature = ?", _as_text(source), signature)
         return str(rows[0]["key"]) if rows else None
 
     def sources_of(self, key: str) -> dict[Path, str]:
         """Return where a case was found, with the signature it had there."""
         rows = self._execute("SELECT path, signature FROM sources WHERE key = ? ORDER BY path", key)
-        return {Path(row["path"]): row["signature"] for row in rows}
+        return {_as_path(row["path"]): row["signature"] for row in rows}
 
     def next_waiting(self, *, alone: bool) -> CaseRecord | None:
         """Return the case that waits longest, of those that have to run alone or of the others."""
@@ -164,32 +168,33 @@ class BatchStore:
         )
         return _record(rows[0]) if rows else None
 
-    def recipe(self) -> str | None:
-        """Return what all cases of this outbox are segmented with, or None before the first run."""
-        rows = self._execute("SELECT value FROM meta WHERE name = 'recipe'")
+    def noted(self, name: str) -> str | None:
+        """Return what is noted of the whole batch under a name: ``recipe``, ``outbox``."""
+        rows = self._execute("SELECT value FROM meta WHERE name = ?", name)
         return str(rows[0]["value"]) if rows else None
 
     # What happens
 
-    def set_recipe(self, recipe: str) -> None:
-        """Note what all cases of this outbox are segmented with."""
-        self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES ('recipe', ?)", recipe)
+    def note(self, name: str, value: str) -> None:
+        """Note something of the whole batch."""
+        self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", name, value)
 
     def add(self, source: Path, signature: str, key: str) -> bool:
         """Note what lies in the inbox; return whether a case waits for it: a new one, or one that was gone."""
         with self._transaction():
-            self._forget_unreadable("SELECT key FROM sources WHERE path = ?", str(source))
+            self._forget_unreadable("SELECT key FROM sources WHERE path = ?", _as_text(source))
             new = self._connection.execute(
                 "INSERT OR IGNORE INTO cases (key, source, state, found_at) VALUES (?, ?, ?, ?)",
-                (key, str(source), CaseState.WAITING, time.time()),
+                (key, _as_text(source), CaseState.WAITING, time.time()),
             ).rowcount
             self._connection.execute(
-                "INSERT OR REPLACE INTO sources (path, signature, key) VALUES (?, ?, ?)", (str(source), signature, key)
+                "INSERT OR REPLACE INTO sources (path, signature, key) VALUES (?, ?, ?)",
+                (_as_text(source), signature, key),
             )
             # The first place that a case was found in may be gone, or hold something else now.
             self._connection.execute(
                 "UPDATE cases SET source = ? WHERE key = ? AND source NOT IN (SELECT path FROM sources WHERE key = ?)",
-                (str(source), key, key),
+                (_as_text(source), key, key),
             )
             back = self._connection.execute(
                 "UPDATE cases SET state = ?, finished_at = NULL, problem = '', reason = '', remedy = ''"
@@ -202,6 +207,11 @@ class BatchStore:
         """Note that a case is nowhere any more; where it lay is forgotten, so that it is found again there."""
         self.end(key, outcome)
         self._execute("DELETE FROM sources WHERE key = ?", key)
+
+    def forget_unreadable(self) -> None:
+        """Forget what could not be read, so that it is looked at again."""
+        with self._transaction():
+            self._forget_unreadable("SELECT key FROM cases")
 
     def _forget_unreadable(self, keys: str, *values: object) -> None:
         """Forget cases that could not even be read to be known by their content."""
@@ -281,17 +291,18 @@ class BatchStore:
         return len(wanted)
 
     def cancel(self, keys: Sequence[str]) -> int:
-        """Take waiting cases out; all of them when none is named. Return how many."""
-        wanted = [case for case in self._named(keys) if case.state == CaseState.WAITING]
+        """Take waiting cases out, all of them when none is named; a failure that is named too. Return how many."""
+        may_be = (CaseState.WAITING, CaseState.FAILED, CaseState.SET_ASIDE) if keys else (CaseState.WAITING,)
         return sum(
             self._changed(
                 "UPDATE cases SET state = ?, finished_at = ? WHERE key = ? AND state = ?",
                 CaseState.CANCELLED,
                 time.time(),
                 case.key,
-                CaseState.WAITING,
+                case.state,
             )
-            for case in wanted
+            for case in self._named(keys)
+            if case.state in may_be
         )
 
     def review(self, key: str, decision: Decision, note: str) -> None:
@@ -357,7 +368,7 @@ def _record(row: sqlite3.Row) -> CaseRecord:
         review = Review(Decision(row["decision"]), row["note"], row["decided_at"])
     return CaseRecord(
         key=row["key"],
-        source=Path(row["source"]),
+        source=_as_path(row["source"]),
         state=CaseState(row["state"]),
         attempts=row["attempts"],
         found_at=row["found_at"],
@@ -370,3 +381,12 @@ def _record(row: sqlite3.Row) -> CaseRecord:
         seconds=StageSeconds(**seconds) if seconds else None,
         review=review,
     )
+
+
+def _as_text(path: Path) -> str:
+    """Return a path as text that SQLite takes, whatever bytes are in it: all but plain ASCII is percent-encoded."""
+    return quote_from_bytes(os.fsencode(path), safe=_PLAIN)
+
+
+def _as_path(text: str) -> Path:
+    return Path(os.fsdecode(unquote_to_bytes(text)))

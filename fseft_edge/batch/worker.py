@@ -59,7 +59,10 @@ class _Mailbox:
 
     def send(self, message: WorkerMessage) -> None:
         with self._lock:
-            self._connection.send(message)
+            try:
+                self._connection.send(message)
+            except OSError:  # the coordinator is gone
+                os._exit(1)
 
 
 def work(connection: Connection, settings: WorkerSettings) -> None:
@@ -122,6 +125,8 @@ class _Stages:
         except CaseError as error:
             self.mailbox.send(Ended(key, error.outcome))
             return None
+        except BaseException:  # of what nobody foresaw: the coordinator isolates the case, and no traceback names it
+            os._exit(1)
         self.mailbox.send(StageEnded(key))
         return result
 

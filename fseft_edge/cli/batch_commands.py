@@ -139,11 +139,12 @@ def run(
     stop = StopRequest()
     _listen(stop)
     summary = run_batch(settings, stop)
-    click.echo(f"{summary.done} done, {summary.failed} failed, {summary.waiting} waiting: {outbox / 'report.html'}")
+    ended = f"{summary.done} done and {summary.failed} failed in this run, {summary.waiting} waiting"
+    click.echo(f"{ended}: {outbox / 'report.html'}")
     if summary.failed:
         raise SomeCasesFailedError(
             f"{summary.failed} cases failed.",
-            remedy=f"`fseft-edge batch status {outbox}` says why; `batch retry` tries again.",
+            remedy=f"`fseft-edge batch status {outbox}` says why; `batch retry` lets them wait for another run.",
         )
 
 
@@ -162,7 +163,7 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
         click.echo(json.dumps({"schema_version": 1, "cases": listed, "duplicates": len(duplicates)}, indent=2))
         return
     for case in cases:
-        name = f"{case.key}  {case.source.name}" if show_ids else case.key
+        name = f"{case.key}  {case.source_name}" if show_ids else case.key
         click.echo(f"{name}  {case.state}{f'  {case.reason} {case.remedy}' if case.reason else ''}")
     counts = ", ".join(f"{sum(case.state == state for case in cases)} {state.replace('_', ' ')}" for state in CaseState)
     click.echo(f"{len(cases)} cases: {counts}; {len(duplicates)} found twice")
@@ -185,7 +186,7 @@ def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: boo
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @talk_options
 def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
-    """Take waiting cases out; all of them unless some are named. What is in hand goes on."""
+    """Take waiting cases out, all of them unless some are named; failures that are named too. The rest goes on."""
     with BatchStore(state_path(outbox, state)) as store:
         click.echo(f"{store.cancel(keys)} cases cancelled")
 
@@ -248,5 +249,6 @@ def _listen(stop: StopRequest) -> None:
         stop.times += 1
         click.echo("Stopping now." if stop.now else "Finishing the cases in hand; once more stops at once.", err=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, requested)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` wants it to go on
+            signal.signal(number, requested)

@@ -86,7 +86,7 @@ class ReviewCases:
         """Return what the page shows of a case, as JSON holds it."""
         return {
             "key": case.key,
-            "name": case.source.name if self._show_ids else None,
+            "name": case.source_name if self._show_ids else None,
             "state": case.state,
             "problem": case.problem,
             "reason": self.without_name(case.reason, case),

@@ -204,7 +204,7 @@ def test_a_case_that_crashes_its_worker_is_set_aside_and_no_other_suffers(night:
 def test_a_case_that_takes_too_long_is_set_aside_and_the_others_are_done(night: Night) -> None:
     night.arrive(*NAMES[:2])
     night.does(**{NAMES[0]: "hang"})
-    assert night.run(limit_minutes=4 / 60, attempts=1) == BatchSummary(done=1, failed=1, waiting=0)
+    assert night.run(limit_minutes=20 / 60, attempts=1) == BatchSummary(done=1, failed=1, waiting=0)
     late = night.cases[night.site.key(NAMES[0])]
     assert late.state == CaseState.SET_ASIDE
     assert "longer than" in late.reason
@@ -327,6 +327,71 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(night: Night) 
         night.run(segmentation=SegmentationSettings((night.root / "missing.adapter",)))
     with pytest.raises(EnvironmentProblemError):
         night.run(segmentation=replace(night.settings.segmentation, device="cuda"))
+
+
+def test_no_name_stops_the_night_or_gets_out_of_the_inbox(
+    night: Night, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Names with dots, of other encodings, too long to follow; a pipe; a folder that may not be looked into."""
+    caplog.set_level("DEBUG")
+    shutil.copy(night.site.scan(NAMES[0]), night.inbox / "JANE.LEE.nii.gz")
+    shutil.copy(night.site.scan(NAMES[1]), os.fsencode(night.inbox / "ROE") + b"\xfc\n.nii.gz")
+    shutil.copy(night.site.scan(NAMES[2]), night.inbox / "SUE.POE.nii")  # gzip under a name that says otherwise
+    (night.inbox / "LEE.nii.gz").symlink_to("x" * 300)
+    os.mkfifo(night.inbox / "POE.nii.gz")
+    summary = night.run(show_ids=True)
+    assert summary.done >= 2
+    assert summary.waiting == 0
+    night.check_good(*NAMES[:2])
+    unread = [case for case in night.cases.values() if case.key.startswith(UNREADABLE)]
+    assert len(unread) == 2
+    assert "\N{REPLACEMENT CHARACTER}" in (night.outbox / "report.html").read_text(encoding="utf-8")
+    night.run()  # without names
+    said = caplog.text + "".join(capfd.readouterr())
+    said += "".join(f"{case.reason}{case.remedy}" for case in night.cases.values())
+    said += "".join(str(path.relative_to(night.outbox)) for path in night.outbox.rglob("*"))
+    for name in ("LEE", "ROE", "POE", ".lee", ".poe"):
+        assert name not in said
+
+
+def test_a_scan_that_took_the_place_of_another_of_its_size_and_date_is_found(night: Night) -> None:
+    scan = night.inbox / "scan.nii"
+    for number, name in enumerate(NAMES[:2], start=1):
+        arrived = night.root / "arrived"
+        arrived.write_bytes(gzip.decompress(night.site.scan(name).read_bytes()))
+        os.utime(arrived, (0, 0))
+        arrived.rename(scan)
+        assert night.run() == BatchSummary(done=1, failed=0, waiting=0)
+        assert len(night.cases) == number
+    masks = {path.read_bytes() for path in night.outbox.rglob("case-*.nii.gz")}
+    assert masks == {night.site.mask(name) for name in NAMES[:2]}
+
+
+def test_temporary_files_that_cannot_be_made_cost_no_case(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    night.arrive(NAMES[0])
+    night.does(**{NAMES[0]: "no temporary files"})
+    trouble = OutOfSpaceError("The disk is full.", remedy="Free some space.")
+    with monkeypatch.context() as patched:
+        patched.setattr("fseft_edge.batch.coordinator.no_room", lambda folders: trouble)
+        with pytest.raises(OutOfSpaceError):
+            night.run()
+    (case,) = night.cases.values()
+    assert case.state == CaseState.WAITING
+    night.does()
+    night.run()
+    night.check_good(NAMES[0])
+
+
+def test_a_state_is_of_one_outbox(night: Night) -> None:
+    state = night.root / "state.sqlite"
+    night.run(state=state)
+    with pytest.raises(BatchStateError, match="of another outbox"):
+        night.run(state=state, outbox=night.root / "another")
+    night.outbox.rename(night.root / "renamed")
+    night.run(state=state, outbox=night.root / "renamed")
+    held = FileLock(night.root / "state.sqlite.lock")
+    with held, pytest.raises(UsageError, match="Another `batch run`"):
+        night.run(state=state, outbox=night.root / "renamed")
 
 
 def test_one_run_at_a_time(night: Night) -> None:

@@ -97,6 +97,7 @@ def test_retry_and_cancel_touch_only_what_they_may(tmp_path: Path) -> None:
         store.end("aside", Outcome(CaseState.SET_ASIDE, reason="It crashed."))
         assert store.cancel([]) == 1
         assert store.cancel(["done"]) == 0
+        assert store.cancel(["aside"]) == 1
         assert store.case("waiting").state == CaseState.CANCELLED
         assert store.retry(["failed"]) == 1
         assert store.case("failed").reason == ""

@@ -6,7 +6,8 @@ import configparser
 import json
 import shutil
 import subprocess
-from datetime import datetime
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,17 @@ def test_until_is_the_next_time_a_clock_shows_it() -> None:
     for wrong in ("25:00", "soon", "6", "", "06:30:00"):
         with pytest.raises(UsageError, match="no time of day"):
             parse_until(wrong, evening)
+
+
+def test_until_is_what_the_clock_shows_also_when_clocks_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        until = parse_until("06:30", datetime(2027, 3, 27, 18, 0).astimezone())
+        assert (until.hour, until.minute, until.utcoffset()) == (6, 30, timedelta(hours=2))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_workers_are_a_number_or_auto() -> None:

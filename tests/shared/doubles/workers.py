@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +32,8 @@ def mischievous_work(connection: Connection, settings: WorkerSettings) -> None:
                 os.kill(os.getpid(), signal.Signals[name])
             case "hang":
                 time.sleep(3600)
+            case "no temporary files":
+                tempfile.tempdir = "/nowhere"
             case "full":
                 error = OutOfSpaceError("There is no room left.", remedy="Free some.")
                 raise CaseError(outcome_of(error, task.key, settings.scratch))
