@@ -228,6 +228,9 @@ def _again(duplicates: Sequence[Duplicate], show_ids: bool) -> str:
     return f'<p>{said}</p><ul class="index">{items}</ul>'
 
 
+_WHOSE = "Which file a case is says <code>fseft-edge batch status OUTBOX --show-ids</code> where the state lies."
+
+
 def _legend(night: Night) -> str:
     flags = "".join(
         f'<dt id="flag-{flag}">{in_words(flag)}</dt><dd>{escape(meaning)}</dd>' for flag, meaning in MEANINGS.items()
@@ -240,7 +243,7 @@ def _legend(night: Night) -> str:
         "<p>The drawing beside a volume: the band is the range of the support set, the line is that range widened by "
         f"{100 * SIZE_MARGIN:.0f} %, the mark is this case. Confidence is the mean probability of the organ's voxels, "
         "0 to 1. The picture is a smaller copy; it leads to the whole one where the report lies beside the results.</p>"
-        f"{organs}{made}"
+        f"<p>{_WHOSE}</p>{organs}{made}"
     )
 
 

@@ -199,6 +199,8 @@ def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bo
 @click.option("--at", default="18:00", show_default=True, metavar="HH:MM", help="When the batch begins, every day.")
 @click.option("--until", default="06:30", show_default=True, metavar="HH:MM", help="When it begins no more cases.")
 @click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=60.0, help=_LIMIT_HELP, show_default=True)
+@click.option("--state", type=PATH, help=_STATE_HELP)
+@dicom_option
 @click.option("--units", type=PATH, help="Folder for the unit files.  [default: ~/.config/systemd/user]")
 @talk_options
 def install_service(
@@ -210,6 +212,8 @@ def install_service(
     at: str,
     until: str,
     limit: float,
+    state: Path | None,
+    dicom: tuple[DicomKind, ...],
     units: Path | None,
     quiet: bool,
 ) -> None:
@@ -225,6 +229,8 @@ def install_service(
     command += ["--output", str(outbox.absolute()), "--encoder", str(settings.encoder)]
     command += [word for adapter in settings.adapters for word in ("--adapter", str(adapter))]
     command += ["--watch", "--until", end, "--limit", f"{limit:g}"]
+    command += [word for kind in dicom for word in ("--dicom", kind)]
+    command += ["--state", str(state.absolute())] if state else []
     folder = units or Path.home() / ".config" / "systemd" / "user"
     written = write_units(folder, command, at=begin, limit_minutes=limit)
     click.echo(f"{written.service}\n{written.timer}")

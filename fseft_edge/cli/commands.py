@@ -152,6 +152,8 @@ def adapt(
         click.echo(
             f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}{treated}"
         )
+    if from_reviewed is not None and any(organ.left_out_dsc for organ in file.description.organs):
+        click.echo("Masks that an adapter drew count as truth here, which flatters: judge by scans contoured by hand.")
     made = file.description
     how = f"{made.settings['method']} on {made.settings['reads']}" if made.steps else "the encoder's own classifiers"
     click.echo(f"{output}: {how}" + (f", {made.steps} steps, loss {made.losses[-1]:.3f}" if made.steps else ""))

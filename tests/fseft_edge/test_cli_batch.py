@@ -106,6 +106,7 @@ def test_the_units_run_the_batch_that_was_asked_for(tmp_path: Path) -> None:
     made = run(
         *("install-service", tmp_path / "in box", "-o", tmp_path / "out", "--adapter", tmp_path / "liver.adapter"),
         *("--at", "19:15", "--until", "06:00", "--limit", "30", "--units", tmp_path / "units"),
+        *("--dicom", "seg", "--state", tmp_path / "state"),
     )
     assert made.exit_code == 0, made.output
     service, timer = (configparser.ConfigParser(interpolation=None) for _ in range(2))
@@ -114,7 +115,7 @@ def test_the_units_run_the_batch_that_was_asked_for(tmp_path: Path) -> None:
     timer.read(tmp_path / "units" / "fseft-edge-batch.timer")
     command = service["Service"]["ExecStart"]
     assert f'batch run "{tmp_path}/in box" --output {tmp_path}/out --encoder {tmp_path}/tiny.encoder' in command
-    assert command.endswith("--watch --until 06:00 --limit 30")
+    assert command.endswith(f"--watch --until 06:00 --limit 30 --dicom seg --state {tmp_path}/state")
     assert service["Service"]["TimeoutStopSec"] == "1800"
     assert timer["Timer"]["OnCalendar"] == "*-*-* 19:15:00"
 
