@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from fseft_edge.runtime.errors import UnreadableFileError
 from fseft_edge.runtime.nifti import SUFFIXES
@@ -32,9 +32,9 @@ class Arrival:
 class Inbox:
     """A folder that scans arrive in.
 
-    A NIfTI file or a ZIP archive, at any depth, is a scan. So is a folder directly in the inbox that holds neither: the
-    DICOM files of one patient, nested as they may be. Names that begin with a dot are left alone: copying programs use
-    them for what is not complete.
+    A NIfTI file or a ZIP archive, at any depth, is a scan. So is a folder directly in the inbox that holds neither, or
+    DICOM files too: those of one patient, nested as they may be. A DICOM file directly in the inbox is one by itself.
+    Names that begin with a dot are left alone: copying programs use them for what is not complete.
 
     Args:
         folder: the inbox.
@@ -88,7 +88,7 @@ def arrivals(folder: Path) -> list[Arrival]:
     found: list[Arrival] = []
     for entry in entries:
         if not os.path.isdir(entry):  # noqa: PTH112 - is_dir() raises where a link leads to what may not be looked at
-            found += [_arrival(entry, [entry])] if _is_one_file(entry) else []
+            found += [_arrival(entry, [entry])] if _is_one_file(entry) or _is_dicom(entry) else []
             continue
         try:
             files = sorted(_files(entry))
@@ -96,9 +96,9 @@ def arrivals(folder: Path) -> list[Arrival]:
             found.append(_arrival(entry, [entry]))
             continue
         scans = [file for file in files if _is_one_file(file)]
-        if scans:
-            found += [_arrival(file, [file]) for file in scans]
-        elif files:
+        found += [_arrival(file, [file]) for file in scans]
+        others = [file for file in files if not _is_one_file(file)]
+        if (files and not scans) or any(map(_is_dicom, others)):
             found.append(_arrival(entry, files))
     return found
 
@@ -139,6 +139,24 @@ def _is_one_file(path: Path) -> bool:
     return path.name.lower().endswith((*SUFFIXES, _ARCHIVE))
 
 
+def _is_dicom(file: Path) -> bool:
+    """Whether a file begins as DICOM does (PS3.10 7.1); False for what cannot be read."""
+    try:
+        with _opened(file) as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _opened(file: Path) -> BinaryIO:
+    """Open a regular file; without O_NONBLOCK a named pipe would wait for somebody to write."""
+    stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115 - of a descriptor; the caller closes it
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return stream
+
+
 def _files(folder: Path) -> Iterator[Path]:
     def failed(error: OSError) -> None:
         raise error
@@ -162,10 +180,7 @@ def _arrival(source: Path, files: list[Path]) -> Arrival:
 
 def _sha256(file: Path) -> bytes:
     digest = hashlib.sha256()
-    # Without O_NONBLOCK a named pipe would wait for somebody to write.
-    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:  # noqa: PTH123 - of a descriptor
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+    with _opened(file) as stream:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return digest.digest()

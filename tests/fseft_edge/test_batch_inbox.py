@@ -49,6 +49,17 @@ def test_nifti_files_archives_and_folders_of_other_files_are_scans(tmp_path: Pat
     assert found == ["a.nii.gz", "b.nii", "c.zip", "dicom", "ward/2/e.NII.GZ", "ward/d.nii.gz"]
 
 
+def test_dicom_beside_other_scans_is_not_passed_over(tmp_path: Path) -> None:
+    dicom = bytes(128) + b"DICM and more"
+    put(tmp_path / "patient" / "prior.nii.gz")
+    put(tmp_path / "patient" / "series" / "IM1", dicom)
+    put(tmp_path / "plain" / "scan.nii")
+    put(tmp_path / "plain" / "readme.txt")
+    put(tmp_path / "enhanced.dcm", dicom)
+    found = [arrival.source.relative_to(tmp_path).as_posix() for arrival in arrivals(tmp_path)]
+    assert found == ["enhanced.dcm", "patient/prior.nii.gz", "patient", "plain/scan.nii"]
+
+
 def test_a_scan_counts_once_nothing_about_it_has_changed_for_long_enough(tmp_path: Path) -> None:
     clock = Clock()
     inbox = Inbox(tmp_path, settle=10, clock=clock)
