@@ -88,13 +88,12 @@ class SegmentationSettings:
     def __post_init__(self) -> None:
         self.budget  # noqa: B018 - an impossible one is refused here
 
-    def absolute(self) -> SegmentationSettings:
-        """Return the same with absolute paths, for a process that works in another folder."""
-        ingredients = read_ingredients(self)  # the encoder is looked for from here
+    def absolute(self, encoder: Path) -> SegmentationSettings:
+        """Return the same with absolute paths, for a process that works in another folder, and with this encoder."""
         return replace(
             self,
             adapters=tuple(path.absolute() for path in self.adapters),
-            encoder=ingredients.bundle.path.absolute(),
+            encoder=encoder.absolute(),
             cache=self.cache and self.cache.absolute(),
         )
 

@@ -26,13 +26,13 @@ from fseft_edge.batch.outbox import (
     place_of_state,
     scratch_folder,
 )
-from fseft_edge.batch.records import CaseRecord, CaseState, Outcome
+from fseft_edge.batch.records import CaseState, Outcome
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.store import GONE, UNREADABLE, BatchStore
 from fseft_edge.batch.worker import WorkerSettings
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
-from fseft_edge.segmenter import SegmentationSettings, read_ingredients
+from fseft_edge.segmenter import Ingredients, SegmentationSettings, read_ingredients
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,9 +79,10 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
         EnvironmentProblemError: workers cannot start.
     """
     stop = stop or StopRequest()
-    settings = settings.absolute()
     check_folders(settings.inbox, settings.outbox)
-    recipe = _recipe(settings.segmentation)
+    ingredients = read_ingredients(settings.segmentation)
+    settings = settings.absolute(ingredients.bundle.path)
+    recipe = _recipe(settings.segmentation, ingredients)
     state = place_of_state(settings.outbox, settings.state)
     with (
         only_one_run(settings.outbox, state),
@@ -141,7 +142,7 @@ class _Run:
                     continue
                 for event in self._crew.events(POLL):
                     self._note(event)
-                self._report(at_most_every=_REPORT)
+                self._report_when_due()
         finally:
             if self._crew is not None:
                 for key in self._crew.close(now=self._stop.now or self._crew.in_hand > 0):
@@ -152,18 +153,23 @@ class _Run:
         waiting = sum(case.state == CaseState.WAITING for case in self._store.cases())
         return BatchSummary(self._done, self._failed, waiting)
 
-    def _report(self, *, at_most_every: float = 0.0) -> None:
+    def _report_when_due(self) -> None:
+        """Write the report now and then; the longer it takes, the more seldom."""
+        if time.monotonic() - self._reported >= max(_REPORT, 10 * self._report_seconds):
+            begun = time.monotonic()
+            self._report()
+            self._reported = time.monotonic()
+            self._report_seconds = self._reported - begun
+
+    def _report(self) -> None:
         """Write the report; one that cannot be written costs no case."""
-        begun = time.monotonic()
-        if not self._changed or begun - self._reported < max(at_most_every, 10 * self._report_seconds):
+        if not self._changed:
             return
         try:
             write_report(self._settings.outbox, self._store, show_ids=self._settings.show_ids)
             self._changed = False
         except FseftEdgeError as error:
             _LOG.warning("the report was not written: %s", error)
-        self._reported = time.monotonic()
-        self._report_seconds = self._reported - begun if at_most_every else 0.0
 
     @property
     def _ending(self) -> bool:
@@ -206,44 +212,59 @@ class _Run:
 
     def _hand_over(self) -> None:
         for alone in (True, False):
-            while (case := self._store.next_waiting(alone=alone)) is not None:
+            while self._has_room(alone=alone) and (case := self._store.next_waiting(alone=alone)) is not None:
                 outcome = read_record(self._settings.outbox / case.key, self._recipe)
-                source = self._source(case)
+                source = self._source(case.key)
                 if outcome is not None or source is None:
                     self._end(case.key, outcome or _gone(case.key))
                     continue
-                self._scratch.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have been there
                 if self._crew is None:
                     self._crew = self._new_crew()
-                if not self._crew.room(alone=alone):
-                    break
+                    if not self._crew.room(alone=alone):
+                        break
                 if self._store.start(case.key):
                     self._crew.hand_over(CaseTask(case.key, source), alone=alone)
 
-    def _source(self, case: CaseRecord) -> Path | None:
+    def _has_room(self, *, alone: bool) -> bool:
+        """Whether looking at waiting cases is worth it; workers are started for the first that has to be done."""
+        return self._crew is None or self._crew.room(alone=alone)
+
+    def _source(self, key: str) -> Path | None:
         """Return where a case lies unchanged."""
-        places = self._store.sources_of(case.key)
+        places = self._store.sources_of(key)
         return next((place for place, signature in places.items() if signature_of(place) == signature), None)
 
     def _note(self, event: CrewEvent) -> None:
         if isinstance(event, Lost):
             self._note_lost(event)
             return
-        if (
-            event.outcome.problem == OutOfSpaceError.__name__
-            and (trouble := no_room([self._settings.outbox, self._scratch])) is not None
-        ):
-            self._trouble = trouble
-            self._store.put_back(event.key)
+        if event.outcome.problem == OutOfSpaceError.__name__ and self._waits_for_room(event.key):
             return
         outcome = event.outcome
-        replaced = [place for place in self._store.sources_of(event.key) if place.exists()]
-        unchanged = self._source(self._store.case(event.key)) is not None
-        if not unchanged and (replaced or outcome.state != CaseState.DONE):
+        if self._source(event.key) is None and not self._may_stand(event.key, outcome):
             # It grew, was replaced or went away while it was read: nobody knows of what the mask is.
             shutil.rmtree(self._settings.outbox / event.key, ignore_errors=True)
             outcome = _gone(event.key)
         self._end(event.key, outcome)
+
+    def _waits_for_room(self, key: str) -> bool:
+        """Put back a case that found no room: until the run is started again, or, where there is room now, to be alone."""
+        self._scratch.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have been there
+        self._trouble = no_room([self._settings.outbox, self._scratch])
+        if self._trouble is not None:
+            self._store.put_back(key)
+            return True
+        return self._store.put_back(key, alone=True, attempted=True) < self._settings.attempts
+
+    def _may_stand(self, key: str, outcome: Outcome) -> bool:
+        """Whether an outcome holds although the scan does not lie where it lay, as it lay there."""
+        left = [place for place in self._store.sources_of(key) if signature_of(place) is not None]
+        if not left:  # taken away: a mask that is there was made of what had been read
+            return outcome.state == CaseState.DONE
+        try:
+            return any(content_key(place) == key for place in left)  # permissions or dates were changed, no more
+        except UnreadableFileError:
+            return False
 
     def _note_lost(self, lost: Lost) -> None:
         attempts = self._store.put_back(lost.key, alone=True, attempted=lost.blamed)
@@ -299,9 +320,8 @@ def _gone(key: str) -> Outcome:
     )
 
 
-def _recipe(segmentation: SegmentationSettings) -> str:
+def _recipe(segmentation: SegmentationSettings, ingredients: Ingredients) -> str:
     """Return what decides on the masks, as text."""
-    ingredients = read_ingredients(segmentation)
     return json.dumps(
         {
             "encoder": ingredients.bundle.encoder_id,

@@ -44,14 +44,14 @@ class BatchSettings:
     scheduler: str | None = None
     show_ids: bool = False
 
-    def absolute(self) -> BatchSettings:
+    def absolute(self, encoder: Path) -> BatchSettings:
         """Return the same with absolute paths, which mean the same to workers, and to a run from another folder."""
         return replace(
             self,
             inbox=self.inbox.absolute(),
             outbox=self.outbox.absolute(),
             state=self.state and self.state.absolute(),
-            segmentation=self.segmentation.absolute(),
+            segmentation=self.segmentation.absolute(encoder),
         )
 
 

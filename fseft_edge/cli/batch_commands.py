@@ -220,11 +220,12 @@ def install_service(
     """Write systemd units that run the batch every night; nothing is started."""
     from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
     from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
-    from fseft_edge.segmenter import SegmentationSettings  # noqa: PLC0415 - likewise
+    from fseft_edge.segmenter import SegmentationSettings, read_ingredients  # noqa: PLC0415 - likewise
 
     now = datetime.now().astimezone()
     begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))
-    settings = SegmentationSettings(adapters, encoder).absolute()
+    wanted = SegmentationSettings(adapters, encoder)
+    settings = wanted.absolute(read_ingredients(wanted).bundle.path)
     command = [str(Path(sys.executable).with_name("fseft-edge")), "batch", "run", str(inbox.absolute())]
     command += ["--output", str(outbox.absolute()), "--encoder", str(settings.encoder)]
     command += [word for adapter in settings.adapters for word in ("--adapter", str(adapter))]

@@ -27,6 +27,7 @@ from filelock import FileLock
 from fseft_edge.batch.coordinator import run_batch
 from fseft_edge.batch.inbox import content_key, signature_of
 from fseft_edge.batch.records import CaseRecord, CaseState
+from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.store import STATE_FOLDER, UNREADABLE, BatchStore, state_path
 from fseft_edge.runtime.errors import (
@@ -380,6 +381,32 @@ def test_temporary_files_that_cannot_be_made_cost_no_case(night: Night, monkeypa
     night.does()
     night.run()
     night.check_good(NAMES[0])
+
+
+def test_a_cleaner_of_temporary_files_costs_no_case(night: Night) -> None:
+    night.arrive(*NAMES[:2])
+    night.does(**{NAMES[0]: "cleaned once"})
+    assert night.run() == BatchSummary(done=2, failed=0, waiting=0)
+    night.check_good(*NAMES[:2])
+
+
+def test_permissions_that_change_meanwhile_cost_no_mask(night: Night) -> None:
+    night.arrive(NAMES[0])
+    night.does(**{NAMES[0]: "chmod"})
+    assert night.run() == BatchSummary(done=1, failed=0, waiting=0)
+    night.check_good(NAMES[0])
+
+
+def test_the_last_report_holds_all_also_where_reports_take_long(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_report(*arguments: Any, **more: Any) -> Path:
+        time.sleep(1.0)
+        return write_report(*arguments, **more)
+
+    monkeypatch.setattr("fseft_edge.batch.coordinator.write_report", slow_report)
+    night.arrive(*NAMES)
+    night.run()
+    report = json.loads((night.outbox / "report.json").read_text(encoding="utf-8"))
+    assert [case["state"] for case in report["cases"]] == ["done"] * 3
 
 
 def test_a_state_is_of_one_outbox(night: Night) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -34,6 +35,11 @@ def mischievous_work(connection: Connection, settings: WorkerSettings) -> None:
                 time.sleep(3600)
             case "no temporary files":
                 tempfile.tempdir = "/nowhere"
+            case "cleaned once" if settings.scratch.exists() and not (marker := settings.outbox / ".cleaned").exists():
+                marker.touch()
+                shutil.rmtree(settings.scratch)
+            case "chmod":
+                task.source.chmod(0o640)
             case "full":
                 error = OutOfSpaceError("There is no room left.", remedy="Free some.")
                 raise CaseError(outcome_of(error, task.key, settings.scratch))
