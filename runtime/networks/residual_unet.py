@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -83,11 +84,11 @@ class ResidualUNet(FeatureNetwork):
         skips: list[Tensor] = []
         x = windows
         for block in self.down:
-            x = block(x)
+            x = self._part(block, x)
             skips.append(x)
         pyramid: list[Tensor] = []
         for level in reversed(range(len(self.merge))):
-            x = self.merge[level](torch.cat([self.up[level](x), skips[level]], dim=1))
+            x = self._part(partial(_merged, self.up[level], self.merge[level]), x, skips[level])
             pyramid.append(x)
         return pyramid[::-1]
 
@@ -98,3 +99,9 @@ class ResidualUNet(FeatureNetwork):
             if isinstance(module, ConvolutionNorm):
                 module.fold()
         return network
+
+
+def _merged(up: nn.Module, merge: nn.Module, deeper: Tensor, skip: Tensor) -> Tensor:
+    """Return a decoder level from the one below it and the encoder's features of its own resolution."""
+    merged: Tensor = merge(torch.cat([up(deeper), skip], dim=1))
+    return merged

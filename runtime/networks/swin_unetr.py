@@ -17,6 +17,7 @@ Softmax and the normalisation without weights compute in float32 also where the 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -55,7 +56,7 @@ class SwinUnetrFeatures(FeatureNetwork):
         transformer = self.get_submodule("swinViT")
         tokens = [cast(nn.Module, transformer.patch_embed)(windows)]
         for stage in range(1, 5):
-            tokens.append(_stage(transformer.get_submodule(f"layers{stage}.0"), tokens[-1]))
+            tokens.append(self._stage(transformer.get_submodule(f"layers{stage}.0"), tokens[-1]))
         hidden = [_channel_norm(token) for token in tokens]
 
         skips = [
@@ -73,17 +74,25 @@ class SwinUnetrFeatures(FeatureNetwork):
         return pyramid[::-1]
 
     def _block(self, name: str, *inputs: Tensor) -> Tensor:
-        output: Tensor = self.get_submodule(name)(*inputs)
-        return output
+        return self._part(self.get_submodule(name), *inputs)
+
+    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        """Return a Swin stage's output: ``[n, C, X, Y, Z]`` to ``[n, 2C, X/2, Y/2, Z/2]``."""
+        x = x.permute(0, 2, 3, 4, 1)
+        for position, block in enumerate(cast(nn.ModuleList, stage.blocks)):
+            x = self._part(partial(_swin_block, block, shifted=position % 2 == 1), x)
+        return self._part(partial(_merged, cast(nn.Module, stage.downsample)), x)
 
 
-def _stage(stage: nn.Module, x: Tensor) -> Tensor:
-    """Return a Swin stage's output: ``[n, C, X, Y, Z]`` to ``[n, 2C, X/2, Y/2, Z/2]``."""
-    x = x.permute(0, 2, 3, 4, 1)
-    for position, block in enumerate(cast(nn.ModuleList, stage.blocks)):
-        x = x + _attention(block, x, shifted=position % 2 == 1)
-        x = x + cast(nn.Module, block.mlp)(cast(nn.LayerNorm, block.norm2)(x))
-    merging = cast(nn.Module, stage.downsample)
+def _swin_block(block: nn.Module, x: Tensor, *, shifted: bool) -> Tensor:
+    """Return tokens ``[n, X, Y, Z, C]`` after attention and perceptron."""
+    x = x + _attention(block, x, shifted=shifted)
+    perceived: Tensor = cast(nn.Module, block.mlp)(cast(nn.LayerNorm, block.norm2)(x))
+    return x + perceived
+
+
+def _merged(merging: nn.Module, x: Tensor) -> Tensor:
+    """Return tokens ``[n, X, Y, Z, C]`` merged two by two by two: ``[n, 2C, X/2, Y/2, Z/2]``."""
     x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in _MERGED_OFFSETS], dim=-1)
     x = cast(nn.Linear, merging.reduction)(cast(nn.LayerNorm, merging.norm)(x))
     return x.permute(0, 4, 1, 2, 3)
