@@ -15,17 +15,18 @@ from fseft_edge.adapter_file import AdapterDescription, AdapterFile, AdapterOrga
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters import AdapterSettings, zero_shot
 from fseft_edge.block_sampling import SupportScan
+from fseft_edge.intensities import HuPercentiles
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.review.support import ReviewedBatch, accepted_annotations
+from fseft_edge.review.support import ReviewedBatch
 from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.errors import LabelError, UsageError
+from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.feature_store import open_store
 from fseft_edge.runtime.memory import Budget
 from fseft_edge.runtime.session import open_session
-from fseft_edge.support import find_pairs, load_support, read_annotations
+from fseft_edge.support import find_annotated, load_support
 from fseft_edge.validation import Candidate, Validated, best_of, can_validate, candidates, leave_one_out
 
 _LOG = logging.getLogger(__name__)
@@ -91,24 +92,22 @@ def adapt(
     budget = Budget.of(memory_gb, vram_gb)
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
-    if images is not None and labels is not None:
-        pairs = find_pairs(images, labels, cases)
-    elif images is None and labels is None and reviewed is not None:
-        pairs = []
-    else:
-        raise UsageError(
-            "There are no annotated scans to learn from.",
-            remedy="Name their folders by --images and --labels, or a reviewed batch by --from-reviewed.",
-        )
-    accepted = accepted_annotations(reviewed, organs, [image for image, _ in pairs]) if reviewed else []
-    annotated = read_annotations(pairs, organs, labels, settings, reviewed=accepted)
+    annotated = find_annotated(images, labels, organs, settings, cases=cases, reviewed=reviewed)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))
-        support = load_support(
-            annotated, organs, bundle=bundle, session=session, store=store, budget=budget, progress=progress
-        )
         training = replace(training or TrainingSettings(), device=session.device)
+        support = load_support(
+            annotated,
+            organs,
+            bundle=bundle,
+            session=session,
+            store=store,
+            budget=budget,
+            variations=training.variations_for(len(annotated)),
+            seed=training.seed,
+            progress=progress,
+        )
         rows = head_rows(bundle, organs)
         candidate = Candidate(f"{settings.method} on {settings.reads}", settings, training)
         validated: Validated | None = None
@@ -167,8 +166,6 @@ def describe(
     validated: Validated | None = None,
 ) -> AdapterFile:
     """Return a trained adapter with the description that its file carries."""
-    left_out = validated.dsc if validated else ((),) * len(organs)
-    treatments = validated.post_processing if validated else (PostProcessing(),) * len(organs)
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
@@ -178,16 +175,8 @@ def describe(
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
         settings=adapter_settings(trained.adapter.settings),
-        organs=tuple(
-            AdapterOrgan(
-                name=organ.name,
-                label=organ.label,
-                support_volumes_ml=volume,
-                left_out_dsc=tuple(round(score, 4) for score in scores),
-                post_processing=treatment,
-                support_hu=looks,
-            )
-            for organ, volume, looks, scores, treatment in zip(organs, volumes, hu, left_out, treatments, strict=True)
+        organs=describe_organs(
+            organs, volumes, hu, validated and validated.dsc, validated and validated.post_processing
         ),
         shots=len(support),
         seed=seed,
@@ -196,3 +185,34 @@ def describe(
         losses=tuple(round(loss, 6) for loss in trained.losses),
     )
     return AdapterFile(description, trained.adapter)
+
+
+def describe_organs(
+    organs: Sequence[OrganLabel],
+    volumes_ml: Sequence[tuple[float, ...]],
+    hu: Sequence[tuple[HuPercentiles, ...]],
+    left_out: Sequence[Sequence[float]] | None,
+    post_processing: Sequence[PostProcessing] | None,
+) -> tuple[AdapterOrgan, ...]:
+    """Return what is said of each organ of an adapter.
+
+    Args:
+        organs: the organs.
+        volumes_ml: of each, in every support scan that annotates it.
+        hu: likewise.
+        left_out: DSC on scans left out, with ``post_processing``; None where nothing was validated.
+        post_processing: of each organ's masks; None likewise.
+    """
+    left_out = left_out or [()] * len(organs)
+    treatments = post_processing or [PostProcessing()] * len(organs)
+    return tuple(
+        AdapterOrgan(
+            name=organ.name,
+            label=organ.label,
+            support_volumes_ml=volume,
+            left_out_dsc=tuple(round(score, 4) for score in scores),
+            post_processing=treatment,
+            support_hu=looks,
+        )
+        for organ, volume, looks, scores, treatment in zip(organs, volumes_ml, hu, left_out, treatments, strict=True)
+    )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.described_tensors import (
+    SelfDescription,
+    check_content,
+    does_not_fit,
+    read_described,
+    write_described,
+)
 from fseft_edge.intensities import HuPercentiles
 from fseft_edge.postprocessing import PostProcessing
-from fseft_edge.runtime.atomic import atomic_path
-from fseft_edge.runtime.bundle import sha256_of_file, sha256_of_weights
+from fseft_edge.runtime.bundle import sha256_of_file
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.networks.base import FeatureLevel
 
@@ -57,15 +57,12 @@ class AdapterOrgan(BaseModel):
         return fields
 
 
-class AdapterDescription(BaseModel):
+class AdapterDescription(SelfDescription):
     """What an adapter is, for which encoder, and how it was trained.
 
     Attributes:
         bfloat16: whether training computed in bfloat16.
-        content_sha256: of the weights and of everything else here; set when the file is written.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[3] = 3
     toolkit_version: str = __version__
@@ -79,7 +76,13 @@ class AdapterDescription(BaseModel):
     steps: int
     losses: tuple[float, ...]
     bfloat16: bool
-    content_sha256: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What kind of adapter it is, for people."""
+        return (
+            f"{self.settings['method']} on {self.settings['reads']}" if self.steps else "the encoder's own classifiers"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +116,7 @@ def adapter_settings(settings: AdapterSettings) -> dict[str, str | int]:
 
 def write_adapter(path: Path, file: AdapterFile) -> None:
     """Write an adapter; it appears complete or not at all, and the same adapter gives the same bytes."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in file.adapter.state_dict().items()}
-    description = file.description.model_copy(update={"content_sha256": _digest(file.description, tensors)})
-    with atomic_path(path) as temporary:
-        # Not save_file: it reports a full disk as a SafetensorError.
-        temporary.write_bytes(save(tensors, metadata={_METADATA_KEY: description.model_dump_json()}))
+    write_described(path, _METADATA_KEY, file.description, file.adapter.state_dict())
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -126,40 +125,14 @@ def read_adapter(path: Path) -> AdapterFile:
     Raises:
         AdapterError: the file is missing, damaged, no adapter, or of an unknown schema.
     """
-    if not path.is_file():
-        raise AdapterError(f"{path} is no file.", remedy="Give the .adapter file that `fseft-edge adapt` wrote.")
+    header, tensors = read_described(path, _METADATA_KEY, suffix="adapter", schema=3)
     try:
-        with safe_open(path, framework="pt") as opened:
-            header = (opened.metadata() or {}).get(_METADATA_KEY)
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged: {error}.", remedy="Copy the adapter again, or adapt again.") from error
-    if header is None:
-        raise AdapterError(f"{path} is no adapter file.", remedy="Give the file that `fseft-edge adapt` wrote.")
-    try:
-        version = json.loads(header).get("schema_version")
-        if version != 3:
-            raise AdapterError(
-                f"{path} has the adapter schema {version}, which this version does not read.",
-                remedy="Update fseft-edge, or adapt again with this version.",
-            )
         description = AdapterDescription.model_validate_json(header)
         levels = [FeatureLevel(stride, channels) for stride, channels in description.levels]
         settings = TypeAdapter(AdapterSettings).validate_python(description.settings)
         adapter = Adapter(settings, levels, len(description.organs))
         adapter.load_state_dict(tensors)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise AdapterError(
-            f"{path} holds weights or settings that do not fit together.", remedy="Adapt again with this version."
-        ) from error
-    if description.content_sha256 != _digest(description, tensors):
-        raise AdapterError(
-            f"{path} has changed since it was written.", remedy="Copy the adapter again, or adapt again."
-        )
+        raise does_not_fit(path) from error
+    check_content(path, description, tensors)
     return AdapterFile(description, adapter.eval(), sha256_of_file(path))
-
-
-def _digest(description: AdapterDescription, tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of all that an adapter file holds."""
-    text = description.model_copy(update={"content_sha256": ""}).model_dump_json()
-    return hashlib.sha256(f"{text}{sha256_of_weights(tensors)}".encode()).hexdigest()

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows
-from fseft_edge.block_sampling import BlockSampler, SupportScan, aligned_core, draw_centre, organ_positions
+from fseft_edge.block_sampling import (
+    BlockSampler,
+    SupportScan,
+    aligned_core,
+    draw_centre,
+    organ_positions,
+    shown,
+)
 from fseft_edge.blocks import Box, read_block
 from fseft_edge.linear_probe import Voxels, gather_voxels, solve
 from fseft_edge.losses import adaptation_loss
@@ -25,6 +32,7 @@ from fseft_edge.runtime.backend_choice import has_bfloat16
 
 _STATISTICS_BLOCKS = 6
 _PAPER_EPOCHS = 200
+_FEW_SHOTS, _VARIATIONS = 2, 8
 _BLOCKS_A_SCAN, _LEAST_BLOCKS, _MOST_BLOCKS = 480, 1200, 7200
 
 
@@ -36,13 +44,15 @@ class TrainingSettings:
         seed: of everything random.
         block: edge of a block in voxels, a multiple of the coarsest level's stride.
         batch: blocks a step; half of them are centred on an organ, half anywhere.
-        blocks_per_epoch: blocks per scan and epoch.
+        blocks_per_epoch: blocks per scan and epoch, each variation counting as a scan.
         blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, as in the paper). None takes
             480 a scan, at least 1200 and at most 7200.
         epochs: at most; a linear adapter has none. None divides ``blocks`` by what an epoch holds.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the device has instructions for
             it.
         device: where the network computes; a linear adapter is solved on the CPU.
+        variations: how often each scan is encoded anew, turned, zoomed and restyled (:mod:`fseft_edge.variations`). None
+            takes 8 of a single scan or two, and none of more.
         feature_shift: each block's channels are shifted by noise of this standard deviation (1 is the channel's own).
         channel_dropout: share of the channels of levels 1, 2, ... that a block does without.
         linear_rate: AdamW's peak rate for parameters that the logits are linear in; warm-up over the first epoch, then
@@ -63,6 +73,7 @@ class TrainingSettings:
     epochs: int | None = None
     bfloat16: bool | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
+    variations: int | None = None
     feature_shift: float = 0.5
     channel_dropout: float = 0.5
     linear_rate: float = 1e-2
@@ -74,14 +85,20 @@ class TrainingSettings:
     patience: int = 20
     least_gain: float = 1e-3
 
-    def epochs_for(self, shots: int) -> int:
-        """Return the greatest number of epochs for a support set of ``shots`` scans."""
+    def variations_for(self, shots: int) -> int:
+        """Return how many variations of each scan a support set of ``shots`` scans is given."""
+        if self.variations is not None:
+            return self.variations
+        return _VARIATIONS if shots <= _FEW_SHOTS else 0
+
+    def epochs_for(self, shots: int, scans: int) -> int:
+        """Return the greatest number of epochs for a support set of ``shots`` scans, ``scans`` with variations."""
         if self.epochs is not None:
             return self.epochs
         blocks = self.blocks
         if blocks is None:
             blocks = min(max(_BLOCKS_A_SCAN * shots, _LEAST_BLOCKS), _MOST_BLOCKS)
-        return max(1, min(_PAPER_EPOCHS, round(blocks / (self.blocks_per_epoch * shots))))
+        return max(1, min(_PAPER_EPOCHS, round(blocks / (self.blocks_per_epoch * scans))))
 
 
 @dataclass(frozen=True)
@@ -127,11 +144,12 @@ def train_adapter(
     anchor = _Anchor(adapter, head_rows, training.anchor)
     optimizer = _optimizer(adapter, training)
     generator = torch.Generator().manual_seed(training.seed)
-    steps = max(1, math.ceil(training.blocks_per_epoch * len(support) / training.batch))
+    scans = shown(support)
+    steps = max(1, math.ceil(training.blocks_per_epoch * len(scans) / training.batch))
     bfloat16 = has_bfloat16(training.device) if training.bfloat16 is None else training.bfloat16
-    epochs = training.epochs_for(len(support))
+    epochs = training.epochs_for(len(support), len(scans))
     random = np.random.default_rng(training.seed)
-    sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
+    sampler = BlockSampler(adapter, scans, block=training.block, batch=training.batch, random=random)
     losses: list[float] = []
     repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
     with progress.task("adapt", epochs) as task, ThreadPoolExecutor(1) as reader, repeatable:
@@ -143,7 +161,7 @@ def train_adapter(
                 upcoming = reader.submit(sampler.draw)
                 share = (epoch * steps + step + 1) / (epochs * steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * _schedule(share, 1 / epochs)
+                    group["lr"] = group["peak"] * rate_share(share, 1 / epochs)
                 with torch.autocast(training.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = adapter(perturbed(batch.features, adapter, training, generator), sampler.core)
                 loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
@@ -204,7 +222,7 @@ def support_voxels(
     """
     random = np.random.default_rng(training.seed)
     generator = torch.Generator().manual_seed(training.seed)
-    sampler = BlockSampler(adapter, support, block=training.block, batch=training.batch, random=random)
+    sampler = BlockSampler(adapter, shown(support), block=training.block, batch=training.batch, random=random)
     parts: list[Voxels] = []
     batches = math.ceil(blocks / training.batch)
     with progress.task(task, batches) as stage, torch.no_grad():
@@ -228,7 +246,7 @@ def untrained_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = Adapter(settings, support[0].features.levels, len(head_rows))
-        _fit_normalisation(adapter, support, np.random.default_rng(seed))
+        _fit_normalisation(adapter, shown(support), np.random.default_rng(seed))
         adapter.start_from_head(head_rows)
     return adapter
 
@@ -284,7 +302,8 @@ def _optimizer(adapter: Adapter, training: TrainingSettings) -> torch.optim.Adam
     )
 
 
-def _schedule(share: float, warmup: float) -> float:
+def rate_share(share: float, warmup: float) -> float:
+    """Return what share of its peak a rate has after a share of the training: linear warm-up, then a cosine to zero."""
     if share <= warmup:
         return share / warmup
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))

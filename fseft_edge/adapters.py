@@ -34,7 +34,8 @@ Activation = Literal["sigmoid", "softmax"]
 HeadRows = Sequence[tuple[Tensor, float] | None]
 """For each organ the weight ``[C_0]`` and bias of the encoder's own classifier, None where it does not know it."""
 
-_UNKNOWN_ORGAN_BIAS = -3.0
+UNKNOWN_ORGAN_BIAS = -3.0
+"""Where a sigmoid classifier of an organ starts that the encoder does not know: nearly nothing is it."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Adapter(nn.Module):
                     self._zero(0)
             for k, row in enumerate(rows, start=first):
                 if row is None:
-                    bias[k] = 0.0 if first else _UNKNOWN_ORGAN_BIAS
+                    bias[k] = 0.0 if first else UNKNOWN_ORGAN_BIAS
                     if self.settings.method == "linear":
                         self._zero(k)
                     continue

@@ -34,6 +34,8 @@ class SupportScan:
         grid: the scan's grid; None where nobody validates on the scan.
         reference: its annotation on its own lattice, and the label value of each organ; likewise.
         hu: of each organ, None where not annotated; empty where nobody asks for them.
+        variations: the scan as another patient and another scanner might have shown it
+            (:mod:`fseft_edge.variations`); an adapter that may not see the scan may not see these.
     """
 
     features: FeatureMap
@@ -44,6 +46,12 @@ class SupportScan:
     grid: Grid | None = None
     reference: tuple[LabelMap, tuple[int, ...]] | None = None
     hu: tuple[HuPercentiles | None, ...] = ()
+    variations: tuple[SupportScan, ...] = ()
+
+
+def shown(support: Sequence[SupportScan]) -> list[SupportScan]:
+    """Return the scans of a support set, and behind them all their variations."""
+    return [*support, *(variation for scan in support for variation in scan.variations)]
 
 
 @dataclass(frozen=True)

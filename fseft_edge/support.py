@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.block_sampling import SupportScan
@@ -14,15 +16,18 @@ from fseft_edge.intensities import hu_percentiles
 from fseft_edge.occupancy import Occupancy
 from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.review.support import ReviewedBatch, accepted_annotations
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import EncodedScan, encode_scan
-from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore
+from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.nifti import case_name, cases_by_name, read_label_map
 from fseft_edge.runtime.scans import read_scan
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
+from fseft_edge.variations import vary
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,6 +62,42 @@ def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -
     if cases is None and left_out:
         _LOG.warning("no annotation for %s: left out", ", ".join(left_out))
     return [(scans[name], annotations[name]) for name in wanted]
+
+
+def find_annotated(
+    images: Path | None,
+    labels: Path | None,
+    organs: Sequence[OrganLabel],
+    settings: AdapterSettings,
+    *,
+    cases: Sequence[str] | None = None,
+    reviewed: ReviewedBatch | None = None,
+) -> list[tuple[Path, LabelMap]]:
+    """Return each CT to learn from with its annotation read (see :func:`find_pairs` and :func:`read_annotations`).
+
+    Args:
+        images: folder of CTs, or one CT; None with ``labels`` where ``reviewed`` gives all scans.
+        labels: folder of annotations of the same file names, or one.
+        organs: what is to be learned.
+        settings: of the adapter.
+        cases: names of the cases of ``images`` to use; None takes all that have an annotation.
+        reviewed: a batch whose accepted masks count as annotations too.
+
+    Raises:
+        UsageError: there is nothing to learn from, or no mask of ``reviewed`` was accepted.
+        InputError: an annotation cannot be read, or does not serve.
+    """
+    if images is not None and labels is not None:
+        pairs = find_pairs(images, labels, cases)
+    elif images is None and labels is None and reviewed is not None:
+        pairs = []
+    else:
+        raise UsageError(
+            "There are no annotated scans to learn from.",
+            remedy="Name their folders by --images and --labels, or a reviewed batch by --from-reviewed.",
+        )
+    accepted = accepted_annotations(reviewed, organs, [image for image, _ in pairs]) if reviewed else []
+    return read_annotations(pairs, organs, labels, settings, reviewed=accepted)
 
 
 def read_annotations(
@@ -155,9 +196,11 @@ def load_support(
     session: EncoderSession,
     store: FeatureStore,
     budget: Budget = AS_MUCH_AS_IS_FREE,
+    variations: int = 0,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> list[SupportScan]:
-    """Encode annotated scans.
+    """Encode annotated scans, and variations of each.
 
     Args:
         annotated: a CT and its annotation each, see :func:`read_annotations`.
@@ -166,30 +209,57 @@ def load_support(
         session: the same encoder, opened.
         store: where feature maps are kept.
         budget: memory that encoding may take.
+        variations: how many of each scan are encoded beside it (:mod:`fseft_edge.variations`).
+        seed: of the variations.
         progress: where to show progress.
     """
+
+    def encoded(volume: Volume, grid: Grid) -> EncodedScan:
+        return encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget, grid=grid)
+
     support: list[SupportScan] = []
-    with (progress or SilentProgress()).task("encode", len(annotated)) as task:
+    with (progress or SilentProgress()).task("encode", len(annotated) * (1 + variations)) as task:
         for image, label_map in annotated:
             volume = read_scan(image)
             check_labels_match(volume, label_map)
-            encoded = encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget)
-            support.append(_support_scan(volume, encoded, label_map, organs))
+            scan = _support_scan(volume, encoded(volume, Grid.of(volume, bundle.preprocessing)), label_map, organs)
             task.advance(1)
+            varied: list[SupportScan] = []
+            for number in range(variations):
+                random = np.random.default_rng([seed, number])
+                variation = vary(
+                    volume, _grid_of(scan), _masks(label_map, organs), margin=min(bundle.window) // 2, random=random
+                )
+                whole = Grid.of(variation.volume, bundle.preprocessing.model_copy(update={"crop_below_hu": None}))
+                features = encoded(variation.volume, whole).features
+                occupancy = Occupancy(variation.shares)
+                varied.append(replace(scan, features=features, shape=whole.shape, occupancy=occupancy, grid=whole))
+                task.advance(1)
+            support.append(replace(scan, variations=tuple(varied)))
     return support
+
+
+def _grid_of(scan: SupportScan) -> Grid:
+    assert scan.grid is not None  # noqa: S101 - narrows the type: it has just been made
+    return scan.grid
+
+
+def _masks(labels: LabelMap, organs: Sequence[OrganLabel]) -> Iterator[NDArray[np.bool_]]:
+    """Yield each organ's mask; all at once are large where a scan is."""
+    return (labels.array == organ.label for organ in organs)
 
 
 def _support_scan(volume: Volume, encoded: EncodedScan, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportScan:
     """Return an annotated scan on the grid."""
     values = [organ.label for organ in organs]
-    voxels = [int((labels.array == value).sum()) for value in values]
+    voxels = [int(mask.sum()) for mask in _masks(labels, organs)]
     return SupportScan(
         features=encoded.features,
         shape=encoded.grid.shape,
-        occupancy=Occupancy(encoded.grid.occupancy(labels.array == value) for value in values),
+        occupancy=Occupancy(encoded.grid.occupancy(mask) for mask in _masks(labels, organs)),
         annotated=np.array([count > 0 for count in voxels]),
         volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
         grid=encoded.grid,
         reference=(labels, tuple(values)),
-        hu=tuple(hu_percentiles(volume, labels.array == value) for value in values),
+        hu=tuple(hu_percentiles(volume, mask) for mask in _masks(labels, organs)),
     )

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows, Method, Reads, zero_shot
+from fseft_edge.adapters import AdapterSettings, HeadRows, Method, Reads, zero_shot
 from fseft_edge.block_sampling import SupportScan
 from fseft_edge.metrics import dice
 from fseft_edge.postprocessing import ALL, PostProcessing, post_process
 from fseft_edge.prediction import segment_encoded
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.encoding import EncodedScan
+from fseft_edge.runtime.volume import LabelMap
 
 _READS: tuple[Reads, ...] = ("last", "pyramid")
 
@@ -74,7 +75,7 @@ class Validated:
     @property
     def mean(self) -> float:
         """Mean DSC over organs; an organ that could not be validated is left out."""
-        return _mean_over_organs(self.dsc)
+        return mean_over_organs(self.dsc)
 
 
 def candidates(training: TrainingSettings, settings: AdapterSettings, rows: HeadRows) -> list[Candidate]:
@@ -159,12 +160,56 @@ def best_of(
     return next(result for result in validated if result.mean >= best - _WORTHWHILE), validated
 
 
+class OrganScores:
+    """For each organ and each post-processing, the DSC of every scan left out.
+
+    Args:
+        organs: how many.
+    """
+
+    def __init__(self, organs: int) -> None:
+        self._dsc: list[dict[PostProcessing, list[float]]] = [{steps: [] for steps in ALL} for _ in range(organs)]
+
+    def add(
+        self,
+        labels: NDArray[np.uint8] | NDArray[np.uint16],
+        reference: LabelMap,
+        values: Sequence[int],
+        scored: NDArray[np.bool_],
+    ) -> None:
+        """Score a mask on its scan's own lattice.
+
+        Args:
+            labels: the mask, organ ``k`` as ``k + 1``.
+            reference: the scan's annotation.
+            values: label value of each organ in it.
+            scored: ``[K]``, which organs count.
+        """
+        for steps in ALL:
+            treated = post_process(labels, [steps] * len(values))
+            for organ in np.flatnonzero(scored):
+                score = dice(treated == organ + 1, reference.array == values[organ])
+                if score is not None:
+                    self._dsc[organ][steps].append(score)
+
+    @property
+    def mean(self) -> float:
+        """Mean DSC over organs, without post-processing."""
+        return mean_over_organs([organ[ALL[0]] for organ in self._dsc])
+
+    def summary(self) -> tuple[tuple[tuple[float, ...], ...], tuple[PostProcessing, ...]]:
+        """Return each organ's scores with the post-processing that helps it, and that post-processing."""
+        chosen = [_helpful(organ) for organ in self._dsc]
+        dsc = [tuple(organ[steps]) for organ, steps in zip(self._dsc, chosen, strict=True)]
+        return tuple(dsc), tuple(chosen)
+
+
 class _Scores:
-    """A candidate's scores so far: for each organ and each post-processing, the DSC of every scan left out."""
+    """A candidate's scores so far."""
 
     def __init__(self, candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows) -> None:
         self._candidate, self._support, self._rows = candidate, support, rows
-        self._dsc: list[dict[PostProcessing, list[float]]] = [{steps: [] for steps in ALL} for _ in rows]
+        self._scores = OrganScores(len(rows))
 
     def add(self, left_out: Sequence[int]) -> None:
         """Make the adapter without some scans, and score it on them."""
@@ -175,30 +220,20 @@ class _Scores:
             annotated = annotated & annotated.all(axis=1, keepdims=True)
         known: NDArray[np.bool_] = np.any(annotated, axis=0)
         for index in left_out:
-            self._score(adapter, self._support[index], known)
-
-    def _score(self, adapter: Adapter, scan: SupportScan, known: NDArray[np.bool_]) -> None:
-        assert scan.grid is not None  # noqa: S101 - narrows the type; see the arguments
-        assert scan.reference is not None  # noqa: S101 - likewise
-        reference, values = scan.reference
-        labels = segment_encoded(EncodedScan(scan.grid, scan.features), [adapter])
-        for steps in ALL:
-            treated = post_process(labels, [steps] * len(values))
-            for organ in np.flatnonzero(scan.annotated & known):
-                score = dice(treated == organ + 1, reference.array == values[organ])
-                if score is not None:
-                    self._dsc[organ][steps].append(score)
+            scan = self._support[index]
+            assert scan.grid is not None  # noqa: S101 - narrows the type; see the arguments
+            assert scan.reference is not None  # noqa: S101 - likewise
+            labels = segment_encoded(EncodedScan(scan.grid, scan.features), [adapter])
+            self._scores.add(labels, *scan.reference, scan.annotated & known)
 
     @property
     def mean(self) -> float:
         """Mean DSC over organs, without post-processing."""
-        return _mean_over_organs([organ[ALL[0]] for organ in self._dsc])
+        return self._scores.mean
 
     def summary(self) -> Validated:
         """Return the scores, each organ with the post-processing that helps it."""
-        chosen = [_helpful(organ) for organ in self._dsc]
-        dsc = [tuple(organ[steps]) for organ, steps in zip(self._dsc, chosen, strict=True)]
-        return Validated(self._candidate, tuple(dsc), tuple(chosen))
+        return Validated(self._candidate, *self._scores.summary())
 
 
 def _helpful(organ: dict[PostProcessing, list[float]]) -> PostProcessing:
@@ -210,6 +245,7 @@ def _helpful(organ: dict[PostProcessing, list[float]]) -> PostProcessing:
     return best if means[best] >= means[ALL[0]] + _HELPFUL else ALL[0]
 
 
-def _mean_over_organs(dsc: Sequence[Sequence[float]]) -> float:
+def mean_over_organs(dsc: Sequence[Sequence[float]]) -> float:
+    """Return the mean over organs of each one's mean DSC; an organ without scores is left out."""
     organs = [sum(scores) / len(scores) for scores in dsc if scores]
     return sum(organs) / len(organs) if organs else 0.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, talk_options
+from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, dicom_option, talk_options
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.organs import parse_organs
 from fseft_edge.report.progress import open_progress
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fseft_edge.dicom_output import DicomKind
     from fseft_edge.segmented_case import SegmentedCase
     from fseft_edge.transduction import TransductionPlan
-
-_ORGAN_HELP = "What to segment and its label value in the annotation files: NAME=ID[,NAME=ID...]; may be repeated."
 
 
 @click.command()
@@ -35,128 +33,6 @@ def demo(output: Path, quiet: bool) -> None:
         result = run_demo(output, progress=progress)
     echo_table(result.table())
     click.echo(f"Pictures: {result.page}")
-
-
-@click.command()
-@click.option("--encoder", type=PATH, required=True, help="Encoder bundle, NAME.encoder.")
-@click.option("--images", type=PATH, help="Folder of annotated CTs (NIfTI).")
-@click.option("--labels", type=PATH, help="Folder of their annotations, same file names.")
-@click.option(
-    "--from-reviewed",
-    type=PATH,
-    metavar="OUTBOX",
-    help="Learn from the masks of this batch that were accepted, too; or, without --images and --labels, alone.",
-)
-@click.option("--corrected", type=PATH, help="With --from-reviewed, a folder of masks <key>.nii.gz to take instead.")
-@click.option("--state", type=PATH, help="With --from-reviewed, the batch's state, if its run had a --state.")
-@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
-@click.option("-o", "--output", type=PATH, required=True, help="The adapter to write, NAME.adapter.")
-@click.option("--case", "cases", multiple=True, help="Use only this case; may be repeated. Default: all annotated.")
-@click.option(
-    "--method",
-    type=click.Choice(["auto", "linear", "pointwise", "spatial"]),
-    default="spatial",
-    show_default=True,
-    help="auto takes the method that does best on scans left out, and what it reads.",
-)
-@click.option(
-    "--reads",
-    type=click.Choice(["last", "pyramid"]),
-    help="The encoder's last level of features, or all of them.  [default: pyramid; auto chooses]",
-)
-@click.option(
-    "--validate/--no-validate",
-    default=True,
-    show_default=True,
-    help="Leave each scan out once, to say what to expect on new ones.",
-)
-@click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), default="sigmoid", show_default=True)
-@click.option(
-    "--epochs",
-    type=click.IntRange(min=1),
-    help="At most this many epochs (not for linear).  [default: by number of scans]",
-)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print the adapter's description as JSON.")
-@common_options
-def adapt(
-    *,
-    encoder: Path,
-    images: Path | None,
-    labels: Path | None,
-    from_reviewed: Path | None,
-    corrected: Path | None,
-    state: Path | None,
-    organs: tuple[str, ...],
-    output: Path,
-    cases: tuple[str, ...],
-    method: str,
-    reads: str | None,
-    validate: bool,
-    activation: str,
-    epochs: int | None,
-    seed: int,
-    as_json: bool,
-    common: Common,
-) -> None:
-    """Learn organs from a few annotated CTs and write an adapter."""
-    wanted = parse_organs(organs)
-    from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
-    from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
-    from fseft_edge.review.support import ReviewedBatch  # noqa: PLC0415 - likewise
-
-    if from_reviewed is None and (corrected or state):
-        raise UsageError("--corrected and --state serve --from-reviewed.", remedy="Add it, or leave them out.")
-    if method == "auto" and not validate:
-        raise UsageError("--method auto chooses by validation.", remedy="Leave --no-validate out, or name a method.")
-    if method == "auto" and reads:
-        raise UsageError("--method auto chooses what is read.", remedy="Leave --reads out, or name a method.")
-    kind = {} if method == "auto" else {"method": method, "reads": reads or "pyramid"}
-    settings = AdapterSettings(activation=activation, **kind)  # type: ignore[arg-type]  # click.Choice has checked them
-    with common.progress() as progress:
-        file = run(
-            encoder,
-            images,
-            labels,
-            wanted,
-            output,
-            reviewed=ReviewedBatch(from_reviewed, state, corrected) if from_reviewed else None,
-            settings=settings,
-            training=TrainingSettings(seed=seed, epochs=epochs),
-            choose=method == "auto",
-            validate=validate,
-            cases=cases or None,
-            cache=common.cache,
-            cache_gb=common.cache_gb,
-            device=common.device,
-            backend=common.backend,
-            precision=common.precision,
-            memory_gb=common.memory,
-            vram_gb=common.vram,
-            progress=progress,
-        )
-    if as_json:
-        click.echo(file.description.model_dump_json(indent=2))
-        return
-    for organ in file.description.organs:
-        volumes, left_out = organ.support_volumes_ml, organ.left_out_dsc
-        expected = (
-            f"; expect a DSC of {sum(left_out) / len(left_out):.2f} on new scans ({min(left_out):.2f} to "
-            f"{max(left_out):.2f} on those left out)"
-            if left_out
-            else ""
-        )
-        done = [name.replace("_", " ") for name, wanted in asdict(organ.post_processing).items() if wanted]
-        treated = f"; its masks get {' and '.join(done)}" if done else ""
-        click.echo(
-            f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}{treated}"
-        )
-    if from_reviewed is not None and any(organ.left_out_dsc for organ in file.description.organs):
-        click.echo("Masks that an adapter drew count as truth here, which flatters: judge by scans contoured by hand.")
-    made = file.description
-    how = f"{made.settings['method']} on {made.settings['reads']}" if made.steps else "the encoder's own classifiers"
-    click.echo(f"{output}: {how}" + (f", {made.steps} steps, loss {made.losses[-1]:.3f}" if made.steps else ""))
 
 
 @click.command()
@@ -306,7 +182,7 @@ def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: 
 @click.command()
 @click.option("--predictions", type=PATH, required=True, help="Folder that `segment` wrote (or any label maps).")
 @click.option("--references", type=PATH, required=True, help="Folder of annotations, same file names.")
-@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=_ORGAN_HELP)
+@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=ORGAN_HELP)
 @click.option(
     "--nsd-tolerance",
     type=click.FloatRange(min=0, min_open=True),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.bundle import Precision
 
 PATH = click.Path(path_type=Path)
+ORGAN_HELP = "What to segment and its label value in the annotation files: NAME=ID[,NAME=ID...]; may be repeated."
 _GB = click.FloatRange(min=0, min_open=True)
 
 

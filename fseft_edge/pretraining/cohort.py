@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fseft_edge.augmentation import random_turn, restyle
 from fseft_edge.pretraining.plan import FilesPlan, PhantomsPlan, PretrainingPlan, case_names
 from fseft_edge.report.progress import Progress
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map
+from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
 
 _CENTRES_PER_ORGAN = 2000
@@ -66,7 +68,11 @@ def load_cohorts(plan: PretrainingPlan, root: Path, progress: Progress) -> list[
         scans = _phantom_scans(dataset) if isinstance(dataset, PhantomsPlan) else _file_scans(dataset, root)
         with progress.task(f"read {dataset.name}", len(scans)) as task:
             for volume, labels, ids in scans:
-                cohort.append(_prepare(volume, labels, ids, dataset, plan))
+                partial = isinstance(dataset, FilesPlan) and dataset.partial
+                halves = dataset.halves if isinstance(dataset, FilesPlan) else {}
+                cohort.append(
+                    prepare_case(volume, labels, ids, plan.organs, plan.preprocessing, partial=partial, halves=halves)
+                )
                 task.advance(1)
         if not cohort:
             raise LabelError(f"Data set {dataset.name!r} has no cases.", remedy="Check 'images' and 'cases'.")
@@ -120,28 +126,44 @@ def _phantom_scans(plan: PhantomsPlan) -> _Scans:
     return _Scans(plan.count, make())
 
 
-def _prepare(
-    volume: Volume, labels: LabelMap, ids: dict[str, int], dataset: FilesPlan | PhantomsPlan, plan: PretrainingPlan
+def prepare_case(
+    volume: Volume,
+    labels: LabelMap,
+    ids: Mapping[str, int],
+    organs: Sequence[str],
+    preprocessing: Preprocessing,
+    *,
+    partial: bool,
+    halves: Mapping[str, tuple[str, str]] | None = None,
 ) -> TrainingCase:
-    grid = Grid.of(volume, plan.preprocessing)
+    """Return an annotated scan on the grid.
+
+    Args:
+        volume: the CT.
+        labels: its annotation, on the same lattice.
+        ids: label value of each organ that is annotated.
+        organs: all organs, at most 31, in the order of the case's bits.
+        preprocessing: the encoder's.
+        partial: whether an organ that the annotation lacks was not contoured, rather than absent.
+        halves: organs to be split in two, and what the right and the left half are called.
+    """
+    grid = Grid.of(volume, preprocessing)
     image = grid.section(volume, 0, grid.shape[2])
-    organs = np.zeros(grid.shape, np.int32)
-    task_mask = np.zeros(len(plan.organs), np.bool_)
-    partial = isinstance(dataset, FilesPlan) and dataset.partial
-    halves = dataset.halves if isinstance(dataset, FilesPlan) else {}
+    bits = np.zeros(grid.shape, np.int32)
+    task_mask = np.zeros(len(organs), np.bool_)
     for organ, label in ids.items():
         mask = labels.array == label
         if partial and not mask.any():
             continue
         on_grid = grid.occupancy(mask) > 0.5
-        _mark(organs, task_mask, on_grid, plan.organs.index(organ))
-        if organ in halves and on_grid.any():
+        _mark(bits, task_mask, on_grid, organs.index(organ))
+        if halves and organ in halves and on_grid.any():
             for half, name in zip(_split_halves(on_grid), halves[organ], strict=True):
-                _mark(organs, task_mask, half, plan.organs.index(name))
-    random = np.random.default_rng(int(organs.sum(dtype=np.int64) % 2**32))
-    regions = [organs & np.int32(1 << bit) != 0 for bit in range(len(plan.organs))]
+                _mark(bits, task_mask, half, organs.index(name))
+    random = np.random.default_rng(int(bits.sum(dtype=np.int64) % 2**32))
+    regions = [bits & np.int32(1 << bit) != 0 for bit in range(len(organs))]
     centres = [_some_positions(region, random) for region in [*regions, image > _AIR_LEVEL]]
-    return TrainingCase(image.astype(np.float16), organs, task_mask, tuple(c for c in centres if len(c)))
+    return TrainingCase(image.astype(np.float16), bits, task_mask, tuple(c for c in centres if len(c)))
 
 
 def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArray[np.bool_], bit: int) -> None:
@@ -172,27 +194,28 @@ def _some_positions(region: NDArray[np.bool_], random: np.random.Generator) -> N
 def draw_batch(plan: PretrainingPlan, cohorts: list[list[TrainingCase]], step: int) -> Batch:
     """Return the crops of a step; they depend on the plan's seed and the step alone, so a resumed run sees the same."""
     random = np.random.default_rng([plan.seed, step])
-    crops = [
-        _crop(cohort[random.integers(len(cohort))], plan, random)
-        for dataset, cohort in zip(plan.dataset, cohorts, strict=True)
-        for _ in range(dataset.crops_per_step)
+    chosen = [
+        cohort for dataset, cohort in zip(plan.dataset, cohorts, strict=True) for _ in range(dataset.crops_per_step)
     ]
+    return random_crops(chosen, plan.schedule.crop, random)
+
+
+def random_crops(cohorts: Sequence[Sequence[TrainingCase]], edge: int, random: np.random.Generator) -> Batch:
+    """Return one crop of ``edge`` voxels from a random case of each of the cohorts (one may be named repeatedly)."""
+    crops = [_crop(cohort[random.integers(len(cohort))], edge, random) for cohort in cohorts]
     image, clean, targets, task_mask = (torch.stack(part) for part in zip(*crops, strict=True))
     return Batch(image, clean, targets, task_mask)
 
 
-def _crop(
-    case: TrainingCase, plan: PretrainingPlan, random: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    edge = plan.schedule.crop
+def _crop(case: TrainingCase, edge: int, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     group = case.centres[-1] if random.random() < 0.25 else case.centres[random.integers(len(case.centres))]
     centre = group[random.integers(len(group))] + random.uniform(-edge / 4, edge / 4, 3)
-    position = torch.from_numpy(centre).float()[:, None] + _random_turn(random) @ _lattice(edge)
+    position = torch.from_numpy(centre).float()[:, None] + random_turn(random) @ _lattice(edge)
     clean = _sample_image(case.image, position, edge)
-    clean = _restyle(clean, random)
+    clean = restyle(clean, random)
     image = _erase_boxes(clean, random) if random.random() < 0.5 else clean
     bits = _sample_organs(case.organs, position, edge)
-    shifts = torch.arange(len(plan.organs), dtype=torch.int32)[:, None, None, None]
+    shifts = torch.arange(len(case.task_mask), dtype=torch.int32)[:, None, None, None]
     targets = ((bits[None] >> shifts) & 1).float()
     return image[None], clean[None], targets, torch.from_numpy(case.task_mask).float()
 
@@ -200,21 +223,6 @@ def _crop(
 def _lattice(edge: int) -> Tensor:
     axis = torch.arange(edge, dtype=torch.float32) - (edge - 1) / 2
     return torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flatten(1)
-
-
-def _random_turn(random: np.random.Generator) -> Tensor:
-    """Return a rotation of up to 12 degrees about each axis times a zoom of 0.8 to 1.25.
-
-    Never a reflection: left and right are what tells paired organs apart.
-    """
-    turn = torch.eye(3)
-    for axis, angle in enumerate(random.uniform(-np.pi / 15, np.pi / 15, 3)):
-        i, j = [other for other in range(3) if other != axis]
-        step = torch.eye(3)
-        step[i, i] = step[j, j] = float(np.cos(angle))
-        step[i, j], step[j, i] = -float(np.sin(angle)), float(np.sin(angle))
-        turn = step @ turn
-    return turn * float(np.exp(random.uniform(np.log(0.8), np.log(1.25))))
 
 
 def _sample_image(image: NDArray[np.float16], position: Tensor, edge: int) -> Tensor:
@@ -235,22 +243,6 @@ def _sample_organs(organs: NDArray[np.int32], position: Tensor, edge: int) -> Te
     x, y, z = torch.minimum(nearest.clamp_min(0), size - 1)
     bits = torch.from_numpy(organs).flatten()[(x * organs.shape[1] + y) * organs.shape[2] + z]
     return torch.where(inside, bits, 0).reshape(edge, edge, edge)
-
-
-def _restyle(image: Tensor, random: np.random.Generator) -> Tensor:
-    """Return the crop as another scanner might have shown it: contrast, brightness, blur or coarse slices, noise."""
-    image = image * random.uniform(0.8, 1.25) + random.uniform(-0.1, 0.1)
-    if random.random() < 0.3:
-        sigma = random.uniform(0.4, 1.0)
-        tap = float(np.exp(-0.5 / sigma**2))
-        kernel = torch.tensor([tap, 1.0, tap]) / (1 + 2 * tap)
-        for shape in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):
-            image = F.conv3d(image[None, None], kernel.reshape(1, 1, *shape), padding="same")[0, 0]
-    elif random.random() < 0.2:
-        coarse = F.avg_pool3d(image[None, None], (1, 1, 2))
-        image = F.interpolate(coarse, image.shape, mode="trilinear")[0, 0]
-    noise = random.standard_normal(image.shape, dtype=np.float32) * random.uniform(0, 0.06)
-    return (image + torch.from_numpy(noise)).clamp(0, 1)
 
 
 def _erase_boxes(image: Tensor, random: np.random.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +33,14 @@ class FeatureNetwork(nn.Module):
         levels: the pyramid, finest level (stride 1) first.
         gradient_checkpointing: where gradients are wanted, keep only what passes between the network's parts and
             compute the rest again for them: less memory, about a third more time, the same gradients.
+        decoder_parts: names of the submodules that make the pyramid from what the others found; the paper's "decoder".
+        bridge_parts: names of those between encoder and decoder that a self-supervised checkpoint has no weights for.
     """
 
     levels: tuple[FeatureLevel, ...]
     gradient_checkpointing: bool = False
+    decoder_parts: ClassVar[tuple[str, ...]] = ()
+    bridge_parts: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(self, windows: Tensor) -> list[Tensor]:

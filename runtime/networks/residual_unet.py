@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class ResidualUNet(FeatureNetwork):
         channels: width of each encoder stage, stride 1, 2, 4, ...; the last is the bottleneck. The pyramid is the
             decoder: level ``l`` has stride ``2**l`` and ``channels[l]`` channels, the bottleneck is not part of it.
     """
+
+    decoder_parts: ClassVar = ("up", "merge")
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()

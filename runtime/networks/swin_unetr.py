@@ -18,7 +18,7 @@ Softmax and the normalisation without weights compute in float32 also where the 
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from monai.networks.nets.swin_unetr import SwinUNETR
@@ -40,6 +40,9 @@ class SwinUnetrFeatures(FeatureNetwork):
     Args:
         feature_size: channels of the finest level, a multiple of 12; 48 in every published checkpoint.
     """
+
+    decoder_parts: ClassVar = ("decoder1", "decoder2", "decoder3", "decoder4", "decoder5")
+    bridge_parts: ClassVar = ("encoder1", "encoder2", "encoder3", "encoder4", "encoder10")
 
     def __init__(self, feature_size: int = 48) -> None:
         super().__init__()

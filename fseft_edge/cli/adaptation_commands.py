@@ -1,0 +1,252 @@
+"""The commands that learn from annotated scans; see :mod:`fseft_edge.cli.commands`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, talk_options
+from fseft_edge.organs import parse_organs
+from fseft_edge.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from fseft_edge.adapter_file import AdapterFile, AdapterOrgan
+    from fseft_edge.finetuning.tuning_file import TuningFile
+    from fseft_edge.review.support import ReviewedBatch
+
+_ADAPTERS = ("linear", "pointwise", "spatial")
+# As `fseft_edge.finetuning.settings.TUNING_METHODS`, for which torch would have to be imported.
+_TUNINGS = ("lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder")
+# Their defaults are those of `TrainingSettings` and `TuningSettings`: here they are None, so that it shows what was said.
+_OF_ADAPTERS = ("reads", "activation", "epochs", "variations", "cache")
+_OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointing")
+
+
+@click.command()
+@click.option("--encoder", type=PATH, required=True, help="Encoder bundle, NAME.encoder.")
+@click.option("--images", type=PATH, help="Folder of annotated CTs (NIfTI).")
+@click.option("--labels", type=PATH, help="Folder of their annotations, same file names.")
+@click.option(
+    "--from-reviewed",
+    type=PATH,
+    metavar="OUTBOX",
+    help="Learn from the masks of this batch that were accepted, too; or, without --images and --labels, alone.",
+)
+@click.option("--corrected", type=PATH, help="With --from-reviewed, a folder of masks <key>.nii.gz to take instead.")
+@click.option("--state", type=PATH, help="With --from-reviewed, the batch's state, if its run had a --state.")
+@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=ORGAN_HELP)
+@click.option(
+    "-o", "--output", type=PATH, required=True, help="The adapter to write, NAME.adapter; of fine-tuning, NAME.tuning."
+)
+@click.option("--case", "cases", multiple=True, help="Use only this case; may be repeated. Default: all annotated.")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", *_ADAPTERS, *_TUNINGS]),
+    default="spatial",
+    show_default=True,
+    help="linear, pointwise and spatial are adapters on the encoder's features; auto takes the one that does best on "
+    "scans left out, and what it reads; the others fine-tune the encoder itself.",
+)
+@click.option(
+    "--reads",
+    type=click.Choice(["last", "pyramid"]),
+    help="Of adapters: the encoder's last level of features, or all of them.  [default: pyramid; auto chooses]",
+)
+@click.option(
+    "--validate/--no-validate",
+    default=None,
+    help="Leave each scan out once, to say what to expect on new ones.  [default: adapters do, fine-tuning does not]",
+)
+@click.option("--activation", type=click.Choice(["sigmoid", "softmax"]), help="Of adapters.  [default: sigmoid]")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="At most this many epochs (not for linear).  [default: by number of scans]",
+)
+@click.option(
+    "--variations",
+    type=click.IntRange(min=0, max=64),
+    help="How often adapters see each scan turned, zoomed and restyled.  [default: by number of scans]",
+)
+@click.option(
+    "--decoder",
+    type=click.Choice(["frozen", "tuned", "new"]),
+    help="Of fine-tuning: what the encoder's decoder does.  [default: tuned by full and decoder, else frozen]",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Of fine-tuning: optimiser steps.  [default: 400]")
+@click.option("--crops", type=click.IntRange(min=1), help="Of fine-tuning: crops a step.  [default: 2]")
+@click.option(
+    "--accumulate", type=click.IntRange(min=1), help="Of fine-tuning: portions of a step, to save memory.  [default: 1]"
+)
+@click.option(
+    "--gradient-checkpointing", is_flag=True, default=None, help="Of fine-tuning: save memory for a third more time."
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MINUTES",
+    help="With --method auto: try fine-tuning too, for this long, where an adapter falls short on a new organ.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the description of what was learned as JSON.")
+@common_options
+def adapt(
+    *,
+    encoder: Path,
+    images: Path | None,
+    labels: Path | None,
+    from_reviewed: Path | None,
+    corrected: Path | None,
+    state: Path | None,
+    organs: tuple[str, ...],
+    output: Path,
+    cases: tuple[str, ...],
+    method: str,
+    validate: bool | None,
+    budget: float | None,
+    seed: int,
+    as_json: bool,
+    common: Common,
+    **particular: Any,  # noqa: ANN401 - of adapters or of fine-tuning; click has checked them
+) -> None:
+    """Learn organs from a few annotated CTs and write an adapter."""
+    wanted = parse_organs(organs)
+    if from_reviewed is None and (corrected or state):
+        raise UsageError("--corrected and --state serve --from-reviewed.", remedy="Add it, or leave them out.")
+    _check_method(method, validate, budget, {**particular, "cache": common.cache})
+    common_arguments = (encoder, images, labels, wanted, output)
+    shared: dict[str, Any] = {
+        "reviewed": _reviewed(from_reviewed, state, corrected),
+        "cases": cases or None,
+        "device": common.device,
+    }
+    file: AdapterFile | TuningFile
+    better: TuningFile | None = None
+    with common.progress() as progress:
+        if method in _TUNINGS:
+            from fseft_edge.finetuning.tuning import finetune  # noqa: PLC0415 - brings in torch
+
+            settings = _tuning_settings(method, seed, particular)
+            file = finetune(*common_arguments, settings, validate=bool(validate), progress=progress, **shared)
+        else:
+            from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
+            from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
+            from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
+
+            kind = {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
+            file = run(
+                *common_arguments,
+                settings=AdapterSettings(activation=particular["activation"] or "sigmoid", **kind),
+                training=TrainingSettings(seed=seed, epochs=particular["epochs"], variations=particular["variations"]),
+                choose=method == "auto",
+                validate=validate is not False,
+                cache=common.cache,
+                cache_gb=common.cache_gb,
+                backend=common.backend,
+                precision=common.precision,
+                memory_gb=common.memory,
+                vram_gb=common.vram,
+                progress=progress,
+                **shared,
+            )
+            if budget is not None:
+                from fseft_edge.finetuning.choosing import try_finetuning  # noqa: PLC0415 - brings in torch
+
+                settings = _tuning_settings("full", seed, particular)
+                better = try_finetuning(
+                    file, *common_arguments, minutes=budget, settings=settings, progress=progress, **shared
+                )
+    _tell(file, output, as_json=as_json, reviewed=from_reviewed is not None)
+    if better is not None:
+        tuning = output.with_suffix(".tuning")
+        _tell(better, tuning, as_json=as_json, reviewed=from_reviewed is not None)
+        click.echo(f"On scans left out this does better: fseft-edge merge {tuning} --output NAME.encoder", err=True)
+
+
+@click.command()
+@click.argument("tuning", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, help="The encoder bundle to write, NAME.encoder.")
+@click.option("--encoder", type=PATH, help="The encoder that was tuned.  [default: beside TUNING or in this folder]")
+@click.option("--onnx/--no-onnx", default=True, show_default=True, help="Write ONNX graphs beside the weights.")
+@click.option(
+    "--parity-ct", type=PATH, multiple=True, help="A CT to compare backends with PyTorch on; may be repeated."
+)
+@talk_options
+def merge(
+    *, tuning: Path, output: Path, encoder: Path | None, onnx: bool, parity_ct: tuple[Path, ...], quiet: bool
+) -> None:
+    """Fold TUNING into its encoder: a bundle of its own, and beside it NAME.adapter to segment with."""
+    from fseft_edge.finetuning.merging import merge as run  # noqa: PLC0415 - brings in torch
+
+    merged = run(tuning, output, encoder=encoder, onnx=onnx, parity_volumes=parity_ct)
+    if not quiet:
+        click.echo(f"{merged.bundle.path}: id {merged.bundle.encoder_id[:12]}; segment with {merged.adapter}")
+
+
+def _check_method(method: str, validate: bool | None, budget: float | None, particular: dict[str, Any]) -> None:
+    """Refuse options that say nothing to a method."""
+    if method == "auto" and validate is False:
+        raise UsageError("--method auto chooses by validation.", remedy="Leave --no-validate out, or name a method.")
+    if method == "auto" and particular["reads"]:
+        raise UsageError("--method auto chooses what is read.", remedy="Leave --reads out, or name a method.")
+    if budget is not None and method != "auto":
+        raise UsageError("--budget serves --method auto.", remedy="Add it, or leave --budget out.")
+    if method in _TUNINGS:
+        foreign, kind = _OF_ADAPTERS, "fine-tunes the encoder"
+    elif budget is None:
+        foreign, kind = _OF_TUNINGS, "leaves the encoder as it is"
+    else:
+        return
+    said = [name for name in foreign if particular[name] is not None]
+    if said:
+        raise UsageError(
+            f"--method {method} {kind}, and --{said[0].replace('_', '-')} says nothing to it.", remedy="Leave it out."
+        )
+
+
+def _reviewed(outbox: Path | None, state: Path | None, corrected: Path | None) -> ReviewedBatch | None:
+    from fseft_edge.review.support import ReviewedBatch  # noqa: PLC0415 - brings in torch
+
+    return ReviewedBatch(outbox, state, corrected) if outbox else None
+
+
+def _tuning_settings(method: str, seed: int, particular: dict[str, Any]) -> Any:  # noqa: ANN401 - a TuningSettings
+    from fseft_edge.finetuning.settings import TuningSettings  # noqa: PLC0415 - brings in torch
+
+    said = {name: particular[name] for name in ("decoder", "steps", "crops", "accumulate") if particular[name]}
+    return TuningSettings(
+        method,  # type: ignore[arg-type]  # click.Choice has checked it
+        seed=seed,
+        checkpointing=bool(particular["gradient_checkpointing"]),
+        **said,
+    )
+
+
+def _tell(file: AdapterFile | TuningFile, output: Path, *, as_json: bool, reviewed: bool) -> None:
+    """Print what was learned, and what to expect of it."""
+    made = file.description
+    if as_json:
+        click.echo(made.model_dump_json(indent=2))
+        return
+    for organ in made.organs:
+        click.echo(_organ_text(organ))
+    if reviewed and any(organ.left_out_dsc for organ in made.organs):
+        click.echo("Masks that an adapter drew count as truth here, which flatters: judge by scans contoured by hand.")
+    steps = f", {made.steps} steps, loss {made.losses[-1]:.3f}" if made.steps else ""
+    click.echo(f"{output}: {made.kind}{steps}")
+
+
+def _organ_text(organ: AdapterOrgan) -> str:
+    volumes, left_out = organ.support_volumes_ml, organ.left_out_dsc
+    expected = (
+        f"; expect a DSC of {sum(left_out) / len(left_out):.2f} on new scans ({min(left_out):.2f} to "
+        f"{max(left_out):.2f} on those left out)"
+        if left_out
+        else ""
+    )
+    done = [name.replace("_", " ") for name, wanted in asdict(organ.post_processing).items() if wanted]
+    treated = f"; its masks get {' and '.join(done)}" if done else ""
+    return f"{organ.name}: {len(volumes)} scans, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}{treated}"

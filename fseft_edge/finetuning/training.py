@@ -1,0 +1,193 @@
+"""Fine-tuning: an encoder and its classifier learn from augmented crops of annotated scans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fseft_edge.adapter_training import rate_share
+from fseft_edge.adapters import UNKNOWN_ORGAN_BIAS, HeadRows
+from fseft_edge.finetuning.opening import open_encoder, renewed_parts
+from fseft_edge.finetuning.settings import TuningSettings
+from fseft_edge.losses import adaptation_loss
+from fseft_edge.pretraining.cohort import TrainingCase, random_crops
+from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.runtime.backend_choice import has_bfloat16
+from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.preprocessing import Preprocessing
+
+_CROP_MM = 144.0
+_CROP_MULTIPLE = 32
+_WARMUP_STEPS = 20
+_LIVE_STATISTICS = 0.8
+_GREATEST_GRADIENT = 5.0
+_STEPS_OF_A_LOSS = 10
+
+
+class TunedNetwork(nn.Module):
+    """An encoder opened for fine-tuning, and the classifier of the organs to learn on its finest level.
+
+    Args:
+        encoder: pre-trained; opened in place (:func:`fseft_edge.finetuning.opening.open_encoder`).
+        rows: for each organ the encoder's own classifier, or None.
+        settings: which of the encoder's parameters learn.
+
+    Attributes:
+        added: names, within the encoder, of those among them that hold nothing pre-trained.
+    """
+
+    def __init__(self, encoder: FeatureNetwork, rows: HeadRows, settings: TuningSettings) -> None:
+        super().__init__()
+        self.added = open_encoder(encoder, settings)
+        self.encoder = encoder
+        self._renewed = renewed_parts(encoder) if settings.of_decoder == "new" else ()
+        self.head = nn.Conv3d(encoder.levels[0].channels, len(rows), 1)
+        assert self.head.bias is not None  # noqa: S101 - narrows the type for the checker
+        with torch.no_grad():
+            self.head.weight.zero_()
+            self.head.bias.fill_(UNKNOWN_ORGAN_BIAS)
+            for k, row in enumerate(rows):
+                if row is not None:
+                    self.head.weight[k, :, 0, 0, 0], self.head.bias[k] = row
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Return logits ``[n, K, X, Y, Z]`` of windows ``[n, 1, X, Y, Z]``."""
+        logits: Tensor = self.head(self.encoder(windows)[0])
+        return logits
+
+    def learned(self) -> dict[str, Tensor]:
+        """Return what learned and what changed with it, by name: parameters, and statistics of a new decoder."""
+        state = self.state_dict()
+        names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        names |= {
+            f"encoder.{name}" for name, _ in self.encoder.named_buffers() if name.partition(".")[0] in self._renewed
+        }
+        return {name: state[name].detach().cpu() for name in sorted(names)}
+
+    def head_weight(self) -> Tensor:
+        """Return the classifier ``[K, C_0]``, on the CPU."""
+        return self.head.weight.detach().flatten(1).cpu()
+
+    def head_bias(self) -> Tensor:
+        """Return the classifier's bias ``[K]``, on the CPU."""
+        assert self.head.bias is not None  # noqa: S101 - narrows the type for the checker
+        return self.head.bias.detach().cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuned:
+    """A network after fine-tuning.
+
+    Attributes:
+        network: on the CPU, in evaluation mode.
+        losses: mean loss of every ten steps.
+        steps: of the optimiser.
+        bfloat16: whether it computed in bfloat16.
+    """
+
+    network: TunedNetwork
+    losses: tuple[float, ...]
+    steps: int
+    bfloat16: bool
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters learned, the classifier's included."""
+        return sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
+
+
+def fine_tune(
+    encoder: FeatureNetwork,
+    cases: Sequence[TrainingCase],
+    rows: HeadRows,
+    settings: TuningSettings,
+    *,
+    preprocessing: Preprocessing,
+    window: tuple[int, int, int],
+    progress: Progress | None = None,
+) -> FineTuned:
+    """Fine-tune an encoder on annotated scans.
+
+    Batch statistics of what was pre-trained are held; a new decoder's are gathered during the first four fifths.
+
+    Args:
+        encoder: pre-trained; changed in place.
+        cases: the support set on the encoder's grid.
+        rows: for each organ the encoder's own classifier, or None.
+        settings: what learns, and how.
+        preprocessing: the encoder's, for the size of a crop.
+        window: the encoder's, likewise.
+        progress: where to show progress.
+
+    Raises:
+        UsageError: the method does not fit the encoder.
+    """
+    network = TunedNetwork(encoder, rows, settings).to(settings.device)
+    network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
+    encoder.gradient_checkpointing = settings.checkpointing
+    edge = settings.crop or crop_edge(preprocessing, window)
+    bfloat16 = has_bfloat16(settings.device) if settings.bfloat16 is None else settings.bfloat16
+    optimizer = _optimizer(network, settings)
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    portions = [len(part) for part in np.array_split(np.arange(settings.crops), settings.accumulate) if len(part)]
+    warmup = min(_WARMUP_STEPS / settings.steps, 0.5)
+    losses: list[float] = []
+    with (progress or SilentProgress()).task(f"fine-tune ({settings.name})", settings.steps) as task:
+        for step in range(settings.steps):
+            _set_mode(network, settings, live=step < _LIVE_STATISTICS * settings.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_share((step + 1) / settings.steps, warmup)
+            random = np.random.default_rng([settings.seed, step])
+            optimizer.zero_grad()
+            total = 0.0
+            for crops in portions:
+                batch = random_crops([cases] * crops, edge, random)
+                image = batch.clean.to(settings.device).contiguous(memory_format=torch.channels_last_3d)
+                with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
+                    logits = network(image)
+                targets, annotated = batch.targets.to(settings.device), batch.task_mask.to(settings.device)
+                loss = adaptation_loss(logits.float(), targets, annotated, "sigmoid") * (crops / settings.crops)
+                loss.backward()
+                total += float(loss.detach())
+            nn.utils.clip_grad_norm_(learned, _GREATEST_GRADIENT)
+            optimizer.step()
+            losses.append(total)
+            task.advance(1)
+    encoder.gradient_checkpointing = False
+    means = [float(np.mean(losses[i : i + _STEPS_OF_A_LOSS])) for i in range(0, len(losses), _STEPS_OF_A_LOSS)]
+    return FineTuned(network.cpu().eval(), tuple(means), settings.steps, bfloat16)
+
+
+def crop_edge(preprocessing: Preprocessing, window: tuple[int, int, int]) -> int:
+    """Return the edge of a crop in grid voxels: 144 mm, a multiple of 32, and within the encoder's window."""
+    finest = min(preprocessing.spacing)
+    wanted = math.ceil(_CROP_MM / finest / _CROP_MULTIPLE) * _CROP_MULTIPLE
+    return min(wanted, *window)
+
+
+def _set_mode(network: TunedNetwork, settings: TuningSettings, *, live: bool) -> None:
+    """Set training mode, with batch statistics held but for those of a new decoder that are still being gathered."""
+    network.train()
+    gathered = renewed_parts(network.encoder) if live and settings.of_decoder == "new" else ()
+    for name, module in network.encoder.named_modules():
+        if isinstance(module, nn.BatchNorm3d) and name.partition(".")[0] not in gathered:
+            module.eval()
+
+
+def _optimizer(network: TunedNetwork, settings: TuningSettings) -> torch.optim.AdamW:
+    """Return AdamW with its peak rates: pre-trained parameters of a network without batch statistics learn slowly."""
+    has_batch_norm = any(isinstance(module, nn.BatchNorm3d) for module in network.modules())
+    fast: list[nn.Parameter] = list(network.head.parameters())
+    slow: list[nn.Parameter] = []
+    for name, parameter in network.encoder.named_parameters():
+        if parameter.requires_grad:
+            (fast if has_batch_norm or name in network.added else slow).append(parameter)
+    groups = [(fast, settings.rate), (slow, settings.pretrained_rate)]
+    return torch.optim.AdamW(
+        [{"params": parameters, "peak": rate} for parameters, rate in groups if parameters], weight_decay=0.0
+    )

@@ -1,0 +1,205 @@
+"""Fine-tuning at a site: from annotated scans to a tuning file."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fseft_edge.adaptation import describe_organs, head_rows
+from fseft_edge.adapters import AdapterSettings, HeadRows, zero_shot
+from fseft_edge.finetuning.merging import plain_bundle
+from fseft_edge.finetuning.settings import TuningSettings
+from fseft_edge.finetuning.training import FineTuned, fine_tune
+from fseft_edge.finetuning.tuning_file import TuningDescription, TuningFile, write_tuning
+from fseft_edge.intensities import hu_percentiles
+from fseft_edge.organs import OrganLabel
+from fseft_edge.postprocessing import PostProcessing
+from fseft_edge.prediction import segment_encoded
+from fseft_edge.pretraining.cohort import TrainingCase, prepare_case
+from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.review.support import ReviewedBatch
+from fseft_edge.runtime.atomic import check_writable
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoding import encode_scan
+from fseft_edge.runtime.feature_store import open_store
+from fseft_edge.runtime.scans import read_scan
+from fseft_edge.runtime.session import open_session, resolve_device
+from fseft_edge.runtime.volume import LabelMap, check_labels_match
+from fseft_edge.support import annotated_volumes_ml, find_annotated
+from fseft_edge.validation import OrganScores, folds
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TuningSupport:
+    """A support set for fine-tuning.
+
+    Attributes:
+        annotated: each CT with its annotation.
+        cases: the same on the encoder's grid.
+        organs: what is learned.
+        rows: for each organ the encoder's own classifier, or None.
+        bundle: the encoder.
+    """
+
+    annotated: Sequence[tuple[Path, LabelMap]]
+    cases: Sequence[TrainingCase]
+    organs: Sequence[OrganLabel]
+    rows: HeadRows
+    bundle: EncoderBundle
+
+    def tuned(self, settings: TuningSettings, among: Sequence[int], progress: Progress) -> FineTuned:
+        """Return the encoder after fine-tuning on some of the scans."""
+        return fine_tune(
+            self.bundle.network(),
+            [self.cases[index] for index in among],
+            self.rows,
+            settings,
+            preprocessing=self.bundle.preprocessing,
+            window=self.bundle.window,
+            progress=progress,
+        )
+
+
+def finetune(
+    encoder: Path,
+    images: Path | None,
+    labels: Path | None,
+    organs: Sequence[OrganLabel],
+    output: Path,
+    settings: TuningSettings,
+    *,
+    reviewed: ReviewedBatch | None = None,
+    validate: bool = False,
+    cases: Sequence[str] | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> TuningFile:
+    """Fine-tune an encoder on annotated scans and write what changed; the twin of ``adapt`` with such a method.
+
+    Args:
+        encoder: encoder bundle; it stays as it is.
+        images: folder of CTs (or one CT); None with ``labels`` where ``reviewed`` gives all scans.
+        labels: folder of annotations (or one), each with its CT's file name and lattice.
+        organs: what to learn, at most 31. A scan without an organ's label counts as not annotated for that organ.
+        output: the tuning file, ``NAME.tuning``.
+        settings: what learns, and how.
+        reviewed: a batch whose accepted masks are learned from too.
+        validate: leave every scan out once (see :func:`fseft_edge.validation.folds`), so that the file says what to
+            expect on new scans; takes as long as fine-tuning itself once more for each.
+        cases: names of the cases of ``images`` to use; None takes all that have an annotation.
+        device: where to compute (see :func:`fseft_edge.runtime.session.open_session`).
+        progress: where to show progress.
+
+    Raises:
+        UsageError: the method does not fit the encoder, there is nothing to learn from, or ``output`` is a folder.
+        OutOfSpaceError: ``output`` cannot be written.
+        InputError: an image or annotation is not usable.
+        LabelError: an organ is annotated in no case.
+    """
+    progress = progress or SilentProgress()
+    check_writable(output)
+    bundle = EncoderBundle.open(encoder)
+    annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
+    settings = replace(settings, device=resolve_device(device))
+    support = load_tuning_support(annotated, organs, bundle, progress)
+    scores = OrganScores(len(organs))
+    if validate and len(annotated) > 1:
+        scores = leave_one_out(support, settings, progress)
+    elif validate:
+        _LOG.warning("there is one scan, so nothing can be validated")
+    tuned = support.tuned(settings, range(len(annotated)), progress)
+    file = describe_tuning(tuned, support, settings, *scores.summary())
+    write_tuning(output, file)
+    return file
+
+
+def load_tuning_support(
+    annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], bundle: EncoderBundle, progress: Progress
+) -> TuningSupport:
+    """Return annotated scans on an encoder's grid.
+
+    Raises:
+        InputError: a CT cannot be read, or its annotation lies on another lattice.
+    """
+    ids = {organ.name: organ.label for organ in organs}
+    prepared = []
+    with progress.task("read", len(annotated)) as task:
+        for image, labels in annotated:
+            volume = read_scan(image)
+            check_labels_match(volume, labels)
+            prepared.append(prepare_case(volume, labels, ids, list(ids), bundle.preprocessing, partial=True))
+            task.advance(1)
+    return TuningSupport(annotated, prepared, organs, head_rows(bundle, organs), bundle)
+
+
+def leave_one_out(support: TuningSupport, settings: TuningSettings, progress: Progress) -> OrganScores:
+    """Return the scores of scans that an encoder was fine-tuned without, every scan left out once."""
+    scores = OrganScores(len(support.organs))
+    groups = folds(len(support.cases))
+    with progress.task(f"validate {settings.name}", len(groups)) as task:
+        for left_out in groups:
+            add_fold(scores, support, settings, left_out)
+            task.advance(1)
+    return scores
+
+
+def add_fold(scores: OrganScores, support: TuningSupport, settings: TuningSettings, left_out: Sequence[int]) -> None:
+    """Fine-tune without some scans and score them, on their own lattices, as `segment` would."""
+    others = [index for index in range(len(support.cases)) if index not in left_out]
+    tuned = support.tuned(settings, others, SilentProgress())
+    known = np.any([support.cases[index].task_mask for index in others], axis=0)
+    weight, bias = tuned.network.head_weight(), tuned.network.head_bias()
+    values = [organ.label for organ in support.organs]
+    with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
+        bundle = plain_bundle(tuned.network, support.bundle, settings, Path(folder) / "fold.encoder")
+        adapter = zero_shot(bundle.levels, [(row, float(b)) for row, b in zip(weight, bias, strict=True)])
+        with open_session(bundle, str(settings.device), "torch") as session, open_store(None, None) as store:
+            for index in left_out:
+                image, labels = support.annotated[index]
+                encoded = encode_scan(read_scan(image), bundle=bundle, session=session, store=store)
+                mask = segment_encoded(encoded, [adapter])
+                scores.add(mask, labels, values, support.cases[index].task_mask & known)
+
+
+def describe_tuning(
+    tuned: FineTuned,
+    support: TuningSupport,
+    settings: TuningSettings,
+    left_out: Sequence[Sequence[float]],
+    post_processing: Sequence[PostProcessing],
+) -> TuningFile:
+    """Return what fine-tuning changed with the description that its file carries."""
+    volumes = [annotated_volumes_ml(labels, support.organs) for _, labels in support.annotated]
+    looks = []
+    for image, labels in support.annotated:
+        volume = read_scan(image)
+        looks.append([hu_percentiles(volume, labels.array == organ.label) for organ in support.organs])
+    count = len(support.organs)
+    description = TuningDescription(
+        encoder_id=support.bundle.encoder_id,
+        encoder_name=support.bundle.manifest.name,
+        method=settings.method,
+        decoder=settings.of_decoder,
+        rank=settings.rank,
+        organs=describe_organs(
+            support.organs,
+            [tuple(of_scan[k] for of_scan in volumes if of_scan[k]) for k in range(count)],
+            [tuple(look for of_scan in looks if (look := of_scan[k])) for k in range(count)],
+            left_out,
+            post_processing,
+        ),
+        shots=len(support.cases),
+        seed=settings.seed,
+        steps=tuned.steps,
+        parameters=tuned.parameters,
+        losses=tuple(round(loss, 6) for loss in tuned.losses),
+        bfloat16=tuned.bfloat16,
+    )
+    return TuningFile(description, tuned.network.learned())

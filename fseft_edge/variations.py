@@ -1,0 +1,83 @@
+"""Variations of annotated scans: each encoded again as another patient and another scanner might have shown it.
+
+What fine-tuning sees anew in every step, cached features can only show a few times: the scan is turned, zoomed and
+restyled on the grid, its annotation with it, and encoded like any other scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fseft_edge.augmentation import random_turn, restyle
+from fseft_edge.components import bounding_box
+from fseft_edge.runtime.grid import Grid
+from fseft_edge.runtime.volume import Volume
+
+_MULTIPLE = 2  # of voxels along an axis: restyling may average pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Variation:
+    """A scan that never was.
+
+    Attributes:
+        volume: float32 HU, one voxel a grid voxel, within the encoder's HU window.
+        shares: how much of each voxel each organ fills, 0 to 1, float32 ``[K, X, Y, Z]``.
+    """
+
+    volume: Volume
+    shares: NDArray[np.float32]
+
+
+def vary(
+    volume: Volume, grid: Grid, masks: Iterable[NDArray[np.bool_]], *, margin: int, random: np.random.Generator
+) -> Variation:
+    """Return a scan turned and zoomed about its middle and restyled, cut to what lies around its organs.
+
+    Args:
+        volume: the scan.
+        grid: of the scan.
+        masks: of its organs, on its own lattice.
+        margin: grid voxels to keep around the organs.
+        random: decides on everything.
+    """
+    image = torch.from_numpy(grid.section(volume, 0, grid.shape[2]))
+    shares = torch.stack([torch.from_numpy(grid.occupancy(mask)) for mask in masks])
+    turned = _turned(torch.cat([image[None], shares]), random_turn(random))
+    box = _around(turned[1:].amax(0).numpy() > 0, margin)
+    first = np.array([part.start for part in box])
+    low, high = grid.preprocessing.hu_window
+    hu = low + (high - low) * restyle(turned[0][box], random)
+    affine = grid.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ first
+    return Variation(Volume(hu.numpy(), affine), turned[1:][:, *box].numpy().copy())
+
+
+def _turned(images: Tensor, turn: Tensor) -> Tensor:
+    """Return images ``[C, X, Y, Z]`` sampled where ``turn`` takes each voxel about the middle; 0 from beyond."""
+    size = torch.tensor(images.shape[1:], dtype=torch.float32)[:, None]
+    axes = [torch.arange(length, dtype=torch.float32) - (length - 1) / 2 for length in images.shape[1:]]
+    position = turn @ torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+    normalised = (2 * position / size).flip(0).T.reshape(1, *images.shape[1:], 3)
+    return F.grid_sample(images[None], normalised, padding_mode="zeros", align_corners=False)[0]
+
+
+def _around(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice, slice]:
+    """Return the box of a mask grown by a margin as far as the grid goes, an even number of voxels long.
+
+    A mask that was turned out of the grid leaves the whole of it.
+    """
+    whole = tuple(slice(0, length) for length in mask.shape)
+    parts = []
+    for part, length in zip(bounding_box(mask) if mask.any() else whole, mask.shape, strict=True):
+        start, stop = max(part.start - margin, 0), min(part.stop + margin, length)
+        parts.append(slice(start, stop - (stop - start) % _MULTIPLE))
+    x, y, z = parts
+    return x, y, z
