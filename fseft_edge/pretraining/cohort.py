@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fseft_edge.pretraining.plan import FilesPlan, PhantomsPlan, PretrainingPlan, case_names
+from fseft_edge.pretraining.plan import FilesPlan, Labels, PhantomsPlan, PretrainingPlan, case_names
 from fseft_edge.report.progress import Progress
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.grid import Grid
@@ -75,15 +75,15 @@ def load_cohorts(plan: PretrainingPlan, root: Path, progress: Progress) -> list[
 
 
 class _Scans:
-    """A sized, lazy sequence of (volume, labels, label value of each organ)."""
+    """A sized, lazy sequence of (volume, labels, label values of each organ)."""
 
-    def __init__(self, size: int, make: Iterator[tuple[Volume, LabelMap, dict[str, int]]]) -> None:
+    def __init__(self, size: int, make: Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]) -> None:
         self._size, self._make = size, make
 
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[tuple[Volume, LabelMap, dict[str, int]]]:
+    def __iter__(self) -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         return self._make
 
 
@@ -99,7 +99,7 @@ def _file_scans(plan: FilesPlan, root: Path) -> _Scans:
             )
         paths = [path for path in paths if case_name(path) in set(wanted)]
 
-    def read() -> Iterator[tuple[Volume, LabelMap, dict[str, int]]]:
+    def read() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         for path in paths:
             volume, labels = read_ct(path), read_label_map(root / plan.labels / path.name)
             check_labels_match(volume, labels)
@@ -111,7 +111,7 @@ def _file_scans(plan: FilesPlan, root: Path) -> _Scans:
 def _phantom_scans(plan: PhantomsPlan) -> _Scans:
     from fseft_edge.phantom import ORGANS, SITES, phantom  # noqa: PLC0415 - needed for phantom plans only
 
-    def make() -> Iterator[tuple[Volume, LabelMap, dict[str, int]]]:
+    def make() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         for number in range(plan.count):
             site = SITES[plan.sites[number % len(plan.sites)]]
             scan = phantom(plan.first_seed + number, shape=plan.shape, site=site)
@@ -121,7 +121,11 @@ def _phantom_scans(plan: PhantomsPlan) -> _Scans:
 
 
 def _prepare(
-    volume: Volume, labels: LabelMap, ids: dict[str, int], dataset: FilesPlan | PhantomsPlan, plan: PretrainingPlan
+    volume: Volume,
+    labels: LabelMap,
+    ids: Mapping[str, Labels],
+    dataset: FilesPlan | PhantomsPlan,
+    plan: PretrainingPlan,
 ) -> TrainingCase:
     grid = Grid.of(volume, plan.preprocessing)
     image = grid.section(volume, 0, grid.shape[2])
@@ -129,15 +133,17 @@ def _prepare(
     task_mask = np.zeros(len(plan.organs), np.bool_)
     partial = isinstance(dataset, FilesPlan) and dataset.partial
     halves = dataset.halves if isinstance(dataset, FilesPlan) else {}
-    for organ, label in ids.items():
-        mask = labels.array == label
+    for organ, values in ids.items():
+        mask = np.isin(labels.array, values)
         if partial and not mask.any():
             continue
         on_grid = grid.occupancy(mask) > 0.5
-        _mark(organs, task_mask, on_grid, plan.organs.index(organ))
+        if organ in plan.organs:
+            _mark(organs, task_mask, on_grid, plan.organs.index(organ))
         if organ in halves and on_grid.any():
-            for half, name in zip(_split_halves(on_grid), halves[organ], strict=True):
-                _mark(organs, task_mask, half, plan.organs.index(name))
+            for half, name in zip(_split_halves(on_grid, image > _AIR_LEVEL), halves[organ], strict=True):
+                if half.any() or not partial:
+                    _mark(organs, task_mask, half, plan.organs.index(name))
     random = np.random.default_rng(int(organs.sum(dtype=np.int64) % 2**32))
     regions = [organs & np.int32(1 << bit) != 0 for bit in range(len(plan.organs))]
     centres = [_some_positions(region, random) for region in [*regions, image > _AIR_LEVEL]]
@@ -149,16 +155,20 @@ def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArr
     task_mask[bit] = True
 
 
-def _split_halves(region: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the patient's (right, left) parts of an organ that straddles the midline.
+def _split_halves(region: NDArray[np.bool_], body: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the patient's (right, left) parts of an organ that straddles the midline, or of a pair of organs.
 
-    The grid's x axis runs to the patient's right (RAS+); the cut is the middle of the organ's extent.
+    The grid's x axis runs to the patient's right (RAS+). The cut is the middle of the organ's extent. What lies
+    wholly on one side of the body's median is one of a pair whose other is missing, and is not cut.
     """
     extent = np.flatnonzero(region.any(axis=(1, 2)))
-    middle = (int(extent[0]) + int(extent[-1]) + 1) // 2
+    first, last = int(extent[0]), int(extent[-1])
+    voxels = np.cumsum(body.sum(axis=(1, 2)))
+    median = int(np.searchsorted(voxels, voxels[-1] / 2))
+    cut = (first + last + 1) // 2 if first <= median <= last else median
     right, left = region.copy(), region.copy()
-    right[:middle] = False
-    left[middle:] = False
+    right[:cut] = False
+    left[cut:] = False
     return right, left
 
 
@@ -169,32 +179,46 @@ def _some_positions(region: NDArray[np.bool_], random: np.random.Generator) -> N
     return np.stack(np.unravel_index(flat, region.shape), axis=1)
 
 
-def draw_batch(plan: PretrainingPlan, cohorts: list[list[TrainingCase]], step: int) -> Batch:
-    """Return the crops of a step; they depend on the plan's seed and the step alone, so a resumed run sees the same."""
-    random = np.random.default_rng([plan.seed, step])
-    crops = [
-        _crop(cohort[random.integers(len(cohort))], plan, random)
-        for dataset, cohort in zip(plan.dataset, cohorts, strict=True)
-        for _ in range(dataset.crops_per_step)
+def draw_batch(plan: PretrainingPlan, cohorts: list[list[TrainingCase]], step: int, own: slice = slice(None)) -> Batch:
+    """Return the crops of a step; they depend on the plan's seed and the step alone, so a resumed run sees the same.
+
+    Args:
+        plan: data sets, crops and seed.
+        cohorts: the cases of every data set.
+        step: number of the step.
+        own: which of the step's crops to return; the crops of all data sets stand in the plan's order.
+    """
+    sources = [
+        cohort for dataset, cohort in zip(plan.dataset, cohorts, strict=True) for _ in range(dataset.crops_per_step)
     ]
+    if plan.schedule.random == "crop":
+        slots = range(len(sources))[own]
+        crops = [_random_crop(sources[slot], plan, np.random.default_rng([plan.seed, step, slot])) for slot in slots]
+    else:
+        random = np.random.default_rng([plan.seed, step])
+        crops = [_random_crop(cohort, plan, random) for cohort in sources][own]
     image, clean, targets, task_mask = (torch.stack(part) for part in zip(*crops, strict=True))
     return Batch(image, clean, targets, task_mask)
 
 
-def _crop(
-    case: TrainingCase, plan: PretrainingPlan, random: np.random.Generator
+def _random_crop(
+    cohort: list[TrainingCase], plan: PretrainingPlan, random: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    case = cohort[random.integers(len(cohort))]
     edge = plan.schedule.crop
     group = case.centres[-1] if random.random() < 0.25 else case.centres[random.integers(len(case.centres))]
     centre = group[random.integers(len(group))] + random.uniform(-edge / 4, edge / 4, 3)
-    position = torch.from_numpy(centre).float()[:, None] + _random_turn(random) @ _lattice(edge)
+    turn = _random_turn(random)
+    flips = [axis for axis in plan.schedule.flips if random.random() < 0.5]
+    turn[:, ["xyz".index(axis) for axis in flips]] *= -1
+    position = torch.from_numpy(centre).float()[:, None] + turn @ _lattice(edge)
     clean = _sample_image(case.image, position, edge)
     clean = _restyle(clean, random)
     image = _erase_boxes(clean, random) if random.random() < 0.5 else clean
-    bits = _sample_organs(case.organs, position, edge)
-    shifts = torch.arange(len(plan.organs), dtype=torch.int32)[:, None, None, None]
-    targets = ((bits[None] >> shifts) & 1).float()
-    return image[None], clean[None], targets, torch.from_numpy(case.task_mask).float()
+    order = plan.schedule.mirrored(plan.organs) if "x" in flips else list(range(len(plan.organs)))
+    shifts = torch.tensor(order, dtype=torch.int32)[:, None, None, None]
+    targets = ((_sample_organs(case.organs, position, edge)[None] >> shifts) & 1).float()
+    return image[None], clean[None], targets, torch.from_numpy(case.task_mask[order]).float()
 
 
 def _lattice(edge: int) -> Tensor:
@@ -203,10 +227,7 @@ def _lattice(edge: int) -> Tensor:
 
 
 def _random_turn(random: np.random.Generator) -> Tensor:
-    """Return a rotation of up to 12 degrees about each axis times a zoom of 0.8 to 1.25.
-
-    Never a reflection: left and right are what tells paired organs apart.
-    """
+    """Return a rotation of up to 12 degrees about each axis times a zoom of 0.8 to 1.25."""
     turn = torch.eye(3)
     for axis, angle in enumerate(random.uniform(-np.pi / 15, np.pi / 15, 3)):
         i, j = [other for other in range(3) if other != axis]
