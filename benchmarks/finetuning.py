@@ -28,7 +28,7 @@ from torch import nn
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
-from fseft_edge.pretraining.plan import EncoderPlan, FilesPlan, PretrainingPlan, SchedulePlan
+from fseft_edge.pretraining.plan import FilesPlan, PretrainingPlan, ResidualUNetPlan, SchedulePlan
 from fseft_edge.pretraining.training import PretrainingNetwork, learning_rate
 from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.networks import build_network
@@ -60,9 +60,7 @@ def fine_tune(kind: str, cases: Sequence[str], *, seed: int, output: Path) -> Fi
     built_in = read_model_file(Path(str(files("fseft_edge") / "encoders" / "edge_base.safetensors")))
     plan = _plan(kind, cases, built_in.description, seed=seed, output=output)
     torch.manual_seed(seed)
-    network = PretrainingNetwork(
-        build_network(plan.encoder.architecture, channels=plan.encoder.channels), len(plan.organs), 0
-    )
+    network = PretrainingNetwork(build_network(plan.encoder.architecture, **plan.encoder.settings), len(plan.organs), 0)
     if kind != "from scratch":
         load_weights(network.encoder, built_in.encoder, source="edge_base")
         with torch.no_grad():
@@ -108,7 +106,7 @@ def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: i
         name=name,
         seed=seed,
         organs=tuple(organ.name for organ in headneck.ORGANS),
-        encoder=EncoderPlan(
+        encoder=ResidualUNetPlan(
             architecture="residual_unet", channels=tuple(encoder.settings["channels"]), window=encoder.window
         ),
         preprocessing=encoder.preprocessing,

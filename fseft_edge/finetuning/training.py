@@ -15,7 +15,7 @@ from fseft_edge.adapters import UNKNOWN_ORGAN_BIAS, HeadRows
 from fseft_edge.finetuning.opening import open_encoder, renewed_parts
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.losses import adaptation_loss
-from fseft_edge.pretraining.cohort import TrainingCase, random_crops
+from fseft_edge.pretraining.cohort import TrainingCase, batch_of, random_crop
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.backend_choice import has_bfloat16
 from fseft_edge.runtime.networks.base import FeatureNetwork
@@ -146,7 +146,7 @@ def fine_tune(
             optimizer.zero_grad()
             total = 0.0
             for crops in portions:
-                batch = random_crops([cases] * crops, edge, random)
+                batch = batch_of([random_crop(cases, edge, random) for _ in range(crops)])
                 image = batch.clean.to(settings.device).contiguous(memory_format=torch.channels_last_3d)
                 with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
                     logits = network(image)

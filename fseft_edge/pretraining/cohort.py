@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fseft_edge.augmentation import random_turn, restyle
-from fseft_edge.pretraining.plan import FilesPlan, PhantomsPlan, PretrainingPlan, case_names
+from fseft_edge.pretraining.plan import FilesPlan, Labels, PhantomsPlan, PretrainingPlan, case_names
 from fseft_edge.report.progress import Progress
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
+
+Crop = tuple[Tensor, Tensor, Tensor, Tensor]
+"""One crop's part of :class:`Batch`: image, the same before boxes of it were erased, targets, task mask."""
 
 _CENTRES_PER_ORGAN = 2000
 _AIR_LEVEL = 0.05
@@ -81,15 +84,15 @@ def load_cohorts(plan: PretrainingPlan, root: Path, progress: Progress) -> list[
 
 
 class _Scans:
-    """A sized, lazy sequence of (volume, labels, label value of each organ)."""
+    """A sized, lazy sequence of (volume, labels, label values of each organ)."""
 
-    def __init__(self, size: int, make: Iterator[tuple[Volume, LabelMap, dict[str, int]]]) -> None:
+    def __init__(self, size: int, make: Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]) -> None:
         self._size, self._make = size, make
 
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[tuple[Volume, LabelMap, dict[str, int]]]:
+    def __iter__(self) -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         return self._make
 
 
@@ -105,7 +108,7 @@ def _file_scans(plan: FilesPlan, root: Path) -> _Scans:
             )
         paths = [path for path in paths if case_name(path) in set(wanted)]
 
-    def read() -> Iterator[tuple[Volume, LabelMap, dict[str, int]]]:
+    def read() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         for path in paths:
             volume, labels = read_ct(path), read_label_map(root / plan.labels / path.name)
             check_labels_match(volume, labels)
@@ -117,7 +120,7 @@ def _file_scans(plan: FilesPlan, root: Path) -> _Scans:
 def _phantom_scans(plan: PhantomsPlan) -> _Scans:
     from fseft_edge.phantom import ORGANS, SITES, phantom  # noqa: PLC0415 - needed for phantom plans only
 
-    def make() -> Iterator[tuple[Volume, LabelMap, dict[str, int]]]:
+    def make() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         for number in range(plan.count):
             site = SITES[plan.sites[number % len(plan.sites)]]
             scan = phantom(plan.first_seed + number, shape=plan.shape, site=site)
@@ -129,7 +132,7 @@ def _phantom_scans(plan: PhantomsPlan) -> _Scans:
 def prepare_case(
     volume: Volume,
     labels: LabelMap,
-    ids: Mapping[str, int],
+    ids: Mapping[str, Labels],
     organs: Sequence[str],
     preprocessing: Preprocessing,
     *,
@@ -151,15 +154,17 @@ def prepare_case(
     image = grid.section(volume, 0, grid.shape[2])
     bits = np.zeros(grid.shape, np.int32)
     task_mask = np.zeros(len(organs), np.bool_)
-    for organ, label in ids.items():
-        mask = labels.array == label
+    for organ, values in ids.items():
+        mask = np.isin(labels.array, values)
         if partial and not mask.any():
             continue
         on_grid = grid.occupancy(mask) > 0.5
-        _mark(bits, task_mask, on_grid, organs.index(organ))
+        if organ in organs:
+            _mark(bits, task_mask, on_grid, organs.index(organ))
         if halves and organ in halves and on_grid.any():
-            for half, name in zip(_split_halves(on_grid), halves[organ], strict=True):
-                _mark(bits, task_mask, half, organs.index(name))
+            for half, name in zip(_split_halves(on_grid, image > _AIR_LEVEL), halves[organ], strict=True):
+                if half.any() or not partial:
+                    _mark(bits, task_mask, half, organs.index(name))
     random = np.random.default_rng(int(bits.sum(dtype=np.int64) % 2**32))
     regions = [bits & np.int32(1 << bit) != 0 for bit in range(len(organs))]
     centres = [_some_positions(region, random) for region in [*regions, image > _AIR_LEVEL]]
@@ -171,16 +176,20 @@ def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArr
     task_mask[bit] = True
 
 
-def _split_halves(region: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the patient's (right, left) parts of an organ that straddles the midline.
+def _split_halves(region: NDArray[np.bool_], body: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the patient's (right, left) parts of an organ that straddles the midline, or of a pair of organs.
 
-    The grid's x axis runs to the patient's right (RAS+); the cut is the middle of the organ's extent.
+    The grid's x axis runs to the patient's right (RAS+). The cut is the middle of the organ's extent. What lies
+    wholly on one side of the body's median is one of a pair whose other is missing, and is not cut.
     """
     extent = np.flatnonzero(region.any(axis=(1, 2)))
-    middle = (int(extent[0]) + int(extent[-1]) + 1) // 2
+    first, last = int(extent[0]), int(extent[-1])
+    voxels = np.cumsum(body.sum(axis=(1, 2)))
+    median = int(np.searchsorted(voxels, voxels[-1] / 2))
+    cut = (first + last + 1) // 2 if first <= median <= last else median
     right, left = region.copy(), region.copy()
-    right[:middle] = False
-    left[middle:] = False
+    right[:cut] = False
+    left[cut:] = False
     return right, left
 
 
@@ -191,33 +200,68 @@ def _some_positions(region: NDArray[np.bool_], random: np.random.Generator) -> N
     return np.stack(np.unravel_index(flat, region.shape), axis=1)
 
 
-def draw_batch(plan: PretrainingPlan, cohorts: list[list[TrainingCase]], step: int) -> Batch:
-    """Return the crops of a step; they depend on the plan's seed and the step alone, so a resumed run sees the same."""
-    random = np.random.default_rng([plan.seed, step])
-    chosen = [
+def draw_batch(plan: PretrainingPlan, cohorts: list[list[TrainingCase]], step: int, own: slice = slice(None)) -> Batch:
+    """Return the crops of a step; they depend on the plan's seed and the step alone, so a resumed run sees the same.
+
+    Args:
+        plan: data sets, crops and seed.
+        cohorts: the cases of every data set.
+        step: number of the step.
+        own: which of the step's crops to return; the crops of all data sets stand in the plan's order.
+    """
+    sources = [
         cohort for dataset, cohort in zip(plan.dataset, cohorts, strict=True) for _ in range(dataset.crops_per_step)
     ]
-    return random_crops(chosen, plan.schedule.crop, random)
+    schedule = plan.schedule
+    order = schedule.mirrored(plan.organs) if "x" in schedule.flips else None
+
+    def drawn(cohort: Sequence[TrainingCase], random: np.random.Generator) -> Crop:
+        return random_crop(cohort, schedule.crop, random, flips=schedule.flips, mirrored=order)
+
+    if schedule.random == "crop":
+        slots = range(len(sources))[own]
+        return batch_of([drawn(sources[slot], np.random.default_rng([plan.seed, step, slot])) for slot in slots])
+    random = np.random.default_rng([plan.seed, step])
+    return batch_of([drawn(cohort, random) for cohort in sources][own])
 
 
-def random_crops(cohorts: Sequence[Sequence[TrainingCase]], edge: int, random: np.random.Generator) -> Batch:
-    """Return one crop of ``edge`` voxels from a random case of each of the cohorts (one may be named repeatedly)."""
-    crops = [_crop(cohort[random.integers(len(cohort))], edge, random) for cohort in cohorts]
+def batch_of(crops: Sequence[Crop]) -> Batch:
+    """Return crops of equal size as one batch."""
     image, clean, targets, task_mask = (torch.stack(part) for part in zip(*crops, strict=True))
     return Batch(image, clean, targets, task_mask)
 
 
-def _crop(case: TrainingCase, edge: int, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def random_crop(
+    cohort: Sequence[TrainingCase],
+    edge: int,
+    random: np.random.Generator,
+    *,
+    flips: Sequence[str] = (),
+    mirrored: Sequence[int] | None = None,
+) -> Crop:
+    """Return an augmented crop of a random case.
+
+    Args:
+        cohort: the cases.
+        edge: of the crop, in grid voxels.
+        random: decides on everything.
+        flips: axes along which every second crop is flipped.
+        mirrored: the organs' order under a flip along x, where right and left change places.
+    """
+    case = cohort[random.integers(len(cohort))]
     group = case.centres[-1] if random.random() < 0.25 else case.centres[random.integers(len(case.centres))]
     centre = group[random.integers(len(group))] + random.uniform(-edge / 4, edge / 4, 3)
-    position = torch.from_numpy(centre).float()[:, None] + random_turn(random) @ _lattice(edge)
+    turn = random_turn(random)
+    flipped = [axis for axis in flips if random.random() < 0.5]
+    turn[:, ["xyz".index(axis) for axis in flipped]] *= -1
+    position = torch.from_numpy(centre).float()[:, None] + turn @ _lattice(edge)
     clean = _sample_image(case.image, position, edge)
     clean = restyle(clean, random)
     image = _erase_boxes(clean, random) if random.random() < 0.5 else clean
-    bits = _sample_organs(case.organs, position, edge)
-    shifts = torch.arange(len(case.task_mask), dtype=torch.int32)[:, None, None, None]
-    targets = ((bits[None] >> shifts) & 1).float()
-    return image[None], clean[None], targets, torch.from_numpy(case.task_mask).float()
+    order = list(mirrored) if mirrored is not None and "x" in flipped else list(range(len(case.task_mask)))
+    shifts = torch.tensor(order, dtype=torch.int32)[:, None, None, None]
+    targets = ((_sample_organs(case.organs, position, edge)[None] >> shifts) & 1).float()
+    return image[None], clean[None], targets, torch.from_numpy(case.task_mask[order]).float()
 
 
 def _lattice(edge: int) -> Tensor:

@@ -4,25 +4,107 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from fseft_edge.runtime.errors import InputError, UnreadableFileError
 from fseft_edge.runtime.preprocessing import Preprocessing
 
 
 class _Strict(BaseModel):
+    """A table of the plan.
+
+    A key that came after the first release is left out of the dump where it has its default: the dump identifies a
+    plan in checkpoints and model files, and an older plan keeps its identity.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    added_keys: ClassVar[frozenset[str]] = frozenset()
 
-class EncoderPlan(_Strict):
-    """Which network is trained (see :func:`fseft_edge.runtime.networks.build_network`)."""
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        defaults = {key: type(self).model_fields[key].default for key in self.added_keys}
+        content: dict[str, JsonValue] = dump(self)
+        return {
+            key: value for key, value in content.items() if key not in defaults or getattr(self, key) != defaults[key]
+        }
+
+
+class ResidualUNetPlan(_Strict):
+    """The compact encoder (:class:`fseft_edge.runtime.networks.residual_unet.ResidualUNet`) is trained."""
 
     architecture: Literal["residual_unet"]
     channels: tuple[int, ...]
     window: tuple[int, int, int]
+    gradient_checkpointing: bool = False
+
+    added_keys: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing"})
+
+    @property
+    def settings(self) -> dict[str, JsonValue]:
+        """The network's keyword arguments."""
+        return {"channels": list(self.channels)}
+
+    @property
+    def levels(self) -> int:
+        """How many levels the pyramid has."""
+        return len(self.channels) - 1
+
+    def check_edges(self, edges: Sequence[int]) -> None:
+        """Raise a ValueError where a crop or window of these edges, in grid voxels, does not fit."""
+        stride = 2**self.levels
+        if any(edge % stride for edge in edges):
+            raise ValueError(f"window and crop must be multiples of {stride}, the encoder's coarsest stride")
+
+
+class SwinUnetrPlan(_Strict):
+    """A SwinUNETR (:class:`fseft_edge.runtime.networks.swin_unetr.SwinUnetrFeatures`) is trained."""
+
+    architecture: Literal["swin_unetr"]
+    feature_size: int = Field(default=48, gt=0, multiple_of=12)
+    window: tuple[int, int, int]
+    gradient_checkpointing: bool = False
+
+    added_keys: ClassVar[frozenset[str]] = frozenset({"gradient_checkpointing"})
+
+    @property
+    def settings(self) -> dict[str, JsonValue]:
+        """The network's keyword arguments."""
+        return {"feature_size": self.feature_size}
+
+    @property
+    def levels(self) -> int:
+        """How many levels the pyramid has."""
+        return 5
+
+    def check_edges(self, edges: Sequence[int]) -> None:
+        """Raise a ValueError where a crop or window of these edges, in grid voxels, does not fit.
+
+        The bottleneck, of stride 32, normalises over its voxels and needs more than one.
+        """
+        if any(edge % 32 or edge < 64 for edge in edges):
+            raise ValueError("window and crop of a swin_unetr must be multiples of 32, and at least 64")
+
+
+EncoderPlan = Annotated[ResidualUNetPlan | SwinUnetrPlan, Field(discriminator="architecture")]
+
+
+Axis = Literal["x", "y", "z"]
+_Label = Annotated[int, Field(ge=1)]
+Labels = _Label | Annotated[tuple[_Label, ...], Field(min_length=1)]
 
 
 class SchedulePlan(_Strict):
@@ -39,6 +121,11 @@ class SchedulePlan(_Strict):
             organs that the batch shows. With short training and small organs, the quotient of many crops that lack an
             organ holds it at nothing.
         bfloat16: run the network in bfloat16 (weights and losses stay float32).
+        random: whether the crops of a step share one stream of random numbers (``step``), or each has its own
+            (``crop``), so that one of several processes need not make the crops of the others.
+        flips: axes of the grid along which half of the crops are mirrored.
+        pairs: organs that change places in a crop mirrored along x, beside those told by ``right`` and ``left`` in
+            their names.
     """
 
     steps: int = Field(gt=0)
@@ -52,6 +139,24 @@ class SchedulePlan(_Strict):
     dice: Literal["crop", "batch"] = "crop"
     bfloat16: bool = True
     checkpoint_every: int = Field(default=200, gt=0)
+    random: Literal["step", "crop"] = "step"
+    flips: tuple[Axis, ...] = ()
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    added_keys: ClassVar[frozenset[str]] = frozenset({"random", "flips", "pairs"})
+
+    def mirrored(self, organs: Sequence[str]) -> list[int]:
+        """Return, for every organ, the position of the organ that it is in a mirror: itself, or the other of its pair.
+
+        Raises:
+            ValueError: an organ's other side is not among the organs.
+        """
+        twins = {organ: other for pair in self.pairs for organ, other in (pair, pair[::-1])}
+        others = [twins.get(organ, _other_side(organ)) for organ in organs]
+        missing = sorted(set(others) - set(organs))
+        if missing:
+            raise ValueError(f"'flips' along x needs the other side of each paired organ; 'organs' lacks {missing}")
+        return [list(organs).index(other) for other in others]
 
 
 class FilesPlan(_Strict):
@@ -60,10 +165,12 @@ class FilesPlan(_Strict):
     Attributes:
         images, labels: folders, relative to the data root; an image and its labels share their file name.
         cases: ``FILE.json:KEY``, a JSON object whose ``KEY`` lists the case names; all cases when absent.
-        organs: label value of each organ in the annotation files.
+        organs: label value of each organ in the annotation files, or the values that make it up together (a liver and
+            its tumours).
         partial: whether an organ that a case's annotation lacks was not contoured (its loss is then masked for
             that case) rather than absent from the patient.
-        halves: organ to be split at its own median sagittal plane into ``[right, left]`` extra organs.
+        halves: organ to be split at its own median sagittal plane into ``[right, left]`` extra organs; where the plan's
+            ``organs`` do not list it, nothing but its halves is learnt (two kidneys that share a label).
         crops_per_step: how many crops of this data set are in every batch.
     """
 
@@ -72,7 +179,7 @@ class FilesPlan(_Strict):
     images: str
     labels: str
     cases: str | None = None
-    organs: dict[str, Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    organs: dict[str, Labels] = Field(min_length=1)
     partial: bool = False
     halves: dict[str, tuple[str, str]] = {}
     crops_per_step: int = Field(gt=0)
@@ -136,17 +243,33 @@ class PretrainingPlan(_Strict):
     @model_validator(mode="after")
     def _organs_are_consistent(self) -> Self:
         for dataset in self.dataset:
-            unknown = sorted(set(dataset.annotated()) - set(self.organs))
+            split = dataset.halves if isinstance(dataset, FilesPlan) else {}
+            unknown = sorted(set(dataset.annotated()) - set(self.organs) - set(split))
             if unknown:
                 raise ValueError(f"data set {dataset.name!r} has organs that 'organs' does not list: {unknown}")
-        stride = 2 ** (len(self.encoder.channels) - 1)
-        if any(size % stride for size in (*self.encoder.window, self.schedule.crop)):
-            raise ValueError(f"window and crop must be multiples of {stride}, the encoder's coarsest stride")
-        if len(self.schedule.deep_supervision) > len(self.encoder.channels) - 2:
-            raise ValueError("'deep_supervision' has more weights than the encoder has coarser levels")
+            if split and self.preprocessing.axcodes[0] != "R":
+                raise ValueError("'halves' needs a grid whose x axis points to the patient's right: axcodes 'R..'")
         never = sorted(set(self.organs) - {organ for dataset in self.dataset for organ in dataset.annotated()})
         if never:
             raise ValueError(f"no data set annotates {never}")
+        return self
+
+    @model_validator(mode="after")
+    def _network_fits(self) -> Self:
+        self.encoder.check_edges((*self.encoder.window, self.schedule.crop))
+        if len(self.schedule.deep_supervision) > self.encoder.levels - 1:
+            raise ValueError("'deep_supervision' has more weights than the encoder has coarser levels")
+        return self
+
+    @model_validator(mode="after")
+    def _mirrors_make_sense(self) -> Self:
+        named = {organ for pair in self.schedule.pairs for organ in pair}
+        if named - set(self.organs):
+            raise ValueError(f"'pairs' has organs that 'organs' does not list: {sorted(named - set(self.organs))}")
+        if "x" in self.schedule.flips:
+            if self.preprocessing.axcodes[0] not in "RL":
+                raise ValueError("'flips' along x needs a grid whose x axis runs from left to right")
+            self.schedule.mirrored(self.organs)
         return self
 
 
@@ -171,6 +294,12 @@ def read_plan(path: Path) -> PretrainingPlan:
         raise InputError(
             f"{path}: {where}: {first['msg']}.", remedy="See docs/pretrain.md for the keys of a plan."
         ) from error
+
+
+def _other_side(organ: str) -> str:
+    """Return the name of an organ's other side: ``right`` for ``left`` and the reverse; itself where it has none."""
+    swapped = {"right": "left", "left": "right"}
+    return "_".join(swapped.get(word, word) for word in organ.split("_"))
 
 
 def case_names(plan: FilesPlan, root: Path) -> list[str] | None:

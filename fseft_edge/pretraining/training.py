@@ -150,7 +150,8 @@ def learning_rate(plan: PretrainingPlan, step: int) -> float:
 def _initial_state(plan: PretrainingPlan, initial: Path | None) -> _State:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
-        encoder = build_network(plan.encoder.architecture, channels=plan.encoder.channels)
+        encoder = build_network(plan.encoder.architecture, **plan.encoder.settings)
+        encoder.gradient_checkpointing = plan.encoder.gradient_checkpointing
         network = PretrainingNetwork(encoder, len(plan.organs), len(plan.schedule.deep_supervision))
     if initial is not None:
         _start_from(network, initial, plan)
@@ -239,7 +240,7 @@ def _write_model(state: _State, plan: PretrainingPlan, output: Path, cases: list
     description = ModelDescription(
         name=plan.name,
         architecture=plan.encoder.architecture,
-        settings={"channels": list(plan.encoder.channels)},
+        settings=plan.encoder.settings,
         preprocessing=plan.preprocessing,
         window=plan.encoder.window,
         organs=plan.organs,

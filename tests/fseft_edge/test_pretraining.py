@@ -4,77 +4,24 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from doubles.cohorts import write_cohort
 
 from fseft_edge.export.checkpoints import read_model_file
-from fseft_edge.phantom import ORGANS, phantom
 from fseft_edge.pretraining import PretrainingPlan, pretrain, read_plan
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.report.progress import SilentProgress
-from fseft_edge.runtime.errors import CheckpointError, InputError, OutOfSpaceError, UnreadableFileError
-from fseft_edge.runtime.nifti import write_ct, write_label_map
-from fseft_edge.runtime.volume import LabelMap
-
-PLAN = """
-name = "tiny"
-seed = 7
-organs = ["liver", "spine", "spine_right", "spine_left", "spleen"]
-[encoder]
-architecture = "residual_unet"
-channels = [4, 8, 8]
-window = [32, 32, 32]
-[preprocessing]
-spacing = [6.0, 6.0, 6.0]
-[schedule]
-steps = 6
-crop = 32
-learning_rate = 1e-2
-warmup_steps = 2
-frozen_norm_fraction = 0.34
-deep_supervision = [0.5]
-bfloat16 = false
-checkpoint_every = 3
-[[dataset]]
-kind = "files"
-name = "files"
-images = "images"
-labels = "labels"
-cases = "splits.json:train"
-partial = true
-organs = { liver = 1, spine = 11 }
-halves = { spine = ["spine_right", "spine_left"] }
-crops_per_step = 1
-[[dataset]]
-kind = "phantoms"
-name = "phantoms"
-count = 1
-first_seed = 5
-sites = ["reference"]
-organs = ["spleen"]
-shape = [64, 48, 56]
-crops_per_step = 1
-"""
+from fseft_edge.runtime.errors import CheckpointError, OutOfSpaceError
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    for folder in ("images", "labels"):
-        (root / folder).mkdir()
-    for seed in (1, 2, 3):
-        scan = phantom(seed, shape=(64, 48, 56), spacing=(6.0, 6.0, 6.0))
-        labels = scan.labels.array.copy()
-        if seed == 2:
-            labels[labels == 1] = 0
-        write_ct(root / "images" / f"case_{seed}.nii.gz", scan.volume)
-        write_label_map(root / "labels" / f"case_{seed}.nii.gz", LabelMap(labels, scan.volume.affine))
-    (root / "splits.json").write_text(json.dumps({"train": ["case_1", "case_2"]}))
-    (root / "plan.toml").write_text(PLAN)
+    write_cohort(root)
     return root
 
 
@@ -158,29 +105,3 @@ def test_the_rate_warms_up_and_falls_to_nothing(plan: PretrainingPlan) -> None:
     assert rates[0] == pytest.approx(0.005)
     assert max(rates) == pytest.approx(0.01)
     assert rates[-1] == pytest.approx(0.005 * (1 + np.cos(np.pi * 3 / 4)))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (("steps = 6", "steps = 0"), "schedule.steps"),
-        (('"spleen"]\n[encoder]', '"spleen", "unseen"]\n[encoder]'), "no data set annotates"),
-        (("liver = 1", "lever = 1"), "lever"),
-        (("seed = 7", "seeds = 7"), "seed"),
-    ],
-)
-def test_a_wrong_plan_is_refused_by_the_name_of_its_key(tmp_path: Path, change: Any, message: str) -> None:
-    path = tmp_path / "plan.toml"
-    path.write_text(PLAN.replace(*change))
-    with pytest.raises(InputError, match=message):
-        read_plan(path)
-
-
-def test_an_unreadable_plan_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan.toml").write_text("= nothing")
-    with pytest.raises(UnreadableFileError, match="no readable TOML"):
-        read_plan(tmp_path / "plan.toml")
-
-
-def test_organ_names_of_phantom_plans_are_the_generators(plan: PretrainingPlan) -> None:
-    assert set(plan.dataset[1].annotated()) <= set(ORGANS)
