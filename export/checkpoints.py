@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import CheckpointError
-from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.preprocessing import Preprocessing
 
 _METADATA_KEY = "fseft_edge_model"
@@ -32,6 +32,16 @@ _HEAD_WEIGHT = "head.weight"
 _HEAD_BIAS = "head.bias"
 _KEYS_IN_A_MESSAGE = 3
 _SIGNS_OF_CODE = ("GLOBAL", "Can only create new object", "Can only build", "REDUCE")  # of torch.load's refusals
+# MONAI's research code stores the best score beside the weights as a NumPy number. What builds one takes a type and its
+# bytes and calls nothing; NumPy 1 wrote it under another name.
+_scalar = np._core.multiarray.scalar
+_PLAIN_NUMBERS = [
+    _scalar,
+    (_scalar, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+]
 _FETCH_AGAIN = "Fetch the checkpoint again and compare its size and checksum with its source."
 
 
@@ -97,7 +107,7 @@ def write_model_file(path: Path, model: ModelFile) -> None:
     unfit = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
     if unfit:
         raise CheckpointError(
-            f"The weights {_first(unfit)} of {model.description.name} are not finite in half precision.",
+            f"The weights {first_names(unfit)} of {model.description.name} are not finite in half precision.",
             remedy="Training diverged: lower the learning rate and train again.",
         )
     with atomic_path(path) as temporary:
@@ -146,7 +156,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what it cannot read, it refuses
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_PLAIN_NUMBERS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # in a damaged file the unpickler may fail anywhere, with anything
         if isinstance(error, pickle.UnpicklingError) and any(sign in str(error) for sign in _SIGNS_OF_CODE):
             raise CheckpointError(
@@ -157,7 +168,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return _state_dict(content, path)
 
 
-def load_weights(network: FeatureNetwork, weights: Mapping[str, Tensor], *, source: str) -> None:
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
     """Copy weights into a network, all of them or none.
 
     Args:
@@ -178,13 +189,20 @@ def load_weights(network: FeatureNetwork, weights: Mapping[str, Tensor], *, sour
             if key in weights and weights[key].shape != value.shape
         ],
     }
-    problems = [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in findings.items() if keys]
+    problems = [f"{len(keys)} {kind} ({first_names(keys)})" for kind, keys in findings.items() if keys]
     if problems:
         raise CheckpointError(
             f"The weights in {source} are not those of the expected network: {'; '.join(problems)}.",
-            remedy="Check that --model names the network that the checkpoint was made for.",
+            remedy="Check that --model names the network that the checkpoint was made for (`fseft-edge models`).",
         )
     network.load_state_dict(dict(weights))
+
+
+def first_names(names: Iterable[str]) -> str:
+    """Return the first few names as text, for a message."""
+    listed = list(names)
+    shown = ", ".join(listed[:_KEYS_IN_A_MESSAGE])
+    return f"{shown}, ..." if len(listed) > _KEYS_IN_A_MESSAGE else shown
 
 
 def _stored(value: Tensor) -> Tensor:
@@ -238,10 +256,3 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
             remedy="Give the file with the network's weights, not an optimiser's state or a whole program.",
         )
     return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def _first(names: Iterable[str]) -> str:
-    """Return the first few names as text."""
-    listed = list(names)
-    shown = ", ".join(listed[:_KEYS_IN_A_MESSAGE])
-    return f"{shown}, ..." if len(listed) > _KEYS_IN_A_MESSAGE else shown

@@ -286,10 +286,13 @@ def _rtx_target_setter(library: ModuleType, target: str) -> Callable[[Any], None
 
 
 def _with_parity(engine: EngineFile, job: _Job, volumes: Sequence[Path]) -> EngineFile:
-    """Return the engine with a report of this machine's GPU, where it runs on it and has none on a CT yet."""
+    """Return the engine with a report of this machine's GPU, where it runs on it and has none on a CT yet.
+
+    A bundle that holds a graph alone has no network to compare with.
+    """
     known = engine.description.parity
     enough = known is not None and (known.source == "ct" or not volumes)
-    if enough or not torch.cuda.is_available():
+    if enough or job.bundle.graph_only or not torch.cuda.is_available():
         return engine
     capability = torch.cuda.get_device_capability()
     if engine.description.target != target_of(capability) and (

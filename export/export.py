@@ -12,12 +12,14 @@ import torch
 
 from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.engines import build_engines, check_targets, installed_library
+from fseft_edge.export.imported import graph_settings, import_model
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.parity import cpu_engines, gpu_engines, parity_reports
-from fseft_edge.export.zoo import load_model
+from fseft_edge.export.zoo import CUSTOM, LoadedModel, load_model
 from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, EnvironmentProblemError, UsageError
 from fseft_edge.runtime.networks import build_network
+from fseft_edge.runtime.networks.base import FeatureNetwork
 
 _TOOLS = ("fseft-edge", "torch", "onnx", "onnxscript")
 
@@ -32,6 +34,7 @@ def export_encoder(
     onnx: bool = True,
     parity_volumes: Sequence[Path] = (),
     targets: Sequence[str] = (),
+    description: Path | None = None,
 ) -> EncoderBundle:
     """Write the encoder of a checkpoint as a bundle, and return it; the twin of ``fseft-edge export``.
 
@@ -44,12 +47,14 @@ def export_encoder(
         parity_volumes: CTs to compare on; without any, seeded noise.
         targets: GPUs to build engines for, see :func:`fseft_edge.export.engines.build_engines`; without any, this
             machine's GPU where there is one and a library that builds for it.
+        description: TOML file about a network of the user's own, whose code it names and this **runs**
+            (:mod:`fseft_edge.export.imported`); ``model`` is ``custom`` then and ``checkpoint`` holds the weights.
 
     Raises:
         UsageError: when options contradict one another, or ``output`` exists.
         EngineError: when an engine that was asked for cannot be built; the bundle is there then, without it.
         CheckpointError: when the checkpoint is not one of that model.
-        InputError: when a CT to compare on cannot be read.
+        InputError: when a CT to compare on cannot be read, or the description or the code that it names is unusable.
         OutOfSpaceError: when the disk is full or not writable.
     """
     if output.exists():
@@ -62,30 +67,30 @@ def export_encoder(
         raise UsageError("Engines are built from an ONNX graph.", remedy="Leave out one of the two options.")
     if targets:
         check_targets(targets, installed_library())
-    loaded = load_model(model, checkpoint)
-    description, source = loaded.model.description, loaded.source
-    network = build_network(description.architecture, **description.settings).eval()
-    load_weights(network, loaded.model.encoder, source=str(source))
-    channels = network.levels[0].channels
-    if loaded.model.head_weight.shape != (len(description.organs), channels):
-        raise CheckpointError(
-            f"The classifier in {source} is {list(loaded.model.head_weight.shape)}, "
-            f"not [{len(description.organs)}, {channels}].",
-            remedy="Check that --model names the network that the checkpoint was made for.",
-        )
+    loaded = load_model(model, checkpoint) if description is None else _imported(model, checkpoint, description, onnx)
+    network = loaded.network or _built(loaded)
+    described, source = loaded.model.description, loaded.source
+    settings = described.settings
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
-        graph, mixed_graph = Path(folder) / "encoder.onnx", Path(folder) / "encoder.mixed.onnx"
+        graph = Path(folder) / "encoder.onnx"
+        # Where a network of the user's own adds many numbers up is not known here, so it stays in float32.
+        mixed_graph = Path(folder) / "encoder.mixed.onnx" if loaded.network is None else None
         parity: dict[str, ParityReport] = {}
         if onnx:
-            _log.info("writing the ONNX graphs of %s", description.name)
-            write_graph(network, description.window, graph)
-            write_graph(network, description.window, mixed_graph, "mixed")
+            _log.info("writing the ONNX graphs of %s", described.name)
+            write_graph(network, described.window, graph)
+            engines = cpu_engines(graph, mixed_graph)
+            if mixed_graph is None:
+                settings = {**settings, **graph_settings(graph)}
+            else:
+                write_graph(network, described.window, mixed_graph, "mixed")
+                engines += gpu_engines(network)
             for report in parity_reports(
                 network,
-                [*cpu_engines(graph, mixed_graph), *gpu_engines(network)],
+                engines,
                 head=(loaded.model.head_weight.float(), loaded.model.head_bias.float()),
-                window=description.window,
-                preprocessing=description.preprocessing,
+                window=described.window,
+                preprocessing=described.preprocessing,
                 volumes=parity_volumes,
             ):
                 parity[parity_key(report.backend, report.precision)] = report
@@ -93,12 +98,12 @@ def export_encoder(
         bundle = EncoderBundle.write(
             output,
             BundleContents(
-                name=description.name,
-                architecture=description.architecture,
-                settings=description.settings,
-                preprocessing=description.preprocessing,
-                window=description.window,
-                organs=description.organs,
+                name=described.name,
+                architecture=described.architecture,
+                settings=settings,
+                preprocessing=described.preprocessing,
+                window=described.window,
+                organs=described.organs,
                 checkpoint_sha256=sha256_of_file(source),
                 tools={tool: version(tool) for tool in _TOOLS},
                 parity=parity,
@@ -114,6 +119,35 @@ def export_encoder(
     elif onnx and torch.cuda.is_available():
         _build_for_this_gpu(bundle, parity_volumes)
     return bundle
+
+
+def _imported(model: str, checkpoint: Path | None, description: Path, onnx: bool) -> LoadedModel:
+    """Return the network of a description, after checking that nothing contradicts it."""
+    if model != CUSTOM:
+        raise UsageError(
+            f"A description is of a network of your own, and {model} is a model that is known.",
+            remedy=f"Say --model {CUSTOM}, or leave --description out.",
+        )
+    if checkpoint is None:
+        raise UsageError("A network of your own needs its weights.", remedy="Name the file with its state dict.")
+    if not onnx:
+        raise UsageError("A network of your own runs from its ONNX graph alone.", remedy="Leave --no-onnx out.")
+    return import_model(description, checkpoint)
+
+
+def _built(loaded: LoadedModel) -> FeatureNetwork:
+    """Return the network of a model file, its head checked to fit."""
+    description, source = loaded.model.description, loaded.source
+    network = build_network(description.architecture, **description.settings).eval()
+    load_weights(network, loaded.model.encoder, source=str(source))
+    channels = network.levels[0].channels
+    if loaded.model.head_weight.shape != (len(description.organs), channels):
+        raise CheckpointError(
+            f"The classifier in {source} is {list(loaded.model.head_weight.shape)}, "
+            f"not [{len(description.organs)}, {channels}].",
+            remedy="Check that --model names the network that the checkpoint was made for.",
+        )
+    return network
 
 
 def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path]) -> None:

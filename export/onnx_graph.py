@@ -89,10 +89,14 @@ class _StagedInstanceNorm(nn.Module):
     def __init__(self, norm: nn.InstanceNorm3d) -> None:
         super().__init__()
         self._eps = norm.eps
+        self._weight, self._bias = norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         centred = x - _staged_mean(x)
-        return centred * torch.rsqrt(_staged_mean(centred * centred) + self._eps)
+        normalised = centred * torch.rsqrt(_staged_mean(centred * centred) + self._eps)
+        if self._weight is None:
+            return normalised
+        return normalised * self._weight[:, None, None, None] + self._bias[:, None, None, None]
 
 
 def _staged_mean(x: Tensor) -> Tensor:
@@ -101,15 +105,21 @@ def _staged_mean(x: Tensor) -> Tensor:
 
 
 def _with_staged_statistics(network: nn.Module) -> nn.Module:
-    """Return a copy without plain instance normalisations, or the network itself where it has none."""
-    names = [name for name, module in network.named_modules() if isinstance(module, nn.InstanceNorm3d)]
+    """Return a copy whose instance normalisations are written out, or the network itself where it has none.
+
+    Those that keep running statistics use them in evaluation, and stay.
+    """
+    names = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.InstanceNorm3d) and not module.track_running_stats
+    ]
     if not names:
         return network
     network = copy.deepcopy(network)
     for name in names:
         norm = network.get_submodule(name)
         assert isinstance(norm, nn.InstanceNorm3d)  # noqa: S101 - chosen so
-        assert not norm.affine  # noqa: S101 - no architecture here learns a scale
         network.set_submodule(name, _StagedInstanceNorm(norm))
     return network
 

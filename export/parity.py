@@ -60,19 +60,21 @@ class Engine:
     load: Callable[[], Callable[[Tensor], Sequence[Tensor]]]
 
 
-def cpu_engines(graph: Path, mixed_graph: Path) -> list[Engine]:
+def cpu_engines(graph: Path, mixed_graph: Path | None) -> list[Engine]:
     """Return the engines that are installed here and run on a CPU, each with the precisions that this one computes in.
 
     Args:
         graph: ONNX file in float32.
         mixed_graph: the same in mixed precision; on a CPU it is slow, and says what its arithmetic costs in accuracy.
+            ``None`` where there is none.
     """
     threads = torch.get_num_threads()
     found = []
     if find_spec("onnxruntime") is not None:
         release = str(import_onnxruntime().__version__)
         found.append(Engine("onnxruntime", "float32", release, lambda: GraphRunner(graph, _CPU, threads)))
-        found.append(Engine("onnxruntime", "mixed", release, lambda: GraphRunner(mixed_graph, _CPU, threads)))
+        if mixed_graph is not None:
+            found.append(Engine("onnxruntime", "mixed", release, lambda: GraphRunner(mixed_graph, _CPU, threads)))
     if find_spec("openvino") is not None:
         release = str(import_library("openvino").__version__).partition("-")[0]  # the rest names its build
         found.append(Engine("openvino", "float32", release, lambda: CompiledGraph(graph, threads, "float32")))

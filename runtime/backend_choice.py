@@ -13,6 +13,7 @@ from fseft_edge.runtime.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.engine_files import EngineLibrary, engine_for_gpu
 from fseft_edge.runtime.errors import EngineError
 from fseft_edge.runtime.libraries import import_library, import_problem
+from fseft_edge.runtime.networks import IMPORTED
 from fseft_edge.runtime.remembered_speed import remembered_order
 
 BackendName = Literal["torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
@@ -35,6 +36,18 @@ _ON_CPU: dict[str, tuple[tuple[BackendName, Precision], ...]] = {
         ("onnxruntime", "float32"),
         ("torch", "float32"),
     ),
+    "genesis_unet": (
+        ("openvino", "bfloat16"),
+        ("openvino", "float32"),
+        ("onnxruntime", "float32"),
+        ("torch", "float32"),
+    ),
+    IMPORTED: (
+        ("openvino", "bfloat16"),
+        ("openvino", "float32"),
+        ("onnxruntime", "float32"),
+        ("torch", "float32"),
+    ),
 }
 # By what the engines do with float16 and with fused operators; not measured, there was no GPU.
 _ON_CUDA: tuple[tuple[BackendName, Precision], ...] = (
@@ -46,6 +59,8 @@ _ON_CUDA: tuple[tuple[BackendName, Precision], ...] = (
     ("torch", "float32"),
     ("onnxruntime", "float32"),
 )
+
+_NO_NETWORK = "the encoder's network is code that no bundle holds: only its ONNX graph is there"
 
 _log = logging.getLogger(__name__)
 
@@ -122,8 +137,8 @@ def _order(bundle: EncoderBundle, device: torch.device) -> list[tuple[BackendNam
 def _obstacle(backend: BackendName, precision: Precision, bundle: EncoderBundle, device: torch.device) -> str | None:
     if bundle.manifest.architecture not in _ON_CPU:
         return "this version does not know the encoder's architecture"
-    if backend == "torch" and precision == "float32":
-        return None
+    if backend == "torch" and (bundle.graph_only or precision == "float32"):
+        return _NO_NETWORK if bundle.graph_only else None
     if backend != "torch" and bundle.graph_in(precision) is None:
         return "the bundle was exported without an ONNX graph for it"
     problem = _library_obstacle(backend, precision, device)

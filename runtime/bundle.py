@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fseft_edge.runtime.atomic import atomic_folder
 from fseft_edge.runtime.errors import EncoderBundleError
-from fseft_edge.runtime.networks import build_network
+from fseft_edge.runtime.networks import IMPORTED, build_network
 from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -240,6 +240,11 @@ class EncoderBundle:
         return self.manifest.levels
 
     @property
+    def graph_only(self) -> bool:
+        """Whether the encoder's network is code that the bundle does not hold, so that only its graph can be run."""
+        return self.manifest.architecture == IMPORTED
+
+    @property
     def graph(self) -> Path | None:
         """The ONNX file, or ``None`` where the bundle was made without."""
         return self.path / GRAPH if GRAPH in self.manifest.files else None
@@ -276,7 +281,8 @@ class EncoderBundle:
         """Return the encoder as a PyTorch network in evaluation mode, on the CPU.
 
         Raises:
-            EncoderBundleError: when the architecture is unknown or the weights are not its own.
+            EncoderBundleError: when the architecture is unknown, the weights are not its own, or the bundle is
+                :attr:`graph_only`.
         """
         network = build_network(self.manifest.architecture, **self.manifest.settings)
         try:

@@ -94,6 +94,7 @@ def benchmark(
         check_writable(remembered_speed.speeds_file())
     if adapter is not None:
         read_adapter(adapter).check_encoder(bundle.encoder_id, path=adapter)
+    flop = flop_of(bundle.network(), bundle.window)
     with ExitStack() as stack:
         paths = [path for scan in scans for path in list_cases(scan)]
         if not paths:
@@ -109,7 +110,6 @@ def benchmark(
     if not samples.encoder:
         first = samples.failures[0]
         raise EnvironmentProblemError(first.message, remedy=first.remedy)
-    flop = flop_of(bundle.network(), bundle.window)
     ceilings = {precision: max(found) for precision, found in samples.ceilings.items()}
     speeds = tuple(_encoder_speeds(samples, flop, ceilings))
     file = remembered_speed.remember(bundle, target, _seconds_a_window(speeds)) if remember else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -14,13 +13,13 @@ from pydantic import (
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from fseft_edge.runtime.errors import InputError, UnreadableFileError
+from fseft_edge.runtime.errors import UnreadableFileError
 from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.toml_file import read_toml
 
 
 class _Strict(BaseModel):
@@ -280,20 +279,7 @@ def read_plan(path: Path) -> PretrainingPlan:
         UnreadableFileError: the file is missing or no TOML.
         InputError: a key is missing, unknown or of the wrong type.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UnreadableFileError(
-            f"{path} is no readable TOML file: {error}.", remedy="Check the path and the file's syntax."
-        ) from error
-    try:
-        return PretrainingPlan.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "plan"
-        raise InputError(
-            f"{path}: {where}: {first['msg']}.", remedy="See docs/pretrain.md for the keys of a plan."
-        ) from error
+    return read_toml(path, PretrainingPlan, remedy="See docs/pretrain.md for the keys of a plan.")
 
 
 def _other_side(organ: str) -> str:

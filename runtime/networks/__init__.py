@@ -12,6 +12,9 @@ from fseft_edge.runtime.errors import EncoderBundleError
 if TYPE_CHECKING:
     from fseft_edge.runtime.networks.base import FeatureNetwork
 
+IMPORTED = "imported"
+"""The architecture of encoders whose network is the user's own code: an ONNX graph is all there is of it."""
+
 _REMEDY = "Update fseft-edge, or export the encoder again with this version."
 
 
@@ -19,11 +22,12 @@ def build_network(architecture: str, **settings: Any) -> FeatureNetwork:  # noqa
     """Return a freshly initialised network.
 
     Args:
-        architecture: ``residual_unet`` or ``swin_unetr``.
+        architecture: ``residual_unet``, ``swin_unetr`` or ``genesis_unet``.
         settings: the architecture's own keyword arguments, as a bundle's manifest holds them.
 
     Raises:
-        EncoderBundleError: for an architecture, or settings of it, that this version does not know.
+        EncoderBundleError: for an architecture, or settings of it, that this version does not know, and for
+            :data:`IMPORTED`.
     """
     try:
         return _built(architecture, settings)
@@ -43,4 +47,14 @@ def _built(architecture: str, settings: dict[str, Any]) -> FeatureNetwork:
         from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures  # noqa: PLC0415 - brings in MONAI
 
         return SwinUnetrFeatures(**settings)
+    if architecture == "genesis_unet":
+        from fseft_edge.runtime.networks.genesis_unet import GenesisUnetFeatures  # noqa: PLC0415 - imported when used
+
+        return GenesisUnetFeatures(**settings)
+    if architecture == IMPORTED:
+        raise EncoderBundleError(
+            f"The encoder's network was imported from {settings.get('factory')}, which is code that no bundle holds or "
+            "calls: it runs from its ONNX graph, not in PyTorch.",
+            remedy="Use onnxruntime, openvino or TensorRT; `fseft-edge doctor BUNDLE` says what stands in their way.",
+        )
     raise EncoderBundleError(f"The encoder architecture {architecture!r} is unknown to this version.", remedy=_REMEDY)

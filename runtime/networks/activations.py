@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from fseft_edge.runtime.errors import EncoderBundleError
+from fseft_edge.runtime.networks import IMPORTED
 
 Window = tuple[int, int, int]
 
@@ -37,10 +38,20 @@ def activation_bytes(architecture: str, settings: Mapping[str, Any], window: Win
         return _FLOAT * (_slabwise_unet(channels, window) if slabwise else _residual_unet(channels, window))
     if architecture == "swin_unetr":
         return _FLOAT * _swin_unetr(int(settings.get("feature_size", 48)), window)
+    if architecture == "genesis_unet":
+        return _FLOAT * _genesis_unet(int(settings.get("width", 32)), window)
+    if architecture == IMPORTED:
+        return int(settings["activation_bytes"])
     raise EncoderBundleError(
         f"The encoder architecture {architecture!r} is unknown to this version.",
         remedy="Update fseft-edge, or export the encoder again with this version.",
     )
+
+
+def _genesis_unet(width: int, window: Window) -> int:
+    """Merging a level holds upsampled features of twice its width, its skip, and both side by side."""
+    sizes = _level_sizes([2 * width * 2**level for level in range(4)], window)
+    return max(sum(sizes) + 5 * size for size in sizes[:-1])
 
 
 def _level_sizes(channels: Sequence[int], window: Window) -> list[int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from doubles.models import CHANNELS, small_model, small_network
@@ -110,6 +112,16 @@ def test_checkpoint_is_found_in_its_usual_wrappings(tmp_path: Path, wrap: str) -
 def test_checkpoint_may_be_safetensors(tmp_path: Path) -> None:
     save_file({"a": torch.arange(3.0)}, tmp_path / "c.safetensors")
     assert torch.equal(read_checkpoint(tmp_path / "c.safetensors")["a"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("home", [b"numpy._core.multiarray", b"numpy.core.multiarray"])
+def test_score_as_a_numpy_number_beside_the_weights_is_read_over(tmp_path: Path, home: bytes) -> None:
+    """As MONAI's research code stores its best score; NumPy 1 called the place of its numbers differently."""
+    torch.save({"state_dict": {"a": torch.ones(1)}, "best_acc": np.float64(0.8)}, tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as source, zipfile.ZipFile(tmp_path / "c.pt", "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core.multiarray", home))
+    assert torch.equal(read_checkpoint(tmp_path / "c.pt")["a"], torch.ones(1))
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -2,48 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
-from monai.networks.nets import swin_unetr
+from doubles.releases import FEATURE_SIZE, authors_swin
 from torch import Tensor, nn
 
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.backends.onnxruntime import GraphRunner
 from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
 
-FEATURE_SIZE = 12
 WINDOW = (64, 32, 32)  # the third stage shifts its attention windows along one axis only
 
 
-def published_merging(module: nn.Module, x: Tensor) -> Tensor:
-    """The merging of MONAI 0.9 to 1.5 and of FSEFT's own network, written out slice by slice."""
-    x0 = x[:, 0::2, 0::2, 0::2, :]
-    x1 = x[:, 1::2, 0::2, 0::2, :]
-    x2 = x[:, 0::2, 1::2, 0::2, :]
-    x3 = x[:, 0::2, 0::2, 1::2, :]
-    x4 = x[:, 1::2, 0::2, 1::2, :]
-    x5 = x[:, 0::2, 1::2, 0::2, :]
-    x6 = x[:, 0::2, 0::2, 1::2, :]
-    x7 = x[:, 1::2, 1::2, 1::2, :]
-    return module.reduction(module.norm(torch.cat([x0, x1, x2, x3, x4, x5, x6, x7], -1)))
-
-
 @pytest.fixture(scope="module")
-def reference() -> Iterator[nn.Module]:
+def reference() -> nn.Module:
     """MONAI's SwinUNETR with weights that matter everywhere, biases and position tables included."""
     pytest.importorskip("einops", reason="MONAI's own forward pass needs einops")
-    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(swin_unetr.PatchMerging, "forward", published_merging)
-        torch.manual_seed(0)
-        network = swin_unetr.SwinUNETR(in_channels=1, out_channels=3, feature_size=FEATURE_SIZE).eval()
-        for name, parameter in network.named_parameters():
-            if "bias" in name:
-                nn.init.normal_(parameter, std=0.5)
-        yield network
+    return authors_swin(3)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from doubles.models import small_model
 
 from fseft_edge.export.checkpoints import write_model_file
 from fseft_edge.export.zoo import MODELS, load_model
-from fseft_edge.runtime.errors import CheckpointError, UsageError
+from fseft_edge.runtime.errors import UsageError
 
 
 def test_fseft_is_described_as_published() -> None:
@@ -31,21 +30,6 @@ def test_fseft_is_described_as_published() -> None:
         29: "colon_tumour",
     }
     assert {number: description.organs[number - 1] for number in published} == published
-
-
-def test_classifier_of_a_published_checkpoint_becomes_the_head(tmp_path: Path) -> None:
-    weight, bias = torch.randn(29, 48, 1, 1, 1), torch.randn(29)
-    torch.save({"net": {"a": torch.ones(2), "classifier.weight": weight, "classifier.bias": bias}}, tmp_path / "f.pth")
-    model = load_model("fseft", tmp_path / "f.pth").model
-    assert set(model.encoder) == {"a"}
-    assert torch.equal(model.head_weight, weight[:, :, 0, 0, 0])
-    assert torch.equal(model.head_bias, bias)
-
-
-def test_checkpoint_without_classifier_is_refused(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2)}, tmp_path / "f.pth")
-    with pytest.raises(CheckpointError, match=r"f\.pth has no classifier"):
-        load_model("fseft", tmp_path / "f.pth")
 
 
 def test_custom_model_is_a_model_file(tmp_path: Path) -> None:

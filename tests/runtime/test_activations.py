@@ -51,6 +51,17 @@ def test_of_swin_unetr_to_a_tenth(feature_size: int, window: Window) -> None:
     assert 1.0 <= predicted / taken(network, window, "meta") <= 1.1
 
 
+@pytest.mark.parametrize(("width", "window"), [(32, (96, 96, 96)), (4, (16, 32, 16)), (8, (64, 64, 32))])
+def test_of_the_genesis_unet_to_a_hundredth(width: int, window: Window) -> None:
+    network = build_network("genesis_unet", width=width).to("meta").eval()
+    predicted = activation_bytes("genesis_unet", {"width": width}, window, slabwise=True)
+    assert 0.99 <= predicted / taken(network, window, "meta") <= 1.01
+
+
+def test_of_an_imported_network_as_its_export_found() -> None:
+    assert activation_bytes("imported", {"activation_bytes": 12345}, (8, 8, 8), slabwise=True) == 12345
+
+
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(EncoderBundleError, match="net_of_2030"):
         activation_bytes("net_of_2030", {}, (96, 96, 96), slabwise=False)
