@@ -57,17 +57,36 @@ def export_encoder(
         InputError: when a CT to compare on cannot be read, or the description or the code that it names is unusable.
         OutOfSpaceError: when the disk is full or not writable.
     """
-    if output.exists():
-        raise UsageError(f"{output} already exists.", remedy="Choose another name, or remove it first.")
-    if parity_volumes and not onnx:
-        raise UsageError(
-            "Without an ONNX graph there is nothing to compare.", remedy="Leave out one of the two options."
-        )
+    _check_output(output, onnx=onnx, parity_volumes=parity_volumes)
     if targets and not onnx:
         raise UsageError("Engines are built from an ONNX graph.", remedy="Leave out one of the two options.")
     if targets:
         check_targets(targets, installed_library())
     loaded = load_model(model, checkpoint) if description is None else _imported(model, checkpoint, description, onnx)
+    return write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes, targets=targets)
+
+
+def write_encoder(
+    loaded: LoadedModel,
+    output: Path,
+    *,
+    onnx: bool = True,
+    parity_volumes: Sequence[Path] = (),
+    targets: Sequence[str] = (),
+) -> EncoderBundle:
+    """Write a model as a bundle, and return it.
+
+    Args:
+        loaded: the model and the file that it came from.
+        output: as for :func:`export_encoder`, like the rest.
+        onnx: likewise.
+        parity_volumes: likewise.
+        targets: likewise; can be built here, as :func:`fseft_edge.export.engines.check_targets` says.
+
+    Raises:
+        UsageError, EngineError, CheckpointError, InputError, OutOfSpaceError: as :func:`export_encoder`.
+    """
+    _check_output(output, onnx=onnx, parity_volumes=parity_volumes)
     network = loaded.network or _built(loaded)
     described, source = loaded.model.description, loaded.source
     settings = described.settings
@@ -119,6 +138,15 @@ def export_encoder(
     elif onnx and torch.cuda.is_available():
         _build_for_this_gpu(bundle, parity_volumes)
     return bundle
+
+
+def _check_output(output: Path, *, onnx: bool, parity_volumes: Sequence[Path]) -> None:
+    if output.exists():
+        raise UsageError(f"{output} already exists.", remedy="Choose another name, or remove it first.")
+    if parity_volumes and not onnx:
+        raise UsageError(
+            "Without an ONNX graph there is nothing to compare.", remedy="Leave out one of the two options."
+        )
 
 
 def _imported(model: str, checkpoint: Path | None, description: Path, onnx: bool) -> LoadedModel:

@@ -11,6 +11,7 @@ from fseft_edge.finetuning.folding import CentreSum, LowRankSum, add_sum
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.inserts import add_inserts
 
 _NORMS = (nn.LayerNorm, nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm)
 
@@ -18,12 +19,15 @@ _NORMS = (nn.LayerNorm, nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm)
 def open_encoder(network: FeatureNetwork, settings: TuningSettings) -> frozenset[str]:
     """Prepare an encoder for fine-tuning, in place: afterwards exactly the parameters with a gradient learn.
 
-    Returns the names of those among them that hold nothing pre-trained: added, or of a new decoder. With ``frozen`` and ``tuned`` decoders the network still computes what it did; a new decoder starts from weights
+    With ``frozen`` and ``tuned`` decoders the network still computes what it did; a new decoder starts from weights
     that ``settings.seed`` decides on.
 
     Args:
         network: a pre-trained encoder.
         settings: of which method, decoder, rank and seed count.
+
+    Returns:
+        The names of those parameters that learn and hold nothing pre-trained: added ones, and a new decoder's.
 
     Raises:
         UsageError: the method does not fit the network, or nothing at all would learn.
