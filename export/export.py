@@ -12,7 +12,7 @@ import torch
 
 from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.engines import build_engines, check_targets, installed_library
-from fseft_edge.export.imported import graph_settings, import_model
+from fseft_edge.export.imported import graph_settings, import_model, write_imported_graph
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.parity import cpu_engines, gpu_engines, parity_reports
 from fseft_edge.export.zoo import CUSTOM, LoadedModel, load_model
@@ -97,13 +97,14 @@ def write_encoder(
         parity: dict[str, ParityReport] = {}
         if onnx:
             _log.info("writing the ONNX graphs of %s", described.name)
-            write_graph(network, described.window, graph)
-            engines = cpu_engines(graph, mixed_graph)
             if mixed_graph is None:
+                write_imported_graph(network, described.window, graph)
                 settings = {**settings, **graph_settings(graph)}
+                engines = cpu_engines(graph, None)
             else:
+                write_graph(network, described.window, graph)
                 write_graph(network, described.window, mixed_graph, "mixed")
-                engines += gpu_engines(network)
+                engines = [*cpu_engines(graph, mixed_graph), *gpu_engines(network)]
             for report in parity_reports(
                 network,
                 engines,

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from torch import Tensor, nn
 
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_checkpoint
+from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.zoo import LoadedModel
 from fseft_edge.runtime.bundle import sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, InputError
@@ -117,8 +118,15 @@ class ImportedNetwork(FeatureNetwork):
                 f"{source}: levels: the network has no submodule {missing[0]!r}.",
                 remedy=f"Name some of its submodules, such as {', '.join(list(known)[1:6])}.",
             )
-        with torch.no_grad():
-            pyramid = self(torch.zeros(1, 1, *description.window))
+        try:
+            with torch.no_grad():
+                pyramid = self(torch.zeros(1, 1, *description.window))
+        except Exception as error:  # whatever code of others may raise
+            raise InputError(
+                f"{source}: window: the network fails on one of {list(description.window)} "
+                f"({type(error).__name__}: {error}).",
+                remedy="Write a window that the network takes; it has one channel.",
+            ) from error
         self.levels = tuple(_level(features, description, source, number) for number, features in enumerate(pyramid))
         if not self.levels:
             raise InputError(f"{source}: the network returns no features.", remedy=_KEYS)
@@ -137,6 +145,21 @@ class ImportedNetwork(FeatureNetwork):
             for hook in hooks:
                 hook.remove()
         return [captured[name] for name in self._names]
+
+
+def write_imported_graph(network: FeatureNetwork, window: tuple[int, int, int], path: Path) -> None:
+    """Write a network of the user's own as an ONNX file (:func:`fseft_edge.export.onnx_graph.write_graph`).
+
+    Raises:
+        InputError: it computes something that cannot be written so.
+    """
+    try:
+        write_graph(network, window, path)
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(
+            f"The network cannot be written as an ONNX graph ({str(error).strip().partition(chr(10))[0]}).",
+            remedy="Its forward pass has to be tensor operations that do not depend on values; see docs/export.md.",
+        ) from error
 
 
 def graph_settings(graph: Path) -> dict[str, JsonValue]:
@@ -170,16 +193,16 @@ def _call_factory(description: NetworkDescription, source: Path) -> nn.Module:
     module_name, _, function_name = description.factory.partition(":")
     try:
         factory: Callable[..., Any] = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever code of others may raise
         raise InputError(
             f"{source}: factory: {description.factory} cannot be imported ({error}).",
             remedy="Install its package beside fseft-edge, or put its folder on PYTHONPATH.",
         ) from error
     try:
         network = factory(**description.settings)
-    except TypeError as error:
+    except Exception as error:  # likewise
         raise InputError(
-            f"{source}: settings: {description.factory} does not take them ({error}).",
+            f"{source}: settings: {description.factory} fails with them ({type(error).__name__}: {error}).",
             remedy="Write the factory's keyword arguments under [settings].",
         ) from error
     if not isinstance(network, nn.Module):
@@ -200,13 +223,14 @@ def _keep(captured: dict[str, Tensor], name: str) -> Callable[[nn.Module, Any, T
 def _level(features: object, description: NetworkDescription, source: Path, number: int) -> FeatureLevel:
     """Return what one output of the network is, checked to be level ``number`` of a pyramid over the window."""
     stride = 2**number
-    expected = [1, "C", *(side // stride for side in description.window)]
+    expected = [side / stride for side in description.window]
     shape = list(features.shape) if isinstance(features, Tensor) else []
-    if len(shape) != len(expected) or [shape[0], *shape[2:]] != [1, *expected[2:]]:
+    if len(shape) != 2 + len(expected) or shape[2:] != expected:
         raise InputError(
             f"{source}: level {number} of the network's features is {shape or type(features).__name__}, "
-            f"not {expected}.".replace("'", ""),
-            remedy="A pyramid begins at the window's resolution and halves it from level to level.",
+            f"not [1, C, {', '.join(f'{side:g}' for side in expected)}].",
+            remedy="A pyramid begins at the window's resolution and halves it from level to level; the window is a "
+            "multiple of the last stride.",
         )
     return FeatureLevel(stride, shape[1])
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fseft_edge.evaluation import evaluate
     from fseft_edge.export.engines import build_engines
     from fseft_edge.export.export import export_encoder
+    from fseft_edge.export.zoo import models
     from fseft_edge.fused_export import export_adapter
     from fseft_edge.organs import OrganLabel
     from fseft_edge.pretraining import pretrain, read_plan
@@ -51,6 +52,7 @@ _HOMES = {
     "evaluate": "fseft_edge.evaluation",
     "export_adapter": "fseft_edge.fused_export",
     "export_encoder": "fseft_edge.export.export",
+    "models": "fseft_edge.export.zoo",
     "open_review": "fseft_edge.review.server",
     "pretrain": "fseft_edge.pretraining",
     "read_plan": "fseft_edge.pretraining",
@@ -74,6 +76,7 @@ __all__ = [
     "evaluate",
     "export_adapter",
     "export_encoder",
+    "models",
     "open_review",
     "pretrain",
     "read_plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,13 @@ def _listed(values: tuple[str, ...]) -> list[str]:
 @click.option(
     "--model",
     default=None,
-    help="edge_base (built in, needs no CHECKPOINT), fseft, or custom (a model file of `pretrain`).  "
-    "[default: custom with CHECKPOINT, edge_base without]",
+    help="One that `fseft-edge models` lists: edge_base (built in, needs no CHECKPOINT), a published one, or custom (a "
+    "model file of `pretrain`, or a network of your own).  [default: custom with CHECKPOINT, edge_base without]",
+)
+@click.option(
+    "--description",
+    type=PATH,
+    help="TOML file about a network of your own, of which CHECKPOINT holds the weights. The code that it names is run.",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="The encoder bundle to write, NAME.encoder.")
 @click.option("--onnx/--no-onnx", default=True, show_default=True, help="Write ONNX graphs beside the weights.")
@@ -42,6 +48,7 @@ def export(
     *,
     checkpoint: Path | None,
     model: str | None,
+    description: Path | None,
     output: Path,
     onnx: bool,
     parity_ct: tuple[Path, ...],
@@ -51,14 +58,35 @@ def export(
     """Export the frozen encoder of CHECKPOINT once, as a bundle that the other commands use."""
     from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
 
-    name = model or ("custom" if checkpoint else "edge_base")
+    name = model or ("custom" if checkpoint or description else "edge_base")
     bundle = export_encoder(
-        checkpoint, model=name, output=output, onnx=onnx, parity_volumes=parity_ct, targets=_listed(targets)
+        checkpoint,
+        model=name,
+        output=output,
+        onnx=onnx,
+        parity_volumes=parity_ct,
+        targets=_listed(targets),
+        description=description,
     )
     if not quiet:
         click.echo(
             f"{output}: {bundle.manifest.name}, {len(bundle.manifest.organs)} organs, id {bundle.encoder_id[:12]}"
         )
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@talk_options
+def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+    """Say which encoders can be exported by name, which file each needs, and where it comes from."""
+    from fseft_edge.export.zoo import models as known  # noqa: PLC0415 - brings in torch
+    from fseft_edge.report.model_list import model_entries, model_lines  # noqa: PLC0415 - only this command needs it
+
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, "models": model_entries(known())}, indent=2))
+        return
+    for line in model_lines(known()):
+        click.echo(line)
 
 
 @click.command()

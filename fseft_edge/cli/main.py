@@ -18,6 +18,7 @@ from fseft_edge.runtime.memory import is_out_of_memory
 
 _COMMANDS = {
     "demo": "commands",
+    "models": "encoder_commands",
     "export": "encoder_commands",
     "build-engines": "encoder_commands",
     "adapt": "adaptation_commands",

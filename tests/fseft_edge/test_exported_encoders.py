@@ -1,0 +1,96 @@
+"""Encoders of every kind that can be exported, used: adapted to an organ, and a scan segmented."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from doubles.encoder import SPACING, WINDOW, label_of, write_case
+from doubles.own_network import make_network
+from doubles.releases import FEATURE_SIZE, WIDTH, authors_swin, authors_unet, prefixed, pretext_heads, transformer
+
+from fseft_edge import AdapterSettings, OrganLabel, TrainingSettings, adapt, export_encoder, segment
+from fseft_edge.adaptation import zero_shot_adapter
+from fseft_edge.adapter_file import write_adapter
+from fseft_edge.export.zoo import MODELS
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.nifti import read_label_map
+from fseft_edge.runtime.preprocessing import Preprocessing
+
+LIVER = OrganLabel("liver", label_of("liver"))
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published models as they are, but small, and on the phantoms' grid."""
+    for name in ("suprem_unet", "selfsup"):
+        published = MODELS[name].published
+        assert published is not None
+        settings = {"width": WIDTH} if name == "suprem_unet" else {"feature_size": FEATURE_SIZE}
+        window = WINDOW if name == "suprem_unet" else (64, 32, 32)
+        spacing = SPACING if name == "suprem_unet" else (12.0, 12.0, 12.0)  # a scan is one window then
+        small = {"settings": settings, "window": window, "preprocessing": Preprocessing(spacing=spacing)}
+        monkeypatch.setitem(MODELS, name, replace(MODELS[name], published=published.model_copy(update=small)))
+
+
+def unet(folder: Path) -> EncoderBundle:
+    torch.save({"net": prefixed("module.", authors_unet(29).state())}, folder / "c.pth")
+    return export_encoder(folder / "c.pth", model="suprem_unet", output=folder / "e.encoder")
+
+
+def self_supervised(folder: Path) -> EncoderBundle:
+    weights = transformer(authors_swin(1).state_dict()) | pretext_heads(16 * FEATURE_SIZE)
+    torch.save({"state_dict": prefixed("module.", weights)}, folder / "c.pth")
+    return export_encoder(folder / "c.pth", model="selfsup", output=folder / "e.encoder", onnx=False)
+
+
+def own(folder: Path) -> EncoderBundle:
+    torch.save(make_network().state_dict(), folder / "own.pt")
+    (folder / "own.toml").write_text(
+        'name = "own"\nfactory = "doubles.own_network:make_network"\n'
+        'window = [32, 32, 32]\nlevels = ["last", "middle", "deep"]\nclassifier = "score"\n'
+        'organs = ["liver", "spleen"]\n[preprocessing]\nspacing = [6.0, 6.0, 6.0]\n',
+        encoding="utf-8",
+    )
+    return export_encoder(
+        folder / "own.pt", model="custom", output=folder / "e.encoder", description=folder / "own.toml"
+    )
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("export", [unet, self_supervised, own])
+def test_encoder_is_adapted_and_segments(export: Callable[[Path], EncoderBundle], tmp_path: Path) -> None:
+    bundle = export(tmp_path)
+    write_case(tmp_path / "support", "case_1", 1)
+    image, _ = write_case(tmp_path / "query", "case_2", 2)
+    adapt(
+        bundle.path,
+        tmp_path / "support" / "images",
+        tmp_path / "support" / "labels",
+        [LIVER],
+        tmp_path / "liver.adapter",
+        settings=AdapterSettings(method="linear", reads="pyramid"),
+        training=TrainingSettings(seed=0),
+        device="cpu",
+    )
+    (case,) = segment(
+        [image],
+        [tmp_path / "liver.adapter"],
+        tmp_path / "masks",
+        encoder=bundle.path,
+        device="cpu",
+    )
+    mask = read_label_map(tmp_path / "masks" / "case_2.nii.gz")
+    assert mask.array.any()
+    assert case.organs[0].volume_ml > 0
+    if "liver" in bundle.manifest.organs:
+        write_adapter(tmp_path / "zero.adapter", zero_shot_adapter(bundle, [LIVER]))
+        segment([image], [tmp_path / "zero.adapter"], tmp_path / "zero", encoder=bundle.path, device="cpu")
+        assert (tmp_path / "zero" / "case_2.nii.gz").exists()
+    else:
+        with pytest.raises(LabelError, match="does not know liver"):
+            zero_shot_adapter(bundle, [LIVER])
