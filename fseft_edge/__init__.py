@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from fseft_edge.export.engines import build_engines
     from fseft_edge.export.export import export_encoder
     from fseft_edge.export.zoo import models
+    from fseft_edge.finetuning.choosing import try_finetuning
+    from fseft_edge.finetuning.merging import merge
+    from fseft_edge.finetuning.settings import TuningSettings
+    from fseft_edge.finetuning.tuning import finetune
     from fseft_edge.fused_export import export_adapter
     from fseft_edge.organs import OrganLabel
     from fseft_edge.pretraining import pretrain, read_plan
@@ -45,6 +49,7 @@ _HOMES = {
     "OrganLabel": "fseft_edge.organs",
     "ReviewedBatch": "fseft_edge.review.support",
     "TrainingSettings": "fseft_edge.adapter_training",
+    "TuningSettings": "fseft_edge.finetuning.settings",
     "adapt": "fseft_edge.adaptation",
     "benchmark": "fseft_edge.benchmarking.runs",
     "build_engines": "fseft_edge.export.engines",
@@ -53,12 +58,15 @@ _HOMES = {
     "export_adapter": "fseft_edge.fused_export",
     "export_encoder": "fseft_edge.export.export",
     "models": "fseft_edge.export.zoo",
+    "finetune": "fseft_edge.finetuning.tuning",
+    "merge": "fseft_edge.finetuning.merging",
     "open_review": "fseft_edge.review.server",
     "pretrain": "fseft_edge.pretraining",
     "read_plan": "fseft_edge.pretraining",
     "run_batch": "fseft_edge.batch.coordinator",
     "run_demo": "fseft_edge.demonstration",
     "segment": "fseft_edge.segmentation",
+    "try_finetuning": "fseft_edge.finetuning.choosing",
 }
 
 __all__ = [
@@ -68,6 +76,7 @@ __all__ = [
     "ReviewedBatch",
     "SegmentationSettings",
     "TrainingSettings",
+    "TuningSettings",
     "__version__",
     "adapt",
     "benchmark",
@@ -76,6 +85,8 @@ __all__ = [
     "evaluate",
     "export_adapter",
     "export_encoder",
+    "finetune",
+    "merge",
     "models",
     "open_review",
     "pretrain",
@@ -83,6 +94,7 @@ __all__ = [
     "run_batch",
     "run_demo",
     "segment",
+    "try_finetuning",
 ]
 
 

@@ -63,7 +63,9 @@ class Site:
     root: Path
     bundle: EncoderBundle
 
-    def finetune(self, settings: TuningSettings, output: Path, organs: Sequence[OrganLabel] = (LIVER, SPLEEN), **more: Any) -> TuningFile:
+    def finetune(
+        self, settings: TuningSettings, output: Path, organs: Sequence[OrganLabel] = (LIVER, SPLEEN), **more: Any
+    ) -> TuningFile:
         return finetune(
             self.bundle.path, self.root / "images", self.root / "labels", organs, output, settings, device="cpu", **more
         )
@@ -193,7 +195,9 @@ def test_a_convolution_beside_another_folds_into_its_centre(stride: int) -> None
 
 
 def crops_of(site: Site) -> Any:
-    labels = [(image, read_label_map(site.root / "labels" / image.name)) for image in sorted((site.root / "images").iterdir())]
+    labels = [
+        (image, read_label_map(site.root / "labels" / image.name)) for image in sorted((site.root / "images").iterdir())
+    ]
     return load_tuning_support(labels, [LIVER, SPLEEN], site.bundle, SilentProgress())
 
 
@@ -281,7 +285,9 @@ def test_a_merged_encoder_computes_what_the_tuned_one_did(
     assert merged.bundle.encoder_id != site.bundle.encoder_id
 
 
-def test_a_merged_encoder_segments_with_the_adapter_beside_it(site: Site, tuned: dict[str, Path], tmp_path: Path) -> None:
+def test_a_merged_encoder_segments_with_the_adapter_beside_it(
+    site: Site, tuned: dict[str, Path], tmp_path: Path
+) -> None:
     merged = merge(tuned["full"], tmp_path / "liver.encoder", encoder=site.bundle.path)
     adapter = read_adapter(merged.adapter)
     assert merged.adapter == tmp_path / "liver.adapter"
@@ -340,7 +346,9 @@ def damaged(path: Path, kind: str, original: Path) -> None:
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         case "another description":
             file = read_tuning(original)
-            write_tuning(path, TuningFile(file.description.model_copy(update={"rank": 9, "method": "lora"}), file.tensors))
+            write_tuning(
+                path, TuningFile(file.description.model_copy(update={"rank": 9, "method": "lora"}), file.tensors)
+            )
         case "an adapter":
             path.write_bytes(b"no tuning at all")
 
