@@ -14,9 +14,10 @@ import json
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import headneck
@@ -28,11 +29,18 @@ from fseft_edge.adaptation import describe, zero_shot_adapter
 from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
 from fseft_edge.adapter_training import TrainingSettings
 from fseft_edge.adapters import AdapterSettings
+from fseft_edge.finetuning.merging import merge
+from fseft_edge.finetuning.settings import TUNING_METHODS, Decoder, TuningSettings
+from fseft_edge.finetuning.tuning import describe_tuning, load_tuning_support
+from fseft_edge.finetuning.tuning_file import write_tuning
+from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import open_session
 from fseft_edge.size_priors import SizePrior
 from fseft_edge.transduction import TransductionSettings, support_of, transduce
+from fseft_edge.validation import OrganScores
 
 ADAPTERS = {
     "linear last": AdapterSettings(method="linear", reads="last"),
@@ -43,11 +51,18 @@ ADAPTERS = {
     "spatial pyramid": AdapterSettings(method="spatial", reads="pyramid"),
 }
 TRANSDUCED = " + transduction"
+DECODERS: tuple[Decoder, ...] = ("frozen", "tuned")
+TUNINGS = {
+    settings.name: settings
+    for settings in (TuningSettings(method, decoder) for method in TUNING_METHODS for decoder in DECODERS)
+    if settings.name != "decoder, decoder frozen"
+}
 METHODS = (
     "zero-shot",
     *ADAPTERS,
     *(name + TRANSDUCED for name in ADAPTERS),
     *RATES,
+    *TUNINGS,
 )
 DEFAULT = ("zero-shot", "linear last", "linear pyramid", "pointwise pyramid", "spatial last", "spatial pyramid")
 
@@ -158,6 +173,8 @@ def _make(run: Run, encoder: Path) -> Made:
     if run.method in RATES:
         tuned = fine_tune(run.method, run.support, seed=run.draw, output=run.folder / "models")
         return Made(tuned.model, tuned.parameters, tuned.seconds, _peak_mib())
+    if run.method in TUNINGS:
+        return _fine_tuned(run, encoder)
     name = run.method.removesuffix(TRANSDUCED)
     path = run.folder / "adapters" / f"{name.replace(' ', '_')}-{run.shots}-{run.draw}.adapter"
     bundle = EncoderBundle.open(encoder)
@@ -176,7 +193,26 @@ def _make(run: Run, encoder: Path) -> Made:
     return Made(path, sum(parameter.numel() for parameter in adapter.parameters()), seconds, _peak_mib())
 
 
+def _fine_tuned(run: Run, encoder: Path) -> Made:
+    path = run.folder / "tunings" / f"{run.name.replace(',', '')}.tuning"
+    annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in run.support]
+    support = load_tuning_support(annotated, headneck.ORGANS, EncoderBundle.open(encoder), SilentProgress())
+    settings = replace(TUNINGS[run.method], seed=run.draw)
+    started = time.process_time()
+    tuned = support.tuned(settings, range(len(annotated)), SilentProgress())
+    seconds = time.process_time() - started
+    write_tuning(path, describe_tuning(tuned, support, settings, *OrganScores(len(headneck.ORGANS)).summary()))
+    return Made(path, tuned.parameters, seconds, _peak_mib())
+
+
 def _scores(run: Run, bundle: EncoderBundle, made: Made | None) -> dict[str, dict[str, float]]:
+    if made is not None and made.path.suffix == ".tuning":
+        with TemporaryDirectory() as folder, open_store(None, None) as store:
+            merged = merge(made.path, Path(folder) / "merged.encoder", encoder=bundle.path, onnx=False)
+            with open_session(merged.bundle) as session:
+                bench = Bench(merged.bundle, session, store)
+                adapter = read_adapter(merged.adapter).adapter
+                return {case: bench.score(case, adapter) for case in run.cases}
     if made is not None and made.path.suffix != ".adapter":
         tuned = headneck.encoder(made.path)
         with open_session(tuned) as session, open_store(None, None) as store:

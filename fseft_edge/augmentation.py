@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def random_turn(random: np.random.Generator) -> Tensor:
-    """Return a rotation of up to 12 degrees about each axis times a zoom of 0.8 to 1.25, ``[3, 3]``; never a reflection."""
+    """Return a turn by up to 12 degrees about each axis times a zoom of 0.8 to 1.25, ``[3, 3]``; never a reflection."""
     turn = torch.eye(3)
     for axis, angle in enumerate(random.uniform(-np.pi / 15, np.pi / 15, 3)):
         i, j = [other for other in range(3) if other != axis]

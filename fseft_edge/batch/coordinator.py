@@ -248,7 +248,7 @@ class _Run:
         self._end(event.key, outcome)
 
     def _waits_for_room(self, key: str) -> bool:
-        """Put back a case that found no room: until the run is started again, or, where there is room now, to be alone."""
+        """Put back a case that found no room: until the next run or, where there is room now, to be done alone."""
         self._scratch.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have been there
         self._trouble = no_room([self._settings.outbox, self._scratch])
         if self._trouble is not None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ADAPTERS = ("linear", "pointwise", "spatial")
 # As `fseft_edge.finetuning.settings.TUNING_METHODS`, for which torch would have to be imported.
 _TUNINGS = ("lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder")
-# Their defaults are those of `TrainingSettings` and `TuningSettings`: here they are None, so that it shows what was said.
+# Options of one kind of method alone are None where nothing was said: their defaults are those of the settings.
 _OF_ADAPTERS = ("reads", "activation", "epochs", "variations", "cache")
 _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointing")
 
@@ -117,7 +117,7 @@ def adapt(
     if from_reviewed is None and (corrected or state):
         raise UsageError("--corrected and --state serve --from-reviewed.", remedy="Add it, or leave them out.")
     _check_method(method, validate, budget, {**particular, "cache": common.cache})
-    common_arguments = (encoder, images, labels, wanted, output)
+    scans = (encoder, images, labels, wanted)
     shared: dict[str, Any] = {
         "reviewed": _reviewed(from_reviewed, state, corrected),
         "cases": cases or None,
@@ -130,7 +130,7 @@ def adapt(
             from fseft_edge.finetuning.tuning import finetune  # noqa: PLC0415 - brings in torch
 
             settings = _tuning_settings(method, seed, particular)
-            file = finetune(*common_arguments, settings, validate=bool(validate), progress=progress, **shared)
+            file = finetune(*scans, output, settings=settings, validate=bool(validate), progress=progress, **shared)
         else:
             from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
             from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
@@ -138,7 +138,8 @@ def adapt(
 
             kind = {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
             file = run(
-                *common_arguments,
+                *scans,
+                output,
                 settings=AdapterSettings(activation=particular["activation"] or "sigmoid", **kind),
                 training=TrainingSettings(seed=seed, epochs=particular["epochs"], variations=particular["variations"]),
                 choose=method == "auto",
@@ -157,7 +158,7 @@ def adapt(
 
                 settings = _tuning_settings("full", seed, particular)
                 better = try_finetuning(
-                    file, *common_arguments, minutes=budget, settings=settings, progress=progress, **shared
+                    file, *scans, output=output, minutes=budget, settings=settings, progress=progress, **shared
                 )
     _tell(file, output, as_json=as_json, reviewed=from_reviewed is not None)
     if better is not None:

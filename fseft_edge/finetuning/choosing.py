@@ -39,8 +39,8 @@ def try_finetuning(
     images: Path | None,
     labels: Path | None,
     organs: Sequence[OrganLabel],
-    output: Path,
     *,
+    output: Path,
     minutes: float,
     settings: TuningSettings | None = None,
     reviewed: ReviewedBatch | None = None,
@@ -52,10 +52,16 @@ def try_finetuning(
 
     Args:
         adapter: what ``adapt`` made with the same encoder, scans and organs, with its left-out scores.
-        encoder, images, labels, organs, reviewed, cases, device: as for :func:`fseft_edge.finetuning.tuning.finetune`.
+        encoder: as for :func:`fseft_edge.finetuning.tuning.finetune`.
+        images: likewise.
+        labels: likewise.
+        organs: likewise.
         output: the adapter's file; the tuning is written beside it under the same name.
         minutes: time that all of it may take.
         settings: seed, steps and the like of what is tried.
+        reviewed: as for :func:`fseft_edge.finetuning.tuning.finetune`.
+        cases: likewise.
+        device: likewise.
         progress: where to show progress.
 
     Returns:

@@ -11,24 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doubles.encoder import CHANNELS, SPACING, WINDOW, label_of, write_case, write_tiny_encoder
+from doubles.encoder import CHANNELS, SPACING, WINDOW, label_of, write_case, write_random_adapter, write_tiny_encoder
 from safetensors.torch import load_file
 from torch import nn
 
-from fseft_edge.adapter_file import AdapterFile, AdapterOrgan, read_adapter
-from fseft_edge.adapters import AdapterSettings
+from fseft_edge.adapter_file import AdapterFile, read_adapter
 from fseft_edge.finetuning.choosing import better_tuning, falls_short
 from fseft_edge.finetuning.folding import CentreSum, LowRankSum, add_sum, fold_sums
 from fseft_edge.finetuning.merging import folded_encoder, merge, tuned_network
 from fseft_edge.finetuning.opening import open_encoder
 from fseft_edge.finetuning.settings import TUNING_METHODS, TuningMethod, TuningSettings
-from fseft_edge.finetuning.training import TunedNetwork, crop_edge, fine_tune
+from fseft_edge.finetuning.training import TunedNetwork, crop_edge
 from fseft_edge.finetuning.tuning import finetune, load_tuning_support
 from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning, write_tuning
 from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.errors import AdapterError, FseftEdgeError, UsageError
+from fseft_edge.runtime.errors import AdapterError, UsageError
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.networks.residual_unet import ResidualUNet
@@ -67,7 +66,10 @@ class Site:
         self, settings: TuningSettings, output: Path, organs: Sequence[OrganLabel] = (LIVER, SPLEEN), **more: Any
     ) -> TuningFile:
         return finetune(
-            self.bundle.path, self.root / "images", self.root / "labels", organs, output, settings, device="cpu", **more
+            *(self.bundle.path, self.root / "images", self.root / "labels", organs, output),
+            settings=settings,
+            device="cpu",
+            **more,
         )
 
 
@@ -389,12 +391,8 @@ def test_one_scan_cannot_be_validated_and_that_is_said(
 
 def adapter_with(scores: float, tmp_path: Path, site: Site) -> AdapterFile:
     """An adapter whose left-out scores are these."""
-    from doubles.encoder import write_random_adapter  # noqa: PLC0415 - this test alone
-
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"))
-    organs = tuple(
-        AdapterOrgan(**{**organ.model_dump(), "left_out_dsc": (scores, scores)}) for organ in file.description.organs
-    )
+    organs = tuple(organ.model_copy(update={"left_out_dsc": (scores, scores)}) for organ in file.description.organs)
     return replace(file, description=file.description.model_copy(update={"organs": organs}))
 
 
