@@ -18,24 +18,45 @@ IMPORTED = "imported"
 _REMEDY = "Update fseft-edge, or export the encoder again with this version."
 
 
-def build_network(architecture: str, **settings: Any) -> FeatureNetwork:  # noqa: ANN401 - each architecture checks its own
+def build_network(
+    architecture: str,
+    *,
+    inserts: object = None,
+    **settings: Any,  # noqa: ANN401 - each architecture checks its own
+) -> FeatureNetwork:
     """Return a freshly initialised network.
 
     Args:
         architecture: ``residual_unet``, ``swin_unetr`` or ``genesis_unet``.
-        settings: the architecture's own keyword arguments, as a bundle's manifest holds them.
+        inserts: one of :data:`fseft_edge.runtime.networks.inserts.INSERTS`, or ``None``; manifests may hold anything.
+        settings: the architecture's own keyword arguments; with ``inserts``, what a bundle's manifest holds.
 
     Raises:
         EncoderBundleError: for an architecture, or settings of it, that this version does not know, and for
             :data:`IMPORTED`.
     """
     try:
-        return _built(architecture, settings)
+        network = _built(architecture, settings)
     except TypeError as error:
         raise EncoderBundleError(
             f"This version does not know the settings {sorted(settings)} of the encoder architecture {architecture!r}.",
             remedy=_REMEDY,
         ) from error
+    if inserts is not None:
+        _insert(network, inserts, architecture)
+    return network
+
+
+def _insert(network: FeatureNetwork, inserts: object, architecture: str) -> None:
+    from fseft_edge.runtime.networks.inserts import add_inserts, fitting_inserts  # noqa: PLC0415 - imported when used
+
+    kind = next((kind for kind in fitting_inserts(network) if kind == inserts), None)
+    if kind is None:
+        raise EncoderBundleError(
+            f"This version does not know the inserts {inserts!r} of the encoder architecture {architecture!r}.",
+            remedy=_REMEDY,
+        )
+    add_inserts(network, kind)
 
 
 def _built(architecture: str, settings: dict[str, Any]) -> FeatureNetwork:

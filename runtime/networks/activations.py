@@ -13,11 +13,13 @@ from typing import Any, cast
 
 from fseft_edge.runtime.errors import EncoderBundleError
 from fseft_edge.runtime.networks import IMPORTED
+from fseft_edge.runtime.networks.med_adapter import hidden_channels
 
 Window = tuple[int, int, int]
 
 _FLOAT = 4
 _SLAB, _FINE_LEVELS = 4, 2  # of slabwise.py
+_FILTERED = 7  # tensors of a Med-Adapter's narrow path at a time, its frequency filter at work
 _ATTENTION_WINDOW, _HEADS = 7, 3  # of a SwinUNETR's first stage, which is its largest
 
 
@@ -35,8 +37,9 @@ def activation_bytes(architecture: str, settings: Mapping[str, Any], window: Win
     """
     if architecture == "residual_unet":
         channels = cast("Sequence[int]", settings["channels"])
-        return _FLOAT * (_slabwise_unet(channels, window) if slabwise else _residual_unet(channels, window))
-    if architecture == "swin_unetr":
+        plain = _slabwise_unet(channels, window) if slabwise else _residual_unet(channels, window)
+        return _FLOAT * (plain if settings.get("inserts") is None else _with_adapters(plain, channels, window))
+    if architecture == "swin_unetr":  # what is inserted is small beside attention's scores
         return _FLOAT * _swin_unetr(int(settings.get("feature_size", 48)), window)
     if architecture == "genesis_unet":
         return _FLOAT * _genesis_unet(int(settings.get("width", 32)), window)
@@ -80,6 +83,16 @@ def _slabwise_unet(channels: Sequence[int], window: Window) -> int:
         else:
             up = max(up, kept + 4 * size)
     return up
+
+
+def _with_adapters(plain: int, channels: Sequence[int], window: Window) -> int:
+    """Memory peaks while merging as before, or in the adapter of a stage: its features twice and the narrow path."""
+    sizes, narrow = _level_sizes(channels, window), _level_sizes([*map(hidden_channels, channels)], window)
+    within = 0
+    for level, (size, inner) in enumerate(zip(sizes, narrow, strict=True)):
+        kept = sum(sizes[:level]) + (narrow[level - 1] if level else 0)
+        within = max(within, kept + 2 * size + 3 * inner, kept + size + _FILTERED * inner)
+    return max(plain + narrow[-1], within)
 
 
 def _swin_unetr(width: int, window: Window) -> int:

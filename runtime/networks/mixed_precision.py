@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.frequency_filter import FrequencyFilter
 
 # Batch normalisations are folded before (`inference_network`); softmax and the normalisations that are no modules
 # compute in float32 in the networks themselves.
-_NORMS = (nn.LayerNorm, nn.InstanceNorm3d)
+_IN_FLOAT32 = (nn.LayerNorm, nn.InstanceNorm3d, FrequencyFilter)
 
 
 class MixedPrecision(FeatureNetwork):
-    """The same function as a network in its form for inference, computed in float16 with norms and softmax in float32.
+    """The same function as a network in its form for inference, computed in float16.
 
-    Windows and features stay float32.
+    Norms, softmax and frequency filters compute in float32. Windows and features stay float32.
 
     Args:
         network: it stays as it is; its parameters are copied.
@@ -31,9 +32,9 @@ class MixedPrecision(FeatureNetwork):
         super().__init__()
         self.levels = network.levels
         self.network = copy.deepcopy(network).half()
-        for name, norm in network.named_modules():
-            if isinstance(norm, _NORMS):
-                self.network.set_submodule(name, _InFloat32(copy.deepcopy(norm)))
+        for name, module in network.named_modules():
+            if isinstance(module, _IN_FLOAT32):
+                self.network.set_submodule(name, _InFloat32(copy.deepcopy(module)))
         self.eval()
 
     def forward(self, windows: Tensor) -> list[Tensor]:
@@ -42,12 +43,12 @@ class MixedPrecision(FeatureNetwork):
 
 
 class _InFloat32(nn.Module):
-    """A normalisation of float16 features that computes in float32, with weights in float32."""
+    """A module for float16 features that computes in float32, with weights in float32."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.norm = norm
+        self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised: Tensor = self.norm(x.float())
-        return normalised.to(torch.float16)
+        result: Tensor = self.module(x.float())
+        return result.to(torch.float16)

@@ -10,13 +10,14 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
+from fseft_edge.runtime.networks.med_adapter import med_adapters
 
 
 class ConvolutionNorm(nn.Module):
@@ -86,14 +87,21 @@ class ResidualUNet(FeatureNetwork):
         """Return the decoder's pyramid, finest level first (see :class:`FeatureNetwork`)."""
         skips: list[Tensor] = []
         x = windows
-        for block in self.down:
+        adapters, narrow = med_adapters(self), None
+        for level, block in enumerate(self.down):
             x = self._part(block, x)
+            if adapters:
+                x, narrow = adapters[level](x, narrow, self._part)
             skips.append(x)
         pyramid: list[Tensor] = []
         for level in reversed(range(len(self.merge))):
             x = self._part(partial(_merged, self.up[level], self.merge[level]), x, skips[level])
             pyramid.append(x)
         return pyramid[::-1]
+
+    def stage_widths(self) -> list[int]:
+        """Return the channels at the end of each encoder stage, which is where inserts go."""
+        return [cast(ResidualBlock, block).second.convolution.out_channels for block in self.down]
 
     def folded(self) -> ResidualUNet:
         """Return a copy for inference with every batch normalisation folded; the same function in fewer steps."""

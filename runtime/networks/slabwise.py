@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.med_adapter import med_adapters
 from fseft_edge.runtime.networks.residual_unet import ConvolutionNorm, ResidualBlock, ResidualUNet
 
 # Voxels along X of a slab. On edge_base 4 to 16 take the same time, and 4 the least memory.
@@ -38,6 +39,7 @@ class SlabwiseResidualUNet(FeatureNetwork):
         self._first = _SlabwiseBlock(_residual_block(network.down[0]))
         self._second = _SlabwiseStridedBlock(_residual_block(network.down[1]))
         self._down = network.down[2:]
+        self._adapters = nn.ModuleList(med_adapters(network))
         self._up = nn.ModuleList(_Upsampling(layer) for layer in network.up)
         fine, self._merge_coarse = network.merge[:_FINE_LEVELS], network.merge[_FINE_LEVELS:]
         self._merge_fine = nn.ModuleList(_SlabwiseBlock(_residual_block(block)) for block in fine)
@@ -47,11 +49,10 @@ class SlabwiseResidualUNet(FeatureNetwork):
         count, _, *size = windows.shape
         x = windows.new_empty(count, *size, self.levels[0].channels).movedim(-1, 1)
         self._first(lambda start, stop, target: target.copy_(windows[:, :, start:stop]), x)
+        x, narrow = self._adapted(0, x, None)
         skips = [x]
-        x = self._second(x)
-        skips.append(x)
-        for block in self._down:
-            x = block(x)
+        for stage, block in enumerate((self._second, *self._down), start=1):
+            x, narrow = self._adapted(stage, block(x), narrow)
             skips.append(x)
         skips.pop()
         pyramid: list[Tensor] = []
@@ -69,6 +70,13 @@ class SlabwiseResidualUNet(FeatureNetwork):
                 del merged  # else it stays through the finest levels, where memory peaks
             pyramid.append(x)
         return pyramid[::-1]
+
+    def _adapted(self, stage: int, x: Tensor, narrow: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return a stage's features through its Med-Adapter, where there is one, and what the next one is given."""
+        if not self._adapters:
+            return x, None
+        adapted: tuple[Tensor, Tensor] = self._adapters[stage](x, narrow, self._part)
+        return adapted
 
     def _merge_in_place(self, level: int, coarser: Tensor, skip: Tensor) -> None:
         channels = skip.shape[1]

@@ -26,8 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
+from fseft_edge.runtime.networks.block_inserts import BlockInsert, BlockPlace, block_inserts
+from fseft_edge.runtime.networks.med_adapter import med_adapters
 
 _ATTENTION_WINDOW = 7
+_STAGES = 4
 _MASKED = -100.0
 _MERGED_OFFSETS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (1, 1, 1))
 
@@ -56,10 +59,13 @@ class SwinUnetrFeatures(FeatureNetwork):
 
     def forward(self, windows: Tensor) -> list[Tensor]:
         """Return the decoder's pyramid, finest level first (see :class:`FeatureNetwork`)."""
-        transformer = self.get_submodule("swinViT")
-        tokens = [cast(nn.Module, transformer.patch_embed)(windows)]
-        for stage in range(1, 5):
-            tokens.append(self._stage(transformer.get_submodule(f"layers{stage}.0"), tokens[-1]))
+        tokens = [self.get_submodule("swinViT.patch_embed")(windows)]
+        adapters, narrow = med_adapters(self), None
+        for stage in range(_STAGES):
+            x = self._transformed(stage, tokens[-1])
+            if adapters:
+                x, narrow = adapters[stage](x, narrow, self._part)
+            tokens.append(self._part(partial(_merged, self._merging(stage)), x))
         hidden = [_channel_norm(token) for token in tokens]
 
         skips = [
@@ -79,23 +85,45 @@ class SwinUnetrFeatures(FeatureNetwork):
     def _block(self, name: str, *inputs: Tensor) -> Tensor:
         return self._part(self.get_submodule(name), *inputs)
 
-    def _stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        """Return a Swin stage's output: ``[n, C, X, Y, Z]`` to ``[n, 2C, X/2, Y/2, Z/2]``."""
+    def _transformed(self, stage: int, x: Tensor) -> Tensor:
+        """Return tokens ``[n, C, X, Y, Z]`` after a stage's blocks."""
+        inserts = block_inserts(self)
         x = x.permute(0, 2, 3, 4, 1)
-        for position, block in enumerate(cast(nn.ModuleList, stage.blocks)):
-            x = self._part(partial(_swin_block, block, shifted=position % 2 == 1), x)
-        return self._part(partial(_merged, cast(nn.Module, stage.downsample)), x)
+        for position, block in enumerate(self._blocks(stage)):
+            insert = inserts.at(BlockPlace(stage, position)) if inserts else None
+            x = self._part(partial(_swin_block, block, insert, shifted=position % 2 == 1), x)
+        return x.permute(0, 4, 1, 2, 3)
+
+    def stage_widths(self) -> list[int]:
+        """Return the channels at the end of each transformer stage, before merging, which is where inserts go."""
+        return [cast(int, self._merging(stage).dim) for stage in range(_STAGES)]
+
+    def block_widths(self) -> dict[BlockPlace, int]:
+        """Return the channels of each transformer block."""
+        return {
+            BlockPlace(stage, position): cast(int, block.dim)
+            for stage in range(_STAGES)
+            for position, block in enumerate(self._blocks(stage))
+        }
+
+    def _blocks(self, stage: int) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.get_submodule(f"swinViT.layers{stage + 1}.0.blocks"))
+
+    def _merging(self, stage: int) -> nn.Module:
+        return self.get_submodule(f"swinViT.layers{stage + 1}.0.downsample")
 
 
-def _swin_block(block: nn.Module, x: Tensor, *, shifted: bool) -> Tensor:
-    """Return tokens ``[n, X, Y, Z, C]`` after attention and perceptron."""
-    x = x + _attention(block, x, shifted=shifted)
+def _swin_block(block: nn.Module, insert: BlockInsert | None, x: Tensor, *, shifted: bool) -> Tensor:
+    """Return tokens ``[n, X, Y, Z, C]`` after attention and perceptron, and what was inserted there."""
+    attended = _attention(block, x, shifted=shifted)
+    x = x + (insert.attended(attended) if insert else attended)
     perceived: Tensor = cast(nn.Module, block.mlp)(cast(nn.LayerNorm, block.norm2)(x))
-    return x + perceived
+    return x + (insert.perceived(x, perceived) if insert else perceived)
 
 
 def _merged(merging: nn.Module, x: Tensor) -> Tensor:
-    """Return tokens ``[n, X, Y, Z, C]`` merged two by two by two: ``[n, 2C, X/2, Y/2, Z/2]``."""
+    """Return tokens ``[n, C, X, Y, Z]`` merged two by two by two: ``[n, 2C, X/2, Y/2, Z/2]``."""
+    x = x.permute(0, 2, 3, 4, 1)
     x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in _MERGED_OFFSETS], dim=-1)
     x = cast(nn.Linear, merging.reduction)(cast(nn.LayerNorm, merging.norm)(x))
     return x.permute(0, 4, 1, 2, 3)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from doubles.storages import LiveStorage
 
+from fseft_edge.runtime.backends.pytorch import inference_network
 from fseft_edge.runtime.errors import EncoderBundleError
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.activations import Window, activation_bytes
+from fseft_edge.runtime.networks.inserts import INSERTS, InsertKind
 from fseft_edge.runtime.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.networks.slabwise import SlabwiseResidualUNet
 
@@ -40,6 +42,33 @@ def test_of_the_compact_encoder_to_the_byte(channels: tuple[int, ...], window: W
     if slabwise:  # it takes views of its input, which count the input as made there
         expected -= 4 * math.prod(window)
     assert activation_bytes("residual_unet", {"channels": channels}, window, slabwise=slabwise) == expected
+
+
+@pytest.mark.parametrize("slabwise", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "window"), [((16, 32, 64, 128, 128), (48, 48, 48)), ((4, 8), (16, 16, 16)), ((4, 6, 8), (32, 32, 32))]
+)
+def test_of_the_compact_encoder_with_adapters_to_a_hundredth(
+    channels: tuple[int, ...], window: Window, slabwise: bool
+) -> None:
+    settings = {"channels": channels, "inserts": "med-adapter"}
+    network = inference_network(build_network("residual_unet", **settings))
+    # Parameters that are looked at through views count as made there, and so does the input of what is slabwise.
+    views = sum(4 * values.numel() for name, values in network.named_parameters() if name.endswith("gain"))
+    if slabwise:
+        assert isinstance(network, ResidualUNet)
+        network = SlabwiseResidualUNet(network)
+        views += 4 * math.prod(window)
+    measured = taken(network, window, "cpu") - views
+    assert 1.0 <= activation_bytes("residual_unet", settings, window, slabwise=slabwise) / measured <= 1.01
+
+
+@pytest.mark.parametrize("inserts", INSERTS)
+def test_of_swin_unetr_with_inserts_to_a_tenth(inserts: InsertKind) -> None:
+    network = build_network("swin_unetr", feature_size=12, inserts=inserts).to("meta").eval()
+    settings = {"feature_size": 12, "inserts": inserts}
+    predicted = activation_bytes("swin_unetr", settings, (96, 64, 64), slabwise=True)
+    assert 1.0 <= predicted / taken(network, (96, 64, 64), "meta") <= 1.1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""Networks with inserted modules that were, or were not, trained."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+from fseft_edge.runtime.networks import build_network
+from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.networks.inserts import InsertKind, add_inserts, insert_parameters
+
+SETTINGS = {"residual_unet": {"channels": [4, 6, 8]}, "swin_unetr": {"feature_size": 12}}
+FITTING: list[tuple[str, InsertKind]] = [
+    ("swin_unetr", "adaptformer"),
+    ("swin_unetr", "compacter"),
+    ("swin_unetr", "med-adapter"),
+    ("residual_unet", "med-adapter"),
+]
+
+
+def network_with(architecture: str, inserts: InsertKind | None, *, trained: bool = False) -> FeatureNetwork:
+    """Return a small network; all of the same architecture have the same weights beside what is inserted.
+
+    A SwinUNETR lacks the blocks of its first stage, which would take most of the time.
+    """
+    network = copy.deepcopy(_plain(architecture))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        if inserts is not None:
+            add_inserts(network, inserts)
+        if trained:
+            parameters = dict(network.named_parameters())
+            for name in insert_parameters(network):
+                change = parameters[name].data
+                change += 0.1 * torch.randn_like(change)
+    return network.eval()
+
+
+@functools.cache
+def _plain(architecture: str) -> FeatureNetwork:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        network = build_network(architecture, **SETTINGS[architecture])
+        if architecture == "swin_unetr":
+            network.get_submodule("swinViT.layers1.0").blocks = nn.ModuleList()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm3d) and module.running_mean is not None:
+                nn.init.normal_(module.running_mean, std=0.3)
+    return network
