@@ -28,8 +28,9 @@ from torch import nn
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
+from fseft_edge.pretraining.network import PretrainingNetwork
 from fseft_edge.pretraining.plan import FilesPlan, PretrainingPlan, ResidualUNetPlan, SchedulePlan
-from fseft_edge.pretraining.training import PretrainingNetwork, learning_rate
+from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.networks import build_network
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Total = Callable[[Tensor], Tensor]
+"""Adds a tensor up over the processes that share a batch, gradients included."""
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """Return the total over processes where there is but one."""
+    return tensor
 
 
 def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, smoothing: float = 1.0) -> Tensor:
@@ -36,7 +45,7 @@ def cross_entropy_per_organ(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten(2).mean(2)
 
 
-def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor) -> Tensor:
+def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor, *, total: Total = alone) -> Tensor:
     """Return Dice plus cross-entropy over annotated organs only (FSEFT, eq. 1).
 
     The loss of organ ``k`` counts for sample ``n`` only where the task mask ``w_{n,k}`` is 1 and the sum is divided by
@@ -46,16 +55,16 @@ def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor) -> Te
         logits: ``[n, K, X, Y, Z]``.
         targets: same shape, in 0..1; values where the mask is 0 are ignored.
         task_mask: ``[n, K]`` of 0 and 1.
+        total: over the processes that hold the other samples of the batch.
 
     Returns:
         A scalar; 0 where nothing at all is annotated.
     """
     annotated = task_mask > 0
-    if not bool(annotated.any()):
-        return logits.sum() * 0.0
     logits, targets = logits[annotated][:, None], targets[annotated][:, None]
     each = soft_dice_loss(torch.sigmoid(logits), targets) + cross_entropy_per_organ(logits, targets)
-    return each.mean()
+    sums = total(torch.stack([each.sum(), annotated.sum().to(each.dtype)]))
+    return sums[0] / sums[1].clamp_min(1.0)
 
 
 def adaptation_loss(
@@ -65,6 +74,7 @@ def adaptation_loss(
     activation: Literal["sigmoid", "softmax"],
     *,
     dice_weight: float = 1.0,
+    total: Total = alone,
 ) -> Tensor:
     """Return cross-entropy plus ``dice_weight`` times soft Dice over a batch of blocks, or of single voxels.
 
@@ -79,20 +89,28 @@ def adaptation_loss(
             block that lacks any organ's annotation is left out whole, since its background is not known.
         activation: of the adapter.
         dice_weight: 0 leaves the cross-entropy alone.
+        total: over the processes that hold the other blocks of the batch.
     """
     if activation == "softmax":
         known = annotated.amin(1, keepdim=True)
         background = (1 - targets.sum(1, keepdim=True)).clamp_min(0)
         cross_entropy = F.cross_entropy(logits, torch.cat([background, targets], 1), reduction="none")[:, None]
         probabilities, weight = torch.softmax(logits, 1)[:, 1:], known.expand(-1, targets.shape[1])
-        entropy = (cross_entropy.flatten(2).mean(2) * known).sum() / known.sum().clamp_min(1.0)
+        entropy = (cross_entropy.flatten(2).mean(2) * known).sum()
+        counted = known.sum()
     else:
         probabilities, weight = torch.sigmoid(logits), annotated
-        entropy = (cross_entropy_per_organ(logits, targets) * weight).sum() / weight.sum().clamp_min(1.0)
+        entropy = (cross_entropy_per_organ(logits, targets) * weight).sum()
+        counted = weight.sum()
     masked = weight[:, :, None, None, None]
     axes = (0, 2, 3, 4)
-    overlap = (probabilities * targets * masked).sum(axes)
-    total = ((probabilities + targets) * masked).sum(axes)
-    seen = ((targets * masked).sum(axes) > 0).float()
-    dice = ((1 - (2 * overlap + 1) / (total + 1)) * seen).sum() / seen.sum().clamp_min(1.0)
-    return dice_weight * dice + entropy
+    own = [
+        (probabilities * targets * masked).sum(axes),
+        ((probabilities + targets) * masked).sum(axes),
+        (targets * masked).sum(axes),
+    ]
+    overlap, filled, shown = total(torch.stack(own)).unbind()
+    entropies = total(torch.stack([entropy, counted]))
+    seen = (shown > 0).float()
+    dice = ((1 - (2 * overlap + 1) / (filled + 1)) * seen).sum() / seen.sum().clamp_min(1.0)
+    return dice_weight * dice + entropies[0] / entropies[1].clamp_min(1.0)

@@ -145,7 +145,7 @@ class EnvironmentProblemError(FseftEdgeError):
 
 
 class MissingBackendError(EnvironmentProblemError):
-    """An inference backend is not installed or cannot run on this machine."""
+    """An inference backend, or an extra that was asked for, is not installed or cannot run on this machine."""
 
 
 class ParityError(EnvironmentProblemError):

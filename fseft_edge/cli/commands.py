@@ -220,22 +220,3 @@ def evaluate(
         raise SomeCasesFailedError(
             f"{len(result.failures)} cases could not be compared.", remedy="The reasons stand above."
         )
-
-
-@click.command()
-@click.argument("plan", type=PATH)
-@click.option("--data-root", type=PATH, required=True, help="Folder that the plan's paths are relative to.")
-@click.option("-o", "--output", type=PATH, required=True, help="Folder for checkpoint, loss curve and model file.")
-@click.option("--initial", type=PATH, help="Model file to start from.  [default: random weights]")
-@click.option("--resume", is_flag=True, help="Continue the run that the output folder holds.")
-@talk_options
-def pretrain(*, plan: Path, data_root: Path, output: Path, initial: Path | None, resume: bool, quiet: bool) -> None:
-    """Train an encoder on the data sets that the TOML file PLAN lists; they may be annotated only in part."""
-    from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.pretraining import read_plan  # noqa: PLC0415 - likewise
-
-    with open_progress(quiet=quiet) as progress:
-        model = run(
-            read_plan(plan), data_root=data_root, output=output, initial=initial, resume=resume, progress=progress
-        )
-    click.echo(str(model))

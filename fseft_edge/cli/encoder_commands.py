@@ -1,4 +1,4 @@
-"""The commands that make encoder bundles and the engines beside them; see :mod:`fseft_edge.cli.commands`."""
+"""The commands that make encoders, their bundles and the engines beside them; see :mod:`fseft_edge.cli.commands`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fseft_edge.cli.options import PATH, talk_options
+from fseft_edge.report.progress import open_progress
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.bundle import Precision
@@ -137,3 +138,56 @@ def build_engines(
     if not quiet:
         for engine in built:
             click.echo(f"{engine.path}: {engine.path.stat().st_size / 1e6:.1f} MB")
+
+
+@click.command()
+@click.argument("plan", type=PATH)
+@click.option("--data-root", type=PATH, required=True, help="Folder that the plan's paths are relative to.")
+@click.option("-o", "--output", type=PATH, required=True, help="Folder for checkpoint, metrics and model file.")
+@click.option("--initial", type=PATH, help="Model file or checkpoint to start from.  [default: random weights]")
+@click.option(
+    "--initial-model",
+    metavar="NAME",
+    help="Which model --initial is the checkpoint of, a name that `export --model` knows.  [default: a model file]",
+)
+@click.option("--resume", is_flag=True, help="Continue the run that the output folder holds.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to train; auto takes a GPU where there is one.",
+)
+@click.option("--tensorboard", is_flag=True, help="Write events for TensorBoard, too.")
+@talk_options
+def pretrain(
+    *,
+    plan: Path,
+    data_root: Path,
+    output: Path,
+    initial: Path | None,
+    initial_model: str | None,
+    resume: bool,
+    device: str,
+    tensorboard: bool,
+    quiet: bool,
+) -> None:
+    """Train an encoder on the data sets that the TOML file PLAN lists; they may be annotated only in part."""
+    from fseft_edge.pretraining import open_processes, read_plan  # noqa: PLC0415 - brings in torch
+    from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - likewise
+
+    wanted = read_plan(plan)
+    with open_processes(device) as processes, open_progress(quiet=quiet or not processes.first) as progress:
+        model = run(
+            wanted,
+            data_root=data_root,
+            output=output,
+            initial=initial,
+            initial_model=initial_model,
+            resume=resume,
+            tensorboard=tensorboard,
+            processes=processes,
+            progress=progress,
+        )
+    if processes.first:
+        click.echo(str(model))

@@ -28,7 +28,7 @@ _COMMANDS = {
     "export-adapter": "commands",
     "evaluate": "commands",
     "review": "review_commands",
-    "pretrain": "commands",
+    "pretrain": "encoder_commands",
     "doctor": "machine_commands",
     "benchmark": "machine_commands",
 }

@@ -62,6 +62,10 @@ class Batch:
     targets: Tensor
     task_mask: Tensor
 
+    def on(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(*(part.to(device) for part in (self.image, self.clean, self.targets, self.task_mask)))
+
 
 def load_cohorts(plan: PretrainingPlan, root: Path, progress: Progress) -> list[list[TrainingCase]]:
     """Return the cases of every data set of the plan, in the plan's order."""

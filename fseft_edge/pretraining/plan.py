@@ -239,6 +239,11 @@ class PretrainingPlan(_Strict):
     schedule: SchedulePlan
     dataset: tuple[DataSetPlan, ...] = Field(min_length=1)
 
+    @property
+    def crops_per_step(self) -> int:
+        """Crops of an optimiser step, of all data sets and processes together."""
+        return sum(dataset.crops_per_step for dataset in self.dataset)
+
     @model_validator(mode="after")
     def _organs_are_consistent(self) -> Self:
         for dataset in self.dataset:

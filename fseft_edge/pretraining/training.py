@@ -2,86 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import logging
 import math
-import pickle
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
+from fseft_edge.export.checkpoints import load_weights
+from fseft_edge.export.zoo import CUSTOM, load_model
 from fseft_edge.losses import adaptation_loss, partial_label_loss
-from fseft_edge.pretraining.cohort import Batch, draw_batch, load_cohorts
+from fseft_edge.pretraining.cohort import Batch, TrainingCase, draw_batch, load_cohorts
+from fseft_edge.pretraining.metrics_log import MetricsLog, StepMetrics
+from fseft_edge.pretraining.network import PretrainingNetwork
 from fseft_edge.pretraining.plan import PretrainingPlan
+from fseft_edge.pretraining.processes import Processes
+from fseft_edge.pretraining.run_folder import (
+    LOSS_WINDOW,
+    TrainingState,
+    restore_checkpoint,
+    save_checkpoint,
+    write_trained,
+)
 from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import sha256_of_file
-from fseft_edge.runtime.errors import CheckpointError
+from fseft_edge.runtime.errors import CheckpointError, UsageError
 from fseft_edge.runtime.networks import build_network
-from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.session import resolve_device
 
 _LOG = logging.getLogger(__name__)
-_LOSS_WINDOW = 50
-
-
-class PretrainingNetwork(nn.Module):
-    """The encoder with its classifier, and the helpers that only training needs.
-
-    Args:
-        encoder: the feature network.
-        organs: number of classes.
-        supervised_levels: how many coarser levels carry a classifier of their own.
-    """
-
-    def __init__(self, encoder: FeatureNetwork, organs: int, supervised_levels: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.heads = nn.ModuleList(
-            nn.Conv3d(level.channels, organs, 1) for level in encoder.levels[: 1 + supervised_levels]
-        )
-        self.restorer = nn.Conv3d(encoder.levels[0].channels, 1, 1)
-
-    def forward(self, windows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the logits of every supervised level, finest first, and the restored image."""
-        pyramid = self.encoder(windows)
-        return [head(level) for head, level in zip(self.heads, pyramid, strict=False)], self.restorer(pyramid[0])
-
-    @property
-    def head(self) -> nn.Conv3d:
-        """The classifier on level 0, which is the encoder's head."""
-        head = self.heads[0]
-        assert isinstance(head, nn.Conv3d)  # noqa: S101 - narrows the type for the checker
-        return head
-
-    @property
-    def head_bias(self) -> Tensor:
-        """The head's bias ``[K]``."""
-        bias = self.head.bias
-        assert bias is not None  # noqa: S101 - narrows the type for the checker
-        return bias
-
-    def freeze_statistics(self) -> None:
-        """Let every batch normalisation use its running statistics from now on, and keep them."""
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                module.eval()
-
-
-@dataclass
-class _State:
-    network: PretrainingNetwork
-    optimizer: torch.optim.AdamW
-    initial_sha256: str | None = None
-    step: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)
 
 
 def pretrain(
@@ -90,8 +43,11 @@ def pretrain(
     data_root: Path,
     output: Path,
     initial: Path | None = None,
+    initial_model: str | None = None,
     resume: bool = False,
     stop_after: int | None = None,
+    tensorboard: bool = False,
+    processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Train an encoder and its head, and return the model file ``output/NAME.safetensors``.
@@ -99,43 +55,66 @@ def pretrain(
     Args:
         plan: data sets, network and schedule.
         data_root: folder that the plan's paths are relative to.
-        output: folder for the checkpoint, the loss curve (``losses.json``) and the model file.
-        initial: model file whose encoder, and head rows of the same organs, training starts from; None starts
-            from random weights.
+        output: folder for the checkpoint, the metrics of every step (``metrics.csv``) and the model file.
+        initial: weights that training starts from: a model file, or the checkpoint of ``initial_model``. The encoder
+            is taken over, and the head rows of organs of the same name; the rest, and all of it where neither is
+            given, starts from random weights.
+        initial_model: name in :data:`fseft_edge.export.zoo.MODELS` of what ``initial`` is; None for a model file.
         resume: continue from ``output``'s checkpoint; without it, a folder that holds one is refused.
         stop_after: end after this many steps of this run, leaving a checkpoint; None trains to the end.
+        tensorboard: write events for TensorBoard, too.
+        processes: this process's place among those that share the work
+            (:func:`fseft_edge.pretraining.open_processes`); None works alone, on the first GPU or the CPU.
         progress: where to show progress.
 
     Raises:
-        CheckpointError: the folder's checkpoint is of another plan, or exists and ``resume`` is off.
+        CheckpointError: the folder's checkpoint is of another plan, or exists and ``resume`` is off; the initial
+            weights are of another network.
         InputError: a data set is missing or inconsistent.
+        MissingBackendError: TensorBoard is asked for and not installed.
+        UsageError: there are more processes than crops in a step, or they do not see the same files.
     """
     progress = progress or SilentProgress()
+    processes = processes or Processes(resolve_device("auto"))
     checkpoint = output / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise CheckpointError(
             f"{checkpoint} holds an earlier run.", remedy="Add --resume to continue it, or choose another --output."
         )
+    if processes.count > plan.crops_per_step:
+        raise UsageError(
+            f"{processes.count} processes cannot share the {plan.crops_per_step} crops of a step.",
+            remedy="Start fewer, or raise 'crops_per_step' in the plan.",
+        )
     output.mkdir(parents=True, exist_ok=True)
-    state = _initial_state(plan, initial)
+    state = _initial_state(plan, initial, initial_model, processes)
     if checkpoint.exists():
-        _restore(state, checkpoint, plan)
+        restore_checkpoint(state, checkpoint, plan)
+    processes.check_agreement(state.step, output)
+    log = MetricsLog(output, done=state.step, tensorboard=tensorboard) if processes.first else None
     cohorts = load_cohorts(plan, data_root, progress)
     last = plan.schedule.steps if stop_after is None else min(plan.schedule.steps, state.step + stop_after)
+    step = _Step(state, plan, processes)
+    batches = _batches(plan, cohorts, range(state.step, last), processes)
     with progress.task("pre-train", plan.schedule.steps) as task:
         task.advance(state.step)
         while state.step < last:
-            started = time.monotonic()
-            state.losses.append(_train_step(state, draw_batch(plan, cohorts, state.step), plan))
-            state.step += 1
-            state.seconds += time.monotonic() - started
+            metrics = step.take(batches)
             task.advance(1)
-            if state.step % _LOSS_WINDOW == 0:
-                recent = sum(state.losses[-_LOSS_WINDOW:]) / _LOSS_WINDOW
-                _LOG.info("step %d: loss %.4f", state.step, recent)
+            if log is None:
+                continue
+            log.add(metrics)
+            if state.step % LOSS_WINDOW == 0:
+                _LOG.info("step %d: loss %.4f", state.step, state.recent_loss())
             if state.step % plan.schedule.checkpoint_every == 0 or state.step == last:
-                _save(state, checkpoint, plan)
-    return _write_model(state, plan, output, [len(cohort) for cohort in cohorts])
+                log.save()
+                save_checkpoint(state, checkpoint, plan)
+    path = output / f"{plan.name}.safetensors"
+    if log is not None:
+        log.close()
+        write_trained(state, plan, path, [len(cohort) for cohort in cohorts])
+    processes.wait()
+    return path
 
 
 def learning_rate(plan: PretrainingPlan, step: int) -> float:
@@ -147,22 +126,28 @@ def learning_rate(plan: PretrainingPlan, step: int) -> float:
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _initial_state(plan: PretrainingPlan, initial: Path | None) -> _State:
+def _initial_state(
+    plan: PretrainingPlan, initial: Path | None, initial_model: str | None, processes: Processes
+) -> TrainingState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         encoder = build_network(plan.encoder.architecture, **plan.encoder.settings)
-        encoder.gradient_checkpointing = plan.encoder.gradient_checkpointing
         network = PretrainingNetwork(encoder, len(plan.organs), len(plan.schedule.deep_supervision))
-    if initial is not None:
-        _start_from(network, initial, plan)
-    network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
+    encoder.gradient_checkpointing = plan.encoder.gradient_checkpointing
+    source = None
+    if initial is not None or initial_model is not None:
+        source = _start_from(network, initial, initial_model or CUSTOM, plan)
+    processes.share_statistics(network)
+    network = network.to(processes.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=plan.schedule.weight_decay)
-    return _State(network, optimizer, None if initial is None else sha256_of_file(initial))
+    return TrainingState(network, optimizer, None if source is None else sha256_of_file(source))
 
 
-def _start_from(network: PretrainingNetwork, path: Path, plan: PretrainingPlan) -> None:
-    model = read_model_file(path)
-    load_weights(network.encoder, model.encoder, source=str(path))
+def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan: PretrainingPlan) -> Path:
+    """Let the network start from a model of the zoo, and return the file that it was read from."""
+    loaded = load_model(name, path)
+    model = loaded.model
+    load_weights(network.encoder, model.encoder, source=str(loaded.source))
     rows = {organ: row for row, organ in enumerate(model.description.organs)}
     head = network.head
     with torch.no_grad():
@@ -170,99 +155,74 @@ def _start_from(network: PretrainingNetwork, path: Path, plan: PretrainingPlan) 
             if organ in rows:
                 head.weight[row] = model.head_weight[rows[organ]].reshape(head.weight[row].shape)
                 network.head_bias[row] = model.head_bias[rows[organ]]
+    return loaded.source
 
 
-def _train_step(state: _State, batch: Batch, plan: PretrainingPlan) -> float:
-    schedule, network = plan.schedule, state.network
-    network.train()
-    if state.step >= schedule.steps * (1 - schedule.frozen_norm_fraction):
-        network.freeze_statistics()
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(plan, state.step)
-    image = batch.image.contiguous(memory_format=torch.channels_last_3d)
-    with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bfloat16):
-        logits, restored = network(image)
-    loss = schedule.inpainting * F.l1_loss(restored.float(), batch.clean)
-    targets = batch.targets
-    for level, weight in enumerate((1.0, *schedule.deep_supervision)):
-        if level:
-            targets = F.avg_pool3d(targets, 2)
-        if schedule.dice == "crop":
-            labelled = partial_label_loss(logits[level].float(), targets, batch.task_mask)
-        else:
-            labelled = adaptation_loss(logits[level].float(), targets, batch.task_mask, "sigmoid")
-        loss = loss + weight * labelled
-    state.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-    state.optimizer.step()
-    return float(loss.detach())
+def _batches(
+    plan: PretrainingPlan, cohorts: list[list[TrainingCase]], steps: range, processes: Processes
+) -> Iterator[Batch]:
+    """Yield this process's crops of every step; those of the next are made while a GPU computes."""
+    if processes.device.type == "cpu":
+        yield from (draw_batch(plan, cohorts, step, processes.own) for step in steps)
+        return
+    with ThreadPoolExecutor(1) as maker:
+        coming = [maker.submit(draw_batch, plan, cohorts, step, processes.own) for step in steps[:1]]
+        for step in steps:
+            batch = coming.pop().result()
+            if step + 1 in steps:
+                coming.append(maker.submit(draw_batch, plan, cohorts, step + 1, processes.own))
+            yield batch
 
 
-def _plan_id(plan: PretrainingPlan) -> str:
-    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+class _Step:
+    """An optimiser step of all processes together."""
 
+    def __init__(self, state: TrainingState, plan: PretrainingPlan, processes: Processes) -> None:
+        self._state, self._plan, self._processes = state, plan, processes
+        self._shared = processes.shared(state.network)
 
-def _save(state: _State, path: Path, plan: PretrainingPlan) -> None:
-    content = {
-        "plan": _plan_id(plan),
-        "step": state.step,
-        "seconds": state.seconds,
-        "losses": state.losses,
-        "network": state.network.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
-    }
-    serialised = io.BytesIO()
-    torch.save(content, serialised)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(serialised.getbuffer())  # a full disk is an OSError here, in torch.save it is not
-    with atomic_path(path.with_name("losses.json")) as temporary:
-        temporary.write_text(json.dumps(state.losses))
+    def take(self, batches: Iterator[Batch]) -> StepMetrics:
+        """Train on the next batch; the state then stands one step further."""
+        started = time.monotonic()
+        state, schedule = self._state, self._plan.schedule
+        batch = next(batches).on(self._processes.device)
+        self._shared.train()
+        if state.step >= schedule.steps * (1 - schedule.frozen_norm_fraction):
+            state.network.freeze_statistics()
+        rate = learning_rate(self._plan, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        inpainting, segmentation, deep_supervision = self._losses(batch)
+        loss = inpainting + segmentation
+        for part in deep_supervision:
+            loss = loss + part
+        state.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(state.network.parameters(), 5.0)
+        state.optimizer.step()
+        state.losses.append(float(loss.detach()))
+        state.step += 1
+        seconds = time.monotonic() - started
+        state.seconds += seconds
+        parts = float(segmentation.detach()), sum(float(part.detach()) for part in deep_supervision)
+        return StepMetrics(state.step, state.losses[-1], *parts, float(inpainting.detach()), rate, seconds)
 
-
-def _restore(state: _State, path: Path, plan: PretrainingPlan) -> None:
-    try:
-        content = torch.load(path, weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(
-            f"{path} is damaged.", remedy="Remove it and begin again, or restore it from a copy."
-        ) from error
-    if not isinstance(content, dict) or content.get("plan") != _plan_id(plan):
-        raise CheckpointError(
-            f"{path} was made with another plan.", remedy="Continue with the same plan, or choose another --output."
-        )
-    state.network.load_state_dict(content["network"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.step, state.seconds, state.losses = content["step"], content["seconds"], content["losses"]
-
-
-def _write_model(state: _State, plan: PretrainingPlan, output: Path, cases: list[int]) -> Path:
-    description = ModelDescription(
-        name=plan.name,
-        architecture=plan.encoder.architecture,
-        settings=plan.encoder.settings,
-        preprocessing=plan.preprocessing,
-        window=plan.encoder.window,
-        organs=plan.organs,
-        training={
-            "seed": plan.seed,
-            "steps": state.step,
-            "initial_sha256": state.initial_sha256,
-            "planned_steps": plan.schedule.steps,
-            "plan_sha256": _plan_id(plan),
-            "data_sets": {dataset.name: count for dataset, count in zip(plan.dataset, cases, strict=True)},
-            "loss": sum(state.losses[-_LOSS_WINDOW:]) / max(1, len(state.losses[-_LOSS_WINDOW:])),
-        },
-    )
-    path = output / f"{plan.name}.safetensors"
-    encoder = state.network.encoder.state_dict()
-    write_model_file(
-        path,
-        ModelFile(
-            description,
-            encoder,
-            state.network.head.weight.detach().flatten(1),
-            state.network.head_bias.detach(),
-        ),
-    )
-    return path
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Return the losses of the whole step: inpainting, segmentation on level 0, and on coarser levels, weighted."""
+        schedule, total = self._plan.schedule, self._processes.total
+        image = batch.image.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(self._processes.device.type, torch.bfloat16, enabled=schedule.bfloat16):
+            logits, restored = self._shared(image)
+        voxels = self._plan.crops_per_step * batch.clean[0].numel()
+        differences = total(F.l1_loss(restored.float(), batch.clean, reduction="sum"))
+        segmentation: list[Tensor] = []
+        targets = batch.targets
+        for level, weight in enumerate((1.0, *schedule.deep_supervision)):
+            if level:
+                targets = F.avg_pool3d(targets, 2)
+            if schedule.dice == "crop":
+                labelled = partial_label_loss(logits[level].float(), targets, batch.task_mask, total=total)
+            else:
+                labelled = adaptation_loss(logits[level].float(), targets, batch.task_mask, "sigmoid", total=total)
+            segmentation.append(weight * labelled)
+        return schedule.inpainting * (differences / voxels), segmentation[0], segmentation[1:]

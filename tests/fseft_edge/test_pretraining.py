@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import csv
+import dataclasses
 import errno
-import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,14 @@ import torch
 from doubles.cohorts import write_cohort
 
 from fseft_edge.export.checkpoints import read_model_file
+from fseft_edge.export.zoo import MODELS
 from fseft_edge.pretraining import PretrainingPlan, pretrain, read_plan
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
+from fseft_edge.pretraining.plan import SwinUnetrPlan
 from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.report.progress import SilentProgress
-from fseft_edge.runtime.errors import CheckpointError, OutOfSpaceError
+from fseft_edge.runtime.errors import CheckpointError, MissingBackendError, OutOfSpaceError, UsageError
+from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +28,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_cohort(root)
     return root
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +76,48 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     resumed = pretrain(plan, data_root=data, output=tmp_path / "broken", resume=True)
     assert resumed.read_bytes() == straight.read_bytes()
     assert read_model_file(resumed).description.training["steps"] == 6
-    assert len(json.loads((tmp_path / "straight" / "losses.json").read_text())) == 6
+    rows, others = (metrics(tmp_path / folder) for folder in ("straight", "broken"))
+    assert [row.pop("seconds") > 0 for row in rows] == [True] * 6
+    assert [{key: value for key, value in row.items() if key != "seconds"} for row in others] == rows
+
+
+def test_metrics_name_the_loss_its_parts_and_the_rate(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    pretrain(plan, data_root=data, output=tmp_path, stop_after=3)
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["segmentation"] + row["deep_supervision"] + row["inpainting"])
+        assert row["learning_rate"] == learning_rate(plan, int(row["step"]) - 1)
+
+
+def test_rows_beyond_the_checkpoint_are_dropped(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    pretrain(plan, data_root=data, output=tmp_path, stop_after=3)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("4,0,0,0,0,0,0\n5,0,")  # a run that was cut off while it wrote
+    pretrain(plan, data_root=data, output=tmp_path, resume=True)
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[3]["loss"] > 0
+
+
+def test_tensorboard_reads_what_the_table_says(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pretrain(plan, data_root=data, output=tmp_path, stop_after=4, tensorboard=True)
+    pretrain(plan, data_root=data, output=tmp_path, resume=True, tensorboard=True)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "segmentation", "learning_rate"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
+        values = [event.value for event in events.Scalars(name)]
+        assert values == pytest.approx([row[name] for row in metrics(tmp_path)])
+
+
+def test_tensorboard_that_is_not_installed_is_named_before_the_work(
+    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingBackendError, match=r"fseft-edge\[tensorboard\]"):
+        pretrain(plan, data_root=data, output=tmp_path, tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_named(
@@ -98,6 +149,49 @@ def test_training_can_start_from_a_model_file(data: Path, plan: PretrainingPlan,
     torch.testing.assert_close(a.head_weight, b.head_weight, rtol=0, atol=1e-4)
     name = "down.0.first.convolution.weight"
     torch.testing.assert_close(a.encoder[name], b.encoder[name], rtol=0, atol=1e-3)
+
+
+def test_training_can_start_from_a_published_checkpoint(
+    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = MODELS["fseft"].published
+    assert published is not None
+    small = published.model_copy(update={"settings": {"feature_size": 12}, "organs": ("spleen", "pancreas")})
+    monkeypatch.setitem(MODELS, "fseft", dataclasses.replace(MODELS["fseft"], published=small))
+    weights = SwinUnetrFeatures(12).state_dict()
+    head = {"classifier.weight": torch.rand(2, 12, 1, 1, 1), "classifier.bias": torch.rand(2)}
+    checkpoint = tmp_path / "fseft.pth"
+    torch.save({"net": {f"module.{key}": value for key, value in (weights | head).items()}}, checkpoint)
+    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
+    plan = plan.model_copy(update={"encoder": swin})
+    started = pretrain(
+        plan, data_root=data, output=tmp_path / "run", initial=checkpoint, initial_model="fseft", stop_after=0
+    )
+    model = read_model_file(started)
+    assert model.description.architecture == "swin_unetr"
+    assert model.description.settings == {"feature_size": 12}
+    for key, value in weights.items():
+        torch.testing.assert_close(model.encoder[key], value, rtol=1e-3, atol=1e-6)
+    assert torch.equal(model.head_weight[4], head["classifier.weight"][0].flatten())
+    assert float(model.head_bias[4]) == float(head["classifier.bias"][0])
+
+
+def test_a_model_that_needs_its_checkpoint_says_so(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs its checkpoint"):
+        pretrain(plan, data_root=data, output=tmp_path, initial_model="fseft")
+
+
+def test_a_swin_unetr_takes_a_step_in_little_memory_and_bfloat16(
+    data: Path, plan: PretrainingPlan, tmp_path: Path
+) -> None:
+    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64), gradient_checkpointing=True)
+    schedule = plan.schedule.model_copy(update={"crop": 64, "steps": 1, "bfloat16": True, "deep_supervision": ()})
+    alone = plan.model_copy(update={"encoder": swin, "schedule": schedule, "dataset": plan.dataset[1:]})
+    path = pretrain(alone, data_root=data, output=tmp_path)
+    assert read_model_file(path).description.settings == {"feature_size": 12}
+    (row,) = metrics(tmp_path)
+    assert 0 < row["loss"] < 10
+    assert row["deep_supervision"] == 0
 
 
 def test_the_rate_warms_up_and_falls_to_nothing(plan: PretrainingPlan) -> None:
