@@ -9,7 +9,7 @@ is in its batch, and running statistics, which the authors' network never reads,
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class GenesisUnetFeatures(FeatureNetwork):
         width: channels of the first convolution; level ``l`` has ``2 width 2**l`` channels. 32 in every published
             checkpoint.
     """
+
+    decoder_parts: ClassVar = ("up_tr64", "up_tr128", "up_tr256")
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -57,7 +59,7 @@ class GenesisUnetFeatures(FeatureNetwork):
         return pyramid[::-1]
 
     def _block(self, name: str, *inputs: Tensor) -> Tensor:
-        output: Tensor = self.get_submodule(name)(*inputs)
+        output: Tensor = self._part(self.get_submodule(name), *inputs)
         return output
 
 
