@@ -71,7 +71,7 @@ class MedAdapter(nn.Module):
         """
         reduced = F.gelu(self.down(x))
         mixed = part(self._mixed, reduced) if before is None else part(self._mixed, reduced, before)
-        raised: Tensor = self.up(reduced + mixed)
+        raised: Tensor = self.up(reduced + mixed).to(x.dtype)  # training may project in fewer bits than features have
         raised += x
         return raised, mixed
 

@@ -187,6 +187,14 @@ def test_med_adapter_is_what_the_paper_draws() -> None:
     torch.testing.assert_close(adapted, x + convolved("up", reduced + mixed), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_features_keep_their_bits_where_training_projects_in_fewer() -> None:
+    x = torch.rand(1, 12, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted, _ = MedAdapter(12, None)(x, None, lambda part, *inputs: part(*inputs))
+    assert torch.equal(adapted, x)
+
+
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 2), (2, 7, 9)])
 @torch.no_grad()
 def test_med_adapter_takes_any_size(size: tuple[int, int, int]) -> None:
