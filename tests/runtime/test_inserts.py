@@ -175,10 +175,10 @@ def test_med_adapter_is_what_the_paper_draws() -> None:
 
     reduced = F.gelu(convolved("down", x))
     near = convolved(
-        "near.across", convolved("near.plane", reduced, padding=(0, 1, 1), groups=2), padding=(1, 0, 0), groups=2
+        "near.across", convolved("near.plane", reduced, padding=(1, 1, 0), groups=2), padding=(0, 0, 1), groups=2
     )
     wide = convolved(
-        "wide.across", convolved("wide.plane", reduced, padding=(0, 2, 2), groups=2), padding=(2, 0, 0), groups=2
+        "wide.across", convolved("wide.plane", reduced, padding=(2, 2, 0), groups=2), padding=(0, 0, 2), groups=2
     )
     mixed = convolved("mix", torch.relu(near) + torch.relu(wide) + 0.7 * reduced)
     mixed = convolved("join", torch.cat([mixed, convolved("between", before, stride=2, padding=1)], dim=1))
