@@ -59,7 +59,7 @@ class BlockInserts(nn.Module):
 
 
 class AdaptFormer(BlockInserts):
-    """A bottleneck beside every perceptron: ``mlp(norm(x)) + s up(relu(down(x)))``, arXiv 2205.13535, eq. 3."""
+    """A bottleneck beside every perceptron: ``mlp(norm(x)) + s up(relu(down(x)))``."""
 
     name = "adaptformer"
 
@@ -73,7 +73,7 @@ class AdaptFormer(BlockInserts):
 
 
 class Compacter(BlockInserts):
-    """Hypercomplex bottlenecks behind every attention and perceptron, arXiv 2106.04647, section 4.
+    """Hypercomplex bottlenecks behind every attention and perceptron.
 
     ``y + up(gelu(down(y)))``, whose two matrices are sums of Kronecker products ``A_i x s_i t_i^T``; the matrices A_i,
     the ``rule``, are the same throughout the network.

@@ -1,7 +1,6 @@
 """Med-Adapter: what Med-Tuning inserts at the end of an encoder's stages.
 
-Shen et al., "Med-Tuning: A New Parameter-Efficient Tuning Framework for Medical Volumetric Segmentation", arXiv
-2304.10880, and the authors' released code. What differs here:
+Med-Tuning, arXiv 2304.10880, and its authors' released code, which has slices first where Z is last here. What differs:
 
 - No batch normalisation behind the depthwise convolutions. With fixed statistics, as at inference, it is a scale and a
   shift a channel, which the convolution can learn itself: the same functions, without statistics of a batch of one.
@@ -71,7 +70,7 @@ class MedAdapter(nn.Module):
         """
         reduced = F.gelu(self.down(x))
         mixed = part(self._mixed, reduced) if before is None else part(self._mixed, reduced, before)
-        raised: Tensor = self.up(reduced + mixed)
+        raised: Tensor = self.up(reduced + mixed).to(x.dtype)  # training may project in fewer bits than features have
         raised += x
         return raised, mixed
 
@@ -85,13 +84,13 @@ class MedAdapter(nn.Module):
 
 
 class _Depthwise(nn.Module):
-    """A depthwise convolution in plane, then one across planes, and a ReLU."""
+    """A depthwise convolution in the plane of slices, then one across slices, and a ReLU."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
         half = kernel // 2
-        self.plane = nn.Conv3d(channels, channels, (1, kernel, kernel), padding=(0, half, half), groups=channels)
-        self.across = nn.Conv3d(channels, channels, (kernel, 1, 1), padding=(half, 0, 0), groups=channels)
+        self.plane = nn.Conv3d(channels, channels, (kernel, kernel, 1), padding=(half, half, 0), groups=channels)
+        self.across = nn.Conv3d(channels, channels, (1, 1, kernel), padding=(0, 0, half), groups=channels)
         for convolution in (self.plane, self.across):
             nn.init.dirac_(convolution.weight, groups=channels)
             nn.init.zeros_(cast(Tensor, convolution.bias))

@@ -175,16 +175,24 @@ def test_med_adapter_is_what_the_paper_draws() -> None:
 
     reduced = F.gelu(convolved("down", x))
     near = convolved(
-        "near.across", convolved("near.plane", reduced, padding=(0, 1, 1), groups=2), padding=(1, 0, 0), groups=2
+        "near.across", convolved("near.plane", reduced, padding=(1, 1, 0), groups=2), padding=(0, 0, 1), groups=2
     )
     wide = convolved(
-        "wide.across", convolved("wide.plane", reduced, padding=(0, 2, 2), groups=2), padding=(2, 0, 0), groups=2
+        "wide.across", convolved("wide.plane", reduced, padding=(2, 2, 0), groups=2), padding=(0, 0, 2), groups=2
     )
     mixed = convolved("mix", torch.relu(near) + torch.relu(wide) + 0.7 * reduced)
     mixed = convolved("join", torch.cat([mixed, convolved("between", before, stride=2, padding=1)], dim=1))
     adapted, given = adapter(x, before, lambda part, *inputs: part(*inputs))
     torch.testing.assert_close(given, mixed, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(adapted, x + convolved("up", reduced + mixed), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_features_keep_their_bits_where_training_projects_in_fewer() -> None:
+    x = torch.rand(1, 12, 4, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted, _ = MedAdapter(12, None)(x, None, lambda part, *inputs: part(*inputs))
+    assert torch.equal(adapted, x)
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (3, 5, 2), (2, 7, 9)])
