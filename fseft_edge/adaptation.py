@@ -104,7 +104,7 @@ def adapt(
             session=session,
             store=store,
             budget=budget,
-            variations=training.variations_for(len(annotated)),
+            variations=training.variations,
             seed=training.seed,
             progress=progress,
         )

@@ -32,7 +32,7 @@ from fseft_edge.runtime.backend_choice import has_bfloat16
 
 _STATISTICS_BLOCKS = 6
 _PAPER_EPOCHS = 200
-_FEW_SHOTS, _VARIATIONS = 2, 8
+_TELLING_BLOCKS = 30
 _BLOCKS_A_SCAN, _LEAST_BLOCKS, _MOST_BLOCKS = 480, 1200, 7200
 
 
@@ -51,8 +51,8 @@ class TrainingSettings:
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the device has instructions for
             it.
         device: where the network computes; a linear adapter is solved on the CPU.
-        variations: how often each scan is encoded anew, turned, zoomed and restyled (:mod:`fseft_edge.variations`). None
-            takes 8 of a single scan or two, and none of more.
+        variations: how often each scan is encoded anew, turned, zoomed and restyled; None leaves it to
+            :func:`fseft_edge.variations.default_variations`.
         feature_shift: each block's channels are shifted by noise of this standard deviation (1 is the channel's own).
         channel_dropout: share of the channels of levels 1, 2, ... that a block does without.
         linear_rate: AdamW's peak rate for parameters that the logits are linear in; warm-up over the first epoch, then
@@ -62,7 +62,7 @@ class TrainingSettings:
         ridge: strength of a linear adapter's pull towards its start.
         anchor: weight of the squared distance of known organs' classifiers from the encoder's head, where they start.
         patience: end when the loss, smoothed over ``smoothing`` epochs, has gained less than ``least_gain`` in this
-            many epochs.
+            many epochs. Both are longer where an epoch has fewer than 30 blocks, which do not tell how the loss moves.
     """
 
     seed: int = 0
@@ -84,12 +84,6 @@ class TrainingSettings:
     smoothing: int = 10
     patience: int = 20
     least_gain: float = 1e-3
-
-    def variations_for(self, shots: int) -> int:
-        """Return how many variations of each scan a support set of ``shots`` scans is given."""
-        if self.variations is not None:
-            return self.variations
-        return _VARIATIONS if shots <= _FEW_SHOTS else 0
 
     def epochs_for(self, shots: int, scans: int) -> int:
         """Return the greatest number of epochs for a support set of ``shots`` scans, ``scans`` with variations."""
@@ -171,7 +165,7 @@ def train_adapter(
                 total += float(loss.detach())
             losses.append(total / steps)
             task.advance(1)
-            if _has_settled(losses, training):
+            if _has_settled(losses, training, steps * training.batch):
                 break
         upcoming.cancel()
     return TrainedAdapter(adapter.eval(), tuple(losses), len(losses) * steps, bfloat16)
@@ -309,8 +303,9 @@ def rate_share(share: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
 
 
-def _has_settled(losses: Sequence[float], training: TrainingSettings) -> bool:
-    span, patience = training.smoothing, training.patience
+def _has_settled(losses: Sequence[float], training: TrainingSettings, blocks_an_epoch: int) -> bool:
+    stretch = math.ceil(_TELLING_BLOCKS / blocks_an_epoch)
+    span, patience = stretch * training.smoothing, stretch * training.patience
     if len(losses) < span + patience:
         return False
     recent = sum(losses[-span:]) / span

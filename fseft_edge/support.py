@@ -18,7 +18,7 @@ from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.review.support import ReviewedBatch, accepted_annotations
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import EncodedScan, encode_scan
+from fseft_edge.runtime.encoding import EncodedScan, encode_scan, layout_of
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
@@ -27,7 +27,7 @@ from fseft_edge.runtime.nifti import case_name, cases_by_name, read_label_map
 from fseft_edge.runtime.scans import read_scan
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
-from fseft_edge.variations import vary
+from fseft_edge.variations import default_variations, vary
 
 _LOG = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def load_support(
     session: EncoderSession,
     store: FeatureStore,
     budget: Budget = AS_MUCH_AS_IS_FREE,
-    variations: int = 0,
+    variations: int | None = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[SupportScan]:
@@ -209,7 +209,8 @@ def load_support(
         session: the same encoder, opened.
         store: where feature maps are kept.
         budget: memory that encoding may take.
-        variations: how many of each scan are encoded beside it (:mod:`fseft_edge.variations`).
+        variations: how many of each scan are encoded beside it (:mod:`fseft_edge.variations`); None leaves it to
+            :func:`fseft_edge.variations.default_variations`.
         seed: of the variations.
         progress: where to show progress.
     """
@@ -218,30 +219,27 @@ def load_support(
         return encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget, grid=grid)
 
     support: list[SupportScan] = []
-    with (progress or SilentProgress()).task("encode", len(annotated) * (1 + variations)) as task:
+    with (progress or SilentProgress()).task("encode", len(annotated)) as task:
         for image, label_map in annotated:
             volume = read_scan(image)
             check_labels_match(volume, label_map)
-            scan = _support_scan(volume, encoded(volume, Grid.of(volume, bundle.preprocessing)), label_map, organs)
-            task.advance(1)
+            grid = Grid.of(volume, bundle.preprocessing)
+            scan = _support_scan(volume, encoded(volume, grid), label_map, organs)
+            count = variations
+            if count is None:
+                count = default_variations(len(annotated), layout_of(grid, bundle).windows)
             varied: list[SupportScan] = []
-            for number in range(variations):
+            for number in range(count):
                 random = np.random.default_rng([seed, number])
-                variation = vary(
-                    volume, _grid_of(scan), _masks(label_map, organs), margin=min(bundle.window) // 2, random=random
-                )
+                masks = _masks(label_map, organs)
+                variation = vary(volume, grid, masks, margin=min(bundle.window) // 2, random=random)
                 whole = Grid.of(variation.volume, bundle.preprocessing.model_copy(update={"crop_below_hu": None}))
                 features = encoded(variation.volume, whole).features
                 occupancy = Occupancy(variation.shares)
                 varied.append(replace(scan, features=features, shape=whole.shape, occupancy=occupancy, grid=whole))
-                task.advance(1)
             support.append(replace(scan, variations=tuple(varied)))
+            task.advance(1)
     return support
-
-
-def _grid_of(scan: SupportScan) -> Grid:
-    assert scan.grid is not None  # noqa: S101 - narrows the type: it has just been made
-    return scan.grid
 
 
 def _masks(labels: LabelMap, organs: Sequence[OrganLabel]) -> Iterator[NDArray[np.bool_]]:

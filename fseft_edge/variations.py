@@ -20,6 +20,7 @@ from fseft_edge.components import bounding_box
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.volume import Volume
 
+_FEW_SHOTS, _FEW_WINDOWS, _VARIATIONS = 2, 16, 8
 _MULTIPLE = 2  # of voxels along an axis: restyling may average pairs
 
 
@@ -34,6 +35,18 @@ class Variation:
 
     volume: Volume
     shares: NDArray[np.float32]
+
+
+def default_variations(shots: int, windows: int) -> int:
+    """Return how many variations of a scan are made where nobody says: 8 of one or two scans that are soon encoded.
+
+    With more scans they gain nothing, and one of a scan of many windows takes as long as the scan itself.
+
+    Args:
+        shots: scans of the support set.
+        windows: that the encoder takes for the scan.
+    """
+    return _VARIATIONS if shots <= _FEW_SHOTS and windows <= _FEW_WINDOWS else 0
 
 
 def vary(

@@ -92,6 +92,11 @@ class WindowLayout:
             origins=(x.origins, y.origins, z.origins),
         )
 
+    @property
+    def windows(self) -> int:
+        """How many windows there are."""
+        return math.prod(len(along) for along in self.origins)
+
 
 class _AxisPlan(NamedTuple):
     interval: int

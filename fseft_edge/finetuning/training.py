@@ -128,7 +128,9 @@ def fine_tune(
         UsageError: the method does not fit the encoder.
     """
     network = TunedNetwork(encoder, rows, settings).to(settings.device)
-    network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
     encoder.gradient_checkpointing = settings.checkpointing
     edge = settings.crop or crop_edge(preprocessing, window)
     bfloat16 = has_bfloat16(settings.device) if settings.bfloat16 is None else settings.bfloat16

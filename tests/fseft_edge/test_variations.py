@@ -20,7 +20,7 @@ from fseft_edge.runtime.session import open_session
 from fseft_edge.runtime.volume import Volume
 from fseft_edge.support import load_support
 from fseft_edge.validation import Candidate, leave_one_out
-from fseft_edge.variations import Variation, vary
+from fseft_edge.variations import Variation, default_variations, vary
 
 ORGANS = [OrganLabel(name, label_of(name)) for name in ("liver", "spleen")]
 SPACING = (6.0, 6.0, 6.0)
@@ -90,7 +90,7 @@ def support(tmp_path_factory: pytest.TempPathFactory) -> list[SupportScan]:
     return load(tmp_path_factory.mktemp("variations"), variations=2)
 
 
-def load(root: Path, *, variations: int, seed: int = 0) -> list[SupportScan]:
+def load(root: Path, *, variations: int | None, seed: int = 0) -> list[SupportScan]:
     bundle = write_tiny_encoder(root / f"{variations}-{seed}.encoder")
     pairs = [write_case(root, f"case_{number}", number) for number in (1, 2)]
     annotated = [(image, read_label_map(labels)) for image, labels in pairs]
@@ -138,7 +138,11 @@ def test_what_is_left_out_is_left_out_with_its_variations(
     assert seen == [[support[1], *support[1].variations], [support[0], *support[0].variations]]
 
 
-def test_how_many_variations_there_are_follows_the_number_of_scans() -> None:
-    assert TrainingSettings(variations=3).variations_for(10) == 3
-    assert TrainingSettings().variations_for(1) > 0
-    assert TrainingSettings().variations_for(30) == 0
+def test_one_or_two_scans_that_are_soon_encoded_are_varied_by_themselves() -> None:
+    assert default_variations(1, 1) == default_variations(2, 16) > 0
+    assert default_variations(3, 1) == default_variations(1, 17) == 0
+
+
+def test_what_is_said_counts_and_else_the_default(tmp_path: Path) -> None:
+    assert [len(one.variations) for one in load(tmp_path, variations=1)] == [1, 1]
+    assert [len(one.variations) for one in load(tmp_path, variations=None)] == 2 * [default_variations(2, 8)]
