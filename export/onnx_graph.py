@@ -89,12 +89,12 @@ class _StagedInstanceNorm(nn.Module):
     def __init__(self, norm: nn.InstanceNorm3d) -> None:
         super().__init__()
         self._eps = norm.eps
-        self._weight, self._bias = norm.weight, norm.bias
+        self._affine, self._weight, self._bias = norm.affine, norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         centred = x - _staged_mean(x)
         normalised = centred * torch.rsqrt(_staged_mean(centred * centred) + self._eps)
-        if self._weight is None:
+        if not self._affine:
             return normalised
         return normalised * self._weight[:, None, None, None] + self._bias[:, None, None, None]
 
