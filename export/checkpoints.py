@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ _KEYS_IN_A_MESSAGE = 3
 _SIGNS_OF_CODE = ("GLOBAL", "Can only create new object", "Can only build", "REDUCE")  # of torch.load's refusals
 # MONAI's research code stores the best score beside the weights as a NumPy number. What builds one takes a type and its
 # bytes and calls nothing; NumPy 1 wrote it under another name.
-_scalar = np._core.multiarray.scalar
-_PLAIN_NUMBERS = [
+_scalar = cast(Callable[..., Any], np.float64(0.0).__reduce__()[0])
+_PLAIN_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     _scalar,
     (_scalar, "numpy.core.multiarray.scalar"),
     np.dtype,
@@ -51,7 +51,8 @@ class ModelDescription(BaseModel):
     Attributes:
         schema_version: of this description.
         name: of the model, e.g. ``edge_base``.
-        architecture: a name that :func:`fseft_edge.runtime.networks.build_network` knows.
+        architecture: a name that :func:`fseft_edge.runtime.networks.build_network` knows, or for a network of the user's
+            own, which no model file holds, :data:`fseft_edge.runtime.networks.IMPORTED`.
         settings: keyword arguments of that architecture.
         preprocessing: how a CT becomes the network's input.
         window: ``[X, Y, Z]`` voxels of the encoder's input.

@@ -89,19 +89,23 @@ class _StagedInstanceNorm(nn.Module):
     def __init__(self, norm: nn.InstanceNorm3d) -> None:
         super().__init__()
         self._eps = norm.eps
-        self._weight, self._bias = norm.weight, norm.bias
+        self._affine, self._weight, self._bias = norm.affine, norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
         centred = x - _staged_mean(x)
         normalised = centred * torch.rsqrt(_staged_mean(centred * centred) + self._eps)
-        if self._weight is None:
+        if not self._affine:
             return normalised
         return normalised * self._weight[:, None, None, None] + self._bias[:, None, None, None]
 
 
 def _staged_mean(x: Tensor) -> Tensor:
-    """Return the mean over X, Y, Z of ``[n, C, X, Y, Z]``, as ``[n, C, 1, 1, 1]``."""
-    return x.mean(4, keepdim=True).mean(3, keepdim=True).mean(2, keepdim=True)
+    """Return the mean over X, Y, Z of ``[n, C, X, Y, Z]``, as ``[n, C, 1, 1, 1]``.
+
+    OpenVINO makes neighbouring means that keep, or drop, their axes alike into one again, with the errors that the
+    stages are there to avoid: on 96^3 voxels 1.3e-3 of the largest feature, in one normalisation. So they alternate.
+    """
+    return x.mean(4).mean(3, keepdim=True).mean(2)[..., None, None]
 
 
 def _with_staged_statistics(network: nn.Module) -> nn.Module:

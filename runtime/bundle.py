@@ -101,7 +101,8 @@ class BundleManifest(BaseModel):
     Attributes:
         schema_version: of this manifest.
         name: of the model, e.g. ``edge_base``.
-        architecture: a name that :func:`fseft_edge.runtime.networks.build_network` knows.
+        architecture: a name that :func:`fseft_edge.runtime.networks.build_network` knows, or
+            :data:`fseft_edge.runtime.networks.IMPORTED`.
         settings: keyword arguments of that architecture.
         precision: number format that the features are computed in.
         preprocessing: how a CT becomes the encoder's input.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.backends.openvino import CompiledGraph
 from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
 
 
@@ -103,12 +104,17 @@ class NormOnly(FeatureNetwork):
         return [self.norm(windows)]
 
 
-def test_instance_normalisation_is_exact_where_large_parts_of_a_window_are_constant(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_instance_normalisation_is_exact_where_large_parts_of_a_window_are_constant(
+    tmp_path: Path, engine: str
+) -> None:
     window = torch.rand(1, 1, 96, 96, 96, generator=torch.Generator().manual_seed(0))
     window[..., 40:] = 0.3
     network = NormOnly().eval()
     write_graph(network, (96, 96, 96), tmp_path / "norm.onnx")
-    (features,) = GraphRunner(tmp_path / "norm.onnx", torch.device("cpu"), 1)(window)
+    path = tmp_path / "norm.onnx"
+    run = GraphRunner(path, torch.device("cpu"), 1) if engine == "onnxruntime" else CompiledGraph(path, 1, "float32")
+    (features,) = run(window)
     expected = nn.functional.instance_norm(window.double())
     assert float((features - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
     assert isinstance(network.norm, nn.InstanceNorm3d)
