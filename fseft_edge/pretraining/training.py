@@ -134,7 +134,7 @@ def _check_feasible(plan: PretrainingPlan, processes: Processes) -> None:
     if on_cpu and schedule.bfloat16 and schedule.crop <= 2 * plan.encoder.coarsest_stride:
         # PyTorch 2.13: the gradient of a 3x3x3 kernel over features two voxels long holds what was in memory before.
         raise UsageError(
-            f"In bfloat16 a CPU gets gradients of features two voxels wide wrong, and crops of {schedule.crop} have such.",
+            f"Crops of {schedule.crop} are too small for bfloat16 on a CPU, whose gradients would be wrong.",
             remedy="Raise 'crop', set 'bfloat16 = false' in the plan, or train on a GPU.",
         )
 

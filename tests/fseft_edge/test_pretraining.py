@@ -195,7 +195,7 @@ def test_a_swin_unetr_takes_a_step_in_little_memory(data: Path, plan: Pretrainin
 def test_bfloat16_that_a_cpu_gets_wrong_is_refused(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
     schedule = plan.schedule.model_copy(update={"bfloat16": True, "crop": 8})
     small = plan.model_copy(update={"schedule": schedule})
-    with pytest.raises(UsageError, match="crops of 8"):
+    with pytest.raises(UsageError, match="Crops of 8 are too small"):
         pretrain(small, data_root=data, output=tmp_path, processes=Processes(torch.device("cpu")))
 
 
