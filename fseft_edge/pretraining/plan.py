@@ -62,11 +62,17 @@ class ResidualUNetPlan(_Strict):
         """How many levels the pyramid has."""
         return len(self.channels) - 1
 
+    @property
+    def coarsest_stride(self) -> int:
+        """Of the bottleneck, in grid voxels."""
+        return int(2**self.levels)
+
     def check_edges(self, edges: Sequence[int]) -> None:
         """Raise a ValueError where a crop or window of these edges, in grid voxels, does not fit."""
-        stride = 2**self.levels
-        if any(edge % stride for edge in edges):
-            raise ValueError(f"window and crop must be multiples of {stride}, the encoder's coarsest stride")
+        if any(edge % self.coarsest_stride for edge in edges):
+            raise ValueError(
+                f"window and crop must be multiples of {self.coarsest_stride}, the encoder's coarsest stride"
+            )
 
 
 class SwinUnetrPlan(_Strict):
@@ -89,12 +95,17 @@ class SwinUnetrPlan(_Strict):
         """How many levels the pyramid has."""
         return 5
 
+    @property
+    def coarsest_stride(self) -> int:
+        """Of the bottleneck, in grid voxels."""
+        return 32
+
     def check_edges(self, edges: Sequence[int]) -> None:
         """Raise a ValueError where a crop or window of these edges, in grid voxels, does not fit.
 
-        The bottleneck, of stride 32, normalises over its voxels and needs more than one.
+        The bottleneck normalises over its voxels and needs more than one.
         """
-        if any(edge % 32 or edge < 64 for edge in edges):
+        if any(edge % self.coarsest_stride or edge < 64 for edge in edges):
             raise ValueError("window and crop of a swin_unetr must be multiples of 32, and at least 64")
 
 

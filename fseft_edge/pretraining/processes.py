@@ -93,7 +93,7 @@ def open_processes(device: str) -> Iterator[Processes]:
 
     Raises:
         UsageError: the device is unknown.
-        EnvironmentProblemError: there is no GPU, or this machine has fewer than processes.
+        EnvironmentProblemError: there is no GPU, or this machine has fewer than processes; another process has ended.
     """
     place = resolve_device(device)
     if not distributed.is_torchelastic_launched():
@@ -116,6 +116,12 @@ def open_processes(device: str) -> Iterator[Processes]:
             # Of kernels of one voxel, whose strides mean nothing: where channels come last they differ all the same.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             yield Processes(place, distributed.get_rank(), distributed.get_world_size())
+    except RuntimeError as error:
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            raise EnvironmentProblemError(
+                "Another process of this run has ended, or cannot be reached.", remedy="Its own message says why."
+            ) from error
+        raise
     finally:
         distributed.destroy_process_group()
 

@@ -72,7 +72,8 @@ def pretrain(
             weights are of another network.
         InputError: a data set is missing or inconsistent.
         MissingBackendError: TensorBoard is asked for and not installed.
-        UsageError: there are more processes than crops in a step, or they do not see the same files.
+        UsageError: there are more processes than crops in a step, or they do not see the same files; the plan's
+            crops are too small for bfloat16 on a CPU.
     """
     progress = progress or SilentProgress()
     processes = processes or Processes(resolve_device("auto"))
@@ -81,11 +82,7 @@ def pretrain(
         raise CheckpointError(
             f"{checkpoint} holds an earlier run.", remedy="Add --resume to continue it, or choose another --output."
         )
-    if processes.count > plan.crops_per_step:
-        raise UsageError(
-            f"{processes.count} processes cannot share the {plan.crops_per_step} crops of a step.",
-            remedy="Start fewer, or raise 'crops_per_step' in the plan.",
-        )
+    _check_feasible(plan, processes)
     output.mkdir(parents=True, exist_ok=True)
     state = _initial_state(plan, initial, initial_model, processes)
     if checkpoint.exists():
@@ -124,6 +121,22 @@ def learning_rate(plan: PretrainingPlan, step: int) -> float:
         return schedule.learning_rate * (step + 1) / schedule.warmup_steps
     done = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _check_feasible(plan: PretrainingPlan, processes: Processes) -> None:
+    if processes.count > plan.crops_per_step:
+        raise UsageError(
+            f"{processes.count} processes cannot share the {plan.crops_per_step} crops of a step.",
+            remedy="Start fewer, or raise 'crops_per_step' in the plan.",
+        )
+    schedule = plan.schedule
+    on_cpu = processes.device.type == "cpu"
+    if on_cpu and schedule.bfloat16 and schedule.crop <= 2 * plan.encoder.coarsest_stride:
+        # PyTorch 2.13: the gradient of a 3x3x3 kernel over features two voxels long holds what was in memory before.
+        raise UsageError(
+            f"Crops of {schedule.crop} are too small for bfloat16 on a CPU, whose gradients would be wrong.",
+            remedy="Raise 'crop', set 'bfloat16 = false' in the plan, or train on a GPU.",
+        )
 
 
 def _initial_state(
@@ -204,7 +217,7 @@ class _Step:
         state.step += 1
         seconds = time.monotonic() - started
         state.seconds += seconds
-        parts = float(segmentation.detach()), sum(float(part.detach()) for part in deep_supervision)
+        parts = float(segmentation.detach()), sum((float(part.detach()) for part in deep_supervision), 0.0)
         return StepMetrics(state.step, state.losses[-1], *parts, float(inpainting.detach()), rate, seconds)
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -731,7 +731,7 @@ def test_every_command_and_option_is_documented() -> None:
     assert not missing
 
 
-OF_OTHER_PROGRAMS = {"--query-gpu", "--format", "--user", "--now", "--nthreads"}
+OF_OTHER_PROGRAMS = {"--query-gpu", "--format", "--user", "--now", "--nthreads", "--nproc-per-node"}
 
 
 def test_every_command_and_option_that_docs_and_messages_name_exists() -> None:

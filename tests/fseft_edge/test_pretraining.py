@@ -14,7 +14,7 @@ from doubles.cohorts import write_cohort
 
 from fseft_edge.export.checkpoints import read_model_file
 from fseft_edge.export.zoo import MODELS
-from fseft_edge.pretraining import PretrainingPlan, pretrain, read_plan
+from fseft_edge.pretraining import PretrainingPlan, Processes, pretrain, read_plan
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.plan import SwinUnetrPlan
 from fseft_edge.pretraining.training import learning_rate
@@ -181,17 +181,22 @@ def test_a_model_that_needs_its_checkpoint_says_so(data: Path, plan: Pretraining
         pretrain(plan, data_root=data, output=tmp_path, initial_model="fseft")
 
 
-def test_a_swin_unetr_takes_a_step_in_little_memory_and_bfloat16(
-    data: Path, plan: PretrainingPlan, tmp_path: Path
-) -> None:
+def test_a_swin_unetr_takes_a_step_in_little_memory(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
     swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64), gradient_checkpointing=True)
-    schedule = plan.schedule.model_copy(update={"crop": 64, "steps": 1, "bfloat16": True, "deep_supervision": ()})
+    schedule = plan.schedule.model_copy(update={"crop": 64, "steps": 1, "deep_supervision": ()})
     alone = plan.model_copy(update={"encoder": swin, "schedule": schedule, "dataset": plan.dataset[1:]})
     path = pretrain(alone, data_root=data, output=tmp_path)
     assert read_model_file(path).description.settings == {"feature_size": 12}
     (row,) = metrics(tmp_path)
     assert 0 < row["loss"] < 10
     assert row["deep_supervision"] == 0
+
+
+def test_bfloat16_that_a_cpu_gets_wrong_is_refused(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    schedule = plan.schedule.model_copy(update={"bfloat16": True, "crop": 8})
+    small = plan.model_copy(update={"schedule": schedule})
+    with pytest.raises(UsageError, match="Crops of 8 are too small"):
+        pretrain(small, data_root=data, output=tmp_path, processes=Processes(torch.device("cpu")))
 
 
 def test_the_rate_warms_up_and_falls_to_nothing(plan: PretrainingPlan) -> None:
