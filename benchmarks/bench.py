@@ -44,8 +44,8 @@ class Bench:
             for number, organ in enumerate(organs, start=1)
         }
 
-    def support(self, cases: Sequence[str]) -> list[SupportScan]:
-        """Return annotated scans with all five organs."""
+    def support(self, cases: Sequence[str], *, variations: int | None = 0, seed: int = 0) -> list[SupportScan]:
+        """Return annotated scans with all five organs, and their variations."""
         annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in cases]
         return load_support(
             annotated,
@@ -53,6 +53,8 @@ class Bench:
             bundle=self.bundle,
             session=self.session,
             store=self.store,
+            variations=variations,
+            seed=seed,
         )
 
     def train(

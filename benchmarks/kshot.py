@@ -181,7 +181,8 @@ def _make(run: Run, encoder: Path) -> Made:
     path.parent.mkdir(exist_ok=True)
     with open_session(bundle) as session:
         bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
-        support = bench.support(run.support)  # before the clock starts: features are cached
+        # Before the clock starts: features are cached.
+        support = bench.support(run.support, variations=None, seed=run.draw)
         started = time.process_time()
         if run.method.endswith(TRANSDUCED) and path.exists():
             adapter = read_adapter(path).adapter

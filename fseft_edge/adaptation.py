@@ -176,7 +176,11 @@ def describe(
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
         settings=adapter_settings(trained.adapter.settings),
         organs=describe_organs(
-            organs, volumes, hu, validated and validated.dsc, validated and validated.post_processing
+            organs,
+            volumes,
+            hu,
+            left_out=validated.dsc if validated else None,
+            post_processing=validated.post_processing if validated else None,
         ),
         shots=len(support),
         seed=seed,
@@ -191,6 +195,7 @@ def describe_organs(
     organs: Sequence[OrganLabel],
     volumes_ml: Sequence[tuple[float, ...]],
     hu: Sequence[tuple[HuPercentiles, ...]],
+    *,
     left_out: Sequence[Sequence[float]] | None,
     post_processing: Sequence[PostProcessing] | None,
 ) -> tuple[AdapterOrgan, ...]:

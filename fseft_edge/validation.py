@@ -188,7 +188,7 @@ class OrganScores:
         for steps in ALL:
             treated = post_process(labels, [steps] * len(values))
             for organ in np.flatnonzero(scored):
-                score = dice(treated == organ + 1, reference.array == values[organ])
+                score = dice(treated == organ + 1, reference.array == values[int(organ)])
                 if score is not None:
                     self._dsc[organ][steps].append(score)
 

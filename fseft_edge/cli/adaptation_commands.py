@@ -136,7 +136,7 @@ def adapt(
             from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
             from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
 
-            kind = {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
+            kind: dict[str, Any] = {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
             file = run(
                 *scans,
                 output,

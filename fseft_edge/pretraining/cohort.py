@@ -252,7 +252,7 @@ def random_crop(
         flips: axes along which every second crop is flipped.
         mirrored: the organs' order under a flip along x, where right and left change places.
     """
-    case = cohort[random.integers(len(cohort))]
+    case = cohort[int(random.integers(len(cohort)))]
     group = case.centres[-1] if random.random() < 0.25 else case.centres[random.integers(len(case.centres))]
     centre = group[random.integers(len(group))] + random.uniform(-edge / 4, edge / 4, 3)
     turn = random_turn(random)
