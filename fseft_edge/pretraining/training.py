@@ -69,7 +69,7 @@ def pretrain(
 
     Raises:
         CheckpointError: the folder's checkpoint is of another plan, or exists and ``resume`` is off; the initial
-            weights are of another network.
+            weights are of another network; training diverged.
         InputError: a data set is missing or inconsistent.
         MissingBackendError: TensorBoard is asked for and not installed.
         UsageError: there are more processes than crops in a step, or they do not see the same files; the plan's
@@ -160,6 +160,11 @@ def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan:
     """Let the network start from a model of the zoo, and return the file that it was read from."""
     loaded = load_model(name, path)
     model = loaded.model
+    if model.description.architecture != plan.encoder.architecture:
+        raise CheckpointError(
+            f"{loaded.source} is a {model.description.architecture}, the plan trains a {plan.encoder.architecture}.",
+            remedy="Start from weights of the plan's network, or change the plan's [encoder].",
+        )
     load_weights(network.encoder, model.encoder, source=str(loaded.source))
     rows = {organ: row for row, organ in enumerate(model.description.organs)}
     head = network.head
@@ -211,7 +216,12 @@ class _Step:
             loss = loss + part
         state.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(state.network.parameters(), 5.0)
+        norm = nn.utils.clip_grad_norm_(state.network.parameters(), 5.0)
+        if not bool(torch.isfinite(norm)):
+            raise CheckpointError(
+                f"Training diverged: the gradient of step {state.step + 1} is not finite.",
+                remedy="Lower 'learning_rate' in the plan and begin again with another --output.",
+            )
         state.optimizer.step()
         state.losses.append(float(loss.detach()))
         state.step += 1

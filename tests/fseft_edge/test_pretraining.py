@@ -14,7 +14,8 @@ from doubles.cohorts import write_cohort
 
 from fseft_edge.export.checkpoints import read_model_file
 from fseft_edge.export.zoo import MODELS
-from fseft_edge.pretraining import PretrainingPlan, Processes, pretrain, read_plan
+from fseft_edge.losses import partial_label_loss
+from fseft_edge.pretraining import PretrainingPlan, Processes, pretrain, read_plan, training
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.plan import SwinUnetrPlan
 from fseft_edge.pretraining.training import learning_rate
@@ -174,6 +175,34 @@ def test_training_can_start_from_a_published_checkpoint(
         torch.testing.assert_close(model.encoder[key], value, rtol=1e-3, atol=1e-6)
     assert torch.equal(model.head_weight[4], head["classifier.weight"][0].flatten())
     assert float(model.head_bias[4]) == float(head["classifier.bias"][0])
+
+
+def test_weights_of_another_architecture_are_refused(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
+    with pytest.raises(CheckpointError, match="is a residual_unet, the plan trains a swin_unetr"):
+        pretrain(plan.model_copy(update={"encoder": swin}), data_root=data, output=tmp_path, initial_model="edge_base")
+
+
+def test_a_run_that_diverges_stops_there(
+    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(plan, data_root=data, output=tmp_path, stop_after=1)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    loss = partial_label_loss
+    monkeypatch.setattr(training, "partial_label_loss", lambda *given, **named: loss(*given, **named) * float("inf"))
+    with pytest.raises(CheckpointError, match="step 2 is not finite"):
+        pretrain(plan, data_root=data, output=tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_crops_made_ahead_are_those_of_their_steps(data: Path, plan: PretrainingPlan) -> None:
+    cohorts = load_cohorts(plan, data, SilentProgress())
+    gpu = Processes(torch.device("cuda"), rank=1, count=2)
+    ahead = list(training._batches(plan, cohorts, range(2, 5), gpu))
+    assert len(ahead) == 3
+    for step, batch in zip(range(2, 5), ahead, strict=True):
+        assert torch.equal(batch.image, draw_batch(plan, cohorts, step).image[1:])
+    assert list(training._batches(plan, cohorts, range(2, 2), gpu)) == []
 
 
 def test_a_model_that_needs_its_checkpoint_says_so(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:

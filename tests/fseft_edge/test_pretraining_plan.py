@@ -165,3 +165,14 @@ def test_a_mirror_needs_both_sides_of_an_organ(data: Path) -> None:
 
 def test_organ_names_of_phantom_plans_are_the_generators(data: Path) -> None:
     assert set(planned(data).dataset[1].annotated()) <= set(ORGANS)
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["edge_base", "edge_base_continued", "swin_unetr"])
+def test_plans_of_encoders_leave_the_novel_organs_out(name: str) -> None:
+    plan = read_plan(BENCHMARKS / f"{name}.toml")
+    shown = {label for dataset in plan.dataset if dataset.kind == "files" for label in dataset.organs.values()}
+    assert not shown & {3, 4}  # the parotid glands of the head-and-neck annotations
+    assert not any("parotid" in organ for organ in plan.organs)
