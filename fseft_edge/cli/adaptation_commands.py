@@ -136,7 +136,9 @@ def adapt(
             from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
             from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
 
-            kind: dict[str, Any] = {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
+            kind: dict[str, Any] = (
+                {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
+            )
             file = run(
                 *scans,
                 output,
@@ -195,6 +197,8 @@ def _check_method(method: str, validate: bool | None, budget: float | None, part
         raise UsageError("--method auto chooses what is read.", remedy="Leave --reads out, or name a method.")
     if budget is not None and method != "auto":
         raise UsageError("--budget serves --method auto.", remedy="Add it, or leave --budget out.")
+    if budget is not None and particular["activation"] == "softmax":
+        raise UsageError("Fine-tuning decides organs one by one (sigmoid).", remedy="Leave --budget or softmax out.")
     if method in _TUNINGS:
         foreign, kind = _OF_ADAPTERS, "fine-tunes the encoder"
     elif budget is None:

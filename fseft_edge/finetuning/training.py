@@ -23,6 +23,7 @@ from fseft_edge.runtime.preprocessing import Preprocessing
 
 _CROP_MM = 144.0
 _CROP_MULTIPLE = 32
+_BOTTLENECK = 2  # at most, of the coarsest level's stride
 _WARMUP_STEPS = 20
 _LIVE_STATISTICS = 0.8
 _GREATEST_GRADIENT = 5.0
@@ -134,6 +135,9 @@ def fine_tune(
     encoder.gradient_checkpointing = settings.checkpointing
     edge = settings.crop or crop_edge(preprocessing, window)
     bfloat16 = has_bfloat16(settings.device) if settings.bfloat16 is None else settings.bfloat16
+    # PyTorch 2.13 on a CPU: the gradient of a 3x3x3 kernel over features two voxels long is what was in memory before.
+    if settings.device.type == "cpu" and edge <= 2 * _BOTTLENECK * encoder.levels[-1].stride:
+        bfloat16 = False
     optimizer = _optimizer(network, settings)
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     portions = [len(part) for part in np.array_split(np.arange(settings.crops), settings.accumulate) if len(part)]

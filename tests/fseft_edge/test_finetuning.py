@@ -405,7 +405,7 @@ def test_fine_tuning_is_tried_where_an_adapter_falls_short_of_a_new_organ(site: 
 def test_the_better_one_is_taken_and_a_time_too_short_takes_none(site: Site, tmp_path: Path) -> None:
     support, settings = crops_of(site), TuningSettings("bitfit", **SHORT)
     poor = adapter_with(0.0, tmp_path, site)
-    good = TuningSettings("full", steps=60, crops=2, crop=32, bfloat16=False, rate=1e-2)
+    good = TuningSettings("full", steps=25, crops=2, crop=32, bfloat16=False, rate=1e-2)
     chosen = better_tuning(poor, support, [good], minutes=10)
     assert chosen is not None
     assert chosen.description.method == "full"

@@ -1,0 +1,108 @@
+"""Fine-tuning from the command line: ``adapt`` with such a method, ``merge``, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from doubles.encoder import label_of, write_case, write_tiny_encoder
+
+from fseft_edge.adapter_file import read_adapter
+from fseft_edge.cli import adaptation_commands
+from fseft_edge.cli.main import cli
+from fseft_edge.finetuning.settings import TUNING_METHODS
+from fseft_edge.finetuning.tuning_file import read_tuning
+from fseft_edge.runtime.errors import UsageError
+
+LIVER = f"liver={label_of('liver')}"
+SHORT = ("--steps", 2, "--crops", 1, "--device", "cpu")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("site")
+    for seed in (1, 2):
+        write_case(root, f"case_{seed}", seed)
+    write_tiny_encoder(root / "tiny.encoder")
+    return root
+
+
+def adapt(site: Path, output: Path, *more: object) -> Result:
+    scans = ("--images", site / "images", "--labels", site / "labels", "--organ", LIVER)
+    return run("adapt", "--encoder", site / "tiny.encoder", *scans, "-o", output, *more)
+
+
+def test_fine_tune_merge_segment(site: Path, tmp_path: Path) -> None:
+    tuned = adapt(site, tmp_path / "liver.tuning", "--method", "affine", "--decoder", "tuned", *SHORT, "--seed", 3)
+    assert tuned.exit_code == 0, tuned.output
+    assert tuned.stdout.startswith("liver: 2 scans, ")
+    assert "liver.tuning: affine, decoder tuned" in tuned.stdout
+    description = read_tuning(tmp_path / "liver.tuning").description
+    assert (description.method, description.decoder, description.steps, description.seed) == ("affine", "tuned", 2, 3)
+    merged = run(
+        *("merge", tmp_path / "liver.tuning", "-o", tmp_path / "liver.encoder"),
+        *("--encoder", site / "tiny.encoder", "--no-onnx"),
+    )
+    assert merged.exit_code == 0, merged.output
+    assert str(tmp_path / "liver.adapter") in merged.stdout
+    assert read_adapter(tmp_path / "liver.adapter").description.encoder_name == "liver"
+    scan = site / "images" / "case_1.nii.gz"
+    segmented = run("segment", scan, "--adapter", tmp_path / "liver.adapter", "-o", tmp_path / "out", "--device", "cpu")
+    assert segmented.exit_code == 0, segmented.output
+    assert (tmp_path / "out" / "case_1.nii.gz").exists()
+
+
+def test_the_description_is_printed_as_json(site: Path, tmp_path: Path) -> None:
+    tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", *SHORT, "--json")
+    assert json.loads(tuned.stdout)["method"] == "bitfit"
+
+
+def test_memory_is_saved_by_portions_and_checkpointing(site: Path, tmp_path: Path) -> None:
+    saving = ("--accumulate", 2, "--gradient-checkpointing", "--crops", 2)
+    tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", *SHORT, *saving)
+    assert tuned.exit_code == 0, tuned.output
+
+
+def test_auto_with_a_budget_leaves_the_adapter_and_may_add_a_tuning(site: Path, tmp_path: Path) -> None:
+    chosen = adapt(
+        site, tmp_path / "a.adapter", "--method", "auto", "--epochs", 1, "--budget", 0.001, "--device", "cpu"
+    )
+    assert chosen.exit_code == 0, chosen.output
+    assert (tmp_path / "a.adapter").exists()
+    assert not (tmp_path / "a.tuning").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--method", "lora", "--reads", "last"), "--reads says nothing"),
+        (("--method", "lora", "--activation", "softmax"), "--activation says nothing"),
+        (("--method", "full", "--epochs", 3), "--epochs says nothing"),
+        (("--method", "full", "--cache", "features"), "--cache says nothing"),
+        (("--method", "linear", "--decoder", "tuned"), "--decoder says nothing"),
+        (("--method", "spatial", "--steps", 3), "--steps says nothing"),
+        (("--method", "spatial", "--gradient-checkpointing"), "--gradient-checkpointing says nothing"),
+        (("--method", "spatial", "--budget", 3), "--budget serves --method auto"),
+        (("--method", "auto", "--budget", 3, "--activation", "softmax"), "sigmoid"),
+        (("--method", "adaptformer"), "no place for adaptformer"),
+        (("--method", "decoder", "--decoder", "frozen"), "nothing of this encoder would learn"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_what_contradicts_a_method_is_refused(
+    site: Path, tmp_path: Path, more: tuple[object, ...], message: str
+) -> None:
+    refused = adapt(site, tmp_path / "out" / "a.adapter", *more)
+    assert isinstance(refused.exception, UsageError)
+    assert message in str(refused.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_offers_every_method() -> None:
+    assert adaptation_commands._TUNINGS == TUNING_METHODS
