@@ -51,8 +51,8 @@ class ModelDescription(BaseModel):
     Attributes:
         schema_version: of this description.
         name: of the model, e.g. ``edge_base``.
-        architecture: a name that :func:`fseft_edge.runtime.networks.build_network` knows, or for a network of the user's
-            own, which no model file holds, :data:`fseft_edge.runtime.networks.IMPORTED`.
+        architecture: a name that :func:`fseft_edge.runtime.networks.build_network` knows; a network of the user's own,
+            which is never in a model file, has :data:`fseft_edge.runtime.networks.IMPORTED`.
         settings: keyword arguments of that architecture.
         preprocessing: how a CT becomes the network's input.
         window: ``[X, Y, Z]`` voxels of the encoder's input.
