@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.encoder import SPACING, WINDOW, label_of, write_case
+from doubles.encoder import WINDOW, label_of, write_case
 from doubles.own_network import make_network
 from doubles.releases import FEATURE_SIZE, WIDTH, authors_swin, authors_unet, prefixed, pretext_heads, transformer
 
@@ -21,6 +21,7 @@ from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.preprocessing import Preprocessing
 
+SPACING = 12.0  # a phantom is one window then
 LIVER = OrganLabel("liver", label_of("liver"))
 
 
@@ -32,14 +33,13 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
         assert published is not None
         settings = {"width": WIDTH} if name == "suprem_unet" else {"feature_size": FEATURE_SIZE}
         window = WINDOW if name == "suprem_unet" else (64, 32, 32)
-        spacing = SPACING if name == "suprem_unet" else (12.0, 12.0, 12.0)  # a scan is one window then
-        small = {"settings": settings, "window": window, "preprocessing": Preprocessing(spacing=spacing)}
+        small = {"settings": settings, "window": window, "preprocessing": Preprocessing(spacing=(SPACING,) * 3)}
         monkeypatch.setitem(MODELS, name, replace(MODELS[name], published=published.model_copy(update=small)))
 
 
 def unet(folder: Path) -> EncoderBundle:
     torch.save({"net": prefixed("module.", authors_unet(29).state())}, folder / "c.pth")
-    return export_encoder(folder / "c.pth", model="suprem_unet", output=folder / "e.encoder")
+    return export_encoder(folder / "c.pth", model="suprem_unet", output=folder / "e.encoder", onnx=False)
 
 
 def self_supervised(folder: Path) -> EncoderBundle:
@@ -53,7 +53,7 @@ def own(folder: Path) -> EncoderBundle:
     (folder / "own.toml").write_text(
         'name = "own"\nfactory = "doubles.own_network:make_network"\n'
         'window = [32, 32, 32]\nlevels = ["last", "middle", "deep"]\nclassifier = "score"\n'
-        'organs = ["liver", "spleen"]\n[preprocessing]\nspacing = [6.0, 6.0, 6.0]\n',
+        'organs = ["liver", "spleen"]\n[preprocessing]\nspacing = [12.0, 12.0, 12.0]\n',
         encoding="utf-8",
     )
     return export_encoder(
