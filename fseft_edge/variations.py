@@ -63,7 +63,9 @@ def vary(
     """
     image = torch.from_numpy(grid.section(volume, 0, grid.shape[2]))
     shares = torch.stack([torch.from_numpy(grid.occupancy(mask)) for mask in masks])
-    turned = _turned(torch.cat([image[None], shares]), random_turn(random))
+    spacing = torch.tensor(grid.preprocessing.spacing)
+    turn = random_turn(random) * spacing / spacing[:, None]  # of millimetres, in voxels
+    turned = _turned(torch.cat([image[None], shares]), turn)
     box = _around(turned[1:].amax(0).numpy() > 0, margin)
     first = np.array([part.start for part in box])
     low, high = grid.preprocessing.hu_window

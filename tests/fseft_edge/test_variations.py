@@ -62,6 +62,20 @@ def test_a_variation_lies_where_the_scan_lies() -> None:
     assert world == pytest.approx(affine[:3, :3] @ (24, 22, 20) + affine[:3, 3], abs=3.0)
 
 
+def test_a_turn_is_one_of_millimetres_where_voxels_are_not_cubes() -> None:
+    """A ball stays a ball: as long in every direction, by the second moments of its mask."""
+    spacing = (3.0, 3.0, 9.0)
+    axes = np.meshgrid(*(np.arange(n) * s for n, s in zip((64, 64, 24), spacing, strict=True)), indexing="ij")
+    mask = sum((axis - axis.mean()) ** 2 for axis in axes) <= 45.0**2
+    volume = Volume(np.where(mask, 250, -1000).astype(np.int16), np.diag((*spacing, 1.0)))
+    grid = Grid.of(volume, Preprocessing(spacing=spacing))
+    for seed in range(4):
+        variation = vary(volume, grid, [mask], margin=4, random=np.random.default_rng(seed))
+        position = np.argwhere(variation.shares[0] > 0.5) * np.array(spacing)
+        lengths = np.sqrt(np.linalg.eigvalsh(np.cov(position.T)))
+        assert lengths.max() / lengths.min() < 1.1
+
+
 def test_only_what_lies_around_the_organs_is_kept() -> None:
     mask = ball((96, 90, 80), (40, 40, 40), 5)
     shape = varied(mask, 1, margin=6).volume.shape
