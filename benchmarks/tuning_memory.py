@@ -1,0 +1,104 @@
+"""What a step of fine-tuning takes: `make benchmark BENCHMARK=tuning_memory`, or this script with options.
+
+A step of one crop on a network with random weights, done twice by each method in a process of its own, with and
+without gradient checkpointing: parameters that learn, processor seconds of the second time, and the process's peak
+memory, of which the interpreter and its libraries are some 300 MiB. On a GPU (`--device cuda`) also the peak of what
+PyTorch held there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from fseft_edge.finetuning.settings import TUNING_METHODS, TuningSettings
+from fseft_edge.finetuning.training import fine_tune
+from fseft_edge.pretraining.cohort import TrainingCase
+from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.networks import build_network
+from fseft_edge.runtime.preprocessing import Preprocessing
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "swin_unetr": {"feature_size": 48},
+    "genesis_unet": {},
+    "residual_unet": {"channels": [16, 32, 64, 128, 128]},
+}
+
+
+def main() -> None:
+    """Print one row a method."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=NETWORKS, default="swin_unetr")
+    parser.add_argument("--methods", nargs="+", choices=TUNING_METHODS, default=["lora", "med-adapter", "full"])
+    parser.add_argument("--decoder", choices=["frozen", "tuned", "new"], default="frozen")
+    parser.add_argument("--crop", type=int, default=96)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    for method in arguments.methods:
+        for checkpointing in (False, True):
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+                row = executor.submit(
+                    _measured,
+                    arguments.network,
+                    TuningSettings(
+                        method,
+                        arguments.decoder if method not in {"full", "decoder"} else "tuned",
+                        steps=1,
+                        crops=1,
+                        crop=arguments.crop,
+                        device=torch.device(arguments.device),
+                        checkpointing=checkpointing,
+                    ),
+                ).result()
+            print(json.dumps(row) if arguments.json else _text(row), flush=True)
+
+
+def _measured(network: str, settings: TuningSettings) -> dict[str, Any]:
+    edge = settings.crop or 96
+    random = np.random.default_rng(0)
+    image = random.random((edge, edge, edge), dtype=np.float32).astype(np.float16)
+    centres = np.full((1, 3), edge // 2)
+    case = TrainingCase(image, (image > 0.9).astype(np.int32), np.array([True]), (centres, centres))
+    torch.manual_seed(0)
+    try:
+        for _ in range(2):  # the first time also sets things up
+            encoder = build_network(network, **NETWORKS[network])
+            started = time.process_time()
+            tuned = fine_tune(
+                encoder,
+                [case],
+                [None],
+                settings,
+                preprocessing=Preprocessing(),
+                window=(edge, edge, edge),
+            )
+            seconds = time.process_time() - started
+    except UsageError as error:
+        return {"method": settings.name, "refused": error.message}
+    on_gpu = torch.cuda.max_memory_allocated() / 2**20 if settings.device.type == "cuda" else None
+    return {
+        "method": settings.name,
+        "checkpointing": settings.checkpointing,
+        "parameters": tuned.parameters,
+        "bfloat16": tuned.bfloat16,
+        "seconds_a_step": round(seconds, 1),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "gpu_mib": on_gpu and round(on_gpu),
+    }
+
+
+def _text(row: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value}" for key, value in row.items() if value is not None)
+
+
+if __name__ == "__main__":
+    main()
