@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,11 @@ def merge(
     folded = folded_encoder(network.encoder)
     loaded = LoadedModel(ModelFile(described, folded.state_dict(), weight, bias), tuning)
     bundle = write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes)
-    write_adapter(adapter, _adapter(file, bundle))
+    try:
+        write_adapter(adapter, _adapter(file, bundle))
+    except BaseException:
+        shutil.rmtree(bundle.path)  # one without the other would only be in the way of the next try
+        raise
     return Merged(bundle, adapter)
 
 

@@ -21,11 +21,13 @@ from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.prediction import segment_encoded
 from fseft_edge.pretraining.cohort import TrainingCase, prepare_case
+from fseft_edge.pretraining.plan import MOST_ORGANS
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.review.support import ReviewedBatch
 from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding import encode_scan
+from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.feature_store import open_store
 from fseft_edge.runtime.scans import read_scan
 from fseft_edge.runtime.session import open_session, resolve_device
@@ -98,12 +100,17 @@ def finetune(
         progress: where to show progress.
 
     Raises:
-        UsageError: the method does not fit the encoder, there is nothing to learn from, or ``output`` is a folder.
+        UsageError: the method does not fit the encoder, there are too many organs or nothing to learn from, or
+            ``output`` is a folder.
         OutOfSpaceError: ``output`` cannot be written.
         InputError: an image or annotation is not usable.
         LabelError: an organ is annotated in no case.
     """
     progress = progress or SilentProgress()
+    if len(organs) > MOST_ORGANS:
+        raise UsageError(
+            f"Fine-tuning learns at most {MOST_ORGANS} organs at a time, not {len(organs)}.", remedy="Name fewer."
+        )
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
     annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)

@@ -21,6 +21,9 @@ from fseft_edge.runtime.errors import UnreadableFileError
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.toml_file import read_toml
 
+MOST_ORGANS = 31
+"""Organs of a training case are bits of an int32."""
+
 
 class _Strict(BaseModel):
     """A table of the plan.
@@ -244,7 +247,7 @@ class PretrainingPlan(_Strict):
 
     name: str
     seed: int
-    organs: tuple[str, ...] = Field(min_length=1, max_length=31)
+    organs: tuple[str, ...] = Field(min_length=1, max_length=MOST_ORGANS)
     encoder: EncoderPlan
     preprocessing: Preprocessing
     schedule: SchedulePlan

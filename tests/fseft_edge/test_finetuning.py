@@ -370,6 +370,24 @@ def test_nothing_that_is_there_is_replaced(site: Site, tuned: dict[str, Path], t
         merge(tuned["full"], tmp_path / "a.encoder", encoder=site.bundle.path)
 
 
+def test_a_merge_that_is_interrupted_leaves_nothing(
+    site: Site, tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fseft_edge.finetuning.merging.write_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tuned["bitfit"], tmp_path / "a.encoder", encoder=site.bundle.path, onnx=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_organs_than_a_case_has_bits_for_are_refused(site: Site, tmp_path: Path) -> None:
+    organs = [OrganLabel(f"organ_{number}", number) for number in range(1, 33)]
+    with pytest.raises(UsageError, match="at most 31"):
+        site.finetune(TuningSettings("bitfit", **SHORT), tmp_path / "a.tuning", organs)
+
+
 # Validation and choice
 
 
