@@ -8,8 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def random_turn(random: np.random.Generator) -> Tensor:
-    """Return a turn by up to 12 degrees about each axis times a zoom of 0.8 to 1.25, ``[3, 3]``; never a reflection."""
+def random_turn(random: np.random.Generator, spacing: tuple[float, float, float]) -> Tensor:
+    """Return a turn by up to 12 degrees about each axis times a zoom of 0.8 to 1.25, never a reflection.
+
+    Args:
+        random: decides on everything.
+        spacing: mm between voxels along x, y and z.
+
+    Returns:
+        ``[3, 3]``, of positions in voxels.
+    """
     turn = torch.eye(3)
     for axis, angle in enumerate(random.uniform(-np.pi / 15, np.pi / 15, 3)):
         i, j = [other for other in range(3) if other != axis]
@@ -17,7 +25,11 @@ def random_turn(random: np.random.Generator) -> Tensor:
         step[i, i] = step[j, j] = float(np.cos(angle))
         step[i, j], step[j, i] = -float(np.sin(angle)), float(np.sin(angle))
         turn = step @ turn
-    return turn * float(np.exp(random.uniform(np.log(0.8), np.log(1.25))))
+    turn = turn * float(np.exp(random.uniform(np.log(0.8), np.log(1.25))))
+    if len(set(spacing)) == 1:
+        return turn
+    sizes = torch.tensor(spacing)
+    return turn * sizes / sizes[:, None]
 
 
 def restyle(image: Tensor, random: np.random.Generator) -> Tensor:

@@ -16,6 +16,9 @@ from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.bundle import sha256_of_weights
 from fseft_edge.runtime.errors import AdapterError
 
+TUNING_KEY = "fseft_edge_tuning"
+"""Name of the description in the header of a tuning file."""
+
 
 class SelfDescription(BaseModel):
     """What such a file says about itself.
@@ -64,14 +67,16 @@ def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[s
         raise AdapterError(f"{path} is no file.", remedy=f"Give the .{suffix} file that `fseft-edge adapt` wrote.")
     try:
         with safe_open(path, framework="pt") as opened:
-            header = (opened.metadata() or {}).get(key)
+            found = opened.metadata() or {}
+        header = found.get(key)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path} is damaged: {error}.", remedy="Copy the file again, or adapt again.") from error
     if header is None:
-        raise AdapterError(
-            f"{path} is no {suffix} file.", remedy=f"Give the .{suffix} file that `fseft-edge adapt` wrote."
-        )
+        remedy = f"Give the .{suffix} file that `fseft-edge adapt` wrote."
+        if TUNING_KEY in found:
+            remedy = "It is a tuning: `fseft-edge merge` makes an encoder and an adapter of it."
+        raise AdapterError(f"{path} is no {suffix} file.", remedy=remedy)
     try:
         version = json.loads(header).get("schema_version")
     except (ValueError, AttributeError) as error:

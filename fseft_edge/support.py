@@ -228,6 +228,8 @@ def load_support(
             count = variations
             if count is None:
                 count = default_variations(len(annotated), layout_of(grid, bundle).windows)
+            if min(grid.shape) < 2:  # too thin to be a scan of its own
+                count = 0
             varied: list[SupportScan] = []
             for number in range(count):
                 random = np.random.default_rng([seed, number])
@@ -235,7 +237,7 @@ def load_support(
                 variation = vary(volume, grid, masks, margin=min(bundle.window) // 2, random=random)
                 whole = Grid.of(variation.volume, bundle.preprocessing.model_copy(update={"crop_below_hu": None}))
                 features = encoded(variation.volume, whole).features
-                occupancy = Occupancy(variation.shares)
+                occupancy = Occupancy(share / np.float32(255) for share in variation.shares)
                 varied.append(replace(scan, features=features, shape=whole.shape, occupancy=occupancy, grid=whole))
             support.append(replace(scan, variations=tuple(varied)))
             task.advance(1)

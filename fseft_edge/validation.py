@@ -195,7 +195,12 @@ class OrganScores:
     @property
     def mean(self) -> float:
         """Mean DSC over organs, without post-processing."""
-        return mean_over_organs([organ[ALL[0]] for organ in self._dsc])
+        return mean_over_organs(self.untreated)
+
+    @property
+    def untreated(self) -> list[list[float]]:
+        """For each organ the scores without post-processing."""
+        return [organ[ALL[0]] for organ in self._dsc]
 
     def summary(self) -> tuple[tuple[tuple[float, ...], ...], tuple[PostProcessing, ...]]:
         """Return each organ's scores with the post-processing that helps it, and that post-processing."""

@@ -20,7 +20,7 @@ from fseft_edge.components import bounding_box
 from fseft_edge.runtime.grid import Grid
 from fseft_edge.runtime.volume import Volume
 
-_FEW_SHOTS, _FEW_WINDOWS, _VARIATIONS = 2, 16, 8
+_FEW_WINDOWS, _VARIATIONS = 16, 8
 _MULTIPLE = 2  # of voxels along an axis: restyling may average pairs
 
 
@@ -30,23 +30,23 @@ class Variation:
 
     Attributes:
         volume: float32 HU, one voxel a grid voxel, within the encoder's HU window.
-        shares: how much of each voxel each organ fills, 0 to 1, float32 ``[K, X, Y, Z]``.
+        shares: how much of each voxel each organ fills, 255 is all of it, uint8 ``[K, X, Y, Z]``.
     """
 
     volume: Volume
-    shares: NDArray[np.float32]
+    shares: NDArray[np.uint8]
 
 
 def default_variations(shots: int, windows: int) -> int:
-    """Return how many variations of a scan are made where nobody says: 8 of one or two scans that are soon encoded.
+    """Return how many variations of a scan are made where nobody says: 8 of a single scan that is soon encoded.
 
-    With more scans they gain nothing, and one of a scan of many windows takes as long as the scan itself.
+    With five scans they gained nothing, and one of a scan of many windows takes as long as the scan itself.
 
     Args:
         shots: scans of the support set.
         windows: that the encoder takes for the scan.
     """
-    return _VARIATIONS if shots <= _FEW_SHOTS and windows <= _FEW_WINDOWS else 0
+    return _VARIATIONS if shots == 1 and windows <= _FEW_WINDOWS else 0
 
 
 def vary(
@@ -61,27 +61,29 @@ def vary(
         margin: grid voxels to keep around the organs.
         random: decides on everything.
     """
-    image = torch.from_numpy(grid.section(volume, 0, grid.shape[2]))
-    shares = torch.stack([torch.from_numpy(grid.occupancy(mask)) for mask in masks])
-    spacing = torch.tensor(grid.preprocessing.spacing)
-    turn = random_turn(random) * spacing / spacing[:, None]  # of millimetres, in voxels
-    turned = _turned(torch.cat([image[None], shares]), turn)
-    box = _around(turned[1:].amax(0).numpy() > 0, margin)
+    turn = random_turn(random, grid.preprocessing.spacing)
+    image = _turned(grid.section(volume, 0, grid.shape[2]), turn)
+    # One organ after another, and as bytes: all of them as floats would be many times the scan.
+    shares = np.stack([np.rint(255 * _turned(grid.occupancy(mask), turn)).astype(np.uint8) for mask in masks])
+    box = _around(np.any(shares, axis=0), margin)
     first = np.array([part.start for part in box])
     low, high = grid.preprocessing.hu_window
-    hu = low + (high - low) * restyle(turned[0][box], random)
+    hu = low + (high - low) * restyle(torch.from_numpy(image[box]), random)
     affine = grid.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ first
-    return Variation(Volume(hu.numpy(), affine), turned[1:][:, *box].numpy().copy())
+    return Variation(Volume(hu.numpy(), affine), shares[:, *box].copy())
 
 
-def _turned(images: Tensor, turn: Tensor) -> Tensor:
-    """Return images ``[C, X, Y, Z]`` sampled where ``turn`` takes each voxel about the middle; 0 from beyond."""
-    size = torch.tensor(images.shape[1:], dtype=torch.float32)[:, None]
-    axes = [torch.arange(length, dtype=torch.float32) - (length - 1) / 2 for length in images.shape[1:]]
+def _turned(image: NDArray[np.float32], turn: Tensor) -> NDArray[np.float32]:
+    """Return an image ``[X, Y, Z]`` sampled where ``turn`` takes each voxel about the middle; 0 from beyond."""
+    size = torch.tensor(image.shape, dtype=torch.float32)[:, None]
+    axes = [torch.arange(length, dtype=torch.float32) - (length - 1) / 2 for length in image.shape]
     position = turn @ torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
-    normalised = (2 * position / size).flip(0).T.reshape(1, *images.shape[1:], 3)
-    return F.grid_sample(images[None], normalised, padding_mode="zeros", align_corners=False)[0]
+    normalised = (2 * position / size).flip(0).T.reshape(1, *image.shape, 3)
+    source = torch.from_numpy(image)[None, None]
+    turned = F.grid_sample(source, normalised, padding_mode="zeros", align_corners=False)
+    values: NDArray[np.float32] = turned[0, 0].numpy()
+    return values
 
 
 def _around(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice, slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ _ADAPTERS = ("linear", "pointwise", "spatial")
 # As `fseft_edge.finetuning.settings.TUNING_METHODS`, for which torch would have to be imported.
 _TUNINGS = ("lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder")
 # Options of one kind of method alone are None where nothing was said: their defaults are those of the settings.
-_OF_ADAPTERS = ("reads", "activation", "epochs", "variations", "cache")
+_OF_ADAPTERS = ("reads", "activation", "epochs", "variations", "cache", "memory", "vram")
 _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointing")
 
 
@@ -116,57 +116,60 @@ def adapt(
     wanted = parse_organs(organs)
     if from_reviewed is None and (corrected or state):
         raise UsageError("--corrected and --state serve --from-reviewed.", remedy="Add it, or leave them out.")
-    _check_method(method, validate, budget, {**particular, "cache": common.cache})
+    said = {**particular, "cache": common.cache, "memory": common.memory, "vram": common.vram}
+    _check_method(method, validate, budget, said)
     scans = (encoder, images, labels, wanted)
     shared: dict[str, Any] = {
         "reviewed": _reviewed(from_reviewed, state, corrected),
         "cases": cases or None,
         "device": common.device,
     }
-    file: AdapterFile | TuningFile
-    better: TuningFile | None = None
+    talk = _Talk(as_json=as_json, reviewed=from_reviewed is not None)
     with common.progress() as progress:
         if method in _TUNINGS:
             from fseft_edge.finetuning.tuning import finetune  # noqa: PLC0415 - brings in torch
 
             settings = _tuning_settings(method, seed, particular)
-            file = finetune(*scans, output, settings=settings, validate=bool(validate), progress=progress, **shared)
-        else:
-            from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
-            from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
-            from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
+            tuning = finetune(*scans, output, settings=settings, validate=bool(validate), progress=progress, **shared)
+            talk.tell(tuning, output)
+            return
+        from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
+        from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
+        from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
 
-            kind: dict[str, Any] = (
-                {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
-            )
-            file = run(
-                *scans,
-                output,
-                settings=AdapterSettings(activation=particular["activation"] or "sigmoid", **kind),
-                training=TrainingSettings(seed=seed, epochs=particular["epochs"], variations=particular["variations"]),
-                choose=method == "auto",
-                validate=validate is not False,
-                cache=common.cache,
-                cache_gb=common.cache_gb,
-                backend=common.backend,
-                precision=common.precision,
-                memory_gb=common.memory,
-                vram_gb=common.vram,
-                progress=progress,
-                **shared,
-            )
-            if budget is not None:
-                from fseft_edge.finetuning.choosing import try_finetuning  # noqa: PLC0415 - brings in torch
+        trial = _tuning_settings("full", seed, particular) if budget is not None else None
+        if trial is not None:
+            from fseft_edge.finetuning.choosing import check_trial  # noqa: PLC0415 - likewise
 
-                settings = _tuning_settings("full", seed, particular)
-                better = try_finetuning(
-                    file, *scans, output=output, minutes=budget, settings=settings, progress=progress, **shared
-                )
-    _tell(file, output, as_json=as_json, reviewed=from_reviewed is not None)
-    if better is not None:
-        tuning = output.with_suffix(".tuning")
-        _tell(better, tuning, as_json=as_json, reviewed=from_reviewed is not None)
-        click.echo(f"On scans left out this does better: fseft-edge merge {tuning} --output NAME.encoder", err=True)
+            check_trial(encoder, wanted, output, trial)
+        kind: dict[str, Any] = {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
+        file = run(
+            *scans,
+            output,
+            settings=AdapterSettings(activation=particular["activation"] or "sigmoid", **kind),
+            training=TrainingSettings(seed=seed, epochs=particular["epochs"], variations=particular["variations"]),
+            choose=method == "auto",
+            validate=validate is not False,
+            cache=common.cache,
+            cache_gb=common.cache_gb,
+            backend=common.backend,
+            precision=common.precision,
+            memory_gb=common.memory,
+            vram_gb=common.vram,
+            progress=progress,
+            **shared,
+        )
+        talk.tell(file, output)
+        if trial is not None and budget is not None:
+            from fseft_edge.finetuning.choosing import try_finetuning, tuning_beside  # noqa: PLC0415 - likewise
+
+            beside = tuning_beside(output)
+            better = try_finetuning(
+                file, *scans, output=output, minutes=budget, settings=trial, progress=progress, **shared
+            )
+            if better is not None:
+                talk.tell(better, beside)
+                click.echo(f"It does better on scans left out: fseft-edge merge {beside} -o NAME.encoder", err=True)
 
 
 @click.command()
@@ -199,12 +202,13 @@ def _check_method(method: str, validate: bool | None, budget: float | None, part
         raise UsageError("--budget serves --method auto.", remedy="Add it, or leave --budget out.")
     if budget is not None and particular["activation"] == "softmax":
         raise UsageError("Fine-tuning decides organs one by one (sigmoid).", remedy="Leave --budget or softmax out.")
+    foreign: tuple[str, ...]
     if method in _TUNINGS:
         foreign, kind = _OF_ADAPTERS, "fine-tunes the encoder"
     elif budget is None:
         foreign, kind = _OF_TUNINGS, "leaves the encoder as it is"
     else:
-        return
+        foreign, kind = ("decoder",), "chooses what is fine-tuned"
     said = [name for name in foreign if particular[name] is not None]
     if said:
         raise UsageError(
@@ -230,18 +234,27 @@ def _tuning_settings(method: str, seed: int, particular: dict[str, Any]) -> Any:
     )
 
 
-def _tell(file: AdapterFile | TuningFile, output: Path, *, as_json: bool, reviewed: bool) -> None:
-    """Print what was learned, and what to expect of it."""
-    made = file.description
-    if as_json:
-        click.echo(made.model_dump_json(indent=2))
-        return
-    for organ in made.organs:
-        click.echo(_organ_text(organ))
-    if reviewed and any(organ.left_out_dsc for organ in made.organs):
-        click.echo("Masks that an adapter drew count as truth here, which flatters: judge by scans contoured by hand.")
-    steps = f", {made.steps} steps, loss {made.losses[-1]:.3f}" if made.steps else ""
-    click.echo(f"{output}: {made.kind}{steps}")
+@dataclass(frozen=True)
+class _Talk:
+    """How is told what was learned, and what to expect of it."""
+
+    as_json: bool
+    reviewed: bool
+
+    def tell(self, file: AdapterFile | TuningFile, output: Path) -> None:
+        """Print it; as JSON one line a file."""
+        made = file.description
+        if self.as_json:
+            click.echo(made.model_dump_json())
+            return
+        for organ in made.organs:
+            click.echo(_organ_text(organ))
+        if self.reviewed and any(organ.left_out_dsc for organ in made.organs):
+            click.echo(
+                "Masks that an adapter drew count as truth here, which flatters: judge by scans contoured by hand."
+            )
+        steps = f", {made.steps} steps, loss {made.losses[-1]:.3f}" if made.steps else ""
+        click.echo(f"{output}: {made.kind}{steps}")
 
 
 def _organ_text(organ: AdapterOrgan) -> str:

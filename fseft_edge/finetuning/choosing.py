@@ -5,18 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fseft_edge.adaptation import head_rows
 from fseft_edge.adapter_file import AdapterFile
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.finetuning.settings import TuningSettings
-from fseft_edge.finetuning.tuning import TuningSupport, add_fold, describe_tuning, load_tuning_support
+from fseft_edge.finetuning.training import OutOfTimeError
+from fseft_edge.finetuning.tuning import TuningSupport, add_fold, check_tunable, describe_tuning, load_tuning_support
 from fseft_edge.finetuning.tuning_file import SUFFIX, TuningFile, write_tuning
 from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.review.support import ReviewedBatch
+from fseft_edge.runtime.atomic import check_writable
 from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.session import resolve_device
 from fseft_edge.support import find_annotated
 from fseft_edge.validation import OrganScores, folds, mean_over_organs
@@ -31,6 +35,38 @@ _WORTHWHILE = 0.02
 
 # After two folds, a candidate this far behind the adapter is not looked at any further.
 _HOPELESS = 0.05
+
+
+def tuning_beside(adapter: Path) -> Path:
+    """Return where a tuning is written that does better than the adapter in a file.
+
+    Raises:
+        UsageError: the file is not called after an adapter, or something is at the tuning's place already.
+        OutOfSpaceError: the tuning's place cannot be written to.
+    """
+    if adapter.suffix != ".adapter":
+        raise UsageError(
+            f"A tuning is written beside the adapter under the same name, and {adapter} does not end in .adapter.",
+            remedy="Call --output NAME.adapter.",
+        )
+    tuning = adapter.with_suffix(f".{SUFFIX}")
+    if tuning.exists():
+        raise UsageError(f"{tuning} already exists.", remedy="Choose another --output, or remove it first.")
+    check_writable(tuning)
+    return tuning
+
+
+def check_trial(encoder: Path, organs: Sequence[OrganLabel], output: Path, settings: TuningSettings) -> None:
+    """Make sure, before an adapter is made, that fine-tuning can be tried afterwards (see :func:`try_finetuning`).
+
+    Raises:
+        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` does not serve.
+        EncoderBundleError: the encoder is damaged.
+    """
+    tuning_beside(output)
+    bundle = EncoderBundle.open(encoder)
+    for kind in default_candidates(settings):
+        check_tunable(bundle, organs, kind)
 
 
 def try_finetuning(
@@ -56,7 +92,7 @@ def try_finetuning(
         images: likewise.
         labels: likewise.
         organs: likewise.
-        output: the adapter's file; the tuning is written beside it under the same name.
+        output: the adapter's file; the tuning is written beside it (:func:`tuning_beside`).
         minutes: time that all of it may take.
         settings: seed, steps and the like of what is tried.
         reviewed: as for :func:`fseft_edge.finetuning.tuning.finetune`.
@@ -66,15 +102,25 @@ def try_finetuning(
 
     Returns:
         The tuning, or None where nothing better was found in the time.
+
+    Raises:
+        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` does not serve.
+        InputError: an image or annotation is not usable.
     """
+    deadline = time.monotonic() + 60 * minutes
     progress = progress or SilentProgress()
+    common = replace(settings or TuningSettings("full"), device=resolve_device(device))
+    check_trial(encoder, organs, output, common)
     bundle = EncoderBundle.open(encoder)
+    obstacle = why_not(adapter, [row is not None for row in head_rows(bundle, organs)])
+    if obstacle is not None:
+        _LOG.warning("fine-tuning was not tried: %s", obstacle)
+        return None
     annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
     support = load_tuning_support(annotated, organs, bundle, progress)
-    common = replace(settings or TuningSettings("full"), device=resolve_device(device))
-    file = better_tuning(adapter, support, default_candidates(common), minutes=minutes, progress=progress)
+    file = better_tuning(adapter, support, default_candidates(common), deadline=deadline, progress=progress)
     if file is not None:
-        write_tuning(output.with_suffix(f".{SUFFIX}"), file)
+        write_tuning(tuning_beside(output), file)
     return file
 
 
@@ -87,13 +133,22 @@ def default_candidates(common: TuningSettings) -> list[TuningSettings]:
     return [replace(common, method="affine", decoder="tuned"), replace(common, method="full", decoder=None)]
 
 
-def falls_short(adapter: AdapterFile, support: TuningSupport) -> bool:
-    """Return whether an adapter does poorly, on scans left out, on an organ that the encoder does not know."""
-    return any(
-        organ.left_out_dsc and sum(organ.left_out_dsc) / len(organ.left_out_dsc) < _GOOD_ENOUGH
-        for organ, row in zip(adapter.description.organs, support.rows, strict=True)
-        if row is None
-    )
+def why_not(adapter: AdapterFile, known: Sequence[bool]) -> str | None:
+    """Return why fine-tuning need not be tried, None where it should be.
+
+    Args:
+        adapter: with its left-out scores.
+        known: for each organ whether the encoder knows it.
+    """
+    if all(known):
+        return "the encoder knows every organ"
+    scores = [organ.left_out_dsc for organ, of in zip(adapter.description.organs, known, strict=True) if not of]
+    validated = [sum(of_organ) / len(of_organ) for of_organ in scores if of_organ]
+    if not validated:
+        return "no organ that the encoder does not know is annotated in two scans, so nothing can be compared"
+    if min(validated) >= _GOOD_ENOUGH:
+        return "the adapter finds every organ that the encoder does not know"
+    return None
 
 
 def better_tuning(
@@ -101,44 +156,55 @@ def better_tuning(
     support: TuningSupport,
     candidates: Sequence[TuningSettings],
     *,
-    minutes: float,
+    deadline: float,
     progress: Progress | None = None,
 ) -> TuningFile | None:
     """Return the fine-tuning that does better than an adapter on scans left out, None where none does in the time.
 
-    Candidates are validated one after another, as long as one more fold and the final training still fit.
+    Candidates are validated one after another. One whose steps are too slow for all its folds and the final training is
+    given up after a few of them.
 
     Args:
         adapter: made on the same support set, with its left-out scores.
         support: the support set.
         candidates: in the order in which they are tried.
-        minutes: time that all of it may take.
+        deadline: by :func:`time.monotonic`.
         progress: where to show progress.
     """
     progress = progress or SilentProgress()
-    if not falls_short(adapter, support):
-        _LOG.info("no organ that the encoder does not know falls short: fine-tuning was not tried")
-        return None
-    deadline = time.monotonic() + 60 * minutes
-    to_beat = mean_over_organs([organ.left_out_dsc for organ in adapter.description.organs]) + _WORTHWHILE
-    best: tuple[TuningSettings, OrganScores] | None = None
+    reference = [organ.left_out_dsc for organ in adapter.description.organs]
+    to_beat = mean_over_organs(reference) + _WORTHWHILE
+    best: _Validated | None = None
     for settings in candidates:
-        scores = _validated(support, settings, deadline, hopeless=to_beat - _WORTHWHILE - _HOPELESS, progress=progress)
-        if scores is None:
+        reserved = best.longest_fold if best else 0.0
+        validated = _validate(support, settings, reference, deadline - reserved, progress)
+        if validated is None:
             continue
-        _LOG.info("%s: DSC %.3f on scans left out", settings.name, scores.mean)
-        if scores.mean >= to_beat:
-            to_beat, best = scores.mean, (settings, scores)
+        _LOG.info("%s: DSC %.3f on scans left out", settings.name, validated.scores.mean)
+        if validated.scores.mean >= to_beat:
+            to_beat, best = validated.scores.mean, validated
     if best is None:
         return None
-    settings, scores = best
-    tuned = support.tuned(settings, range(len(support.cases)), progress)
-    return describe_tuning(tuned, support, settings, *scores.summary())
+    tuned = support.tuned(best.settings, range(len(support.cases)), progress)
+    return describe_tuning(tuned, support, best.settings, *best.scores.summary())
 
 
-def _validated(
-    support: TuningSupport, settings: TuningSettings, deadline: float, *, hopeless: float, progress: Progress
-) -> OrganScores | None:
+@dataclass(frozen=True)
+class _Validated:
+    """A candidate, its scores on scans left out, and the seconds that its slowest fold took."""
+
+    settings: TuningSettings
+    scores: OrganScores
+    longest_fold: float
+
+
+def _validate(
+    support: TuningSupport,
+    settings: TuningSettings,
+    reference: Sequence[Sequence[float]],
+    deadline: float,
+    progress: Progress,
+) -> _Validated | None:
     """Return a candidate's scores on every scan left out, None where it was given up."""
     scores = OrganScores(len(support.organs))
     groups = folds(len(support.cases))
@@ -146,14 +212,25 @@ def _validated(
     with progress.task(f"validate {settings.name}", len(groups)) as task:
         for number, left_out in enumerate(groups, start=1):
             begun = time.monotonic()
-            remaining = len(groups) - number + 2  # this fold, those after it, and the final training
-            if begun + remaining * longest > deadline:
-                _LOG.warning("%s was given up: %d folds do not fit into the time", settings.name, len(groups))
+            trainings = len(groups) - number + 2  # this fold, those after it, and the final training
+            share = (deadline - begun) / trainings
+            try:
+                if share < longest:
+                    raise OutOfTimeError
+                add_fold(scores, support, settings, left_out, seconds=share)
+            except OutOfTimeError:
+                _LOG.warning("%s was given up: %d trainings do not fit into the time", settings.name, trainings)
                 return None
-            add_fold(scores, support, settings, left_out)
             longest = max(longest, time.monotonic() - begun)
             task.advance(1)
-            if number == 2 and scores.mean < hopeless:
-                _LOG.info("%s was given up: DSC %.3f on the first scans left out", settings.name, scores.mean)
+            if number == 2 and _is_hopeless(scores, reference):
+                _LOG.info("%s was given up: far behind on the first scans left out", settings.name)
                 return None
-    return scores
+    return _Validated(settings, scores, longest)
+
+
+def _is_hopeless(scores: OrganScores, reference: Sequence[Sequence[float]]) -> bool:
+    """Whether scores so far are far behind those of the adapter on the same scans; folds come in the same order."""
+    so_far = [(own, others[: len(own)]) for own, others in zip(scores.untreated, reference, strict=True) if own]
+    behind = mean_over_organs([others for _, others in so_far]) - mean_over_organs([own for own, _ in so_far])
+    return behind > _HOPELESS

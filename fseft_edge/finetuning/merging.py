@@ -64,14 +64,17 @@ def merge(
     Raises:
         AdapterError: the tuning is damaged, or of another encoder.
         EncoderBundleError: the encoder is damaged.
-        UsageError: something is at ``output`` or the adapter's place already.
+        UsageError: ``output`` does not end in ``.encoder``, or something is there or at the adapter's place already.
         OutOfSpaceError: the disk is full or not writable.
     """
-    file = read_tuning(tuning)
+    if output.suffix != ".encoder":
+        raise UsageError(f"{output} is no name of an encoder bundle.", remedy="Call --output NAME.encoder.")
     adapter = output.with_suffix(".adapter")
-    if adapter.exists():
-        raise UsageError(f"{adapter} already exists.", remedy="Choose another --output, or remove it first.")
-    check_writable(adapter)
+    for path in (output, adapter):
+        if path.exists():
+            raise UsageError(f"{path} already exists.", remedy="Choose another --output, or remove it first.")
+        check_writable(path)
+    file = read_tuning(tuning)
     base = EncoderBundle.open(encoder or find_encoder(tuning, file.description.encoder_id))
     file.check_encoder(base, tuning)
     network = tuned_network(file, base, tuning)
@@ -86,11 +89,12 @@ def merge(
     )
     folded = folded_encoder(network.encoder)
     loaded = LoadedModel(ModelFile(described, folded.state_dict(), weight, bias), tuning)
-    bundle = write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes)
     try:
+        bundle = write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes)
         write_adapter(adapter, _adapter(file, bundle))
-    except BaseException:
-        shutil.rmtree(bundle.path)  # one without the other would only be in the way of the next try
+    except BaseException as error:
+        if not isinstance(error, UsageError):  # which says that somebody else put something there meanwhile
+            shutil.rmtree(output, ignore_errors=True)  # one without the other would only be in the way of the next try
         raise
     return Merged(bundle, adapter)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -52,49 +52,76 @@ def open_encoder(network: FeatureNetwork, settings: TuningSettings) -> frozenset
     return frozenset(name for name in learning if name not in before or name.partition(".")[0] in renewed)
 
 
+def renewed_parts(network: FeatureNetwork) -> tuple[str, ...]:
+    """Return the submodules that a new decoder replaces: of a self-supervised encoder, all that was never trained."""
+    return network.decoder_parts + network.bridge_parts
+
+
 def _open_method(network: FeatureNetwork, settings: TuningSettings) -> None:
+    encoder = _Encoder(network, renewed_parts(network) if settings.of_decoder == "new" else network.decoder_parts)
     match settings.method:
         case "full":
             network.requires_grad_(True)
         case "affine":
-            _open_norms(network)
+            encoder.open_norms()
         case "bitfit":
-            for name, parameter in _encoder_parameters(network):
-                if name.endswith("bias"):
-                    parameter.requires_grad_(True)
+            encoder.open_biases()
         case "lora":
-            _add_low_rank_sums(network, settings.rank)
+            encoder.add_low_rank_sums(settings.rank)
         case "conv-adapter":
-            for convolution in _convolutions(network):
+            for convolution in encoder.convolutions():
                 add_sum(convolution, CentreSum(convolution.weight))
         case "adaptformer" | "med-adapter" | "compacter":
             add_inserts(network, settings.method)
             if settings.method == "compacter":
-                _open_norms(network)
+                encoder.open_norms()
 
 
-def _open_norms(network: FeatureNetwork) -> None:
-    for module in _encoder_modules(network):
-        if isinstance(module, _NORMS):
-            module.requires_grad_(True)
+class _Encoder:
+    """What lies outside the decoder, which is what a method concerns.
 
+    Args:
+        network: the whole.
+        without: names of the submodules that do not count.
+    """
 
-def _add_low_rank_sums(network: FeatureNetwork, rank: int) -> None:
-    attention = [
-        module.qkv for module in _encoder_modules(network) if isinstance(getattr(module, "qkv", None), nn.Linear)
-    ]
-    if attention:
+    def __init__(self, network: FeatureNetwork, without: Sequence[str]) -> None:
+        self._network, self._without = network, without
+
+    def modules(self) -> list[nn.Module]:
+        """Return the modules."""
+        named = self._network.named_modules()
+        return [module for name, module in named if name and name.partition(".")[0] not in self._without]
+
+    def convolutions(self) -> list[nn.Conv3d]:
+        """Return the convolutions that see a voxel's neighbours."""
+        return [
+            module
+            for module in self.modules()
+            if isinstance(module, nn.Conv3d) and set(module.kernel_size) == {3} and module.groups == 1
+        ]
+
+    def open_norms(self) -> None:
+        """Let gains and offsets of normalisations learn."""
+        for module in self.modules():
+            if isinstance(module, _NORMS):
+                module.requires_grad_(True)
+
+    def open_biases(self) -> None:
+        """Let every bias learn."""
+        for name, parameter in self._network.named_parameters():
+            if name.endswith("bias") and name.partition(".")[0] not in self._without:
+                parameter.requires_grad_(True)
+
+    def add_low_rank_sums(self, rank: int) -> None:
+        """Add them to the attention's matrices; where there is no attention, to the convolutions."""
+        found = [getattr(module, "qkv", None) for module in self.modules()]
+        attention = [matrix for matrix in found if isinstance(matrix, nn.Linear)]
         for matrix in attention:
-            assert isinstance(matrix, nn.Linear)  # noqa: S101 - narrows the type for the checker
             add_sum(matrix, LowRankSum(matrix.weight, 3 * rank))
-        return
-    for convolution in _convolutions(network):
-        add_sum(convolution, LowRankSum(convolution.weight, rank))
-
-
-def renewed_parts(network: FeatureNetwork) -> tuple[str, ...]:
-    """Return the submodules that a new decoder replaces: of a self-supervised encoder, all that was never trained."""
-    return network.decoder_parts + network.bridge_parts
+        if not attention:
+            for convolution in self.convolutions():
+                add_sum(convolution, LowRankSum(convolution.weight, rank))
 
 
 def _open_decoder(network: FeatureNetwork, *, afresh: bool) -> None:
@@ -108,27 +135,3 @@ def _open_decoder(network: FeatureNetwork, *, afresh: bool) -> None:
                 reset = getattr(module, "reset_parameters", None)
                 if callable(reset):
                     reset()
-
-
-def _convolutions(network: FeatureNetwork) -> list[nn.Conv3d]:
-    """Return the convolutions of the encoder, without its decoder, that see a voxel's neighbours."""
-    return [
-        module
-        for module in _encoder_modules(network)
-        if isinstance(module, nn.Conv3d) and set(module.kernel_size) == {3} and module.groups == 1
-    ]
-
-
-def _encoder_modules(network: FeatureNetwork) -> list[nn.Module]:
-    """Return what lies outside the decoder."""
-    return [
-        module
-        for name, module in network.named_modules()
-        if name and name.partition(".")[0] not in network.decoder_parts
-    ]
-
-
-def _encoder_parameters(network: FeatureNetwork) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in network.named_parameters():
-        if name.partition(".")[0] not in network.decoder_parts:
-            yield name, parameter

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,8 @@ from fseft_edge.losses import adaptation_loss
 from fseft_edge.pretraining.cohort import TrainingCase, batch_of, random_crop
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.backend_choice import has_bfloat16
+from fseft_edge.runtime.errors import OutOfMemoryError
+from fseft_edge.runtime.memory import is_out_of_memory
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -110,6 +114,7 @@ def fine_tune(
     *,
     preprocessing: Preprocessing,
     window: tuple[int, int, int],
+    seconds: float | None = None,
     progress: Progress | None = None,
 ) -> FineTuned:
     """Fine-tune an encoder on annotated scans.
@@ -123,11 +128,15 @@ def fine_tune(
         settings: what learns, and how.
         preprocessing: the encoder's, for the size of a crop.
         window: the encoder's, likewise.
+        seconds: give up after a few steps if all of them would take longer; None takes what it takes.
         progress: where to show progress.
 
     Raises:
         UsageError: the method does not fit the encoder.
+        OutOfTimeError: it would take longer than ``seconds``.
+        OutOfMemoryError: memory ran out.
     """
+    cases = [case for case in cases if case.task_mask.any()]  # the others teach nothing
     network = TunedNetwork(encoder, rows, settings).to(settings.device)
     for module in network.modules():
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
@@ -143,30 +152,56 @@ def fine_tune(
     portions = [len(part) for part in np.array_split(np.arange(settings.crops), settings.accumulate) if len(part)]
     warmup = min(_WARMUP_STEPS / settings.steps, 0.5)
     losses: list[float] = []
-    with (progress or SilentProgress()).task(f"fine-tune ({settings.name})", settings.steps) as task:
+    begun = time.monotonic()
+    repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
+    with (progress or SilentProgress()).task(f"fine-tune ({settings.name})", settings.steps) as task, repeatable:
         for step in range(settings.steps):
             _set_mode(network, settings, live=step < _LIVE_STATISTICS * settings.steps)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate_share((step + 1) / settings.steps, warmup)
+                group["lr"] = group["peak"] * rate_share((step + 1) / (settings.steps + 1), warmup)
             random = np.random.default_rng([settings.seed, step])
             optimizer.zero_grad()
             total = 0.0
-            for crops in portions:
-                batch = batch_of([random_crop(cases, edge, random) for _ in range(crops)])
-                image = batch.clean.to(settings.device).contiguous(memory_format=torch.channels_last_3d)
-                with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = network(image)
-                targets, annotated = batch.targets.to(settings.device), batch.task_mask.to(settings.device)
-                loss = adaptation_loss(logits.float(), targets, annotated, "sigmoid") * (crops / settings.crops)
-                loss.backward()
+            for count in portions:
+                crops = [random_crop(cases, edge, random, spacing=preprocessing.spacing) for _ in range(count)]
+                batch = batch_of(crops)
+                with _explained():
+                    image = batch.clean.to(settings.device).contiguous(memory_format=torch.channels_last_3d)
+                    with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
+                        logits = network(image)
+                    targets, annotated = batch.targets.to(settings.device), batch.task_mask.to(settings.device)
+                    loss = adaptation_loss(logits.float(), targets, annotated, "sigmoid") * (count / settings.crops)
+                    loss.backward()
                 total += float(loss.detach())
             nn.utils.clip_grad_norm_(learned, _GREATEST_GRADIENT)
             optimizer.step()
             losses.append(total)
             task.advance(1)
+            if step == 0:
+                begun = time.monotonic()  # the first step also sets things up
+            elif seconds is not None and (time.monotonic() - begun) / step * settings.steps > seconds:
+                raise OutOfTimeError
     encoder.gradient_checkpointing = False
     means = [float(np.mean(losses[i : i + _STEPS_OF_A_LOSS])) for i in range(0, len(losses), _STEPS_OF_A_LOSS)]
     return FineTuned(network.cpu().eval(), tuple(means), settings.steps, bfloat16)
+
+
+class OutOfTimeError(Exception):
+    """Fine-tuning would take longer than it may."""
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say what helps where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            "Memory ran out while the encoder was fine-tuned.",
+            remedy="Add --gradient-checkpointing, or let a step have fewer --crops or more portions (--accumulate).",
+        ) from error
 
 
 def crop_edge(preprocessing: Preprocessing, window: tuple[int, int, int]) -> int:

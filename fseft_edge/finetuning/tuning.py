@@ -13,10 +13,11 @@ import numpy as np
 from fseft_edge.adaptation import describe_organs, head_rows
 from fseft_edge.adapters import AdapterSettings, HeadRows, zero_shot
 from fseft_edge.finetuning.merging import plain_bundle
+from fseft_edge.finetuning.opening import open_encoder
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import FineTuned, fine_tune
 from fseft_edge.finetuning.tuning_file import TuningDescription, TuningFile, write_tuning
-from fseft_edge.intensities import hu_percentiles
+from fseft_edge.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
 from fseft_edge.prediction import segment_encoded
@@ -48,6 +49,8 @@ class TuningSupport:
         organs: what is learned.
         rows: for each organ the encoder's own classifier, or None.
         bundle: the encoder.
+        volumes_ml: of each scan, for each organ; 0 where not annotated.
+        hu: likewise; None where not annotated.
     """
 
     annotated: Sequence[tuple[Path, LabelMap]]
@@ -55,9 +58,13 @@ class TuningSupport:
     organs: Sequence[OrganLabel]
     rows: HeadRows
     bundle: EncoderBundle
+    volumes_ml: Sequence[Sequence[float]]
+    hu: Sequence[Sequence[HuPercentiles | None]]
 
-    def tuned(self, settings: TuningSettings, among: Sequence[int], progress: Progress) -> FineTuned:
-        """Return the encoder after fine-tuning on some of the scans."""
+    def tuned(
+        self, settings: TuningSettings, among: Sequence[int], progress: Progress, *, seconds: float | None = None
+    ) -> FineTuned:
+        """Return the encoder after fine-tuning on some of the scans (see :func:`fine_tune`)."""
         return fine_tune(
             self.bundle.network(),
             [self.cases[index] for index in among],
@@ -65,6 +72,7 @@ class TuningSupport:
             settings,
             preprocessing=self.bundle.preprocessing,
             window=self.bundle.window,
+            seconds=seconds,
             progress=progress,
         )
 
@@ -107,12 +115,9 @@ def finetune(
         LabelError: an organ is annotated in no case.
     """
     progress = progress or SilentProgress()
-    if len(organs) > MOST_ORGANS:
-        raise UsageError(
-            f"Fine-tuning learns at most {MOST_ORGANS} organs at a time, not {len(organs)}.", remedy="Name fewer."
-        )
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
+    check_tunable(bundle, organs, settings)
     annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
     settings = replace(settings, device=resolve_device(device))
     support = load_tuning_support(annotated, organs, bundle, progress)
@@ -127,6 +132,25 @@ def finetune(
     return file
 
 
+def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings: TuningSettings) -> None:
+    """Make sure, before any scan is read, that an encoder can be fine-tuned so.
+
+    Raises:
+        UsageError: the method does not fit the encoder, the encoder is known by its graph alone, or there are too many
+            organs.
+    """
+    if len(organs) > MOST_ORGANS:
+        raise UsageError(
+            f"Fine-tuning learns at most {MOST_ORGANS} organs at a time, not {len(organs)}.", remedy="Name fewer."
+        )
+    if bundle.graph_only:
+        raise UsageError(
+            f"{bundle.path} holds a network's graph and not its code, so it cannot be fine-tuned.",
+            remedy="Fine-tune the network where its code is, and export it again.",
+        )
+    open_encoder(bundle.network(), settings)
+
+
 def load_tuning_support(
     annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], bundle: EncoderBundle, progress: Progress
 ) -> TuningSupport:
@@ -136,14 +160,16 @@ def load_tuning_support(
         InputError: a CT cannot be read, or its annotation lies on another lattice.
     """
     ids = {organ.name: organ.label for organ in organs}
-    prepared = []
+    prepared, looks = [], []
     with progress.task("read", len(annotated)) as task:
         for image, labels in annotated:
             volume = read_scan(image)
             check_labels_match(volume, labels)
             prepared.append(prepare_case(volume, labels, ids, list(ids), bundle.preprocessing, partial=True))
+            looks.append([hu_percentiles(volume, labels.array == organ.label) for organ in organs])
             task.advance(1)
-    return TuningSupport(annotated, prepared, organs, head_rows(bundle, organs), bundle)
+    volumes = [annotated_volumes_ml(labels, organs) for _, labels in annotated]
+    return TuningSupport(annotated, prepared, organs, head_rows(bundle, organs), bundle, volumes, looks)
 
 
 def leave_one_out(support: TuningSupport, settings: TuningSettings, progress: Progress) -> OrganScores:
@@ -157,11 +183,28 @@ def leave_one_out(support: TuningSupport, settings: TuningSettings, progress: Pr
     return scores
 
 
-def add_fold(scores: OrganScores, support: TuningSupport, settings: TuningSettings, left_out: Sequence[int]) -> None:
-    """Fine-tune without some scans and score them, on their own lattices, as `segment` would."""
+def add_fold(
+    scores: OrganScores,
+    support: TuningSupport,
+    settings: TuningSettings,
+    left_out: Sequence[int],
+    *,
+    seconds: float | None = None,
+) -> None:
+    """Fine-tune without some scans and score them, on their own lattices, as `segment` would.
+
+    Args:
+        scores: receives the scores.
+        support: the support set.
+        settings: what learns, and how.
+        left_out: the scans; where the others annotate nothing that these do, nothing is done.
+        seconds: that fine-tuning may take (see :func:`fseft_edge.finetuning.training.fine_tune`).
+    """
     others = [index for index in range(len(support.cases)) if index not in left_out]
-    tuned = support.tuned(settings, others, SilentProgress())
     known = np.any([support.cases[index].task_mask for index in others], axis=0)
+    if not any((support.cases[index].task_mask & known).any() for index in left_out):
+        return
+    tuned = support.tuned(settings, others, SilentProgress(), seconds=seconds)
     weight, bias = tuned.network.head_weight(), tuned.network.head_bias()
     values = [organ.label for organ in support.organs]
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
@@ -183,11 +226,6 @@ def describe_tuning(
     post_processing: Sequence[PostProcessing],
 ) -> TuningFile:
     """Return what fine-tuning changed with the description that its file carries."""
-    volumes = [annotated_volumes_ml(labels, support.organs) for _, labels in support.annotated]
-    looks = []
-    for image, labels in support.annotated:
-        volume = read_scan(image)
-        looks.append([hu_percentiles(volume, labels.array == organ.label) for organ in support.organs])
     count = len(support.organs)
     description = TuningDescription(
         encoder_id=support.bundle.encoder_id,
@@ -197,8 +235,8 @@ def describe_tuning(
         rank=settings.rank,
         organs=describe_organs(
             support.organs,
-            [tuple(of_scan[k] for of_scan in volumes if of_scan[k]) for k in range(count)],
-            [tuple(look for of_scan in looks if (look := of_scan[k])) for k in range(count)],
+            [tuple(of_scan[k] for of_scan in support.volumes_ml if of_scan[k]) for k in range(count)],
+            [tuple(look for of_scan in support.hu if (look := of_scan[k])) for k in range(count)],
             left_out=left_out,
             post_processing=post_processing,
         ),

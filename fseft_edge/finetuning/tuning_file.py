@@ -12,6 +12,7 @@ from torch import Tensor
 from fseft_edge._version import __version__
 from fseft_edge.adapter_file import AdapterOrgan
 from fseft_edge.described_tensors import (
+    TUNING_KEY,
     SelfDescription,
     check_content,
     does_not_fit,
@@ -23,7 +24,6 @@ from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import AdapterError
 
 SUFFIX = "tuning"
-_METADATA_KEY = "fseft_edge_tuning"
 
 
 class TuningDescription(SelfDescription):
@@ -86,7 +86,7 @@ class TuningFile:
 
 def write_tuning(path: Path, file: TuningFile) -> None:
     """Write a tuning; it appears complete or not at all, and the same tuning gives the same bytes."""
-    write_described(path, _METADATA_KEY, file.description, file.tensors)
+    write_described(path, TUNING_KEY, file.description, file.tensors)
 
 
 def read_tuning(path: Path) -> TuningFile:
@@ -95,7 +95,7 @@ def read_tuning(path: Path) -> TuningFile:
     Raises:
         AdapterError: the file is missing, damaged, no tuning, or of an unknown schema.
     """
-    header, tensors = read_described(path, _METADATA_KEY, suffix=SUFFIX, schema=1)
+    header, tensors = read_described(path, TUNING_KEY, suffix=SUFFIX, schema=1)
     try:
         description = TuningDescription.model_validate_json(header)
     except ValidationError as error:

@@ -162,7 +162,7 @@ def prepare_case(
         mask = np.isin(labels.array, values)
         if partial and not mask.any():
             continue
-        on_grid = grid.occupancy(mask) > 0.5
+        on_grid = _filled(grid.occupancy(mask))
         if organ in organs:
             _mark(bits, task_mask, on_grid, organs.index(organ))
         if halves and organ in halves and on_grid.any():
@@ -173,6 +173,12 @@ def prepare_case(
     regions = [bits & np.int32(1 << bit) != 0 for bit in range(len(organs))]
     centres = [_some_positions(region, random) for region in [*regions, image > _AIR_LEVEL]]
     return TrainingCase(image.astype(np.float16), bits, task_mask, tuple(c for c in centres if len(c)))
+
+
+def _filled(occupancy: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return the voxels that an organ fills by half; of one too thin to, those that it fills by half of its most."""
+    half: NDArray[np.bool_] = occupancy > 0.5
+    return half if half.any() else occupancy > 0.5 * occupancy.max()
 
 
 def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArray[np.bool_], bit: int) -> None:
@@ -220,7 +226,8 @@ def draw_batch(plan: PretrainingPlan, cohorts: list[list[TrainingCase]], step: i
     order = schedule.mirrored(plan.organs) if "x" in schedule.flips else None
 
     def drawn(cohort: Sequence[TrainingCase], random: np.random.Generator) -> Crop:
-        return random_crop(cohort, schedule.crop, random, flips=schedule.flips, mirrored=order)
+        spacing = plan.preprocessing.spacing
+        return random_crop(cohort, schedule.crop, random, spacing=spacing, flips=schedule.flips, mirrored=order)
 
     if schedule.random == "crop":
         slots = range(len(sources))[own]
@@ -240,6 +247,7 @@ def random_crop(
     edge: int,
     random: np.random.Generator,
     *,
+    spacing: tuple[float, float, float],
     flips: Sequence[str] = (),
     mirrored: Sequence[int] | None = None,
 ) -> Crop:
@@ -249,13 +257,14 @@ def random_crop(
         cohort: the cases.
         edge: of the crop, in grid voxels.
         random: decides on everything.
+        spacing: of the grid, in mm.
         flips: axes along which every second crop is flipped.
         mirrored: the organs' order under a flip along x, where right and left change places.
     """
     case = cohort[int(random.integers(len(cohort)))]
     group = case.centres[-1] if random.random() < 0.25 else case.centres[random.integers(len(case.centres))]
     centre = group[random.integers(len(group))] + random.uniform(-edge / 4, edge / 4, 3)
-    turn = random_turn(random)
+    turn = random_turn(random, spacing)
     flipped = [axis for axis in flips if random.random() < 0.5]
     turn[:, ["xyz".index(axis) for axis in flipped]] *= -1
     position = torch.from_numpy(centre).float()[:, None] + turn @ _lattice(edge)

@@ -9,14 +9,18 @@ import pytest
 from click.testing import CliRunner, Result
 from doubles.encoder import label_of, write_case, write_tiny_encoder
 
-from fseft_edge.adapter_file import read_adapter
+from fseft_edge.adapter_file import AdapterFile, read_adapter
+from fseft_edge.adapter_training import TrainingSettings
+from fseft_edge.adapters import AdapterSettings
 from fseft_edge.cli import adaptation_commands
 from fseft_edge.cli.main import cli
 from fseft_edge.finetuning.settings import TUNING_METHODS
-from fseft_edge.finetuning.tuning_file import read_tuning
+from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning
 from fseft_edge.runtime.errors import UsageError
+from fseft_edge.validation import Candidate
 
 LIVER = f"liver={label_of('liver')}"
+CHEAP = Candidate("linear on last", AdapterSettings("linear", "last"), TrainingSettings())
 SHORT = ("--steps", 2, "--crops", 1, "--device", "cpu")
 
 
@@ -69,13 +73,35 @@ def test_memory_is_saved_by_portions_and_checkpointing(site: Path, tmp_path: Pat
     assert tuned.exit_code == 0, tuned.output
 
 
-def test_auto_with_a_budget_leaves_the_adapter_and_may_add_a_tuning(site: Path, tmp_path: Path) -> None:
-    chosen = adapt(
-        site, tmp_path / "a.adapter", "--method", "auto", "--epochs", 1, "--budget", 0.001, "--device", "cpu"
-    )
+def test_auto_with_a_budget_leaves_the_adapter_and_adds_what_does_better(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is tried does better than an adapter that finds nothing; JSON is one line a file."""
+    found = adapt(site, tmp_path / "b.tuning", "--method", "bitfit", *SHORT)
+    assert found.exit_code == 0, found.output
+    tuning = read_tuning(tmp_path / "b.tuning")
+    asked: list[float] = []
+
+    def tried(adapter: AdapterFile, *scans: object, minutes: float, **more: object) -> TuningFile:
+        asked.append(minutes)
+        return tuning
+
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.try_finetuning", tried)
+    monkeypatch.setattr("fseft_edge.adaptation.candidates", lambda training, settings, rows: [CHEAP])
+    chosen = adapt(site, tmp_path / "a.adapter", "--method", "auto", "--budget", 7, "--device", "cpu", "--json")
     assert chosen.exit_code == 0, chosen.output
+    first, second = (json.loads(line) for line in chosen.stdout.splitlines())
+    assert first["settings"]["method"] == "linear"
+    assert second["method"] == "bitfit"
+    assert asked == [7]
+    assert "fseft-edge merge" in chosen.stderr
     assert (tmp_path / "a.adapter").exists()
-    assert not (tmp_path / "a.tuning").exists()
+
+
+def test_a_budget_is_refused_before_any_work_where_the_tuning_has_no_place(site: Path, tmp_path: Path) -> None:
+    refused = adapt(site, tmp_path / "a.tuning", "--method", "auto", "--budget", 7)
+    assert isinstance(refused.exception, UsageError)
+    assert "does not end in .adapter" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +116,8 @@ def test_auto_with_a_budget_leaves_the_adapter_and_may_add_a_tuning(site: Path, 
         (("--method", "spatial", "--gradient-checkpointing"), "--gradient-checkpointing says nothing"),
         (("--method", "spatial", "--budget", 3), "--budget serves --method auto"),
         (("--method", "auto", "--budget", 3, "--activation", "softmax"), "sigmoid"),
+        (("--method", "auto", "--budget", 3, "--decoder", "new"), "--decoder says nothing"),
+        (("--method", "lora", "--memory", 3), "--memory says nothing"),
         (("--method", "adaptformer"), "no place for adaptformer"),
         (("--method", "decoder", "--decoder", "frozen"), "nothing of this encoder would learn"),
     ],

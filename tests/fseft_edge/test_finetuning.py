@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,25 +17,28 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fseft_edge.adapter_file import AdapterFile, read_adapter
-from fseft_edge.finetuning.choosing import better_tuning, falls_short
+from fseft_edge.finetuning.choosing import better_tuning, default_candidates, try_finetuning, tuning_beside, why_not
 from fseft_edge.finetuning.folding import CentreSum, LowRankSum, add_sum, fold_sums
 from fseft_edge.finetuning.merging import folded_encoder, merge, tuned_network
 from fseft_edge.finetuning.opening import open_encoder
 from fseft_edge.finetuning.settings import TUNING_METHODS, TuningMethod, TuningSettings
 from fseft_edge.finetuning.training import TunedNetwork, crop_edge
-from fseft_edge.finetuning.tuning import finetune, load_tuning_support
+from fseft_edge.finetuning.tuning import check_tunable, finetune, load_tuning_support
 from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning, write_tuning
 from fseft_edge.organs import OrganLabel
+from fseft_edge.pretraining.cohort import prepare_case
 from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.errors import AdapterError, UsageError
+from fseft_edge.runtime.errors import AdapterError, OutOfMemoryError, UsageError
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.networks.residual_unet import ResidualUNet
-from fseft_edge.runtime.nifti import read_label_map
+from fseft_edge.runtime.nifti import read_ct, read_label_map
 from fseft_edge.runtime.preprocessing import Preprocessing
 from fseft_edge.runtime.session import open_session
+from fseft_edge.runtime.volume import LabelMap
 from fseft_edge.segmentation import segment
+from fseft_edge.validation import OrganScores
 
 LIVER, SPLEEN = (OrganLabel(name, label_of(name)) for name in ("liver", "spleen"))
 SHORT = {"steps": 2, "crops": 1, "crop": 32, "bfloat16": False}
@@ -352,16 +356,31 @@ def damaged(path: Path, kind: str, original: Path) -> None:
                 path, TuningFile(file.description.model_copy(update={"rank": 9, "method": "lora"}), file.tensors)
             )
         case "an adapter":
+            write_random_adapter(path, EncoderBundle.open(original.parent / "tiny.encoder"))
+        case "text":
             path.write_bytes(b"no tuning at all")
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "changed", "another description", "an adapter"])
+@pytest.mark.parametrize("kind", ["missing", "truncated", "changed", "another description", "an adapter", "text"])
 def test_a_damaged_tuning_is_refused(site: Site, tuned: dict[str, Path], tmp_path: Path, kind: str) -> None:
     if kind != "missing":
         damaged(tmp_path / "bad.tuning", kind, tuned["affine"])
     with pytest.raises(AdapterError):
         merge(tmp_path / "bad.tuning", tmp_path / "out.encoder", encoder=site.bundle.path)
     assert not (tmp_path / "out.encoder").exists()
+
+
+def test_a_tuning_in_the_place_of_an_adapter_is_recognised(site: Site, tuned: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(AdapterError) as refused:
+        read_adapter(tuned["bitfit"])
+    assert "fseft-edge merge" in refused.value.remedy
+
+
+@pytest.mark.parametrize("name", [".", "p", "p.v2", "p.adapter"])
+def test_a_merged_encoder_is_called_so(site: Site, tuned: dict[str, Path], tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="no name of an encoder bundle"):
+        merge(tuned["bitfit"], tmp_path / name, encoder=site.bundle.path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_that_is_there_is_replaced(site: Site, tuned: dict[str, Path], tmp_path: Path) -> None:
@@ -407,34 +426,168 @@ def test_one_scan_cannot_be_validated_and_that_is_said(
     assert "nothing can be validated" in caplog.text
 
 
-def adapter_with(scores: float, tmp_path: Path, site: Site) -> AdapterFile:
-    """An adapter whose left-out scores are these."""
+def adapter_with(scores: float | None, tmp_path: Path, site: Site) -> AdapterFile:
+    """An adapter with the same score for all that was left out; None where nothing was."""
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"))
-    organs = tuple(organ.model_copy(update={"left_out_dsc": (scores, scores)}) for organ in file.description.organs)
+    left_out = () if scores is None else (scores, scores)
+    organs = tuple(organ.model_copy(update={"left_out_dsc": left_out}) for organ in file.description.organs)
     return replace(file, description=file.description.model_copy(update={"organs": organs}))
 
 
-def test_fine_tuning_is_tried_where_an_adapter_falls_short_of_a_new_organ(site: Site, tmp_path: Path) -> None:
-    support = crops_of(site)
-    assert falls_short(adapter_with(0.5, tmp_path, site), support)
-    assert not falls_short(adapter_with(0.9, tmp_path, site), support)
+@pytest.mark.parametrize(
+    ("scores", "known", "why"),
+    [
+        (0.5, (True, False), None),
+        (0.5, (False, False), None),
+        (0.9, (True, False), "finds every organ"),
+        (0.5, (True, True), "knows every organ"),
+        (None, (True, False), "nothing can be compared"),
+    ],
+)
+def test_fine_tuning_is_tried_where_an_adapter_falls_short_of_a_new_organ(
+    site: Site, tmp_path: Path, scores: float | None, known: tuple[bool, bool], why: str | None
+) -> None:
+    reason = why_not(adapter_with(scores, tmp_path, site), known)
+    assert reason is None if why is None else why in (reason or "")
 
 
-def test_the_better_one_is_taken_and_a_time_too_short_takes_none(site: Site, tmp_path: Path) -> None:
+GOOD = TuningSettings("full", steps=25, crops=2, crop=32, bfloat16=False, rate=1e-2)
+
+
+def within(minutes: float) -> float:
+    return time.monotonic() + 60 * minutes
+
+
+def test_the_better_one_is_taken(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On scans left out "full" is right in every voxel of the liver, and the others in none."""
+
+    def scored(scores: OrganScores, support: Any, settings: TuningSettings, left_out: Sequence[int], **_: Any) -> None:
+        for index in left_out:
+            labels = support.annotated[index][1]
+            mask = np.uint8(1) * (labels.array == (LIVER.label if settings.method == "full" else 255))
+            scores.add(mask, labels, [LIVER.label, SPLEEN.label], np.array([True, False]))
+
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.add_fold", scored)
     support, settings = crops_of(site), TuningSettings("bitfit", **SHORT)
-    poor = adapter_with(0.0, tmp_path, site)
-    good = TuningSettings("full", steps=25, crops=2, crop=32, bfloat16=False, rate=1e-2)
-    chosen = better_tuning(poor, support, [good], minutes=10)
+    candidates = [settings, replace(settings, method="full"), replace(settings, method="affine")]
+    chosen = better_tuning(adapter_with(0.5, tmp_path, site), support, candidates, deadline=within(30))
     assert chosen is not None
     assert chosen.description.method == "full"
-    assert len(chosen.description.organs[0].left_out_dsc) == 2
-    assert better_tuning(poor, support, [good], minutes=1e-4) is None
-    assert better_tuning(adapter_with(0.8, tmp_path, site), support, [settings], minutes=10) is None
+    assert chosen.description.organs[0].left_out_dsc == (1.0, 1.0)
+    assert better_tuning(adapter_with(0.99, tmp_path, site), support, candidates, deadline=within(30)) is None
+
+
+def test_what_is_too_slow_is_given_up_after_a_few_steps(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = replace(GOOD, steps=100_000)
+    begun = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        chosen = better_tuning(adapter_with(0.0, tmp_path, site), crops_of(site), [slow], deadline=within(1))
+    assert chosen is None
+    assert "3 trainings do not fit into the time" in caplog.text
+    assert time.monotonic() - begun < 60  # all the steps of one training take an hour
+
+
+def trial(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> TuningFile | None:
+    """Try one quick candidate beside an adapter that finds nothing."""
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.default_candidates", lambda common: [GOOD])
+    return try_finetuning(
+        adapter_with(0.0, tmp_path, site),
+        *(site.bundle.path, site.root / "images", site.root / "labels", [LIVER, SPLEEN]),
+        **{"output": tmp_path / "a.adapter", "minutes": 30, "device": "cpu", **more},
+    )
+
+
+def test_what_does_better_is_written_beside_the_adapter(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = adapter_with(0.0, tmp_path, site) and (tmp_path / "a.adapter").read_bytes()
+    found = trial(site, tmp_path, monkeypatch)
+    assert found is not None
+    assert read_tuning(tmp_path / "a.tuning").description.losses == found.description.losses
+    assert (tmp_path / "a.adapter").read_bytes() == before
+
+
+def test_a_tuning_takes_the_place_of_nothing(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"does not end in \.adapter"):
+        tuning_beside(tmp_path / "a.tuning")
+    (tmp_path / "a.tuning").touch()
+    with pytest.raises(UsageError, match="already exists"):
+        trial(site, tmp_path, monkeypatch)
+
+
+def test_why_fine_tuning_is_not_tried_is_said(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = try_finetuning(
+            adapter_with(0.0, tmp_path, site),
+            *(site.bundle.path, site.root / "images", site.root / "labels", [LIVER]),
+            output=tmp_path / "a.adapter",
+            minutes=1,
+            device="cpu",
+        )
+    assert found is None
+    assert "knows every organ" in caplog.text
+
+
+def test_what_is_tried_learns_different_things() -> None:
+    common = TuningSettings("full", seed=4, steps=7)
+    kinds = default_candidates(common)
+    assert len({(kind.method, kind.decoder) for kind in kinds}) == len(kinds) > 1
+    assert {(kind.seed, kind.steps) for kind in kinds} == {(4, 7)}
 
 
 def test_every_method_has_a_row_in_the_docs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
     assert all(f"`{method}`" in text for method in TUNING_METHODS)
+
+
+@pytest.mark.parametrize("method", ["conv-adapter", "lora", "bitfit"])
+def test_a_new_decoder_is_new_whatever_learns_beside_it(method: TuningMethod) -> None:
+    network, fresh = swin(), swin()
+    open_encoder(network, TuningSettings(method, "new", seed=5))
+    folded = folded_encoder(network).state_dict()
+    for name, value in fresh.state_dict().items():
+        renewed = name.startswith(("decoder", "encoder")) and name.endswith("conv.weight")
+        assert torch.equal(folded[name], value) is not renewed, name
+
+
+def test_an_encoder_that_is_a_graph_alone_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EncoderBundle, "graph_only", True)
+    with pytest.raises(UsageError, match="cannot be fine-tuned"):
+        check_tunable(site.bundle, [LIVER], TuningSettings("full"))
+
+
+def test_scans_that_annotate_nothing_teach_nothing(site: Site) -> None:
+    support = crops_of(site)
+    silent = replace(support.cases[1], task_mask=np.zeros(2, bool))
+    settings = TuningSettings("bitfit", **SHORT)
+    alone, beside = (
+        replace(support, cases=cases).tuned(settings, range(len(cases)), SilentProgress()).network.learned()
+        for cases in ([support.cases[0]], [support.cases[0], silent])
+    )
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+
+
+def test_running_out_of_memory_says_what_helps(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(TunedNetwork, "forward", out_of_memory)
+    with pytest.raises(OutOfMemoryError) as raised:
+        crops_of(site).tuned(TuningSettings("bitfit", **SHORT), [0], SilentProgress())
+    assert "--gradient-checkpointing" in raised.value.remedy
+
+
+def test_an_organ_too_thin_for_the_grid_is_not_taught_as_absent(site: Site) -> None:
+    image = site.root / "images" / "case_1.nii.gz"
+    volume = read_ct(image)
+    sheet = np.zeros(volume.shape, np.uint8)
+    sheet[20, 5:30, 5:30] = 1
+    coarse = Preprocessing(spacing=(18.0, 18.0, 18.0))
+    case = prepare_case(volume, LabelMap(sheet, volume.affine), {"sheet": 1}, ["sheet"], coarse, partial=True)
+    assert case.task_mask.tolist() == [True]
+    assert case.organs.any()
 
 
 def test_networks_without_a_decoder_refuse_a_new_one() -> None:
