@@ -45,10 +45,10 @@ def write_described(path: Path, key: str, description: SelfDescription, tensors:
         OutOfSpaceError: the disk is full, or the folder cannot be written to.
     """
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    checked = description.model_copy(update={"content_sha256": content_digest(description, stored)})
+    header = _text(description, content_digest(description, stored))
     with atomic_path(path) as temporary:
         # Not save_file: it reports a full disk as a SafetensorError.
-        temporary.write_bytes(save(stored, metadata={key: checked.model_dump_json()}))
+        temporary.write_bytes(save(stored, metadata={key: header}))
 
 
 def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[str, dict[str, Tensor]]:
@@ -104,6 +104,10 @@ def does_not_fit(path: Path) -> AdapterError:
 
 def content_digest(description: SelfDescription, tensors: Mapping[str, Tensor]) -> str:
     """Return the sha256 of all that a file holds."""
+    return hashlib.sha256(f"{_text(description, '')}{sha256_of_weights(tensors)}".encode()).hexdigest()
+
+
+def _text(description: SelfDescription, digest: str) -> str:
+    """Return a description as JSON, with a digest where it has always stood: at the end."""
     rest = description.model_dump_json(exclude={"content_sha256"})
-    text = f'{rest[:-1]},"content_sha256":""}}'  # the place it has always had in the text that is hashed
-    return hashlib.sha256(f"{text}{sha256_of_weights(tensors)}".encode()).hexdigest()
+    return f'{rest[:-1]},"content_sha256":"{digest}"}}'

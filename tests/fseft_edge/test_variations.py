@@ -105,9 +105,7 @@ def support(tmp_path_factory: pytest.TempPathFactory) -> list[SupportScan]:
     return load(tmp_path_factory.mktemp("variations"), variations=2)
 
 
-def load(
-    root: Path, *, variations: int | None, seed: int = 0, cases: Sequence[int] = (1, 2)
-) -> list[SupportScan]:
+def load(root: Path, *, variations: int | None, seed: int = 0, cases: Sequence[int] = (1, 2)) -> list[SupportScan]:
     bundle = write_tiny_encoder(root / f"{variations}-{len(cases)}.encoder")
     pairs = [write_case(root, f"case_{number}", number) for number in cases]
     annotated = [(image, read_label_map(labels)) for image, labels in pairs]
