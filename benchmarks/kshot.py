@@ -28,7 +28,7 @@ from kshot_report import markdown, plot
 from fseft_edge.adaptation import describe, zero_shot_adapter
 from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
 from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.adapters import AdapterSettings
+from fseft_edge.adapters import AdapterSettings, Reads
 from fseft_edge.finetuning.merging import merge
 from fseft_edge.finetuning.settings import TUNING_METHODS, Decoder, TuningSettings
 from fseft_edge.finetuning.tuning import describe_tuning, load_tuning_support
@@ -52,10 +52,14 @@ ADAPTERS = {
 }
 TRANSDUCED = " + transduction"
 DECODERS: tuple[Decoder, ...] = ("frozen", "tuned")
+READS: tuple[Reads, ...] = ("pyramid", "last")
 TUNINGS = {
     settings.name: settings
-    for settings in (TuningSettings(method, decoder) for method in TUNING_METHODS for decoder in DECODERS)
-    if settings.name != "decoder, decoder frozen"
+    for method in TUNING_METHODS
+    for decoder in DECODERS
+    for reads in READS
+    if (method, decoder) != ("decoder", "frozen")
+    for settings in [TuningSettings(method, decoder, reads)]
 }
 METHODS = (
     "zero-shot",

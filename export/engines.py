@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fseft_edge.export.parity import Engine, parity_reports
+from fseft_edge.export.parity import Engine, head_of, parity_reports
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.backends.tensorrt import EngineRunner
 from fseft_edge.runtime.backends.tensorrt_library import LIBRARIES, fresh_logger, import_library, last_error
@@ -314,7 +314,7 @@ def _report(engine: EngineFile, job: _Job, volumes: Sequence[Path]) -> ParityRep
     (report,) = parity_reports(
         bundle.network(),
         [Engine(job.name, job.precision, job.version, load)],
-        head=(bundle.head_weight(), bundle.head_bias()),
+        classify=head_of(bundle.head_weight(), bundle.head_bias()),
         window=bundle.window,
         preprocessing=bundle.preprocessing,
         volumes=volumes,

@@ -14,7 +14,7 @@ from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.engines import build_engines, check_targets, installed_library
 from fseft_edge.export.imported import graph_settings, import_model, write_imported_graph
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.export.parity import cpu_engines, gpu_engines, parity_reports
+from fseft_edge.export.parity import Classifier, cpu_engines, gpu_engines, head_of, parity_reports
 from fseft_edge.export.zoo import CUSTOM, LoadedModel, load_model
 from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, EnvironmentProblemError, UsageError
@@ -73,6 +73,7 @@ def write_encoder(
     onnx: bool = True,
     parity_volumes: Sequence[Path] = (),
     targets: Sequence[str] = (),
+    classify: Classifier | None = None,
 ) -> EncoderBundle:
     """Write a model as a bundle, and return it.
 
@@ -82,6 +83,7 @@ def write_encoder(
         onnx: likewise.
         parity_volumes: likewise.
         targets: likewise; can be built here, as :func:`fseft_edge.export.engines.check_targets` says.
+        classify: whose masks say whether a lower precision is good enough; None takes the model's own classifier.
 
     Raises:
         UsageError, EngineError, CheckpointError, InputError, OutOfSpaceError: as :func:`export_encoder`.
@@ -108,7 +110,7 @@ def write_encoder(
             for report in parity_reports(
                 network,
                 engines,
-                head=(loaded.model.head_weight.float(), loaded.model.head_bias.float()),
+                classify=classify or head_of(loaded.model.head_weight.float(), loaded.model.head_bias.float()),
                 window=described.window,
                 preprocessing=described.preprocessing,
                 volumes=parity_volumes,

@@ -40,6 +40,9 @@ _SEEN = 500
 _SURE_SHARE = 0.75
 _SURE = math.log(0.9 / 0.1)
 
+Classifier = Callable[[Sequence[Tensor]], Tensor]
+"""Returns logits ``[n, K, X, Y, Z]`` of feature pyramids, ``[n, C_l, ...]`` a level."""
+
 _CPU = torch.device("cpu")
 
 
@@ -99,7 +102,7 @@ def parity_reports(
     network: FeatureNetwork,
     engines: Sequence[Engine],
     *,
-    head: tuple[Tensor, Tensor],
+    classify: Classifier,
     window: tuple[int, int, int],
     preprocessing: Preprocessing,
     volumes: Sequence[Path],
@@ -109,7 +112,7 @@ def parity_reports(
     Args:
         network: the reference, in evaluation mode.
         engines: what computes an exported graph of it.
-        head: the pre-trained classifier, weight ``[K, C_0]`` and bias ``[K]``; its masks are compared.
+        classify: whose masks are compared.
         window: ``[X, Y, Z]``.
         preprocessing: how a CT becomes windows.
         volumes: CTs to compare on, two windows each; without any, windows of seeded noise are compared, of which masks
@@ -118,7 +121,7 @@ def parity_reports(
     Raises:
         InputError: when a CT cannot be read.
     """
-    comparisons = [_Comparison(engine, engine.load(), head, len(network.levels)) for engine in engines]
+    comparisons = [_Comparison(engine, engine.load(), classify, len(network.levels)) for engine in engines]
     if not comparisons:
         return []
     for windows in _ct_windows(volumes, preprocessing, window) if volumes else noise_windows(window):
@@ -133,24 +136,25 @@ class _Comparison:
     """One engine against the reference, window by window."""
 
     def __init__(
-        self, engine: Engine, run: Callable[[Tensor], Sequence[Tensor]], head: tuple[Tensor, Tensor], levels: int
+        self, engine: Engine, run: Callable[[Tensor], Sequence[Tensor]], classify: Classifier, levels: int
     ) -> None:
-        self._engine, self._run, self._head = engine, run, head
+        self._engine, self._run, self._classify = engine, run, classify
         self._windows = 0
         self._errors = [0.0] * levels
-        self._mine, self._reference, self._both, self._sure = torch.zeros(4, len(head[1]), dtype=torch.int64)
+        # One count an organ from the first windows on, which say how many organs there are.
+        self._mine, self._reference, self._both, self._sure = torch.zeros(4, 1, dtype=torch.int64)
 
     def add(self, windows: Tensor, expected: Sequence[Tensor]) -> None:
         with torch.no_grad():
             features = [level.cpu() for level in self._run(windows)]
+            logits, mine = self._classify(expected), self._classify(features) > 0
         self._windows += 1
         self._errors = [max(pair) for pair in zip(self._errors, relative_errors(expected, features), strict=True)]
-        logits = self._logits(expected[0])
-        mine, reference = self._logits(features[0]) > 0, logits > 0
-        self._mine += mine.sum(1)
-        self._reference += reference.sum(1)
-        self._both += (mine & reference).sum(1)
-        self._sure += (logits > _SURE).sum(1)
+        reference = logits > 0
+        self._mine = self._mine + _voxels(mine)
+        self._reference = self._reference + _voxels(reference)
+        self._both = self._both + _voxels(mine & reference)
+        self._sure = self._sure + _voxels(logits > _SURE)
 
     def report(self, source: Literal["ct", "noise"]) -> ParityReport:
         seen = (self._reference >= _SEEN) & (self._sure >= _SURE_SHARE * self._reference)
@@ -166,10 +170,20 @@ class _Comparison:
             mask_dsc=float(dsc.min()) if source == "ct" and len(dsc) else None,
         )
 
-    def _logits(self, finest: Tensor) -> Tensor:
-        """Return the head's logits, ``[K, n X Y Z]``."""
-        weight, bias = self._head
-        return weight @ finest.transpose(0, 1).flatten(1) + bias[:, None]
+
+def head_of(weight: Tensor, bias: Tensor) -> Classifier:
+    """Return an encoder's own classifier.
+
+    Args:
+        weight: ``[K, C_0]``.
+        bias: ``[K]``.
+    """
+    return lambda levels: torch.einsum("kc,ncxyz->nkxyz", weight, levels[0]) + bias[:, None, None, None]
+
+
+def _voxels(masks: Tensor) -> Tensor:
+    """Return how many voxels masks ``[n, K, X, Y, Z]`` have of each organ, ``[K]``."""
+    return masks.sum((0, 2, 3, 4))
 
 
 def relative_errors(expected: Sequence[Tensor], features: Sequence[Tensor]) -> list[float]:

@@ -25,6 +25,7 @@ from fseft_edge.block_sampling import (
     shown,
 )
 from fseft_edge.blocks import Box, read_block
+from fseft_edge.feature_statistics import FeatureStatistics
 from fseft_edge.linear_probe import Voxels, gather_voxels, solve
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.report.progress import Progress, SilentProgress
@@ -315,8 +316,7 @@ def _has_settled(losses: Sequence[float], training: TrainingSettings, blocks_an_
 
 def _fit_normalisation(adapter: Adapter, support: Sequence[SupportScan], random: np.random.Generator) -> None:
     """Set each channel's mean and standard deviation from blocks around organs and elsewhere in every scan."""
-    sums = [torch.zeros(2, level.channels, dtype=torch.float64) for level in adapter.levels]
-    counts = [0] * len(adapter.levels)
+    statistics = FeatureStatistics(adapter)
     for scan in support:
         positions = organ_positions(scan, random)
         for number in range(_STATISTICS_BLOCKS):
@@ -326,12 +326,5 @@ def _fit_normalisation(adapter: Adapter, support: Sequence[SupportScan], random:
             for _ in adapter.levels[1:]:
                 boxes.append(Box(*((low // 2, high // 2) for low, high in boxes[-1].ranges)))
             for level, block in enumerate(read_block(scan.features, boxes)):
-                values = block[0].flatten(1).double()
-                sums[level][0] += values.sum(1)
-                sums[level][1] += values.square().sum(1)
-                counts[level] += values.shape[1]
-    for level, (total, squares) in enumerate(sums):
-        mean = total / counts[level]
-        deviation = (squares / counts[level] - mean.square()).clamp_min(0).sqrt()
-        adapter.mean(level).copy_(mean)
-        adapter.scale(level).copy_(deviation.clamp_min(1e-3 * float(deviation.max().clamp_min(1e-6))))
+                statistics.add(level, block[0].flatten(1))
+    statistics.apply()

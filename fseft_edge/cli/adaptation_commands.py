@@ -21,7 +21,7 @@ _ADAPTERS = ("linear", "pointwise", "spatial")
 # As `fseft_edge.finetuning.settings.TUNING_METHODS`, for which torch would have to be imported.
 _TUNINGS = ("lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder")
 # Options of one kind of method alone are None where nothing was said: their defaults are those of the settings.
-_OF_ADAPTERS = ("reads", "activation", "epochs", "variations", "cache", "memory", "vram")
+_OF_ADAPTERS = ("activation", "epochs", "variations", "cache", "memory", "vram")
 _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointing")
 
 
@@ -53,7 +53,7 @@ _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointin
 @click.option(
     "--reads",
     type=click.Choice(["last", "pyramid"]),
-    help="Of adapters: the encoder's last level of features, or all of them.  [default: pyramid; auto chooses]",
+    help="What classifiers read, the encoder's last level of features or all.  [default: pyramid; auto chooses]",
 )
 @click.option(
     "--validate/--no-validate",
@@ -225,7 +225,7 @@ def _reviewed(outbox: Path | None, state: Path | None, corrected: Path | None) -
 def _tuning_settings(method: str, seed: int, particular: dict[str, Any]) -> Any:  # noqa: ANN401 - a TuningSettings
     from fseft_edge.finetuning.settings import TuningSettings  # noqa: PLC0415 - brings in torch
 
-    said = {name: particular[name] for name in ("decoder", "steps", "crops", "accumulate") if particular[name]}
+    said = {name: particular[name] for name in ("decoder", "reads", "steps", "crops", "accumulate") if particular[name]}
     return TuningSettings(
         method,  # type: ignore[arg-type]  # click.Choice has checked it
         seed=seed,

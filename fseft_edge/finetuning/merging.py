@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue
+from torch import Tensor
 
 from fseft_edge.adapter_file import AdapterDescription, AdapterFile, adapter_settings, write_adapter
-from fseft_edge.adapters import zero_shot
+from fseft_edge.adapters import Adapter
 from fseft_edge.described_tensors import does_not_fit
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile
 from fseft_edge.export.export import write_encoder
@@ -78,20 +80,19 @@ def merge(
     base = EncoderBundle.open(encoder or find_encoder(tuning, file.description.encoder_id))
     file.check_encoder(base, tuning)
     network = tuned_network(file, base, tuning)
-    weight, bias = network.head_weight(), network.head_bias()
     described = ModelDescription(
         name=output.stem,
         architecture=base.manifest.architecture,
         settings=_settings(base, file.description.method),
         preprocessing=base.preprocessing,
         window=base.window,
-        organs=tuple(organ.name for organ in file.description.organs),
+        organs=(),
     )
     folded = folded_encoder(network.encoder)
-    loaded = LoadedModel(ModelFile(described, folded.state_dict(), weight, bias), tuning)
+    loaded = LoadedModel(ModelFile(described, folded.state_dict(), *_no_classifier(folded)), tuning)
     try:
-        bundle = write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes)
-        write_adapter(adapter, _adapter(file, bundle))
+        bundle = write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes, classify=network.classify)
+        write_adapter(adapter, _adapter(file, network.head, bundle))
     except BaseException as error:
         if not isinstance(error, UsageError):  # which says that somebody else put something there meanwhile
             shutil.rmtree(output, ignore_errors=True)  # one without the other would only be in the way of the next try
@@ -111,8 +112,10 @@ def tuned_network(file: TuningFile, base: EncoderBundle, path: Path) -> TunedNet
         AdapterError: the tensors are not those that the description says.
     """
     described = file.description
-    settings = TuningSettings(described.method, described.decoder, seed=described.seed, rank=described.rank)
-    network = TunedNetwork(base.network(), [None] * len(described.organs), settings)
+    settings = TuningSettings(
+        described.method, described.decoder, described.reads, seed=described.seed, rank=described.rank
+    )
+    network = TunedNetwork(base.network(), len(described.organs), settings)
     expected = {name: value.shape for name, value in network.learned().items()}
     if expected != {name: value.shape for name, value in file.tensors.items()}:
         raise does_not_fit(path)
@@ -136,20 +139,21 @@ def plain_bundle(network: TunedNetwork, base: EncoderBundle, settings: TuningSet
         settings: of the fine-tuning.
         path: where to.
     """
-    weight = network.head_weight()
+    folded = folded_encoder(network.encoder)
+    weight, bias = _no_classifier(folded)
     contents = BundleContents(
         name=base.manifest.name,
         architecture=base.manifest.architecture,
         settings=_settings(base, settings.method),
         preprocessing=base.preprocessing,
         window=base.window,
-        organs=tuple(f"organ_{k}" for k in range(len(weight))),
+        organs=(),
         checkpoint_sha256=base.manifest.checkpoint_sha256,
         tools={},
         parity={},
-        network=folded_encoder(network.encoder),
+        network=folded,
         head_weight=weight,
-        head_bias=network.head_bias(),
+        head_bias=bias,
         graph=None,
     )
     return EncoderBundle.write(path, contents)
@@ -160,10 +164,13 @@ def _settings(base: EncoderBundle, method: str) -> dict[str, JsonValue]:
     return {**base.manifest.settings, "inserts": method} if method in INSERTS else base.manifest.settings
 
 
-def _adapter(file: TuningFile, bundle: EncoderBundle) -> AdapterFile:
-    """Return the new encoder's own classifier as an adapter that says what the tuning says."""
-    weight, bias = bundle.head_weight(), bundle.head_bias()
-    adapter = zero_shot(bundle.levels, [(row, float(offset)) for row, offset in zip(weight, bias, strict=True)])
+def _no_classifier(encoder: FeatureNetwork) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a bundle's classifier that knows no organ: what was learned is in the adapter."""
+    return torch.zeros(0, encoder.levels[0].channels), torch.zeros(0)
+
+
+def _adapter(file: TuningFile, adapter: Adapter, bundle: EncoderBundle) -> AdapterFile:
+    """Return the classifier that was tuned with the encoder as an adapter that says what the tuning says."""
     tuned = file.description
     description = AdapterDescription(
         encoder_id=bundle.encoder_id,

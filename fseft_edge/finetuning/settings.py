@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from fseft_edge.adapters import Reads
+
 TuningMethod = Literal[
     "lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder"
 ]
@@ -43,6 +45,7 @@ class TuningSettings:
     Attributes:
         method: what learns in the encoder.
         decoder: what the decoder does; None tunes it with ``full`` and ``decoder`` and freezes it with the others.
+        reads: what the classifier reads, ``pyramid`` (every level) or ``last`` (level 0 only, as in the paper).
         seed: of everything random.
         steps: of the optimiser.
         crops: crops of the support scans that the gradient of a step is taken over.
@@ -61,6 +64,7 @@ class TuningSettings:
 
     method: TuningMethod
     decoder: Decoder | None = None
+    reads: Reads = "pyramid"
     seed: int = 0
     steps: int = 400
     crops: int = 2
@@ -83,4 +87,5 @@ class TuningSettings:
     @property
     def name(self) -> str:
         """For people, e.g. ``lora, decoder frozen``."""
-        return self.method if self.decoder is None else f"{self.method}, decoder {self.decoder}"
+        decoder = "" if self.decoder is None else f", decoder {self.decoder}"
+        return f"{self.method}{decoder}{' on last' if self.reads == 'last' else ''}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fseft_edge.adapter_training import rate_share
-from fseft_edge.adapters import UNKNOWN_ORGAN_BIAS, HeadRows
+from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows
+from fseft_edge.blocks import Box, surrounded
+from fseft_edge.feature_statistics import FeatureStatistics
 from fseft_edge.finetuning.opening import open_encoder, renewed_parts
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.losses import adaptation_loss
-from fseft_edge.pretraining.cohort import TrainingCase, batch_of, random_crop
+from fseft_edge.pretraining.cohort import Batch, TrainingCase, batch_of, random_crop
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.backend_choice import has_bfloat16
 from fseft_edge.runtime.errors import OutOfMemoryError
@@ -32,56 +34,63 @@ _WARMUP_STEPS = 20
 _LIVE_STATISTICS = 0.8
 _GREATEST_GRADIENT = 5.0
 _STEPS_OF_A_LOSS = 10
+_STATISTICS_CROPS = 4
 
 
 class TunedNetwork(nn.Module):
-    """An encoder opened for fine-tuning, and the classifier of the organs to learn on its finest level.
+    """An encoder opened for fine-tuning, and the classifier of the organs to learn: a linear adapter.
 
     Args:
         encoder: pre-trained; opened in place (:func:`fseft_edge.finetuning.opening.open_encoder`).
-        rows: for each organ the encoder's own classifier, or None.
-        settings: which of the encoder's parameters learn.
+        organs: how many to learn.
+        settings: which of the encoder's parameters learn, and what the classifier reads.
 
     Attributes:
         added: names, within the encoder, of those among them that hold nothing pre-trained.
+        head: the classifier.
     """
 
-    def __init__(self, encoder: FeatureNetwork, rows: HeadRows, settings: TuningSettings) -> None:
+    def __init__(self, encoder: FeatureNetwork, organs: int, settings: TuningSettings) -> None:
         super().__init__()
         self.added = open_encoder(encoder, settings)
         self.encoder = encoder
         self._renewed = renewed_parts(encoder) if settings.of_decoder == "new" else ()
-        self.head = nn.Conv3d(encoder.levels[0].channels, len(rows), 1)
-        assert self.head.bias is not None  # noqa: S101 - narrows the type for the checker
-        with torch.no_grad():
-            self.head.weight.zero_()
-            self.head.bias.fill_(UNKNOWN_ORGAN_BIAS)
-            for k, row in enumerate(rows):
-                if row is not None:
-                    self.head.weight[k, :, 0, 0, 0], self.head.bias[k] = row
+        self.head = Adapter(AdapterSettings(method="linear", reads=settings.reads), encoder.levels, organs)
 
     def forward(self, windows: Tensor) -> Tensor:
         """Return logits ``[n, K, X, Y, Z]`` of windows ``[n, 1, X, Y, Z]``."""
-        logits: Tensor = self.head(self.encoder(windows)[0])
+        return self.classify(self.encoder(windows))
+
+    def classify(self, levels: Sequence[Tensor]) -> Tensor:
+        """Return the same of windows' feature pyramids, a tensor ``[n, C_l, ...]`` a level."""
+        core = Box(*((0, size) for size in levels[0].shape[2:]))
+        logits: Tensor = self.head(surrounded(levels, self.head.boxes(core)), core)
         return logits
 
+    @torch.no_grad()
+    def start_head(self, rows: HeadRows, batches: Iterable[Tensor]) -> None:
+        """Set the classifier to where it starts.
+
+        Args:
+            rows: for each organ the encoder's own classifier, or None.
+            batches: windows ``[n, 1, X, Y, Z]``, whose features say by what features are normalised.
+        """
+        statistics = FeatureStatistics(self.head)
+        for windows in batches:
+            for level, features in zip(range(len(self.head.levels)), self.encoder(windows), strict=False):
+                statistics.add(level, features.transpose(0, 1).flatten(1))
+        statistics.apply()
+        self.head.start_from_head(rows)
+
     def learned(self) -> dict[str, Tensor]:
-        """Return what learned and what changed with it, by name: parameters, and statistics of a new decoder."""
+        """Return what learned and what belongs to it, by name: parameters, and statistics of head and new decoder."""
         state = self.state_dict()
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        names |= {f"head.{name}" for name, _ in self.head.named_buffers()}
         names |= {
             f"encoder.{name}" for name, _ in self.encoder.named_buffers() if name.partition(".")[0] in self._renewed
         }
         return {name: state[name].detach().cpu() for name in sorted(names)}
-
-    def head_weight(self) -> Tensor:
-        """Return the classifier ``[K, C_0]``, on the CPU."""
-        return self.head.weight.detach().flatten(1).cpu()
-
-    def head_bias(self) -> Tensor:
-        """Return the classifier's bias ``[K]``, on the CPU."""
-        assert self.head.bias is not None  # noqa: S101 - narrows the type for the checker
-        return self.head.bias.detach().cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +146,12 @@ def fine_tune(
         OutOfMemoryError: memory ran out.
     """
     cases = [case for case in cases if case.task_mask.any()]  # the others teach nothing
-    network = TunedNetwork(encoder, rows, settings).to(settings.device)
+    network = TunedNetwork(encoder, len(rows), settings).to(settings.device)
     for module in network.modules():
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
     encoder.gradient_checkpointing = settings.checkpointing
-    edge = settings.crop or crop_edge(preprocessing, window)
+    edge, spacing = settings.crop or crop_edge(preprocessing, window), preprocessing.spacing
     bfloat16 = has_bfloat16(settings.device) if settings.bfloat16 is None else settings.bfloat16
     # PyTorch 2.13 on a CPU: the gradient of a 3x3x3 kernel over features two voxels long is what was in memory before.
     if settings.device.type == "cpu" and edge <= 2 * _BOTTLENECK * encoder.levels[-1].stride:
@@ -153,6 +162,11 @@ def fine_tune(
     warmup = min(_WARMUP_STEPS / settings.steps, 0.5)
     losses: list[float] = []
     begun = time.monotonic()
+    _set_mode(network, settings, live=True)
+    with _explained(), torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
+        random = np.random.default_rng([settings.seed, settings.steps])
+        crops = (random_crop(cases, edge, random, spacing=spacing) for _ in range(_STATISTICS_CROPS))
+        network.start_head(rows, (_image(batch_of([crop]), settings.device) for crop in crops))
     repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
     with (progress or SilentProgress()).task(f"fine-tune ({settings.name})", settings.steps) as task, repeatable:
         for step in range(settings.steps):
@@ -163,12 +177,10 @@ def fine_tune(
             optimizer.zero_grad()
             total = 0.0
             for count in portions:
-                crops = [random_crop(cases, edge, random, spacing=preprocessing.spacing) for _ in range(count)]
-                batch = batch_of(crops)
+                batch = batch_of([random_crop(cases, edge, random, spacing=spacing) for _ in range(count)])
                 with _explained():
-                    image = batch.clean.to(settings.device).contiguous(memory_format=torch.channels_last_3d)
                     with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
-                        logits = network(image)
+                        logits = network(_image(batch, settings.device))
                     targets, annotated = batch.targets.to(settings.device), batch.task_mask.to(settings.device)
                     loss = adaptation_loss(logits.float(), targets, annotated, "sigmoid") * (count / settings.crops)
                     loss.backward()
@@ -188,6 +200,11 @@ def fine_tune(
 
 class OutOfTimeError(Exception):
     """Fine-tuning would take longer than it may."""
+
+
+def _image(batch: Batch, device: torch.device) -> Tensor:
+    """Return a batch's crops as the network wants them."""
+    return batch.clean.to(device).contiguous(memory_format=torch.channels_last_3d)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fseft_edge.adaptation import describe_organs, head_rows
-from fseft_edge.adapters import AdapterSettings, HeadRows, zero_shot
+from fseft_edge.adapters import AdapterSettings, HeadRows
 from fseft_edge.finetuning.merging import plain_bundle
 from fseft_edge.finetuning.opening import open_encoder
 from fseft_edge.finetuning.settings import TuningSettings
@@ -205,16 +205,14 @@ def add_fold(
     if not any((support.cases[index].task_mask & known).any() for index in left_out):
         return
     tuned = support.tuned(settings, others, SilentProgress(), seconds=seconds)
-    weight, bias = tuned.network.head_weight(), tuned.network.head_bias()
     values = [organ.label for organ in support.organs]
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
         bundle = plain_bundle(tuned.network, support.bundle, settings, Path(folder) / "fold.encoder")
-        adapter = zero_shot(bundle.levels, [(row, float(b)) for row, b in zip(weight, bias, strict=True)])
         with open_session(bundle, str(settings.device), "torch") as session, open_store(None, None) as store:
             for index in left_out:
                 image, labels = support.annotated[index]
                 encoded = encode_scan(read_scan(image), bundle=bundle, session=session, store=store)
-                mask = segment_encoded(encoded, [adapter])
+                mask = segment_encoded(encoded, [tuned.network.head])
                 scores.add(mask, labels, values, support.cases[index].task_mask & known)
 
 
@@ -232,6 +230,7 @@ def describe_tuning(
         encoder_name=support.bundle.manifest.name,
         method=settings.method,
         decoder=settings.of_decoder,
+        reads=settings.reads,
         rank=settings.rank,
         organs=describe_organs(
             support.organs,

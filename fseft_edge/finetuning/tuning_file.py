@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fseft_edge._version import __version__
 from fseft_edge.adapter_file import AdapterOrgan
+from fseft_edge.adapters import Reads
 from fseft_edge.described_tensors import (
     TUNING_KEY,
     SelfDescription,
@@ -32,6 +33,7 @@ class TuningDescription(SelfDescription):
     Attributes:
         encoder_id, encoder_name: of the encoder that it changes.
         method, decoder, rank: which of its parts learned, see :mod:`fseft_edge.finetuning.settings`.
+        reads: what the classifier reads, likewise.
         organs: what the classifier's rows are for, in order.
         shots: number of annotated scans.
         seed: of everything random.
@@ -47,6 +49,7 @@ class TuningDescription(SelfDescription):
     encoder_name: str
     method: TuningMethod
     decoder: Decoder
+    reads: Reads
     rank: int
     organs: tuple[AdapterOrgan, ...] = Field(min_length=1)
     shots: int
@@ -59,7 +62,7 @@ class TuningDescription(SelfDescription):
     @property
     def kind(self) -> str:
         """What kind of fine-tuning it is, for people."""
-        return f"{self.method}, decoder {self.decoder}, {self.parameters} parameters"
+        return f"{self.method}, decoder {self.decoder}, on {self.reads}, {self.parameters} parameters"
 
 
 @dataclass(frozen=True, eq=False)

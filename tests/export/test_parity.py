@@ -9,7 +9,7 @@ import torch
 from doubles.encoder import write_case
 from doubles.models import WINDOW, small_network
 
-from fseft_edge.export.parity import GATES, Engine, _ct_windows, cpu_engines, parity_reports, relative_errors
+from fseft_edge.export.parity import GATES, Engine, _ct_windows, cpu_engines, head_of, parity_reports, relative_errors
 from fseft_edge.runtime.bundle import ParityReport, parity_key
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -23,7 +23,7 @@ def reports(
     found = parity_reports(
         small_network(seed),
         engines,
-        head=HEAD,
+        classify=head_of(*HEAD),
         window=WINDOW,
         preprocessing=Preprocessing(spacing=(spacing,) * 3),
         volumes=volumes,
@@ -110,7 +110,7 @@ def test_masks_that_the_head_is_not_sure_of_say_nothing(engines: list[Engine], t
     found = parity_reports(
         small_network(),
         engines,
-        head=haze,
+        classify=head_of(*haze),
         window=WINDOW,
         preprocessing=Preprocessing(spacing=(6.0,) * 3),
         volumes=[image],

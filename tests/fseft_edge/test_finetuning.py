@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fseft_edge.adapter_file import AdapterFile, read_adapter
+from fseft_edge.adapters import UNKNOWN_ORGAN_BIAS, Reads
 from fseft_edge.finetuning.choosing import better_tuning, default_candidates, try_finetuning, tuning_beside, why_not
 from fseft_edge.finetuning.folding import CentreSum, LowRankSum, add_sum, fold_sums
 from fseft_edge.finetuning.merging import folded_encoder, merge, tuned_network
@@ -57,6 +59,12 @@ def swin() -> FeatureNetwork:
 
 def learning(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def parameters_in(tensors: dict[str, torch.Tensor]) -> int:
+    """How many parameters there are; what the classifier normalises by is none."""
+    normalisation = re.compile(r"head\.(mean|scale)_\d")
+    return sum(value.numel() for name, value in tensors.items() if not normalisation.fullmatch(name))
 
 
 @dataclass(frozen=True)
@@ -212,12 +220,12 @@ def test_training_changes_what_learns_and_nothing_else(site: Site, method: Tunin
     support = crops_of(site)
     settings = TuningSettings(method, **SHORT)
     tuned = support.tuned(settings, [0, 1], SilentProgress())
-    fresh = TunedNetwork(site.bundle.network(), support.rows, settings)
+    fresh = TunedNetwork(site.bundle.network(), 2, settings)
     before, after = fresh.state_dict(), tuned.network.state_dict()
     learned = tuned.network.learned()
     assert {name for name in before if not torch.equal(before[name], after[name])} <= set(learned)
     assert any(not torch.equal(before[name], after[name]) for name in learned if name.startswith("encoder."))
-    assert tuned.parameters == sum(value.numel() for value in learned.values())
+    assert tuned.parameters == parameters_in(learned)
 
 
 def test_the_same_seed_gives_the_same_network_and_checkpointing_changes_nothing(site: Site) -> None:
@@ -254,6 +262,36 @@ def test_statistics_are_held_but_for_those_of_a_new_decoder(site: Site) -> None:
         )
 
 
+@pytest.mark.parametrize("reads", ["last", "pyramid"])
+def test_it_starts_as_the_zero_shot_segmenter(site: Site, reads: Reads) -> None:
+    support = crops_of(site)
+    rows = list(support.rows)
+    assert rows[0] is not None
+    rows[1] = None
+    network = TunedNetwork(site.bundle.network(), 2, TuningSettings("full", reads=reads)).eval()
+    windows = torch.rand(3, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    network.start_head(rows, windows.split(1))
+    with torch.no_grad():
+        levels = network.encoder(windows)
+        logits = network(windows)
+    weight, bias = rows[0]
+    assert torch.allclose(logits[:, 0], torch.einsum("c,ncxyz->nxyz", weight, levels[0]) + bias, atol=1e-4)
+    assert torch.equal(logits[:, 1], torch.full_like(logits[:, 1], UNKNOWN_ORGAN_BIAS))
+    for level, features in enumerate(levels if reads == "pyramid" else levels[:1]):
+        channels = features.transpose(0, 1).flatten(1)
+        assert torch.allclose(network.head.mean(level), channels.mean(1), atol=1e-5)
+        assert torch.allclose(network.head.scale(level), channels.std(1, correction=0), atol=1e-5)
+
+
+def test_the_classifier_reads_what_it_was_told(site: Site) -> None:
+    support = crops_of(site)
+    for reads in ("last", "pyramid"):
+        tuned = support.tuned(TuningSettings("bitfit", reads=reads, **SHORT), [0], SilentProgress())
+        learned = {name for name in tuned.network.learned() if name.startswith("head.coarse")}
+        assert bool(learned) is (reads == "pyramid")
+        assert all(tuned.network.learned()[name].any() for name in learned)
+
+
 def test_fine_tuning_lowers_the_loss(site: Site) -> None:
     support = crops_of(site)
     settings = TuningSettings("full", steps=40, crops=2, crop=32, bfloat16=False, rate=1e-2)
@@ -287,7 +325,9 @@ def test_a_merged_encoder_computes_what_the_tuned_one_did(
         expected, found = network.encoder(windows), session.encode(windows)
     for one, other in zip(expected, found, strict=True):
         assert float((one - other).abs().max() / one.abs().max()) <= 1e-5
-    assert torch.equal(merged.bundle.head_weight(), network.head_weight())
+    adapter = read_adapter(merged.adapter).adapter
+    assert all(torch.equal(value, adapter.state_dict()[name]) for name, value in network.head.state_dict().items())
+    assert merged.bundle.manifest.organs == ()
     assert merged.bundle.encoder_id != site.bundle.encoder_id
 
 
@@ -318,7 +358,7 @@ def test_a_tuning_says_what_was_learned_from_what(site: Site, tuned: dict[str, P
     described = read_tuning(tuned["affine"]).description
     assert (described.method, described.decoder, described.shots, described.steps) == ("affine", "frozen", 2, 2)
     assert described.encoder_id == site.bundle.encoder_id
-    assert described.parameters == sum(value.numel() for value in read_tuning(tuned["affine"]).tensors.values())
+    assert described.parameters == parameters_in(read_tuning(tuned["affine"]).tensors)
     voxel_ml = np.prod(SPACING) / 1000
     labels = [read_label_map(path).array for path in sorted((site.root / "labels").iterdir())]
     volumes = [float((one == LIVER.label).sum() * voxel_ml) for one in labels]
