@@ -109,6 +109,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (broken / "encoder.safetensors").write_bytes(weights)
     (root / "alone").mkdir()
     shutil.copy(root / "a.adapter", root / "alone" / "alone.adapter")
+    (root / "cache").mkdir()
     (root / "bad").mkdir()
     (root / "bad" / "truncated.nii.gz").write_bytes((site / "images/case_1.nii.gz").read_bytes()[:9000])
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.int16), np.eye(4)), root / "bad" / "series.nii.gz")

@@ -1,0 +1,165 @@
+"""Whether fine-tuning does better than an adapter: validation and choice."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from doubles.encoder import write_random_adapter
+from doubles.tuning_site import LIVER, SHORT, SPLEEN, TuningSite, tuning_site
+
+from fseft_edge.adapter_file import AdapterFile
+from fseft_edge.finetuning.choosing import better_tuning, default_candidates, try_finetuning, tuning_beside, why_not
+from fseft_edge.finetuning.settings import TuningSettings
+from fseft_edge.finetuning.training import TunedNetwork
+from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning
+from fseft_edge.runtime.errors import UsageError
+from fseft_edge.validation import OrganScores
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> TuningSite:
+    return tuning_site(tmp_path_factory.mktemp("site"))
+
+
+def test_scans_left_out_are_scored_by_a_network_that_never_saw_them(site: TuningSite, tmp_path: Path) -> None:
+    file = site.finetune(TuningSettings("bitfit", **SHORT), tmp_path / "v.tuning", validate=True)
+    assert [len(organ.left_out_dsc) for organ in file.description.organs] == [2, 2]
+    assert all(0 <= score <= 1 for organ in file.description.organs for score in organ.left_out_dsc)
+
+
+def test_one_scan_cannot_be_validated_and_that_is_said(
+    site: TuningSite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        settings = TuningSettings("bitfit", **SHORT)
+        file = site.finetune(settings, tmp_path / "v.tuning", validate=True, cases=["case_1"])
+    assert file.description.organs[0].left_out_dsc == ()
+    assert "nothing can be validated" in caplog.text
+
+
+def adapter_with(scores: float | None, tmp_path: Path, site: TuningSite) -> AdapterFile:
+    """An adapter with the same score for all that was left out; None where nothing was."""
+    file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"))
+    left_out = () if scores is None else (scores, scores)
+    organs = tuple(organ.model_copy(update={"left_out_dsc": left_out}) for organ in file.description.organs)
+    return replace(file, description=file.description.model_copy(update={"organs": organs}))
+
+
+@pytest.mark.parametrize(
+    ("scores", "known", "why"),
+    [
+        (0.5, (True, False), None),
+        (0.5, (False, False), None),
+        (0.9, (True, False), "finds every organ"),
+        (0.5, (True, True), "knows every organ"),
+        (None, (True, False), "nothing can be compared"),
+    ],
+)
+def test_fine_tuning_is_tried_where_an_adapter_falls_short_of_a_new_organ(
+    site: TuningSite, tmp_path: Path, scores: float | None, known: tuple[bool, bool], why: str | None
+) -> None:
+    reason = why_not(adapter_with(scores, tmp_path, site), known)
+    assert reason is None if why is None else why in (reason or "")
+
+
+GOOD = TuningSettings("full", steps=25, crops=2, crop=32, bfloat16=False, rate=1e-2)
+
+
+def within(minutes: float) -> float:
+    return time.monotonic() + 60 * minutes
+
+
+def test_the_better_one_is_taken(site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On scans left out "full" is right in every voxel of the liver, and the others in none."""
+
+    def scored(scores: OrganScores, support: Any, settings: TuningSettings, left_out: Sequence[int], **_: Any) -> None:
+        for index in left_out:
+            labels = support.annotated[index][1]
+            mask = np.uint8(1) * (labels.array == (LIVER.label if settings.method == "full" else 255))
+            scores.add(mask, labels, [LIVER.label, SPLEEN.label], np.array([True, False]))
+
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.add_fold", scored)
+    support, settings = site.support(), TuningSettings("bitfit", **SHORT)
+    candidates = [settings, replace(settings, method="full"), replace(settings, method="affine")]
+    chosen = better_tuning(adapter_with(0.5, tmp_path, site), support, candidates, deadline=within(30))
+    assert chosen is not None
+    assert chosen.description.method == "full"
+    assert chosen.description.organs[0].left_out_dsc == (1.0, 1.0)
+    assert better_tuning(adapter_with(0.99, tmp_path, site), support, candidates, deadline=within(30)) is None
+
+
+def test_what_is_too_slow_is_given_up_after_a_few_steps(
+    site: TuningSite, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[None] = []
+    forward = TunedNetwork.forward
+
+    def counted(network: TunedNetwork, windows: torch.Tensor) -> torch.Tensor:
+        steps.append(None)
+        return forward(network, windows)
+
+    monkeypatch.setattr(TunedNetwork, "forward", counted)
+    slow = replace(GOOD, steps=10_000_000, crops=1)
+    with caplog.at_level(logging.WARNING):
+        chosen = better_tuning(adapter_with(0.0, tmp_path, site), site.support(), [slow], deadline=within(1))
+    assert chosen is None
+    assert "3 trainings do not fit into the time" in caplog.text
+    assert len(steps) == 2
+
+
+def trial(site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> TuningFile | None:
+    """Try one quick candidate beside an adapter that finds nothing."""
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.default_candidates", lambda common: [GOOD])
+    return try_finetuning(
+        adapter_with(0.0, tmp_path, site),
+        *(site.bundle.path, site.root / "images", site.root / "labels", [LIVER, SPLEEN]),
+        **{"output": tmp_path / "a.adapter", "minutes": 30, "device": "cpu", **more},
+    )
+
+
+def test_what_does_better_is_written_beside_the_adapter(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = adapter_with(0.0, tmp_path, site) and (tmp_path / "a.adapter").read_bytes()
+    found = trial(site, tmp_path, monkeypatch)
+    assert found is not None
+    assert read_tuning(tmp_path / "a.tuning").description.losses == found.description.losses
+    assert (tmp_path / "a.adapter").read_bytes() == before
+
+
+def test_a_tuning_takes_the_place_of_nothing(site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"does not end in \.adapter"):
+        tuning_beside(tmp_path / "a.tuning")
+    (tmp_path / "a.tuning").touch()
+    with pytest.raises(UsageError, match="already exists"):
+        trial(site, tmp_path, monkeypatch)
+
+
+def test_why_fine_tuning_is_not_tried_is_said(
+    site: TuningSite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = try_finetuning(
+            adapter_with(0.0, tmp_path, site),
+            *(site.bundle.path, site.root / "images", site.root / "labels", [LIVER]),
+            output=tmp_path / "a.adapter",
+            minutes=1,
+            device="cpu",
+        )
+    assert found is None
+    assert "knows every organ" in caplog.text
+
+
+def test_what_is_tried_learns_different_things() -> None:
+    common = TuningSettings("full", seed=4, steps=7)
+    kinds = default_candidates(common)
+    assert len({(kind.method, kind.decoder) for kind in kinds}) == len(kinds) > 1
+    assert {(kind.seed, kind.steps) for kind in kinds} == {(4, 7)}

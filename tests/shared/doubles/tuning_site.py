@@ -1,0 +1,62 @@
+"""A small site that fine-tunes: an encoder and two annotated scans."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from doubles.encoder import label_of, write_case, write_tiny_encoder
+from fseft_edge.finetuning.settings import TuningMethod, TuningSettings
+from fseft_edge.finetuning.tuning import TuningSupport, finetune, load_tuning_support
+from fseft_edge.finetuning.tuning_file import TuningFile
+from fseft_edge.organs import OrganLabel
+from fseft_edge.report.progress import SilentProgress
+from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.nifti import read_label_map
+
+LIVER, SPLEEN = (OrganLabel(name, label_of(name)) for name in ("liver", "spleen"))
+SHORT: dict[str, Any] = {"steps": 2, "crops": 1, "crop": 32, "bfloat16": False}
+FOR_A_UNET: tuple[TuningMethod, ...] = ("lora", "affine", "bitfit", "conv-adapter", "med-adapter", "full", "decoder")
+
+
+def parameters_in(tensors: dict[str, torch.Tensor]) -> int:
+    """How many parameters there are; what the classifier normalises by is none."""
+    normalisation = re.compile(r"head\.(mean|scale)_\d")
+    return sum(value.numel() for name, value in tensors.items() if not normalisation.fullmatch(name))
+
+
+@dataclass(frozen=True)
+class TuningSite:
+    """An encoder and two annotated scans."""
+
+    root: Path
+    bundle: EncoderBundle
+
+    def finetune(
+        self, settings: TuningSettings, output: Path, organs: Sequence[OrganLabel] = (LIVER, SPLEEN), **more: Any
+    ) -> TuningFile:
+        """Fine-tune on both scans and write the tuning."""
+        return finetune(
+            *(self.bundle.path, self.root / "images", self.root / "labels", organs, output),
+            settings=settings,
+            device="cpu",
+            **more,
+        )
+
+    def support(self) -> TuningSupport:
+        """Return both scans as what fine-tuning learns liver and spleen from."""
+        images = sorted((self.root / "images").iterdir())
+        annotated = [(image, read_label_map(self.root / "labels" / image.name)) for image in images]
+        return load_tuning_support(annotated, [LIVER, SPLEEN], self.bundle, SilentProgress())
+
+
+def tuning_site(root: Path) -> TuningSite:
+    """Write two annotated scans and a tiny encoder."""
+    for seed in (1, 2):
+        write_case(root, f"case_{seed}", seed)
+    return TuningSite(root, write_tiny_encoder(root / "tiny.encoder"))
