@@ -23,7 +23,7 @@ from typing import Any
 import headneck
 from bench import Bench
 from finetuning import RATES, fine_tune
-from kshot_report import markdown, plot
+from kshot_report import markdown, plot, tuning_markdown
 
 from fseft_edge.adaptation import describe, zero_shot_adapter
 from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
@@ -132,8 +132,12 @@ def main() -> None:
                     )
                     _do(run, bundle)
     results = read_results(arguments.output)
-    print(markdown(results, arguments.on))
-    plot(results, arguments.on, arguments.output / "kshot.png")
+    others = [result for result in results if result["method"] not in TUNINGS]
+    print(markdown(others, arguments.on))
+    plot(others, arguments.on, arguments.output / "kshot.png")
+    if len(others) < len(results):
+        print()
+        print(tuning_markdown(results, arguments.on, ("spatial last", "spatial pyramid", *RATES), tuple(TUNINGS)))
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 Result = dict[str, Any]
+_DRAWS = 3
 _NAMES = [organ.name for organ in headneck.ORGANS]
 _GROUPS = {
     **{name: [name] for name in _NAMES},
@@ -34,6 +35,39 @@ def markdown(results: Sequence[Result], on: str) -> str:
             f"| {method} | {shots} | {len(draws)} | {' | '.join(cells)} | {draws[0]['parameters']} | {seconds:.0f} | "
             f"{peak} | {case:.1f} |"
         )
+    return "\n".join(lines)
+
+
+def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], methods: Sequence[str]) -> str:
+    """Return the table of fine-tuning: a row a method, mean DSC of novel and of base organs from each number of scans.
+
+    How many draws a mean is over stands behind it where it is not three.
+
+    Args:
+        results: all of them.
+        on: what they are scored on.
+        beside: methods to compare with.
+        methods: of fine-tuning; their numbers of scans are the columns.
+    """
+    grouped = _grouped(results, on)
+    shots = sorted({k for method, k in grouped if method in methods})
+    lines = [
+        f"| method | parameters | {' | '.join(f'{group}, k = {k}' for group in ('novel', 'base') for k in shots)} | "
+        "training s | peak MiB |",
+        f"|---|---|{'---|' * (2 * len(shots) + 2)}",
+    ]
+    for method in (*beside, *methods):
+        rows = [draws for (name, k), draws in grouped.items() if name == method and k in shots]
+        if not rows:
+            continue
+        cells = []
+        for group in ("novel", "base"):
+            for k in shots:
+                means = _draw_means(grouped.get((method, k), []), _GROUPS[group])
+                cells.append(_cell(means) + ("" if len(means) in (0, _DRAWS) else f" ({len(means)})"))
+        seconds = np.mean([draw["seconds"] for draws in rows for draw in draws])
+        peak = max(draw["peak_mib"] for draws in rows for draw in draws)
+        lines.append(f"| {method} | {rows[0][0]['parameters']} | {' | '.join(cells)} | {seconds:.0f} | {peak} |")
     return "\n".join(lines)
 
 
