@@ -95,7 +95,7 @@ def plot(results: Sequence[Result], on: str, path: Path) -> None:
         panel.set_xticks([1, 5, 10, 30], ["1", "5", "10", "30"])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
