@@ -118,12 +118,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "kshot")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
+    if arguments.model and set(arguments.methods) & set(RATES):
+        parser.error(f"{', '.join(RATES)} start from the built-in encoder")
+    bundle = headneck.encoder(arguments.model)
     if not arguments.report:
         arguments.output.mkdir(parents=True, exist_ok=True)
         pool = len(headneck.split("support"))
         if max(arguments.shots) > pool:
             parser.error(f"the pool of support scans holds {pool}")
-        bundle = headneck.encoder(arguments.model)
         for shots in arguments.shots:
             for draw in range(arguments.draws if shots < pool else 1):
                 for method in arguments.methods:
@@ -131,7 +133,7 @@ def main() -> None:
                         method, *((0, 0) if method == "zero-shot" else (shots, draw)), arguments.on, arguments.output
                     )
                     _do(run, bundle)
-    results = read_results(arguments.output)
+    results = [result for result in read_results(arguments.output) if result["encoder"] == bundle.encoder_id[:12]]
     others = [result for result in results if result["method"] not in TUNINGS]
     print(markdown(others, arguments.on))
     plot(others, arguments.on, arguments.output / "kshot.png")
@@ -193,7 +195,9 @@ def _make(run: Run, encoder: Path) -> Made:
         support = bench.support(run.support, variations=None, seed=run.draw)
         started = time.process_time()
         if run.method.endswith(TRANSDUCED) and path.exists():
-            adapter = read_adapter(path).adapter
+            file = read_adapter(path)
+            file.check_encoder(bundle.encoder_id, path=path)
+            adapter = file.adapter
         else:
             trained = bench.train(support, ADAPTERS[name], TrainingSettings(seed=run.draw))
             adapter = trained.adapter

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fseft_edge.export.parity import Engine, head_of, parity_reports
+from fseft_edge.export.parity import Classifier, Engine, head_of, parity_reports
 from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.backends.tensorrt import EngineRunner
 from fseft_edge.runtime.backends.tensorrt_library import LIBRARIES, fresh_logger, import_library, last_error
@@ -50,6 +50,7 @@ def build_engines(
     precision: Precision | None = None,
     max_batch: int = _MAX_BATCH,
     parity_volumes: Sequence[Path] = (),
+    classify: Classifier | None = None,
 ) -> list[EngineFile]:
     """Build what is missing or stale of a bundle's engines, and return them; the twin of ``fseft-edge build-engines``.
 
@@ -63,6 +64,7 @@ def build_engines(
         precision: of the graph; ``None`` takes ``mixed`` where the bundle has it, else ``float32``.
         max_batch: an engine takes 1 to this many windows at once.
         parity_volumes: CTs to compare on; without any, seeded noise, which ``auto`` does not trust below float32.
+        classify: whose masks are compared; None takes the encoder's own classifier.
 
     Raises:
         UsageError: when a target is unknown, or none is named and there is no GPU.
@@ -82,7 +84,8 @@ def build_engines(
     wanted = list(dict.fromkeys(targets)) or [_own_target()]
     name = library or installed_library()
     check_targets(wanted, name)
-    job = _Job(opened, graph, name, import_library(name), precision, max_batch)
+    classify = classify or head_of(opened.head_weight(), opened.head_bias())
+    job = _Job(opened, graph, name, import_library(name), precision, max_batch, classify)
     return [_with_parity(_current_or_built(job, target), job, parity_volumes) for target in wanted]
 
 
@@ -125,6 +128,7 @@ class _Job:
     library: ModuleType
     precision: Precision
     max_batch: int
+    classify: Classifier
 
     @property
     def version(self) -> str:
@@ -314,7 +318,7 @@ def _report(engine: EngineFile, job: _Job, volumes: Sequence[Path]) -> ParityRep
     (report,) = parity_reports(
         bundle.network(),
         [Engine(job.name, job.precision, job.version, load)],
-        classify=head_of(bundle.head_weight(), bundle.head_bias()),
+        classify=job.classify,
         window=bundle.window,
         preprocessing=bundle.preprocessing,
         volumes=volumes,

@@ -137,9 +137,9 @@ def write_encoder(
             ),
         )
     if targets:
-        build_engines(output, targets, parity_volumes=parity_volumes)
+        build_engines(output, targets, parity_volumes=parity_volumes, classify=classify)
     elif onnx and torch.cuda.is_available():
-        _build_for_this_gpu(bundle, parity_volumes)
+        _build_for_this_gpu(bundle, parity_volumes, classify)
     return bundle
 
 
@@ -181,10 +181,10 @@ def _built(loaded: LoadedModel) -> FeatureNetwork:
     return network
 
 
-def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path]) -> None:
+def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path], classify: Classifier | None) -> None:
     """Build what was not asked for: where it does not work, other backends do."""
     try:
-        build_engines(bundle.path, parity_volumes=parity_volumes)
+        build_engines(bundle.path, parity_volumes=parity_volumes, classify=classify)
     except EnvironmentProblemError as error:
         _log.info("no engine for this machine's GPU: %s", error)
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fseft_edge.blocks import Box, upsample_into
+from fseft_edge.blocks import Box, surrounded, upsample_into
 from fseft_edge.runtime.networks.base import FeatureLevel
 
 Method = Literal["linear", "pointwise", "spatial"]
@@ -128,9 +128,9 @@ class Adapter(nn.Module):
                     if self.settings.method == "linear":
                         self._zero(k)
                     continue
-                known, known_bias = row
+                known, known_bias = row[0].to(bias.device), row[1]
                 self.direct.weight[k, :, 0, 0, 0] = known * self.scale(0)
-                bias[k] = known_bias + float(known @ self.mean(0))
+                bias[k] = (known @ self.mean(0)).double() + known_bias
                 if self.settings.reads == "pyramid":
                     for extra in self._other_classifiers():
                         extra.weight[k] = 0.0
@@ -212,6 +212,16 @@ class Adapter(nn.Module):
             return self._classify(normalised[0], self.direct)
         context = self._context(normalised, boxes)
         return self._classify(context, self.classifier) + self._linear(normalised, boxes, core)
+
+    def of_maps(self, levels: Sequence[Tensor]) -> Tensor:
+        """Return logits ``[n, classes, X, Y, Z]`` of whole feature maps held in memory, ``[n, C_l, ...]`` a level."""
+        core = Box(*((0, size) for size in levels[0].shape[2:]))
+        logits: Tensor = self(surrounded(levels, self.boxes(core)), core)
+        return logits
+
+    def log_odds(self, levels: Sequence[Tensor]) -> Tensor:
+        """Return each organ's log odds ``[n, K, X, Y, Z]`` of whole feature maps, as for :meth:`of_maps`."""
+        return torch.logit(self.probabilities(self.of_maps(levels))[:, self.backgrounds :])
 
     def penultimate(self, features: Sequence[Tensor], core: Box) -> Tensor:
         """Return what the classifiers see, ``[n, D, *core.shape]``: logits are ``W p + b`` of it.

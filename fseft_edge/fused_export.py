@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fseft_edge._version import __version__
 from fseft_edge.adapter_file import AdapterFile, read_adapter
 from fseft_edge.adapters import Adapter
-from fseft_edge.blocks import Box, surrounded
 from fseft_edge.export.onnx_graph import graph_of, write_model
 from fseft_edge.export.parity import noise_windows
 from fseft_edge.runtime.atomic import atomic_path, check_writable
@@ -82,7 +81,7 @@ def export_adapter(adapter: Path, output: Path, *, encoder: Path | None = None) 
     if bundle.path.resolve() in output.resolve().parents:
         raise UsageError(f"{output} lies within the encoder bundle.", remedy="Write to another folder.")
     check_writable(output)
-    fused = FusedNetwork(inference_network(bundle.network()), file.adapter.folded(), bundle.window).eval()
+    fused = FusedNetwork(inference_network(bundle.network()), file.adapter.folded()).eval()
     graph = graph_of(fused, bundle.window, [OUTPUT])
     onnx.helper.set_model_props(graph, _metadata(file, bundle))
     difference: float | None = None
@@ -111,23 +110,16 @@ class FusedNetwork(nn.Module):
     Args:
         encoder: in its form for inference.
         adapter: trained on its features, folded.
-        window: ``[X, Y, Z]`` voxels.
     """
 
-    def __init__(self, encoder: FeatureNetwork, adapter: Adapter, window: tuple[int, int, int]) -> None:
+    def __init__(self, encoder: FeatureNetwork, adapter: Adapter) -> None:
         super().__init__()
         self.encoder = encoder
         self.adapter = adapter
-        self._core = Box(*((0, size) for size in window))
 
     def forward(self, windows: Tensor) -> Tensor:
         """Return probabilities ``[n, classes, X, Y, Z]`` of windows ``[n, 1, X, Y, Z]``."""
-        return window_probabilities(self.adapter, self.encoder(windows), self._core)
-
-
-def window_probabilities(adapter: Adapter, levels: list[Tensor], core: Box) -> Tensor:
-    """Return probabilities ``[n, classes, *core.shape]`` of windows of that size whose feature levels are given."""
-    return adapter.probabilities(adapter(surrounded(levels, adapter.boxes(core)), core))
+        return self.adapter.probabilities(self.adapter.of_maps(self.encoder(windows)))
 
 
 def _metadata(file: AdapterFile, bundle: EncoderBundle) -> dict[str, str]:
@@ -167,12 +159,11 @@ def _metadata(file: AdapterFile, bundle: EncoderBundle) -> dict[str, str]:
 def _largest_difference(graph: Path, adapter: Adapter, bundle: EncoderBundle) -> float:
     """Return the largest difference of the graph's probabilities from those of the torch backend and the adapter."""
     runner = GraphRunner(graph, torch.device("cpu"), torch.get_num_threads())
-    core = Box(*((0, size) for size in bundle.window))
     largest = 0.0
     with open_session(bundle, device="cpu", backend="torch") as session:
         for windows in noise_windows(bundle.window):
             with torch.inference_mode():
-                expected = window_probabilities(adapter, session.encode(windows), core)
+                expected = adapter.probabilities(adapter.of_maps(session.encode(windows)))
             (probabilities,) = runner(windows)
             difference = float((probabilities - expected).abs().max())
             largest = max(largest, difference if math.isfinite(difference) else math.inf)

@@ -89,7 +89,7 @@ class ParityReport(BaseModel):
         if self.precision == "float32":
             return None
         if self.mask_dsc is None:
-            return f"{self.precision} was not compared on a CT that shows the head's organs (export --parity-ct)"
+            return f"{self.precision} was not compared on a CT that shows the classifier's organs (--parity-ct)"
         if self.mask_dsc < LEAST_DSC:
             return f"masks in {self.precision} agree with float32 to a DSC of {self.mask_dsc:.4f}, below {LEAST_DSC}"
         return None

@@ -6,9 +6,10 @@ system can take back at any time, are let go of as soon as they were used and do
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -169,6 +170,25 @@ def _number(path: str) -> int | None:
         return int(Path(path).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def memory_explained(message: str, *, remedy: str) -> Iterator[None]:
+    """Say what ran out of memory, and what helps; serves as a decorator too.
+
+    Args:
+        message: see :class:`OutOfMemoryError`.
+        remedy: likewise.
+
+    Raises:
+        OutOfMemoryError: memory ran out within.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(message, remedy=remedy) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

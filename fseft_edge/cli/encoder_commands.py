@@ -12,6 +12,7 @@ from fseft_edge.cli.options import PATH, talk_options
 from fseft_edge.report.progress import open_progress
 
 if TYPE_CHECKING:
+    from fseft_edge.export.parity import Classifier
     from fseft_edge.runtime.bundle import Precision
     from fseft_edge.runtime.engine_files import EngineLibrary
 
@@ -19,6 +20,18 @@ _TARGET_HELP = (
     "GPUs to build an engine for: sm_75, sm_86, ... (compute capability 7.5, 8.6, ...) or portable, separated by "
     "commas; may be repeated.  [default: this machine's GPU{otherwise}]"
 )
+
+
+def _classifier(bundle: Path, adapter: Path | None) -> Classifier | None:
+    """Return what compares masks by an adapter."""
+    from fseft_edge.adapter_file import read_adapter  # noqa: PLC0415 - brings in torch
+    from fseft_edge.runtime.bundle import EncoderBundle  # noqa: PLC0415 - likewise
+
+    if adapter is None:
+        return None
+    file = read_adapter(adapter)
+    file.check_encoder(EncoderBundle.open(bundle).encoder_id, path=adapter)
+    return file.adapter.log_odds
 
 
 def _listed(values: tuple[str, ...]) -> list[str]:
@@ -113,6 +126,7 @@ def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_option
 @click.option(
     "--parity-ct", type=PATH, multiple=True, help="A CT to compare this GPU's engine with PyTorch on; may be repeated."
 )
+@click.option("--adapter", type=PATH, help="Compare masks of this adapter.  [default: of the encoder's own classifier]")
 @talk_options
 def build_engines(
     *,
@@ -122,6 +136,7 @@ def build_engines(
     precision: Precision | None,
     max_batch: int,
     parity_ct: tuple[Path, ...],
+    adapter: Path | None,
     quiet: bool,
 ) -> None:
     """Build the GPU engines that are missing or stale in the encoder bundle BUNDLE."""
@@ -134,6 +149,7 @@ def build_engines(
         precision=precision,
         max_batch=max_batch,
         parity_volumes=parity_ct,
+        classify=_classifier(bundle, adapter),
     )
     if not quiet:
         for engine in built:

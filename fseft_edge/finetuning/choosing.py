@@ -12,7 +12,7 @@ from fseft_edge.adaptation import head_rows
 from fseft_edge.adapter_file import AdapterFile
 from fseft_edge.adapters import AdapterSettings
 from fseft_edge.finetuning.settings import TuningSettings
-from fseft_edge.finetuning.training import OutOfTimeError
+from fseft_edge.finetuning.training import DivergedError, OutOfTimeError
 from fseft_edge.finetuning.tuning import TuningSupport, add_fold, check_tunable, describe_tuning, load_tuning_support
 from fseft_edge.finetuning.tuning_file import SUFFIX, TuningFile, write_tuning
 from fseft_edge.organs import OrganLabel
@@ -180,9 +180,10 @@ def better_tuning(
         validated = _validate(support, settings, reference, deadline - reserved, progress)
         if validated is None:
             continue
-        _LOG.info("%s: DSC %.3f on scans left out", settings.name, validated.scores.mean)
-        if validated.scores.mean >= to_beat:
-            to_beat, best = validated.scores.mean, validated
+        found = mean_over_organs(validated.scores.summary()[0])
+        _LOG.info("%s: DSC %.3f on scans left out", settings.name, found)
+        if found >= to_beat:
+            to_beat, best = found, validated
     if best is None:
         return None
     tuned = support.tuned(best.settings, range(len(support.cases)), progress)
@@ -221,6 +222,9 @@ def _validate(
             except OutOfTimeError:
                 _LOG.warning("%s was given up: %d trainings do not fit into the time", settings.name, trainings)
                 return None
+            except DivergedError as error:
+                _LOG.warning("%s was given up: %s", settings.name, error.message)
+                return None
             longest = max(longest, time.monotonic() - begun)
             task.advance(1)
             if number == 2 and _is_hopeless(scores, reference):
@@ -231,6 +235,6 @@ def _validate(
 
 def _is_hopeless(scores: OrganScores, reference: Sequence[Sequence[float]]) -> bool:
     """Whether scores so far are far behind those of the adapter on the same scans; folds come in the same order."""
-    so_far = [(own, others[: len(own)]) for own, others in zip(scores.untreated, reference, strict=True) if own]
+    so_far = [(own, others[: len(own)]) for own, others in zip(scores.summary()[0], reference, strict=True) if own]
     behind = mean_over_organs([others for _, others in so_far]) - mean_over_organs([own for own, _ in so_far])
     return behind > _HOPELESS

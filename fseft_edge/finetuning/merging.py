@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +73,9 @@ def merge(
     if output.suffix != ".encoder":
         raise UsageError(f"{output} is no name of an encoder bundle.", remedy="Call --output NAME.encoder.")
     adapter = output.with_suffix(".adapter")
-    for path in (output, adapter):
-        if path.exists():
-            raise UsageError(f"{path} already exists.", remedy="Choose another --output, or remove it first.")
-        check_writable(path)
+    _check_free(output, adapter)
+    check_writable(output)
+    check_writable(adapter)
     file = read_tuning(tuning)
     base = EncoderBundle.open(encoder or find_encoder(tuning, file.description.encoder_id))
     file.check_encoder(base, tuning)
@@ -90,14 +90,25 @@ def merge(
     )
     folded = folded_encoder(network.encoder)
     loaded = LoadedModel(ModelFile(described, folded.state_dict(), *_no_classifier(folded)), tuning)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merge-", dir=output.parent) as folder:
+        made = Path(folder) / output.name
+        write_encoder(loaded, made, onnx=onnx, parity_volumes=parity_volumes, classify=network.head.log_odds)
+        _check_free(output, adapter)  # another process may have been faster
+        made.rename(output)
     try:
-        bundle = write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes, classify=network.classify)
+        bundle = EncoderBundle.open(output)
         write_adapter(adapter, _adapter(file, network.head, bundle))
-    except BaseException as error:
-        if not isinstance(error, UsageError):  # which says that somebody else put something there meanwhile
-            shutil.rmtree(output, ignore_errors=True)  # one without the other would only be in the way of the next try
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # one without the other would only be in the way of the next try
         raise
     return Merged(bundle, adapter)
+
+
+def _check_free(*paths: Path) -> None:
+    for path in paths:
+        if path.exists():
+            raise UsageError(f"{path} already exists.", remedy="Choose another --output, or remove it first.")
 
 
 def tuned_network(file: TuningFile, base: EncoderBundle, path: Path) -> TunedNetwork:

@@ -54,7 +54,7 @@ class TuningSettings:
         crop: edge of a crop in grid voxels, a multiple of 32; None takes 144 mm, and no more than the encoder's window.
         rate: AdamW's peak rate for parameters that were not there before (head, low-rank sums, inserted modules) and
             for those of a network with batch normalisation; weight decay is 0.
-        pretrained_rate: the same for the pre-trained parameters of a network with layer normalisation.
+        pretrained_rate: the same for the pre-trained parameters of a network without.
         rank: of low-rank sums; three times that for a matrix of queries, keys and values together, as in FSEFT's code.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the device has instructions for
             it. Never on a CPU with crops so small that PyTorch would get gradients wrong.

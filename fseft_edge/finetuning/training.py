@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from fseft_edge.adapter_training import rate_share
 from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows
-from fseft_edge.blocks import Box, surrounded
 from fseft_edge.feature_statistics import FeatureStatistics
 from fseft_edge.finetuning.opening import open_encoder, renewed_parts
 from fseft_edge.finetuning.settings import TuningSettings
@@ -22,8 +20,8 @@ from fseft_edge.losses import adaptation_loss
 from fseft_edge.pretraining.cohort import Batch, TrainingCase, batch_of, random_crop
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.backend_choice import has_bfloat16
-from fseft_edge.runtime.errors import OutOfMemoryError
-from fseft_edge.runtime.memory import is_out_of_memory
+from fseft_edge.runtime.errors import CheckpointError
+from fseft_edge.runtime.memory import memory_explained
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -59,13 +57,7 @@ class TunedNetwork(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """Return logits ``[n, K, X, Y, Z]`` of windows ``[n, 1, X, Y, Z]``."""
-        return self.classify(self.encoder(windows))
-
-    def classify(self, levels: Sequence[Tensor]) -> Tensor:
-        """Return the same of windows' feature pyramids, a tensor ``[n, C_l, ...]`` a level."""
-        core = Box(*((0, size) for size in levels[0].shape[2:]))
-        logits: Tensor = self.head(surrounded(levels, self.head.boxes(core)), core)
-        return logits
+        return self.head.of_maps(self.encoder(windows))
 
     @torch.no_grad()
     def start_head(self, rows: HeadRows, batches: Iterable[Tensor]) -> None:
@@ -115,6 +107,18 @@ class FineTuned:
         return sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
 
 
+class OutOfTimeError(Exception):
+    """Fine-tuning would take longer than it may."""
+
+
+class DivergedError(CheckpointError):
+    """The weights that fine-tuning makes are not finite."""
+
+
+@memory_explained(
+    "Memory ran out while the encoder was fine-tuned.",
+    remedy="Add --gradient-checkpointing, or let a step have fewer --crops or more portions (--accumulate).",
+)
 def fine_tune(
     encoder: FeatureNetwork,
     cases: Sequence[TrainingCase],
@@ -143,6 +147,7 @@ def fine_tune(
     Raises:
         UsageError: the method does not fit the encoder.
         OutOfTimeError: it would take longer than ``seconds``.
+        DivergedError: the weights are not finite.
         OutOfMemoryError: memory ran out.
     """
     cases = [case for case in cases if case.task_mask.any()]  # the others teach nothing
@@ -151,7 +156,7 @@ def fine_tune(
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
             module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
     encoder.gradient_checkpointing = settings.checkpointing
-    edge, spacing = settings.crop or crop_edge(preprocessing, window), preprocessing.spacing
+    edge, spacing = settings.crop or crop_edge(encoder, preprocessing, window), preprocessing.spacing
     bfloat16 = has_bfloat16(settings.device) if settings.bfloat16 is None else settings.bfloat16
     # PyTorch 2.13 on a CPU: the gradient of a 3x3x3 kernel over features two voxels long is what was in memory before.
     if settings.device.type == "cpu" and edge <= 2 * _BOTTLENECK * encoder.levels[-1].stride:
@@ -163,12 +168,13 @@ def fine_tune(
     losses: list[float] = []
     begun = time.monotonic()
     _set_mode(network, settings, live=True)
-    with _explained(), torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
+    with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
         random = np.random.default_rng([settings.seed, settings.steps])
         crops = (random_crop(cases, edge, random, spacing=spacing) for _ in range(_STATISTICS_CROPS))
         network.start_head(rows, (_image(batch_of([crop]), settings.device) for crop in crops))
-    repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
-    with (progress or SilentProgress()).task(f"fine-tune ({settings.name})", settings.steps) as task, repeatable:
+    # What cuDNN does is repeated exactly; gradients of padding and pooling are not on a GPU.
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
+    with (progress or SilentProgress()).task(f"fine-tune ({settings.name})", settings.steps) as task, cudnn:
         for step in range(settings.steps):
             _set_mode(network, settings, live=step < _LIVE_STATISTICS * settings.steps)
             for group in optimizer.param_groups:
@@ -178,14 +184,18 @@ def fine_tune(
             total = 0.0
             for count in portions:
                 batch = batch_of([random_crop(cases, edge, random, spacing=spacing) for _ in range(count)])
-                with _explained():
-                    with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
-                        logits = network(_image(batch, settings.device))
-                    targets, annotated = batch.targets.to(settings.device), batch.task_mask.to(settings.device)
-                    loss = adaptation_loss(logits.float(), targets, annotated, "sigmoid") * (count / settings.crops)
-                    loss.backward()
+                with torch.autocast(settings.device.type, torch.bfloat16, enabled=bfloat16):
+                    logits = network(_image(batch, settings.device))
+                targets, annotated = batch.targets.to(settings.device), batch.task_mask.to(settings.device)
+                loss = adaptation_loss(logits.float(), targets, annotated, "sigmoid") * (count / settings.crops)
+                loss.backward()
                 total += float(loss.detach())
-            nn.utils.clip_grad_norm_(learned, _GREATEST_GRADIENT)
+            norm = nn.utils.clip_grad_norm_(learned, _GREATEST_GRADIENT)
+            if not bool(torch.isfinite(norm)):
+                raise DivergedError(
+                    f"Fine-tuning diverged: the gradient of step {step + 1} is not finite.",
+                    remedy="Check the scans for values that are no HU, or choose another --seed or --method.",
+                )
             optimizer.step()
             losses.append(total)
             task.advance(1)
@@ -198,34 +208,20 @@ def fine_tune(
     return FineTuned(network.cpu().eval(), tuple(means), settings.steps, bfloat16)
 
 
-class OutOfTimeError(Exception):
-    """Fine-tuning would take longer than it may."""
-
-
 def _image(batch: Batch, device: torch.device) -> Tensor:
     """Return a batch's crops as the network wants them."""
     return batch.clean.to(device).contiguous(memory_format=torch.channels_last_3d)
 
 
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Say what helps where memory runs out."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(
-            "Memory ran out while the encoder was fine-tuned.",
-            remedy="Add --gradient-checkpointing, or let a step have fewer --crops or more portions (--accumulate).",
-        ) from error
+def crop_edge(encoder: FeatureNetwork, preprocessing: Preprocessing, window: tuple[int, int, int]) -> int:
+    """Return the edge of a crop in grid voxels: 144 mm, and within the encoder's window.
 
-
-def crop_edge(preprocessing: Preprocessing, window: tuple[int, int, int]) -> int:
-    """Return the edge of a crop in grid voxels: 144 mm, a multiple of 32, and within the encoder's window."""
-    finest = min(preprocessing.spacing)
-    wanted = math.ceil(_CROP_MM / finest / _CROP_MULTIPLE) * _CROP_MULTIPLE
-    return min(wanted, *window)
+    It is a multiple of 32 and of what the bottleneck's stride may be, of which there are two at least.
+    """
+    bottleneck = _BOTTLENECK * encoder.levels[-1].stride
+    multiple = max(_CROP_MULTIPLE, bottleneck)
+    wanted = math.ceil(_CROP_MM / min(preprocessing.spacing) / multiple) * multiple
+    return min(max(wanted, 2 * bottleneck), *window)
 
 
 def _set_mode(network: TunedNetwork, settings: TuningSettings, *, live: bool) -> None:

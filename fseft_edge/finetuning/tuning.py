@@ -234,8 +234,15 @@ def describe_tuning(
         rank=settings.rank,
         organs=describe_organs(
             support.organs,
-            [tuple(of_scan[k] for of_scan in support.volumes_ml if of_scan[k]) for k in range(count)],
-            [tuple(look for of_scan in support.hu if (look := of_scan[k])) for k in range(count)],
+            [
+                tuple(
+                    volumes[k]
+                    for volumes, scan in zip(support.volumes_ml, support.cases, strict=True)
+                    if scan.task_mask[k]
+                )
+                for k in range(count)
+            ],
+            [tuple(look for of_scan in support.hu if (look := of_scan[k]) is not None) for k in range(count)],
             left_out=left_out,
             post_processing=post_processing,
         ),

@@ -170,8 +170,8 @@ def prepare_case(
                 if half.any() or not partial:
                     _mark(bits, task_mask, half, organs.index(name))
     random = np.random.default_rng(int(bits.sum(dtype=np.int64) % 2**32))
-    regions = [bits & np.int32(1 << bit) != 0 for bit in range(len(organs))]
-    centres = [_some_positions(region, random) for region in [*regions, image > _AIR_LEVEL]]
+    centres = [_some_positions(bits & np.int32(1 << bit) != 0, random) for bit in range(len(organs))]
+    centres.append(_some_positions(image > _AIR_LEVEL, random))
     return TrainingCase(image.astype(np.float16), bits, task_mask, tuple(c for c in centres if len(c)))
 
 

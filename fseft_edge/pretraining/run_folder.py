@@ -54,6 +54,7 @@ def save_checkpoint(state: TrainingState, path: Path, plan: PretrainingPlan) -> 
     """
     content = {
         "plan": _plan_id(plan),
+        "initial_sha256": state.initial_sha256,
         "step": state.step,
         "seconds": state.seconds,
         "losses": state.losses,
@@ -70,7 +71,7 @@ def restore_checkpoint(state: TrainingState, path: Path, plan: PretrainingPlan) 
     """Bring a state to where its checkpoint was written, on whatever device it was.
 
     Raises:
-        CheckpointError: it is damaged, or of another plan.
+        CheckpointError: it is damaged, of another plan, or began from other weights than the state's.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -82,6 +83,11 @@ def restore_checkpoint(state: TrainingState, path: Path, plan: PretrainingPlan) 
         raise CheckpointError(
             f"{path} was made with another plan.", remedy="Continue with the same plan, or choose another --output."
         )
+    if state.initial_sha256 not in (None, content["initial_sha256"]):
+        raise CheckpointError(
+            f"{path} began from other weights.", remedy="Continue without --initial, or choose another --output."
+        )
+    state.initial_sha256 = content["initial_sha256"]
     state.network.load_state_dict(content["network"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.step, state.seconds, state.losses = content["step"], content["seconds"], content["losses"]

@@ -31,12 +31,17 @@ from fseft_edge.pretraining.run_folder import (
 from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.bundle import sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, UsageError
+from fseft_edge.runtime.memory import memory_explained
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.session import resolve_device
 
 _LOG = logging.getLogger(__name__)
 
 
+@memory_explained(
+    "Memory ran out while an encoder was trained.",
+    remedy="Let the plan have smaller crops, fewer of them a step, or gradient_checkpointing.",
+)
 def pretrain(
     plan: PretrainingPlan,
     *,
@@ -68,10 +73,11 @@ def pretrain(
         progress: where to show progress.
 
     Raises:
-        CheckpointError: the folder's checkpoint is of another plan, or exists and ``resume`` is off; the initial
-            weights are of another network; training diverged.
+        CheckpointError: the folder's checkpoint is of another plan or of other initial weights, or exists and
+            ``resume`` is off; the initial weights are of another network; training diverged.
         InputError: a data set is missing or inconsistent.
         MissingBackendError: TensorBoard is asked for and not installed.
+        OutOfMemoryError: memory ran out.
         UsageError: there are more processes than crops in a step, or they do not see the same files; the plan's
             crops are too small for bfloat16 on a CPU.
     """
@@ -115,7 +121,7 @@ def pretrain(
 
 
 def learning_rate(plan: PretrainingPlan, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to zero at the last step."""
+    """Return the rate of a step: linear warm-up, then a cosine that would be at zero after the last step."""
     schedule = plan.schedule
     if step < schedule.warmup_steps:
         return schedule.learning_rate * (step + 1) / schedule.warmup_steps

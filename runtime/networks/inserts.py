@@ -21,7 +21,6 @@ INSERTS: tuple[InsertKind, ...] = get_args(InsertKind)
 
 _IN_BLOCKS: dict[InsertKind, type[BlockInserts]] = {"adaptformer": AdaptFormer, "compacter": Compacter}
 _NAMES = {*(inserts.name for inserts in _IN_BLOCKS.values()), med_adapter.NAME}
-_FITTING: dict[str, tuple[InsertKind, ...]] = {"swin_unetr": INSERTS, "residual_unet": ("med-adapter",)}
 
 
 @runtime_checkable
@@ -42,10 +41,8 @@ class HasBlocks(Protocol):
         ...
 
 
-def fitting_inserts(network: FeatureNetwork | str) -> tuple[InsertKind, ...]:
-    """Return the kinds that a network, or an architecture of that name, has a place for."""
-    if isinstance(network, str):
-        return _FITTING.get(network, ())
+def fitting_inserts(network: FeatureNetwork) -> tuple[InsertKind, ...]:
+    """Return the kinds that a network has a place for."""
     places = {"med-adapter": HasStages, **dict.fromkeys(_IN_BLOCKS, HasBlocks)}
     return tuple(kind for kind in INSERTS if isinstance(network, places[kind]))
 

@@ -2,6 +2,8 @@
 
 Med-Tuning, arXiv 2304.10880, and its authors' released code, which has slices first where Z is last here. What differs:
 
+- One adapter stands at the end of each stage. The released code has one behind every block, and gives the stage before
+  to a stage's last one alone.
 - No batch normalisation behind the depthwise convolutions. With fixed statistics, as at inference, it is a scale and a
   shift a channel, which the convolution can learn itself: the same functions, without statistics of a batch of one.
   What it did for training, that no ReLU is shut, is done by how the convolutions start: as the identity, raised above

@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from doubles.encoder import write_random_adapter, write_tiny_encoder
 from doubles.models import CHANNELS, WINDOW, small_contents, small_model
 
 from fseft_edge.cli.main import cli
@@ -22,12 +23,14 @@ from fseft_edge.export.checkpoints import write_model_file
 from fseft_edge.export.engines import _target_setter, build_engines, compile_graph, prepare_build
 from fseft_edge.export.export import export_encoder
 from fseft_edge.export.onnx_graph import write_graph
+from fseft_edge.export.parity import Classifier
 from fseft_edge.export.zoo import load_model
 from fseft_edge.runtime.backends.tensorrt import check_validity
 from fseft_edge.runtime.backends.tensorrt_library import fresh_logger, import_library
 from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.engine_files import EngineDescription, EngineLibrary, engine_for_gpu, read_engine
+from fseft_edge.runtime.engine_files import EngineDescription, EngineFile, EngineLibrary, engine_for_gpu, read_engine
 from fseft_edge.runtime.errors import (
+    AdapterError,
     EncoderBundleError,
     EngineError,
     MissingBackendError,
@@ -408,6 +411,26 @@ def test_command_builds_what_is_asked_for_and_names_the_files(
     assert all(read(bundle, target).is_file() for target in ("sm_86", "portable", "sm_120"))
     refused = command("build-engines", bundle.path, "--target", "sm_90")
     assert isinstance(refused.exception, EngineError)
+
+
+def test_command_compares_masks_of_the_adapter_that_is_named(
+    bundle: EncoderBundle, command: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Classifier] = []
+
+    def noted(*arguments: object, classify: Classifier, **named: object) -> list[EngineFile]:
+        asked.append(classify)
+        return []
+
+    monkeypatch.setattr("fseft_edge.export.engines.build_engines", noted)
+    own, other = tmp_path / "own.adapter", tmp_path / "other.adapter"
+    file = write_random_adapter(own, bundle)
+    write_random_adapter(other, write_tiny_encoder(tmp_path / "other.encoder"))
+    assert command("build-engines", bundle.path, "--adapter", own).exit_code == 0
+    levels = [torch.rand(1, level.channels, *(16 // level.stride,) * 3) for level in bundle.levels]
+    with torch.no_grad():
+        assert torch.equal(asked[0](levels), file.adapter.log_odds(levels))
+    assert isinstance(command("build-engines", bundle.path, "--adapter", other).exception, AdapterError)
 
 
 def test_a_copied_bundle_keeps_its_engines(bundle: EncoderBundle, tmp_path: Path) -> None:

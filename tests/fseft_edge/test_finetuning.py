@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +45,20 @@ def swin() -> FeatureNetwork:
 
 def learning(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[None]:
+    """Return a list that grows with every call of a function."""
+    calls: list[None] = []
+    module, _, function = name.rpartition(".")
+    original = getattr(importlib.import_module(module), function)
+
+    def counted(*arguments: object, **named: object) -> object:
+        calls.append(None)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(name, counted)
+    return calls
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +144,15 @@ def test_nothing_to_learn_is_refused() -> None:
 
 
 def test_the_crop_is_144_mm_and_within_the_window() -> None:
-    assert crop_edge(Preprocessing(spacing=(1.5, 1.5, 1.5)), (96, 96, 96)) == 96
-    assert crop_edge(Preprocessing(spacing=(3.0, 3.0, 3.0)), (96, 96, 96)) == 64
-    assert crop_edge(Preprocessing(spacing=(1.0, 1.0, 1.0)), (96, 96, 96)) == 96
+    assert crop_edge(unet(), Preprocessing(spacing=(1.5, 1.5, 1.5)), (96, 96, 96)) == 96
+    assert crop_edge(unet(), Preprocessing(spacing=(3.0, 3.0, 3.0)), (96, 96, 96)) == 64
+    assert crop_edge(unet(), Preprocessing(spacing=(1.0, 1.0, 1.0)), (96, 96, 96)) == 96
+
+
+def test_a_crop_is_one_that_the_network_takes() -> None:
+    assert crop_edge(swin(), Preprocessing(spacing=(5.0, 5.0, 5.0)), (96, 96, 96)) == 64
+    deep = ResidualUNet([2] * 7)
+    assert crop_edge(deep, Preprocessing(spacing=(1.5, 1.5, 1.5)), (128, 128, 128)) == 128
 
 
 # Sums that fold
@@ -178,24 +200,38 @@ def test_training_changes_what_learns_and_nothing_else(site: TuningSite, method:
     assert tuned.parameters == parameters_in(learned)
 
 
-def test_the_same_seed_gives_the_same_network_and_checkpointing_changes_nothing(site: TuningSite) -> None:
+def test_the_same_seed_gives_the_same_network_and_checkpointing_changes_nothing(
+    site: TuningSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     support = site.support()
     settings = TuningSettings("full", **SHORT)
+    computed_again = count_calls(monkeypatch, "fseft_edge.runtime.networks.base.recomputed")
     first, again, saving, other = (
         support.tuned(each, [0, 1], SilentProgress()).network.learned()
         for each in (settings, settings, replace(settings, checkpointing=True), replace(settings, seed=1))
     )
+    assert computed_again
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(torch.allclose(first[name], saving[name], atol=1e-6) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_a_step_in_portions_sees_the_same_crops(site: TuningSite) -> None:
+def test_a_step_in_portions_sees_the_same_crops(site: TuningSite, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one crop a portion, losses are means of single crops' instead of the loss of both; both begin alike."""
     support = site.support()
     settings = TuningSettings("affine", steps=1, crops=2, crop=32, bfloat16=False, rate=0.0)
+    seen: list[torch.Tensor] = []
+    forward = TunedNetwork.forward
+
+    def noted(network: TunedNetwork, windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows)
+        return forward(network, windows)
+
+    monkeypatch.setattr(TunedNetwork, "forward", noted)
     whole = support.tuned(settings, [0, 1], SilentProgress()).losses
     portions = support.tuned(replace(settings, accumulate=2), [0, 1], SilentProgress()).losses
+    assert [len(windows) for windows in seen] == [2, 1, 1]
+    assert torch.equal(seen[0], torch.cat(seen[1:]))
     assert portions == pytest.approx(whole, rel=0.2)
 
 
@@ -205,7 +241,8 @@ def test_statistics_are_held_but_for_those_of_a_new_decoder(site: TuningSite) ->
         settings = TuningSettings("affine", decoder, **SHORT)
         tuned = support.tuned(settings, [0], SilentProgress()).network.encoder
         name = "merge.0.first.norm.running_mean"
-        assert torch.equal(tuned.state_dict()[name], site.bundle.network().state_dict()[name]) is not moves
+        untouched = 0.0 if moves else site.bundle.network().state_dict()[name]
+        assert bool((tuned.state_dict()[name] == untouched).all()) is not moves
         assert torch.equal(
             tuned.state_dict()["down.0.first.norm.running_mean"],
             site.bundle.network().state_dict()["down.0.first.norm.running_mean"],
@@ -233,6 +270,12 @@ def test_it_starts_as_the_zero_shot_segmenter(site: TuningSite, reads: Reads) ->
         assert torch.allclose(network.head.scale(level), channels.std(1, correction=0), atol=1e-5)
 
 
+def test_a_head_starts_wherever_the_network_computes() -> None:
+    """The rows lie on the CPU; ``meta`` stands for a device of another kind."""
+    network = TunedNetwork(unet(), 2, TuningSettings("bitfit")).to("meta")
+    network.head.start_from_head([(torch.ones(CHANNELS[0]), 0.5), None])
+
+
 def test_the_classifier_reads_what_it_was_told(site: TuningSite) -> None:
     support = site.support()
     for reads in ("last", "pyramid"):
@@ -251,8 +294,9 @@ def test_fine_tuning_lowers_the_loss(site: TuningSite) -> None:
 
 
 def test_every_method_has_a_row_in_the_docs() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8")
-    assert all(f"`{method}`" in text for method in TUNING_METHODS)
+    lines = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text(encoding="utf-8").splitlines()
+    for method in TUNING_METHODS:
+        assert any(re.match(rf"\| `{method}` \|.*\|.*\| (folded|part of)", line) for line in lines), method
 
 
 @pytest.mark.parametrize("method", ["conv-adapter", "lora", "bitfit"])
@@ -282,11 +326,14 @@ def test_scans_that_annotate_nothing_teach_nothing(site: TuningSite) -> None:
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
 
 
-def test_running_out_of_memory_says_what_helps(site: TuningSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(*arguments: object) -> None:
+@pytest.mark.parametrize("where", [(TunedNetwork, "forward"), (torch.optim.AdamW, "step"), (TunedNetwork, "to")])
+def test_running_out_of_memory_says_what_helps(
+    site: TuningSite, monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]
+) -> None:
+    def out_of_memory(*arguments: object, **named: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(TunedNetwork, "forward", out_of_memory)
+    monkeypatch.setattr(*where, out_of_memory)
     with pytest.raises(OutOfMemoryError) as raised:
         site.support().tuned(TuningSettings("bitfit", **SHORT), [0], SilentProgress())
     assert "--gradient-checkpointing" in raised.value.remedy

@@ -19,6 +19,7 @@ from fseft_edge.adapter_file import AdapterFile
 from fseft_edge.finetuning.choosing import better_tuning, default_candidates, try_finetuning, tuning_beside, why_not
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import TunedNetwork
+from fseft_edge.finetuning.tuning import TuningSupport
 from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.validation import OrganScores
@@ -29,10 +30,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> TuningSite:
     return tuning_site(tmp_path_factory.mktemp("site"))
 
 
-def test_scans_left_out_are_scored_by_a_network_that_never_saw_them(site: TuningSite, tmp_path: Path) -> None:
+def test_scans_left_out_are_scored_by_a_network_that_never_saw_them(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list[list[int]] = []
+    tuned = TuningSupport.tuned
+
+    def noted(support: TuningSupport, settings: TuningSettings, among: Sequence[int], *rest: Any, **more: Any) -> Any:
+        taught.append(list(among))
+        return tuned(support, settings, among, *rest, **more)
+
+    monkeypatch.setattr(TuningSupport, "tuned", noted)
     file = site.finetune(TuningSettings("bitfit", **SHORT), tmp_path / "v.tuning", validate=True)
     assert [len(organ.left_out_dsc) for organ in file.description.organs] == [2, 2]
     assert all(0 <= score <= 1 for organ in file.description.organs for score in organ.left_out_dsc)
+    assert taught == [[1], [0], [0, 1]]
 
 
 def test_one_scan_cannot_be_validated_and_that_is_said(
@@ -94,6 +106,35 @@ def test_the_better_one_is_taken(site: TuningSite, tmp_path: Path, monkeypatch: 
     assert chosen.description.method == "full"
     assert chosen.description.organs[0].left_out_dsc == (1.0, 1.0)
     assert better_tuning(adapter_with(0.99, tmp_path, site), support, candidates, deadline=within(30)) is None
+
+
+def test_what_is_compared_is_post_processed_on_both_sides(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are the liver and a heap of voxels apart from it, which the largest component leaves out."""
+
+    def scored(scores: OrganScores, support: Any, settings: TuningSettings, left_out: Sequence[int], **_: Any) -> None:
+        for index in left_out:
+            labels = support.annotated[index][1]
+            mask = np.uint8(1) * (labels.array == LIVER.label)
+            mask[:6, :6] = 1
+            scores.add(mask, labels, [LIVER.label, SPLEEN.label], np.array([True, False]))
+        assert scores.mean < 0.9
+
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.add_fold", scored)
+    settings = TuningSettings("bitfit", **SHORT)
+    chosen = better_tuning(adapter_with(0.9, tmp_path, site), site.support(), [settings], deadline=within(30))
+    assert chosen is not None
+    assert chosen.description.organs[0].post_processing.largest_component
+    assert chosen.description.organs[0].left_out_dsc == (1.0, 1.0)
+
+
+def test_what_diverges_is_given_up(site: TuningSite, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wild = replace(GOOD, rate=1e30)
+    with caplog.at_level(logging.WARNING):
+        chosen = better_tuning(adapter_with(0.0, tmp_path, site), site.support(), [wild], deadline=within(30))
+    assert chosen is None
+    assert "is not finite" in caplog.text
 
 
 def test_what_is_too_slow_is_given_up_after_a_few_steps(

@@ -20,6 +20,7 @@ from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.plan import SwinUnetrPlan
 from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.report.progress import SilentProgress
+from fseft_edge.runtime.bundle import sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, MissingBackendError, OutOfSpaceError, UsageError
 from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
 
@@ -181,6 +182,19 @@ def test_weights_of_another_architecture_are_refused(data: Path, plan: Pretraini
     swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
     with pytest.raises(CheckpointError, match="is a residual_unet, the plan trains a swin_unetr"):
         pretrain(plan.model_copy(update={"encoder": swin}), data_root=data, output=tmp_path, initial_model="edge_base")
+
+
+def test_a_run_that_goes_on_remembers_what_it_began_from(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+    first, other = (
+        pretrain(plan.model_copy(update={"seed": seed}), data_root=data, output=tmp_path / f"{seed}", stop_after=1)
+        for seed in (1, 2)
+    )
+    run = tmp_path / "run"
+    pretrain(plan, data_root=data, output=run, initial=first, stop_after=1)
+    with pytest.raises(CheckpointError, match="began from other weights"):
+        pretrain(plan, data_root=data, output=run, initial=other, resume=True, stop_after=1)
+    path = pretrain(plan, data_root=data, output=run, resume=True, stop_after=1)
+    assert read_model_file(path).description.training["initial_sha256"] == sha256_of_file(first)
 
 
 def test_a_run_that_diverges_stops_there(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +14,19 @@ from doubles.tuning_site import FOR_A_UNET, LIVER, SHORT, TuningSite, parameters
 from safetensors.torch import load_file
 
 from fseft_edge.adapter_file import read_adapter
+from fseft_edge.export.parity import Classifier
 from fseft_edge.finetuning.merging import folded_encoder, merge, tuned_network
 from fseft_edge.finetuning.settings import TuningMethod, TuningSettings
+from fseft_edge.finetuning.tuning import describe_tuning
 from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning, write_tuning
 from fseft_edge.organs import OrganLabel
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.report.progress import SilentProgress
+from fseft_edge.runtime.bundle import EncoderBundle, ParityReport
 from fseft_edge.runtime.errors import AdapterError, UsageError
 from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import open_session
 from fseft_edge.segmentation import segment
+from fseft_edge.validation import OrganScores
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +172,45 @@ def test_a_merge_that_is_interrupted_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         merge(tuned["bitfit"], tmp_path / "a.encoder", encoder=site.bundle.path, onnx=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_that_is_interrupted_leaves_what_another_made_meanwhile(
+    site: TuningSite, tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(*arguments: object, **named: object) -> None:
+        (tmp_path / "a.encoder").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fseft_edge.finetuning.merging.write_encoder", overtaken)
+    with pytest.raises(KeyboardInterrupt):
+        merge(tuned["bitfit"], tmp_path / "a.encoder", encoder=site.bundle.path, onnx=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.encoder"]
+
+
+def test_masks_of_the_adapter_are_what_a_lower_precision_is_held_to(
+    site: TuningSite, tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Classifier] = []
+
+    def noted(*arguments: Any, classify: Classifier, **named: Any) -> list[ParityReport]:
+        asked.append(classify)
+        return []
+
+    monkeypatch.setattr("fseft_edge.export.export.parity_reports", noted)
+    merged = merge(tuned["affine"], tmp_path / "a.encoder", encoder=site.bundle.path)
+    adapter = read_adapter(merged.adapter).adapter
+    with torch.no_grad(), open_session(merged.bundle, "cpu", "torch") as session:
+        levels = session.encode(torch.rand(1, 1, *WINDOW))
+        assert torch.allclose(torch.sigmoid(asked[0](levels)), torch.sigmoid(adapter.of_maps(levels)), atol=1e-5)
+
+
+def test_an_organ_of_a_single_small_voxel_is_described(site: TuningSite, tmp_path: Path) -> None:
+    support = site.support()
+    speck = replace(support, volumes_ml=[[0.0, volumes[1]] for volumes in support.volumes_ml])
+    settings = TuningSettings("bitfit", **SHORT)
+    tuned = speck.tuned(settings, [0, 1], SilentProgress())
+    described = describe_tuning(tuned, speck, settings, *OrganScores(2).summary()).description
+    assert described.organs[0].support_volumes_ml == (0.0, 0.0)
 
 
 def test_more_organs_than_a_case_has_bits_for_are_refused(site: TuningSite, tmp_path: Path) -> None:

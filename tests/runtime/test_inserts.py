@@ -93,10 +93,8 @@ def test_gradients_are_the_same_when_parts_are_computed_again(architecture: str,
 def test_what_fits_where() -> None:
     assert INSERTS == ("adaptformer", "compacter", "med-adapter")
     for architecture in SETTINGS:
-        fitting = fitting_inserts(architecture)
-        assert fitting == fitting_inserts(network_with(architecture, None))
+        fitting = fitting_inserts(network_with(architecture, None))
         assert [(architecture, kind) for kind in fitting] == [pair for pair in FITTING if pair[0] == architecture]
-    assert fitting_inserts("net_of_2030") == ()
 
 
 def test_a_network_without_a_place_is_refused_with_what_fits() -> None:
