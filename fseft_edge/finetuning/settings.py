@@ -57,7 +57,7 @@ class TuningSettings:
         pretrained_rate: the same for the pre-trained parameters of a network without.
         rank: of low-rank sums; three times that for a matrix of queries, keys and values together, as in FSEFT's code.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the device has instructions for
-            it. Never on a CPU with crops so small that PyTorch would get gradients wrong.
+            it.
         device: where the network computes.
         checkpointing: compute activations again in the backward pass instead of keeping them.
     """

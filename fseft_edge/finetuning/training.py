@@ -24,6 +24,7 @@ from fseft_edge.runtime.errors import CheckpointError
 from fseft_edge.runtime.memory import memory_explained
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.short_inputs import short_inputs_in_float32
 
 _CROP_MM = 144.0
 _CROP_MULTIPLE = 32
@@ -158,9 +159,6 @@ def fine_tune(
     encoder.gradient_checkpointing = settings.checkpointing
     edge, spacing = settings.crop or crop_edge(encoder, preprocessing, window), preprocessing.spacing
     bfloat16 = has_bfloat16(settings.device) if settings.bfloat16 is None else settings.bfloat16
-    # PyTorch 2.13 on a CPU: the gradient of a 3x3x3 kernel over features two voxels long is what was in memory before.
-    if settings.device.type == "cpu" and edge <= 2 * _BOTTLENECK * encoder.levels[-1].stride:
-        bfloat16 = False
     optimizer = _optimizer(network, settings)
     learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     portions = [len(part) for part in np.array_split(np.arange(settings.crops), settings.accumulate) if len(part)]
@@ -174,7 +172,9 @@ def fine_tune(
         network.start_head(rows, (_image(batch_of([crop]), settings.device) for crop in crops))
     # What cuDNN does is repeated exactly; gradients of padding and pooling are not on a GPU.
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
-    with (progress or SilentProgress()).task(f"fine-tune ({settings.name})", settings.steps) as task, cudnn:
+    title = f"fine-tune ({settings.name})"
+    exact = short_inputs_in_float32(network)
+    with (progress or SilentProgress()).task(title, settings.steps) as task, cudnn, exact:
         for step in range(settings.steps):
             _set_mode(network, settings, live=step < _LIVE_STATISTICS * settings.steps)
             for group in optimizer.param_groups:

@@ -34,6 +34,7 @@ from fseft_edge.runtime.errors import CheckpointError, UsageError
 from fseft_edge.runtime.memory import memory_explained
 from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.session import resolve_device
+from fseft_edge.short_inputs import short_inputs_in_float32
 
 _LOG = logging.getLogger(__name__)
 
@@ -78,8 +79,7 @@ def pretrain(
         InputError: a data set is missing or inconsistent.
         MissingBackendError: TensorBoard is asked for and not installed.
         OutOfMemoryError: memory ran out.
-        UsageError: there are more processes than crops in a step, or they do not see the same files; the plan's
-            crops are too small for bfloat16 on a CPU.
+        UsageError: there are more processes than crops in a step, or they do not see the same files.
     """
     progress = progress or SilentProgress()
     processes = processes or Processes(resolve_device("auto"))
@@ -99,7 +99,7 @@ def pretrain(
     last = plan.schedule.steps if stop_after is None else min(plan.schedule.steps, state.step + stop_after)
     step = _Step(state, plan, processes)
     batches = _batches(plan, cohorts, range(state.step, last), processes)
-    with progress.task("pre-train", plan.schedule.steps) as task:
+    with progress.task("pre-train", plan.schedule.steps) as task, short_inputs_in_float32(state.network):
         task.advance(state.step)
         while state.step < last:
             metrics = step.take(batches)
@@ -134,14 +134,6 @@ def _check_feasible(plan: PretrainingPlan, processes: Processes) -> None:
         raise UsageError(
             f"{processes.count} processes cannot share the {plan.crops_per_step} crops of a step.",
             remedy="Start fewer, or raise 'crops_per_step' in the plan.",
-        )
-    schedule = plan.schedule
-    on_cpu = processes.device.type == "cpu"
-    if on_cpu and schedule.bfloat16 and schedule.crop <= 2 * plan.encoder.coarsest_stride:
-        # PyTorch 2.13: the gradient of a 3x3x3 kernel over features two voxels long holds what was in memory before.
-        raise UsageError(
-            f"Crops of {schedule.crop} are too small for bfloat16 on a CPU, whose gradients would be wrong.",
-            remedy="Raise 'crop', set 'bfloat16 = false' in the plan, or train on a GPU.",
         )
 
 

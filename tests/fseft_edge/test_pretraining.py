@@ -235,13 +235,6 @@ def test_a_swin_unetr_takes_a_step_in_little_memory(data: Path, plan: Pretrainin
     assert row["deep_supervision"] == 0
 
 
-def test_bfloat16_that_a_cpu_gets_wrong_is_refused(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
-    schedule = plan.schedule.model_copy(update={"bfloat16": True, "crop": 8})
-    small = plan.model_copy(update={"schedule": schedule})
-    with pytest.raises(UsageError, match="Crops of 8 are too small"):
-        pretrain(small, data_root=data, output=tmp_path, processes=Processes(torch.device("cpu")))
-
-
 def test_the_rate_warms_up_and_falls_to_nothing(plan: PretrainingPlan) -> None:
     rates = [learning_rate(plan, step) for step in range(plan.schedule.steps)]
     assert rates[0] == pytest.approx(0.005)
