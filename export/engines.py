@@ -79,7 +79,7 @@ def build_engines(
     if precision == "bfloat16" or graph is None:
         raise EncoderBundleError(
             f"The encoder bundle {bundle} has no ONNX graph in {precision}.",
-            remedy="Export it again without --no-onnx, or choose another precision.",
+            remedy="Export or merge it again without --no-onnx, or choose another precision.",
         )
     wanted = list(dict.fromkeys(targets)) or [_own_target()]
     name = library or installed_library()

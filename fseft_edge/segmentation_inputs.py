@@ -17,11 +17,13 @@ _LOG = logging.getLogger(__name__)
 def find_encoder(adapter: Path, encoder_id: str) -> Path:
     """Return the bundle an adapter was trained with: looked for beside the adapter, then in the working folder.
 
+    Of several copies the one of the adapter's own name is taken, as `merge` writes them, else the first by name.
+
     Raises:
         InputError: there is none.
     """
     for folder in (adapter.resolve().parent, Path.cwd()):
-        for path in sorted(folder.glob("*.encoder")):
+        for path in sorted(folder.glob("*.encoder"), key=lambda path: (path.stem != adapter.stem, path.name)):
             try:
                 if EncoderBundle.open(path).encoder_id == encoder_id:
                     return path

@@ -52,7 +52,7 @@ LEAST_DSC = 0.998
 _SCHEMA_VERSIONS = (1, 2)
 _SELF = "manifest_sha256"
 _NO_DIGEST = "0" * 64
-_EXPORT_AGAIN = "Export the encoder again with `fseft-edge export`, or copy the whole folder again from its source."
+_EXPORT_AGAIN = "Export the encoder again (a fine-tuned one: merge), or copy the whole folder again from its source."
 
 
 class ParityReport(BaseModel):

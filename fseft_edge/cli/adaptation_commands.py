@@ -167,9 +167,11 @@ def adapt(
             better = try_finetuning(
                 file, *scans, output=output, minutes=budget, settings=trial, progress=progress, **shared
             )
-            if better is not None:
-                talk.tell(better, beside)
-                click.echo(f"It does better on scans left out: fseft-edge merge {beside} -o NAME.encoder", err=True)
+            if better is None:
+                click.echo("Fine-tuning did not do better in the time; the adapter stands.", err=True)
+                return
+            talk.tell(better, beside)
+            click.echo(f"It does better on scans left out: fseft-edge merge {beside} -o NAME.encoder", err=True)
 
 
 @click.command()
@@ -245,7 +247,7 @@ class _Talk:
         """Print it; as JSON one line a file."""
         made = file.description
         if self.as_json:
-            click.echo(made.model_dump_json())
+            click.echo(made.model_dump_json(exclude={"content_sha256"}))  # which stands in the file alone
             return
         for organ in made.organs:
             click.echo(_organ_text(organ))

@@ -47,7 +47,7 @@ def talk_options(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*, quiet: bool, verbose: bool, **options: object) -> None:
         level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
-        logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+        logging.basicConfig(level=max(level, logging.WARNING), format="%(levelname)s: %(message)s")
         logging.getLogger("fseft_edge").setLevel(level)
         command(quiet=quiet, **options)
 

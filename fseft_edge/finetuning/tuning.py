@@ -16,7 +16,7 @@ from fseft_edge.finetuning.merging import plain_bundle
 from fseft_edge.finetuning.opening import open_encoder
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import FineTuned, fine_tune
-from fseft_edge.finetuning.tuning_file import TuningDescription, TuningFile, write_tuning
+from fseft_edge.finetuning.tuning_file import SUFFIX, TuningDescription, TuningFile, write_tuning
 from fseft_edge.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.organs import OrganLabel
 from fseft_edge.postprocessing import PostProcessing
@@ -109,12 +109,14 @@ def finetune(
 
     Raises:
         UsageError: the method does not fit the encoder, there are too many organs or nothing to learn from, or
-            ``output`` is a folder.
+            ``output`` is a folder or not called so.
         OutOfSpaceError: ``output`` cannot be written.
         InputError: an image or annotation is not usable.
         LabelError: an organ is annotated in no case.
     """
     progress = progress or SilentProgress()
+    if output.suffix != f".{SUFFIX}":
+        raise UsageError(f"{output} is no name of a tuning.", remedy="Call --output NAME.tuning.")
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
     check_tunable(bundle, organs, settings)

@@ -29,7 +29,7 @@ class OnnxRuntimeSession(EncoderSession):
         if bundle.graph is None:
             raise EncoderBundleError(
                 f"The encoder bundle {bundle.path} has no ONNX graph.",
-                remedy="Export it again without --no-onnx, or use --backend torch.",
+                remedy="Export or merge it again without --no-onnx, or use --backend torch.",
             )
         self._runner: GraphRunner | None = GraphRunner(bundle.graph, device, threads)
 

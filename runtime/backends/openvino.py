@@ -32,7 +32,7 @@ class OpenVinoSession(EncoderSession):
         if bundle.graph is None:
             raise EncoderBundleError(
                 f"The encoder bundle {bundle.path} has no ONNX graph.",
-                remedy="Export it again without --no-onnx, or use --backend torch.",
+                remedy="Export or merge it again without --no-onnx, or use --backend torch.",
             )
         self._runner: CompiledGraph | None = CompiledGraph(bundle.graph, threads, precision)
 

@@ -66,6 +66,15 @@ def test_the_description_is_printed_as_json(site: Path, tmp_path: Path) -> None:
     tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", "--reads", "last", *SHORT, "--json")
     described = json.loads(tuned.stdout)
     assert (described["method"], described["reads"]) == ("bitfit", "last")
+    assert "content_sha256" not in described
+
+
+def test_a_tuning_is_called_so(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.adapter").touch()
+    refused = adapt(site, tmp_path / "a.adapter", "--method", "bitfit", *SHORT)
+    assert isinstance(refused.exception, UsageError)
+    assert "no name of a tuning" in str(refused.exception)
+    assert (tmp_path / "a.adapter").read_bytes() == b""
 
 
 def test_memory_is_saved_by_portions_and_checkpointing(site: Path, tmp_path: Path) -> None:
@@ -99,6 +108,14 @@ def test_auto_with_a_budget_leaves_the_adapter_and_adds_what_does_better(
     assert (tmp_path / "a.adapter").exists()
 
 
+def test_that_nothing_does_better_is_said(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.try_finetuning", lambda *scans, **more: None)
+    monkeypatch.setattr("fseft_edge.adaptation.candidates", lambda training, settings, rows: [CHEAP])
+    chosen = adapt(site, tmp_path / "a.adapter", "--method", "auto", "--budget", 7, "--device", "cpu")
+    assert chosen.exit_code == 0, chosen.output
+    assert "the adapter stands" in chosen.stderr
+
+
 def test_a_budget_is_refused_before_any_work_where_the_tuning_has_no_place(site: Path, tmp_path: Path) -> None:
     refused = adapt(site, tmp_path / "a.tuning", "--method", "auto", "--budget", 7)
     assert isinstance(refused.exception, UsageError)
@@ -126,7 +143,7 @@ def test_a_budget_is_refused_before_any_work_where_the_tuning_has_no_place(site:
 def test_what_contradicts_a_method_is_refused(
     site: Path, tmp_path: Path, more: tuple[object, ...], message: str
 ) -> None:
-    refused = adapt(site, tmp_path / "out" / "a.adapter", *more)
+    refused = adapt(site, tmp_path / "out" / "a.tuning", *more)
     assert isinstance(refused.exception, UsageError)
     assert message in str(refused.exception)
     assert not (tmp_path / "out").exists()

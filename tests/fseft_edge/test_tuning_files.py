@@ -26,6 +26,7 @@ from fseft_edge.runtime.errors import AdapterError, UsageError
 from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import open_session
 from fseft_edge.segmentation import segment
+from fseft_edge.segmentation_inputs import find_encoder
 from fseft_edge.validation import OrganScores
 
 
@@ -76,6 +77,17 @@ def test_a_merged_encoder_segments_with_the_adapter_beside_it(
         (case,) = segment([image], [merged.adapter], tmp_path / backend, device="cpu", backend=backend)
         masks.append(read_label_map(case.mask).array)
     assert np.array_equal(*masks)
+
+
+def test_a_merged_encoder_of_the_adapters_own_name_comes_first(
+    site: TuningSite, tuned: dict[str, Path], tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        merged = merge(tuned["bitfit"], tmp_path / f"{name}.encoder", encoder=site.bundle.path, onnx=False)
+    encoder_id = merged.bundle.encoder_id
+    assert find_encoder(tmp_path / "b.adapter", encoder_id) == tmp_path / "b.encoder"
+    (tmp_path / "b.adapter").rename(tmp_path / "other.adapter")
+    assert find_encoder(tmp_path / "other.adapter", encoder_id) == tmp_path / "a.encoder"
 
 
 def test_folding_leaves_the_tuned_network_as_it_is(site: TuningSite, tuned: dict[str, Path]) -> None:
