@@ -24,9 +24,8 @@ class FeatureStatistics:
 
     def add(self, level: int, values: Tensor) -> None:
         """Take note of features ``[C_l, n]`` of a level."""
-        values = values.double().cpu()
-        self._sums[level][0] += values.sum(1)
-        self._sums[level][1] += values.square().sum(1)
+        values = values.double()
+        self._sums[level] += torch.stack([values.sum(1), values.square().sum(1)]).cpu()
         self._counts[level] += values.shape[1]
 
     def apply(self) -> None:
