@@ -10,11 +10,10 @@ import numpy as np
 
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.encoding_plan import plan_encoding
-from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError
 from fseft_edge.runtime.feature_map import FeatureMap, FeatureMapMeta
 from fseft_edge.runtime.feature_store import FeatureStore
 from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, GB, Budget, is_out_of_memory
+from fseft_edge.runtime.memory import AS_MUCH_AS_IS_FREE, GB, Budget, memory_explained
 from fseft_edge.runtime.session import EncoderSession
 from fseft_edge.runtime.streaming import stream_features
 from fseft_edge.runtime.volume import Volume
@@ -91,13 +90,9 @@ def encode_scan(
             place=plan.place,
             section_slices=plan.section_slices,
         )
-        try:
+        with memory_explained(
+            "Memory ran out while a scan's features were stored.",
+            remedy="Give less by --memory, so that smaller pieces are made, or close other programs.",
+        ):
             features = store.build(key, meta, sections)
-        except Exception as error:
-            if isinstance(error, FseftEdgeError) or not is_out_of_memory(error):
-                raise
-            raise OutOfMemoryError(
-                "Memory ran out while a scan's features were stored.",
-                remedy="Give less by --memory, so that smaller pieces are made, or close other programs.",
-            ) from error
     return EncodedScan(grid, features)
