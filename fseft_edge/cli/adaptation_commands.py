@@ -167,11 +167,9 @@ def adapt(
             better = try_finetuning(
                 file, *scans, output=output, minutes=budget, settings=trial, progress=progress, **shared
             )
-            if better is None:
-                click.echo("Fine-tuning did not do better in the time; the adapter stands.", err=True)
-                return
-            talk.tell(better, beside)
-            click.echo(f"It does better on scans left out: fseft-edge merge {beside} -o NAME.encoder", err=True)
+            if better is not None:
+                talk.tell(better, beside)
+                click.echo(f"It does better on scans left out: fseft-edge merge {beside} -o NAME.encoder", err=True)
 
 
 @click.command()

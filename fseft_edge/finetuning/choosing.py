@@ -181,9 +181,11 @@ def better_tuning(
         if validated is None:
             continue
         found = mean_over_organs(validated.scores.summary()[0])
+        if found < to_beat:
+            _LOG.warning("%s is not worth it: DSC %.3f on scans left out, %.3f wanted", settings.name, found, to_beat)
+            continue
         _LOG.info("%s: DSC %.3f on scans left out", settings.name, found)
-        if found >= to_beat:
-            to_beat, best = found, validated
+        to_beat, best = found, validated
     if best is None:
         return None
     tuned = support.tuned(best.settings, range(len(support.cases)), progress)
@@ -228,7 +230,7 @@ def _validate(
             longest = max(longest, time.monotonic() - begun)
             task.advance(1)
             if number == 2 and _is_hopeless(scores, reference):
-                _LOG.info("%s was given up: far behind on the first scans left out", settings.name)
+                _LOG.warning("%s was given up: far behind on the first scans left out", settings.name)
                 return None
     return _Validated(settings, scores, longest)
 

@@ -108,14 +108,6 @@ def test_auto_with_a_budget_leaves_the_adapter_and_adds_what_does_better(
     assert (tmp_path / "a.adapter").exists()
 
 
-def test_that_nothing_does_better_is_said(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fseft_edge.finetuning.choosing.try_finetuning", lambda *scans, **more: None)
-    monkeypatch.setattr("fseft_edge.adaptation.candidates", lambda training, settings, rows: [CHEAP])
-    chosen = adapt(site, tmp_path / "a.adapter", "--method", "auto", "--budget", 7, "--device", "cpu")
-    assert chosen.exit_code == 0, chosen.output
-    assert "the adapter stands" in chosen.stderr
-
-
 def test_a_budget_is_refused_before_any_work_where_the_tuning_has_no_place(site: Path, tmp_path: Path) -> None:
     refused = adapt(site, tmp_path / "a.tuning", "--method", "auto", "--budget", 7)
     assert isinstance(refused.exception, UsageError)

@@ -89,7 +89,9 @@ def within(minutes: float) -> float:
     return time.monotonic() + 60 * minutes
 
 
-def test_the_better_one_is_taken(site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_better_one_is_taken(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """On scans left out "full" is right in every voxel of the liver, and the others in none."""
 
     def scored(scores: OrganScores, support: Any, settings: TuningSettings, left_out: Sequence[int], **_: Any) -> None:
@@ -105,7 +107,9 @@ def test_the_better_one_is_taken(site: TuningSite, tmp_path: Path, monkeypatch: 
     assert chosen is not None
     assert chosen.description.method == "full"
     assert chosen.description.organs[0].left_out_dsc == (1.0, 1.0)
-    assert better_tuning(adapter_with(0.99, tmp_path, site), support, candidates, deadline=within(30)) is None
+    with caplog.at_level(logging.WARNING):
+        assert better_tuning(adapter_with(0.99, tmp_path, site), support, candidates[1:2], deadline=within(30)) is None
+    assert "full is not worth it: DSC 1.000 on scans left out, 1.010 wanted" in caplog.text
 
 
 def test_what_is_compared_is_post_processed_on_both_sides(
