@@ -8,6 +8,7 @@ under ``fseft_edge_model`` in its header.
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,8 @@ from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import CheckpointError
 from fseft_edge.runtime.preprocessing import Preprocessing
 
+_log = logging.getLogger(__name__)
+
 _METADATA_KEY = "fseft_edge_model"
 _ENCODER_PREFIX = "encoder."
 _HEAD_WEIGHT = "head.weight"
@@ -42,6 +45,7 @@ _PLAIN_NUMBERS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     np.dtypes.Float32DType,
     np.dtypes.Float64DType,
 ]
+_CHECK_THE_MODEL = "Check that --model names the network that the checkpoint was made for (`fseft-edge models`)."
 _FETCH_AGAIN = "Fetch the checkpoint again and compare its size and checksum with its source."
 
 
@@ -81,12 +85,14 @@ class ModelFile:
         encoder: the network's state dict, float32 (counters keep their integer type).
         head_weight: float32 ``[K, C_0]``, row k is the zero-shot classifier of ``description.organs[k]``.
         head_bias: float32 ``[K]``.
+        untrained: submodules of the network that the file had no weights for: theirs are random.
     """
 
     description: ModelDescription
     encoder: Mapping[str, Tensor]
     head_weight: Tensor
     head_bias: Tensor
+    untrained: tuple[str, ...] = ()
 
 
 def write_model_file(path: Path, model: ModelFile) -> None:
@@ -169,16 +175,19 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return _state_dict(content, path)
 
 
-def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
+def load_weights(
+    network: nn.Module, weights: Mapping[str, Tensor], *, source: str, remedy: str = _CHECK_THE_MODEL
+) -> None:
     """Copy weights into a network, all of them or none.
 
     Args:
         network: receives them.
         weights: its whole state dict.
         source: the file or model they come from, for the message.
+        remedy: for the message.
 
     Raises:
-        CheckpointError: naming the first keys that are missing, unexpected or of another shape.
+        CheckpointError: naming the first keys that are missing, unexpected or of another shape; the log has all.
     """
     expected = network.state_dict()
     findings = {
@@ -192,9 +201,10 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], *, source: s
     }
     problems = [f"{len(keys)} {kind} ({first_names(keys)})" for kind, keys in findings.items() if keys]
     if problems:
+        for kind, keys in findings.items():
+            _log.info("%s: %d %s: %s", source, len(keys), kind, ", ".join(keys) or "none")
         raise CheckpointError(
-            f"The weights in {source} are not those of the expected network: {'; '.join(problems)}.",
-            remedy="Check that --model names the network that the checkpoint was made for (`fseft-edge models`).",
+            f"The weights in {source} are not those of the expected network: {'; '.join(problems)}.", remedy=remedy
         )
     network.load_state_dict(dict(weights))
 

@@ -212,17 +212,20 @@ def btcv_weights() -> dict[str, Tensor]:
     return {key: value.clone() for key, value in authors_network("swin", 14).state_dict().items()}
 
 
-def test_missing_unexpected_and_misshapen_keys_are_named(tmp_path: Path) -> None:
+def test_missing_unexpected_and_misshapen_keys_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = btcv_weights()
+    more = [f"adapter.{number}.weight" for number in range(9)]
+    weights |= {name: torch.ones(1) for name in more}
     del weights["decoder3.conv_block.conv1.conv.weight"]
-    weights["adapter.weight"] = torch.ones(1)
     weights["swinViT.layers1.0.blocks.0.norm1.bias"] = torch.ones(5)
-    with pytest.raises(CheckpointError) as caught:
+    with caplog.at_level(logging.INFO), pytest.raises(CheckpointError) as caught:
         read_small("btcv", save(weights, tmp_path))
     message = caught.value.message
     assert "1 missing (decoder3.conv_block.conv1.conv.weight)" in message
-    assert "1 unexpected (adapter.weight)" in message
+    assert "9 unexpected (adapter.0.weight, adapter.1.weight, adapter.2.weight, ...)" in message
     assert "(swinViT.layers1.0.blocks.0.norm1.bias [5] instead of [12])" in message
+    assert "--model custom --description" in caught.value.remedy
+    assert "9 unexpected: " + ", ".join(more) in caplog.text
 
 
 def test_other_attention_windows_are_refused(tmp_path: Path) -> None:
@@ -235,6 +238,17 @@ def test_other_attention_windows_are_refused(tmp_path: Path) -> None:
 def test_classifier_of_other_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has 5 rows, not the 14 of btcv"):
         read_small("btcv", save(authors_swin(5).state_dict(), tmp_path))
+
+
+def test_classifier_of_other_classes_is_left_out_where_none_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save({"net": authors_unet(1).state()}, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        model = read_small("suprem_unet", path)
+    assert "has 1 rows, not the 29 of suprem_unet: it is left out" in caplog.text
+    assert model.description.organs == ()
+    assert model.head_weight.shape == (0, 2 * WIDTH)
 
 
 @pytest.mark.parametrize("model", ["fseft", "btcv"])

@@ -19,17 +19,13 @@ def test_fseft_is_described_as_published() -> None:
     assert description.preprocessing.hu_window == (-175.0, 250.0)
     assert description.preprocessing.spacing == (1.5, 1.5, 1.5)
     assert description.window == (96, 96, 96)
-    assert len(description.organs) == 29
-    published = {
-        1: "spleen",
-        6: "liver",
-        9: "postcava",
-        11: "pancreas",
-        20: "celiac_trunk",
-        23: "bone",
-        29: "colon_tumour",
-    }
-    assert {number: description.organs[number - 1] for number in published} == published
+    assert description.organs == (
+        *("spleen", "right_kidney", "left_kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta"),
+        *("postcava", "portal_and_splenic_vein", "pancreas", "right_adrenal_gland", "left_adrenal_gland"),
+        *("duodenum", "bladder", "prostate_or_uterus", "liver_tumour", "kidney_tumour", "kidney_cyst"),
+        *("celiac_trunk", "right_lung", "left_lung", "bone", "brain", "lung_tumour", "pancreas_tumour"),
+        *("hepatic_vessel", "hepatic_vessel_tumour", "colon_tumour"),
+    )
 
 
 def test_custom_model_is_a_model_file(tmp_path: Path) -> None:

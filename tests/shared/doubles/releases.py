@@ -119,6 +119,15 @@ def old_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in named.items() if "relative_position_index" not in key}
 
 
+def with_unused_skips(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As MONAI before 0.9 stored a SwinUNETR: residual blocks of equal widths hold a convolution that nothing calls."""
+    unused = {}
+    for number in (2, 3, 4, 10):
+        channels = weights[f"encoder{number}.layer.conv1.conv.weight"].shape[0]
+        unused[f"encoder{number}.layer.conv3.conv.weight"] = torch.ones(channels, channels, 1, 1, 1)
+    return {**weights, **unused}
+
+
 def text_head(channels: int, organs: int = 32) -> dict[str, Tensor]:
     """The universal model's head, whose classifier is computed from the scan and from texts."""
     shapes = {
@@ -201,15 +210,22 @@ RELEASES = {
         lambda w: {"state_dict": prefixed("backbone.", old_names(renamed(w, ("out.conv.conv", "classifier"))))},
     ),
     "clipdriven": Release(
-        "clipdriven", 0, lambda w: {"net": prefixed("module.backbone.", old_names(_without_out(w))) | _UNIVERSAL}
+        "clipdriven",
+        0,
+        lambda w: {"net": prefixed("module.backbone.", old_names(with_unused_skips(_without_out(w)))) | _UNIVERSAL},
     ),
     "btcv": Release("btcv", 14, lambda w: {"epoch": 4999, "best_acc": np.float64(0.8), "state_dict": w}),
-    "btcv, old names": Release("btcv", 14, lambda w: {"state_dict": prefixed("module.", old_names(w))}),
+    "btcv, old names": Release(
+        "btcv", 14, lambda w: {"state_dict": prefixed("module.", old_names(with_unused_skips(w)))}
+    ),
     "suprem_unet, as released": Release(
         "suprem_unet",
         0,
         lambda w: {"net": prefixed("module.backbone.", _without_out(w)) | prefixed("module.", text_head(2 * WIDTH))},
     ),
     "suprem_unet, own head": Release("suprem_unet", 29, lambda w: {"net": prefixed("module.", w)}),
+    "suprem_unet, head as FSEFT's code names it": Release(
+        "suprem_unet", 29, lambda w: {"net": renamed(w, ("out_tr.", "classifier."))}
+    ),
 }
 """By name, every layout of which the whole network is published."""
