@@ -21,8 +21,12 @@ from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
 
 _WRAPPERS = ("module.", "backbone.")  # of data-parallel training, and of a network within another
+_TRANSFORMER = "swinViT"
 _CONSTANT = "relative_position_index"  # follows from the window of attention; not every release of MONAI stores it
 _SEED = 0
+
+_NEVER_READ = tuple(f"encoder{number}.layer.conv3.conv.weight" for number in (2, 3, 4, 10))
+"""MONAI before 0.9 gave residual blocks of equal widths a convolution for their skip too, and did not use it."""
 
 _TEXT_HEAD = ("organ_embedding", "text_to_vision", "controller", "GAP", "precls_conv")
 """The head of the CLIP-driven universal model, whose classifier is computed from the scan and from texts."""
@@ -40,7 +44,7 @@ class Layout:
         background: whether the classifier's first row is the background of a softmax.
         transformer_only: whether the file holds a Swin transformer alone, not the network around it.
         dropped: parts that are neither encoder nor classifier, by the first word of their keys.
-        unread: last words of keys that the release stores and its network never reads.
+        unread: keys, or last words of keys, that a release may store and its network never reads.
         sized_by: the setting that says how wide the network is, and the key whose first dimension shows it.
     """
 
@@ -49,7 +53,7 @@ class Layout:
     background: bool = False
     transformer_only: bool = False
     dropped: tuple[str, ...] = ()
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...] = _NEVER_READ
     sized_by: tuple[str, str] = ("feature_size", "swinViT.patch_embed.proj.weight")
 
 
@@ -62,7 +66,7 @@ SELF_SUPERVISED = Layout(
     dropped=("rotation_head", "contrastive_head", "conv", "convTrans3d", "norm"),
 )
 UNIVERSAL_UNET = Layout(
-    classifiers=("out_tr.final_conv", "classifier"),
+    classifiers=("out_tr.final_conv", "classifier.final_conv", "classifier"),
     dropped=_TEXT_HEAD,
     unread=("running_mean", "running_var", "num_batches_tracked"),
     sized_by=("width", "down_tr64.ops.0.conv1.weight"),
@@ -99,17 +103,19 @@ def read_published(description: ModelDescription, layout: Layout, path: Path) ->
                 f"{path} has another {key}: its attention windows are not {description.name}'s.",
                 remedy=_OTHER_NETWORK,
             )
-        if layout.transformer_only and _part(key) != "swinViT":
+        if layout.transformer_only and _part(key) != _TRANSFORMER:
             weights.setdefault(key, value)
-    load_weights(network, weights, source=str(path))
+    load_weights(network, weights, source=str(path), remedy=_OTHER_NETWORK)
+    if head is not None and not _fits(head[0], description, layout, path):
+        head = None
     if head is None:
         description = description.model_copy(update={"organs": ()})
         head = torch.zeros(0, network.levels[0].channels), torch.zeros(0)
-    _check_rows(head[0], description, layout, path)
     weight, bias = head
     if layout.background:
         weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
-    return ModelFile(description, network.state_dict(), weight, bias)
+    untrained = sorted({_part(key) for key in expected} - {_TRANSFORMER}) if layout.transformer_only else ()
+    return ModelFile(description, network.state_dict(), weight, bias, tuple(untrained))
 
 
 _OTHER_NETWORK = (
@@ -122,15 +128,14 @@ def _translated(weights: Mapping[str, Tensor], layout: Layout, path: Path) -> di
     """Return the tensors under our names: wrappers' prefixes off, newer and older names of MONAI's parts made one."""
     named: list[tuple[str, Tensor]] = []
     for key, value in weights.items():
-        if key.rpartition(".")[2] in layout.unread:
-            continue
         name = key
         while name.startswith(_WRAPPERS):
             name = name.partition(".")[2]
-        name = name.replace("swin_vit.", "swinViT.").replace(".mlp.fc", ".mlp.linear")
+        name = name.replace("swin_vit.", f"{_TRANSFORMER}.").replace(".mlp.fc", ".mlp.linear")
         if layout.transformer_only and name.startswith(("patch_embed.", "layers")):
-            name = f"swinViT.{name}"
-        named.append((name, value))
+            name = f"{_TRANSFORMER}.{name}"
+        if not {name, name.rpartition(".")[2]} & set(layout.unread):
+            named.append((name, value))
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise CheckpointError(
@@ -192,13 +197,16 @@ def _take_head(
     return weight.float().flatten(1), bias.float()
 
 
-def _check_rows(weight: Tensor, description: ModelDescription, layout: Layout, path: Path) -> None:
+def _fits(weight: Tensor, description: ModelDescription, layout: Layout, path: Path) -> bool:
+    """Return whether a classifier has the release's rows; one that has others is refused where it is needed."""
     rows = len(description.organs) + layout.background
-    if weight.shape[0] != rows:
-        raise CheckpointError(
-            f"The classifier in {path} has {weight.shape[0]} rows, not the {rows} of {description.name}.",
-            remedy=_OTHER_NETWORK,
-        )
+    if weight.shape[0] == rows:
+        return True
+    found = f"The classifier in {path} has {weight.shape[0]} rows, not the {rows} of {description.name}"
+    if layout.needs_classifier:
+        raise CheckpointError(f"{found}.", remedy=_OTHER_NETWORK)
+    _log.warning("%s: it is left out, and the encoder knows no organ by itself", found)
+    return False
 
 
 def _part(key: str) -> str:
