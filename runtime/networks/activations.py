@@ -42,7 +42,9 @@ def activation_bytes(architecture: str, settings: Mapping[str, Any], window: Win
     if architecture == "swin_unetr":  # what is inserted is small beside attention's scores
         return _FLOAT * _swin_unetr(int(settings.get("feature_size", 48)), window)
     if architecture == "genesis_unet":
-        return _FLOAT * _genesis_unet(int(settings.get("width", 32)), window)
+        channels = [2 * int(settings.get("width", 32)) * 2**level for level in range(4)]
+        plain = _genesis_unet(channels, window)
+        return _FLOAT * (plain if settings.get("inserts") is None else _with_adapters(plain, channels, window))
     if architecture == IMPORTED:
         return int(settings["activation_bytes"])
     raise EncoderBundleError(
@@ -51,9 +53,9 @@ def activation_bytes(architecture: str, settings: Mapping[str, Any], window: Win
     )
 
 
-def _genesis_unet(width: int, window: Window) -> int:
+def _genesis_unet(channels: Sequence[int], window: Window) -> int:
     """Merging a level holds upsampled features of twice its width, its skip, and both side by side."""
-    sizes = _level_sizes([2 * width * 2**level for level in range(4)], window)
+    sizes = _level_sizes(channels, window)
     return max(sum(sizes) + 5 * size for size in sizes[:-1])
 
 

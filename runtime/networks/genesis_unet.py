@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
+from fseft_edge.runtime.networks.med_adapter import med_adapters
 
 _LEVELS = ("64", "128", "256", "512")
 """How the release names its levels, finest first: by their channels."""
@@ -46,17 +47,23 @@ class GenesisUnetFeatures(FeatureNetwork):
 
     def forward(self, windows: Tensor) -> list[Tensor]:
         """Return the pyramid, finest level first (see :class:`FeatureNetwork`)."""
-        skips = []
+        skips: list[Tensor] = []
         x = windows
-        for name in _LEVELS[:-1]:
-            skips.append(self._block(f"down_tr{name}", x))
-            x = F.max_pool3d(skips[-1], 2)
-        x = self._block(f"down_tr{_LEVELS[-1]}", x)
-        pyramid = [x]
+        adapters, narrow = med_adapters(self), None
+        for level, name in enumerate(_LEVELS):
+            x = self._block(f"down_tr{name}", F.max_pool3d(x, 2) if level else x)
+            if adapters:
+                x, narrow = adapters[level](x, narrow, self._part)
+            skips.append(x)
+        pyramid = [skips.pop()]
         for name in reversed(_LEVELS[:-1]):
             x = self._block(f"up_tr{name}", x, skips.pop())
             pyramid.append(x)
         return pyramid[::-1]
+
+    def stage_widths(self) -> list[int]:
+        """Return the channels at the end of each encoder stage, which is where inserts go."""
+        return [level.channels for level in self.levels]
 
     def _block(self, name: str, *inputs: Tensor) -> Tensor:
         output: Tensor = self._part(self.get_submodule(name), *inputs)

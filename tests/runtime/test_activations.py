@@ -87,6 +87,13 @@ def test_of_the_genesis_unet_to_a_hundredth(width: int, window: Window) -> None:
     assert 0.99 <= predicted / taken(network, window, "meta") <= 1.01
 
 
+def test_of_the_genesis_unet_with_adapters_to_a_hundredth() -> None:
+    network = build_network("genesis_unet", width=16, inserts="med-adapter").to("meta").eval()
+    settings = {"width": 16, "inserts": "med-adapter"}
+    measured = taken(network, (64, 64, 32), "meta")
+    assert 0.99 <= activation_bytes("genesis_unet", settings, (64, 64, 32), slabwise=True) / measured <= 1.01
+
+
 def test_of_an_imported_network_as_its_export_found() -> None:
     assert activation_bytes("imported", {"activation_bytes": 12345}, (8, 8, 8), slabwise=True) == 12345
 

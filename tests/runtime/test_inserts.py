@@ -26,7 +26,7 @@ from fseft_edge.runtime.networks.slabwise import SlabwiseResidualUNet
 
 # Where a pass takes longer than its answer is worth for every pair.
 ONE_EACH: list[tuple[str, InsertKind]] = [("swin_unetr", "compacter"), ("residual_unet", "med-adapter")]
-SIZES = {"swin_unetr": (64, 32, 32), "residual_unet": (12, 16, 20)}
+SIZES = {"swin_unetr": (64, 32, 32), "residual_unet": (12, 16, 20), "genesis_unet": (16, 24, 32)}
 
 
 def windows(architecture: str) -> Tensor:

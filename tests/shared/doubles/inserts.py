@@ -12,12 +12,17 @@ from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.networks.base import FeatureNetwork
 from fseft_edge.runtime.networks.inserts import InsertKind, add_inserts, insert_parameters
 
-SETTINGS = {"residual_unet": {"channels": [4, 6, 8]}, "swin_unetr": {"feature_size": 12}}
+SETTINGS = {
+    "residual_unet": {"channels": [4, 6, 8]},
+    "swin_unetr": {"feature_size": 12},
+    "genesis_unet": {"width": 3},
+}
 FITTING: list[tuple[str, InsertKind]] = [
     ("swin_unetr", "adaptformer"),
     ("swin_unetr", "compacter"),
     ("swin_unetr", "med-adapter"),
     ("residual_unet", "med-adapter"),
+    ("genesis_unet", "med-adapter"),
 ]
 
 
