@@ -93,7 +93,8 @@ def open_processes(device: str) -> Iterator[Processes]:
 
     Raises:
         UsageError: the device is unknown.
-        EnvironmentProblemError: there is no GPU, or this machine has fewer than processes; another process has ended.
+        EnvironmentProblemError: there is no GPU, and ``cpu`` was not said; this machine has fewer than processes;
+            another process has ended.
     """
     place = resolve_device(device)
     if not distributed.is_torchelastic_launched():
@@ -101,6 +102,11 @@ def open_processes(device: str) -> Iterator[Processes]:
         return
     # torchrun tells a process its place by environment variables.
     here, number = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    if place.type == "cpu" and device == "auto":
+        raise EnvironmentProblemError(
+            f"torchrun started {here} processes, each for a GPU of its own, and no NVIDIA GPU can be used here.",
+            remedy="Say --device cpu to let them share this machine's processor; `fseft-edge doctor` shows its GPUs.",
+        )
     if place.type == "cuda":
         present = torch.cuda.device_count()
         if here > present:

@@ -29,6 +29,7 @@ from fseft_edge.pretraining.run_folder import (
     write_trained,
 )
 from fseft_edge.report.progress import Progress, SilentProgress
+from fseft_edge.runtime.backend_choice import has_bfloat16
 from fseft_edge.runtime.bundle import sha256_of_file
 from fseft_edge.runtime.errors import CheckpointError, UsageError
 from fseft_edge.runtime.memory import memory_explained
@@ -83,6 +84,7 @@ def pretrain(
     """
     progress = progress or SilentProgress()
     processes = processes or Processes(resolve_device("auto"))
+    _LOG.info("pre-training on %s, process %d of %d", processes.device, processes.rank + 1, processes.count)
     checkpoint = output / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise CheckpointError(
@@ -163,7 +165,9 @@ def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan:
             f"{loaded.source} is a {model.description.architecture}, the plan trains a {plan.encoder.architecture}.",
             remedy="Start from weights of the plan's network, or change the plan's [encoder].",
         )
-    load_weights(network.encoder, model.encoder, source=str(loaded.source))
+    own = network.encoder.state_dict()
+    untrained = {key: own[key] for key in own if key.partition(".")[0] in model.untrained}
+    load_weights(network.encoder, {**model.encoder, **untrained}, source=str(loaded.source))
     rows = {organ: row for row, organ in enumerate(model.description.organs)}
     head = network.head
     with torch.no_grad():
@@ -196,6 +200,10 @@ class _Step:
     def __init__(self, state: TrainingState, plan: PretrainingPlan, processes: Processes) -> None:
         self._state, self._plan, self._processes = state, plan, processes
         self._shared = processes.shared(state.network)
+        self._bfloat16 = plan.schedule.bfloat16
+        if self._bfloat16 and processes.device.type == "cuda" and not has_bfloat16(processes.device):
+            _LOG.warning("this GPU has no bfloat16, so the network computes in float32")
+            self._bfloat16 = False
 
     def take(self, batches: Iterator[Batch]) -> StepMetrics:
         """Train on the next batch; the state then stands one step further."""
@@ -232,7 +240,7 @@ class _Step:
         """Return the losses of the whole step: inpainting, segmentation on level 0, and on coarser levels, weighted."""
         schedule, total = self._plan.schedule, self._processes.total
         image = batch.image.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(self._processes.device.type, torch.bfloat16, enabled=schedule.bfloat16):
+        with torch.autocast(self._processes.device.type, torch.bfloat16, enabled=self._bfloat16):
             logits, restored = self._shared(image)
         voxels = self._plan.crops_per_step * batch.clean[0].numel()
         differences = total(F.l1_loss(restored.float(), batch.clean, reduction="sum"))

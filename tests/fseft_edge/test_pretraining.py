@@ -178,6 +178,38 @@ def test_training_can_start_from_a_published_checkpoint(
     assert float(model.head_bias[4]) == float(head["classifier.bias"][0])
 
 
+def test_training_can_start_from_a_self_supervised_transformer(
+    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transformer is the file's; the decoder, which it does not hold, is drawn by the plan's seed."""
+    published = MODELS["selfsup"].published
+    assert published is not None
+    small = published.model_copy(update={"settings": {"feature_size": 12}})
+    monkeypatch.setitem(MODELS, "selfsup", dataclasses.replace(MODELS["selfsup"], published=small))
+    transformer = {k: v for k, v in SwinUnetrFeatures(12).state_dict().items() if k.startswith("swinViT.")}
+    torch.save({"state_dict": transformer}, tmp_path / "model_swinvit.pt")
+    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
+    started = [
+        read_model_file(
+            pretrain(
+                plan.model_copy(update={"encoder": swin, "seed": seed}),
+                data_root=data,
+                output=tmp_path / f"{initial_model}{seed}",
+                initial=tmp_path / "model_swinvit.pt" if initial_model else None,
+                initial_model=initial_model,
+                stop_after=0,
+            )
+        ).encoder
+        for seed, initial_model in ((1, "selfsup"), (2, "selfsup"), (2, None))
+    ]
+    for key, value in started[0].items():
+        if key in transformer:
+            torch.testing.assert_close(value, transformer[key], rtol=1e-3, atol=1e-6)
+        assert torch.equal(value, started[1][key]) == (key in transformer or value.ndim < 2), key
+        if key not in transformer:
+            assert torch.equal(started[1][key], started[2][key]), key
+
+
 def test_weights_of_another_architecture_are_refused(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
     swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
     with pytest.raises(CheckpointError, match="is a residual_unet, the plan trains a swin_unetr"):

@@ -139,6 +139,15 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         open_processes("cuda").__enter__()
 
 
+def test_processes_without_a_gpu_are_refused_unless_the_cpu_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(EnvironmentProblemError, match=r"started 4 processes.* no NVIDIA GPU can be used.*--device cpu"):
+        open_processes("auto").__enter__()
+
+
 def test_a_process_whose_companion_has_ended_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
     for name in ("init_process_group", "destroy_process_group"):
