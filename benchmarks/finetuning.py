@@ -18,7 +18,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import headneck
@@ -29,61 +28,70 @@ from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weig
 from fseft_edge.losses import adaptation_loss
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.network import PretrainingNetwork
-from fseft_edge.pretraining.plan import FilesPlan, PretrainingPlan, ResidualUNetPlan, SchedulePlan
+from fseft_edge.pretraining.plan import FilesPlan, PretrainingPlan, SchedulePlan
 from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.report.progress import SilentProgress
+from fseft_edge.runtime.backend_choice import has_bfloat16
 from fseft_edge.runtime.networks import build_network
 
 RATES = {"FT last": 2e-3, "full fine-tuning": 2e-3, "from scratch": 4e-3}
+RATE_WITHOUT_BATCH_NORM = 1e-4
+LAST_BLOCKS = {"residual_unet": "merge.0", "swin_unetr": "decoder1"}
 STEPS = 400
 CROPS = 2
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A network after fine-tuning: its model file, how many of its parameters learned, and for how long."""
+    """A network after fine-tuning: its model file, how many of its parameters learned, and for how many seconds."""
 
     model: Path
     parameters: int
     seconds: float
 
 
-def fine_tune(kind: str, cases: Sequence[str], *, seed: int, output: Path) -> FineTuned:
+def fine_tune(
+    kind: str, cases: Sequence[str], model: Path | None, *, device: torch.device, seed: int, output: Path
+) -> FineTuned:
     """Train a network on support scans and write it as the model file ``output/<name>.safetensors``.
 
     Args:
         kind: a key of :data:`RATES`.
         cases: names of the support scans.
+        model: model file of the encoder; None for the built-in one.
+        device: where to train.
         seed: of everything random.
         output: folder for the model file.
     """
     output.mkdir(parents=True, exist_ok=True)
-    built_in = read_model_file(Path(str(files("fseft_edge") / "encoders" / "edge_base.safetensors")))
-    plan = _plan(kind, cases, built_in.description, seed=seed, output=output)
+    pretrained = read_model_file(headneck.model_file(model))
+    plan = _plan(kind, cases, pretrained.description, seed=seed, output=output)
     torch.manual_seed(seed)
     network = PretrainingNetwork(build_network(plan.encoder.architecture, **plan.encoder.settings), len(plan.organs), 0)
     if kind != "from scratch":
-        load_weights(network.encoder, built_in.encoder, source="edge_base")
+        load_weights(network.encoder, pretrained.encoder, source="edge_base")
         with torch.no_grad():
             network.head_bias.fill_(-3.0)
             network.head.weight.zero_()
-            for row, organ in enumerate(built_in.description.organs):
+            for row, organ in enumerate(pretrained.description.organs):
                 if organ in plan.organs:
-                    network.head.weight[plan.organs.index(organ)] = built_in.head_weight[row, :, None, None, None]
-                    network.head_bias[plan.organs.index(organ)] = built_in.head_bias[row]
-    network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
-    learned = _learned(network, kind)
+                    network.head.weight[plan.organs.index(organ)] = pretrained.head_weight[row, :, None, None, None]
+                    network.head_bias[plan.organs.index(organ)] = pretrained.head_bias[row]
+    network = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
+    learned = _learned(network, kind, plan.encoder.architecture)
+    bfloat16 = has_bfloat16(device)
     cohorts = load_cohorts(plan, headneck.data_root(), SilentProgress())
     optimizer = torch.optim.AdamW(learned, weight_decay=plan.schedule.weight_decay)
-    started = time.process_time()
+    clock = time.monotonic if device.type == "cuda" else time.process_time
+    started = clock()
     for step in range(plan.schedule.steps):
         network.train()
         if kind != "from scratch" or step >= plan.schedule.steps * (1 - plan.schedule.frozen_norm_fraction):
             network.freeze_statistics()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(plan, step)
-        batch = draw_batch(plan, cohorts, step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.schedule.bfloat16):
+        batch = draw_batch(plan, cohorts, step).on(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             (logits, *_), _ = network(batch.clean.contiguous(memory_format=torch.channels_last_3d))
         loss = adaptation_loss(logits.float(), batch.targets, batch.task_mask, "sigmoid")
         optimizer.zero_grad()
@@ -92,27 +100,32 @@ def fine_tune(kind: str, cases: Sequence[str], *, seed: int, output: Path) -> Fi
         optimizer.step()
         if step % 50 == 49:
             print(f"{plan.name}: step {step + 1}, loss {float(loss.detach()):.3f}", flush=True)
-    seconds = time.process_time() - started
-    description = built_in.description.model_copy(update={"name": plan.name, "organs": plan.organs, "training": {}})
-    model = output / f"{plan.name}.safetensors"
+    seconds = clock() - started
+    network = network.cpu()
+    description = pretrained.description.model_copy(update={"name": plan.name, "organs": plan.organs, "training": {}})
+    tuned = output / f"{plan.name}.safetensors"
     weights = network.head.weight.detach().flatten(1)
-    write_model_file(model, ModelFile(description, network.encoder.state_dict(), weights, network.head_bias.detach()))
-    return FineTuned(model, sum(parameter.numel() for parameter in learned), seconds)
+    write_model_file(tuned, ModelFile(description, network.encoder.state_dict(), weights, network.head_bias.detach()))
+    return FineTuned(tuned, sum(parameter.numel() for parameter in learned), seconds)
 
 
 def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: int, output: Path) -> PretrainingPlan:
-    name = f"{kind.replace(' ', '_')}-{len(cases)}-{seed}"
+    name = f"{encoder.name}-{kind.replace(' ', '_')}-{len(cases)}-{seed}"
+    has_batch_norm = encoder.architecture == "residual_unet"
     (output / f"{name}.json").write_text(json.dumps({"cases": list(cases)}))
     return PretrainingPlan(
         name=name,
         seed=seed,
         organs=tuple(organ.name for organ in headneck.ORGANS),
-        encoder=ResidualUNetPlan(
-            architecture="residual_unet", channels=tuple(encoder.settings["channels"]), window=encoder.window
-        ),
+        encoder={"architecture": encoder.architecture, "window": encoder.window, **encoder.settings},
         preprocessing=encoder.preprocessing,
         schedule=SchedulePlan(
-            steps=STEPS, crop=64, learning_rate=RATES[kind], warmup_steps=20, deep_supervision=(), inpainting=0.0
+            steps=STEPS,
+            crop=64 if has_batch_norm else min(encoder.window),
+            learning_rate=RATES[kind] if has_batch_norm else RATE_WITHOUT_BATCH_NORM,
+            warmup_steps=20,
+            deep_supervision=(),
+            inpainting=0.0,
         ),
         dataset=(
             FilesPlan(
@@ -128,12 +141,12 @@ def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: i
     )
 
 
-def _learned(network: PretrainingNetwork, kind: str) -> list[nn.Parameter]:
+def _learned(network: PretrainingNetwork, kind: str, architecture: str) -> list[nn.Parameter]:
     """Return what the baseline trains, and freeze the rest."""
     chosen = [*network.encoder.parameters(), *network.head.parameters()]
     if kind == "FT last":
         network.requires_grad_(False)
-        chosen = [*network.encoder.get_submodule("merge.0").parameters(), *network.head.parameters()]
+        chosen = [*network.encoder.get_submodule(LAST_BLOCKS[architecture]).parameters(), *network.head.parameters()]
         for parameter in chosen:
             parameter.requires_grad_(True)
     return chosen

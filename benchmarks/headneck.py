@@ -52,9 +52,14 @@ def draw_support(shots: int, draw: int) -> list[str]:
     return sorted(np.random.default_rng([2303, 17051, draw]).choice(split("support"), shots, replace=False).tolist())
 
 
+def model_file(model: Path | None) -> Path:
+    """Return a model file: the built-in encoder's for None."""
+    return model or Path(str(files("fseft_edge") / "encoders" / "edge_base.safetensors"))
+
+
 def encoder(model: Path | None) -> EncoderBundle:
     """Return the bundle of a model file (the built-in encoder for None), exported when it is not there yet."""
-    source = model or Path(str(files("fseft_edge") / "encoders" / "edge_base.safetensors"))
+    source = model_file(model)
     output = RUNS / f"{source.stem}-{sha256_of_file(source)[:12]}.encoder"
     if output.exists():
         return EncoderBundle.open(output)

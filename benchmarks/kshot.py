@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import headneck
+import torch
 from bench import Bench
 from finetuning import RATES, fine_tune
 from kshot_report import markdown, plot, tuning_markdown
@@ -35,9 +36,10 @@ from fseft_edge.finetuning.tuning import describe_tuning, load_tuning_support
 from fseft_edge.finetuning.tuning_file import write_tuning
 from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.nifti import read_label_map
-from fseft_edge.runtime.session import open_session
+from fseft_edge.runtime.session import open_session, resolve_device
 from fseft_edge.size_priors import SizePrior
 from fseft_edge.transduction import TransductionSettings, support_of, transduce
 from fseft_edge.validation import OrganScores
@@ -80,6 +82,8 @@ class Run:
     draw: int
     on: str
     folder: Path
+    model: Path | None
+    device: torch.device
 
     @property
     def name(self) -> str:
@@ -99,12 +103,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Made:
-    """What a training left: a file (adapter or model), and what it took, in CPU seconds and at its peak."""
+    """What a training left: a file (adapter or model), and what it took.
+
+    Seconds are the processor's, and on a GPU those that passed; peaks are of the process's memory and of the GPU's.
+    """
 
     path: Path
     parameters: int
     seconds: float
     peak_mib: float
+    gpu_mib: float | None = None
 
 
 def main() -> None:
@@ -114,12 +122,12 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 30])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="METHOD")
+    parser.add_argument("--device", default="auto", help="where networks are trained and encode")
     parser.add_argument("--on", choices=["test", "support"], default="test")
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "kshot")
     parser.add_argument("--report", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    if arguments.model and set(arguments.methods) & set(RATES):
-        parser.error(f"{', '.join(RATES)} start from the built-in encoder")
+    device = resolve_device(arguments.device)
     bundle = headneck.encoder(arguments.model)
     if not arguments.report:
         arguments.output.mkdir(parents=True, exist_ok=True)
@@ -129,10 +137,12 @@ def main() -> None:
         for shots in arguments.shots:
             for draw in range(arguments.draws if shots < pool else 1):
                 for method in arguments.methods:
-                    run = Run(
-                        method, *((0, 0) if method == "zero-shot" else (shots, draw)), arguments.on, arguments.output
-                    )
-                    _do(run, bundle)
+                    number = (0, 0) if method == "zero-shot" else (shots, draw)
+                    run = Run(method, *number, arguments.on, arguments.output, arguments.model, device)
+                    try:
+                        _do(run, bundle)
+                    except UsageError as error:  # of a method that the encoder has no place for
+                        print(f"{method}: {error.message}", flush=True)
     results = [result for result in read_results(arguments.output) if result["encoder"] == bundle.encoder_id[:12]]
     others = [result for result in results if result["method"] not in TUNINGS]
     print(markdown(others, arguments.on))
@@ -170,6 +180,7 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
         "parameters": made.parameters if made else 0,
         "seconds": round(made.seconds, 1) if made else 0,
         "peak_mib": round(made.peak_mib) if made else None,
+        **({"gpu_mib": round(made.gpu_mib), "device": str(run.device)} if made and made.gpu_mib else {}),
         "seconds_a_case": round((time.monotonic() - started) / len(run.cases), 2),
         "scores": {case: {organ: round(dsc, 4) for organ, dsc in of_case.items()} for case, of_case in scores.items()},
     }
@@ -181,15 +192,17 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
 def _make(run: Run, encoder: Path) -> Made:
     """Train, and write what came out."""
     if run.method in RATES:
-        tuned = fine_tune(run.method, run.support, seed=run.draw, output=run.folder / "models")
-        return Made(tuned.model, tuned.parameters, tuned.seconds, _peak_mib())
+        tuned = fine_tune(
+            run.method, run.support, run.model, device=run.device, seed=run.draw, output=run.folder / "models"
+        )
+        return Made(tuned.model, tuned.parameters, tuned.seconds, _peak_mib(), _gpu_mib(run.device))
     if run.method in TUNINGS:
         return _fine_tuned(run, encoder)
     name = run.method.removesuffix(TRANSDUCED)
     path = run.folder / "adapters" / f"{name.replace(' ', '_')}-{run.shots}-{run.draw}.adapter"
     bundle = EncoderBundle.open(encoder)
     path.parent.mkdir(exist_ok=True)
-    with open_session(bundle) as session:
+    with open_session(bundle, str(run.device)) as session:
         bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
         # Before the clock starts: features are cached.
         support = bench.support(run.support, variations=None, seed=run.draw)
@@ -210,29 +223,30 @@ def _fine_tuned(run: Run, encoder: Path) -> Made:
     path = run.folder / "tunings" / f"{run.name.replace(',', '')}.tuning"
     annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in run.support]
     support = load_tuning_support(annotated, headneck.ORGANS, EncoderBundle.open(encoder), SilentProgress())
-    settings = replace(TUNINGS[run.method], seed=run.draw)
-    started = time.process_time()
+    settings = replace(TUNINGS[run.method], seed=run.draw, device=run.device)
+    clock = time.monotonic if run.device.type == "cuda" else time.process_time
+    started = clock()
     tuned = support.tuned(settings, range(len(annotated)), SilentProgress())
-    seconds = time.process_time() - started
+    seconds = clock() - started
     write_tuning(path, describe_tuning(tuned, support, settings, *OrganScores(len(headneck.ORGANS)).summary()))
-    return Made(path, tuned.parameters, seconds, _peak_mib())
+    return Made(path, tuned.parameters, seconds, _peak_mib(), _gpu_mib(run.device))
 
 
 def _scores(run: Run, bundle: EncoderBundle, made: Made | None) -> dict[str, dict[str, float]]:
     if made is not None and made.path.suffix == ".tuning":
         with TemporaryDirectory() as folder, open_store(None, None) as store:
             merged = merge(made.path, Path(folder) / "merged.encoder", encoder=bundle.path, onnx=False)
-            with open_session(merged.bundle) as session:
+            with open_session(merged.bundle, str(run.device)) as session:
                 bench = Bench(merged.bundle, session, store)
                 adapter = read_adapter(merged.adapter).adapter
                 return {case: bench.score(case, adapter) for case in run.cases}
     if made is not None and made.path.suffix != ".adapter":
         tuned = headneck.encoder(made.path)
-        with open_session(tuned) as session, open_store(None, None) as store:
+        with open_session(tuned, str(run.device)) as session, open_store(None, None) as store:
             bench = Bench(tuned, session, store)
             adapter = zero_shot_adapter(tuned, headneck.ORGANS).adapter
             return {case: bench.score(case, adapter) for case in run.cases}
-    with open_session(bundle) as session:
+    with open_session(bundle, str(run.device)) as session:
         bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
         if made is None:
             known = [organ for organ in headneck.ORGANS if organ.name in bundle.manifest.organs]
@@ -252,6 +266,10 @@ def _transduced(bench: Bench, run: Run, file: AdapterFile) -> dict[str, dict[str
         tuned = transduce(file.adapter, bench.encoded(case), support, priors)
         scores[case] = bench.score(case, tuned.adapter)
     return scores
+
+
+def _gpu_mib(device: torch.device) -> float | None:
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 
 def _peak_mib() -> float:
