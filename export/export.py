@@ -126,6 +126,7 @@ def write_encoder(
                 preprocessing=described.preprocessing,
                 window=described.window,
                 organs=described.organs,
+                untrained=loaded.model.untrained,
                 checkpoint_sha256=sha256_of_file(source),
                 tools={tool: version(tool) for tool in _TOOLS},
                 parity=parity,

@@ -109,6 +109,7 @@ class BundleManifest(BaseModel):
         window: ``[X, Y, Z]`` voxels of the encoder's input.
         levels: the feature pyramid, finest first.
         organs: names of the head's rows, in order.
+        untrained: submodules of the network that the checkpoint had no weights for: theirs are random.
         checkpoint_sha256: of the file that the weights came from.
         weights_sha256: of names, types, shapes and values of the weights, whatever file they are in.
         files: name to sha256 of every other file of the bundle.
@@ -127,6 +128,7 @@ class BundleManifest(BaseModel):
     window: tuple[int, int, int]
     levels: tuple[FeatureLevel, ...]
     organs: tuple[str, ...]
+    untrained: tuple[str, ...] = ()
     checkpoint_sha256: str
     weights_sha256: str
     files: dict[str, str]
@@ -146,6 +148,7 @@ class BundleContents:
         head_bias: ``[K]``.
         graph: the network as an ONNX file, or ``None``.
         mixed_graph: the same in mixed precision, or ``None``.
+        untrained: see :class:`BundleManifest`.
     """
 
     name: str
@@ -162,6 +165,7 @@ class BundleContents:
     head_bias: Tensor
     graph: Path | None
     mixed_graph: Path | None = None
+    untrained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +220,7 @@ class EncoderBundle:
                 window=contents.window,
                 levels=contents.network.levels,
                 organs=contents.organs,
+                untrained=contents.untrained,
                 checkpoint_sha256=contents.checkpoint_sha256,
                 weights_sha256=sha256_of_weights(state),
                 files={file.name: sha256_of_file(file) for file in sorted(folder.iterdir())},

@@ -81,9 +81,7 @@ _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointin
 @click.option(
     "--accumulate", type=click.IntRange(min=1), help="Of fine-tuning: portions of a step, to save memory.  [default: 1]"
 )
-@click.option(
-    "--gradient-checkpointing", is_flag=True, default=None, help="Of fine-tuning: save memory for a third more time."
-)
+@click.option("--gradient-checkpointing", is_flag=True, default=None, help="Of fine-tuning: less memory, more time.")
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),

@@ -30,24 +30,26 @@ def open_encoder(network: FeatureNetwork, settings: TuningSettings) -> frozenset
         The names of those parameters that learn and hold nothing pre-trained: added ones, and a new decoder's.
 
     Raises:
-        UsageError: the method does not fit the network, or nothing at all would learn.
+        UsageError: the method does not fit the network, or finds nothing in it.
     """
     network.requires_grad_(False)
     before = {name for name, _ in network.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         _open_method(network, settings)
+        opened = any(parameter.requires_grad for parameter in network.parameters())
+        if not opened and (settings.method != "decoder" or settings.of_decoder == "frozen"):
+            raise UsageError(
+                f"With --method {settings.method} and --decoder {settings.of_decoder} nothing of this encoder would "
+                "learn by that method.",
+                remedy="Choose another method, or another --decoder.",
+            )
         if settings.of_decoder != "frozen":
             _open_decoder(network, afresh=settings.of_decoder == "new")
         elif settings.method == "full":
             for name in network.decoder_parts:
                 network.get_submodule(name).requires_grad_(False)
     learning = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    if not learning:
-        raise UsageError(
-            f"With --method {settings.method} and --decoder {settings.of_decoder} nothing of this encoder would learn.",
-            remedy="Say --decoder tuned or new, or choose another method.",
-        )
     renewed = renewed_parts(network) if settings.of_decoder == "new" else ()
     return frozenset(name for name in learning if name not in before or name.partition(".")[0] in renewed)
 

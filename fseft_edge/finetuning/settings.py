@@ -35,6 +35,7 @@ Decoder = Literal["frozen", "tuned", "new"]
 
 TUNING_METHODS: tuple[TuningMethod, ...] = get_args(TuningMethod)
 
+_OPENS_VECTORS: tuple[TuningMethod, ...] = ("affine", "bitfit", "compacter")
 _NEEDS_THE_DECODER: tuple[TuningMethod, ...] = ("full", "decoder")
 
 
@@ -52,9 +53,10 @@ class TuningSettings:
         accumulate: in how many portions; each needs the memory of its own crops only. Dice is then formed over a
             portion instead of the whole step.
         crop: edge of a crop in grid voxels, a multiple of 32; None takes 144 mm, and no more than the encoder's window.
-        rate: AdamW's peak rate for parameters that were not there before (head, low-rank sums, inserted modules) and
-            for those of a network with batch normalisation; weight decay is 0.
-        pretrained_rate: the same for the pre-trained parameters of a network without.
+        rate: AdamW's peak rate for parameters that were not there before (head, low-rank sums, inserted modules), for
+            those of a network with batch normalisation, and for the gains and offsets that ``affine``, ``bitfit`` and
+            ``compacter`` open beside a frozen decoder; weight decay is 0.
+        pretrained_rate: the same for all other pre-trained parameters.
         rank: of low-rank sums; three times that for a matrix of queries, keys and values together, as in FSEFT's code.
         bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the device has instructions for
             it.
@@ -76,6 +78,11 @@ class TuningSettings:
     bfloat16: bool | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
     checkpointing: bool = False
+
+    @property
+    def learns_few_numbers(self) -> bool:
+        """Whether what learns of the pre-trained parameters are gains and offsets alone."""
+        return self.method in _OPENS_VECTORS and self.of_decoder == "frozen"
 
     @property
     def of_decoder(self) -> Decoder:

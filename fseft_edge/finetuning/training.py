@@ -234,13 +234,14 @@ def _set_mode(network: TunedNetwork, settings: TuningSettings, *, live: bool) ->
 
 
 def _optimizer(network: TunedNetwork, settings: TuningSettings) -> torch.optim.AdamW:
-    """Return AdamW with its peak rates: pre-trained parameters of a network without batch statistics learn slowly."""
+    """Return AdamW with its peak rates: pre-trained matrices of a network without batch statistics learn slowly."""
     has_batch_norm = any(isinstance(module, nn.BatchNorm3d) for module in network.modules())
+    all_fast = has_batch_norm or settings.learns_few_numbers
     fast: list[nn.Parameter] = list(network.head.parameters())
     slow: list[nn.Parameter] = []
     for name, parameter in network.encoder.named_parameters():
         if parameter.requires_grad:
-            (fast if has_batch_norm or name in network.added else slow).append(parameter)
+            (fast if all_fast or name in network.added else slow).append(parameter)
     groups = [(fast, settings.rate), (slow, settings.pretrained_rate)]
     return torch.optim.AdamW(
         [{"params": parameters, "peak": rate} for parameters, rate in groups if parameters], weight_decay=0.0

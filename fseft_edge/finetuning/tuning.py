@@ -138,8 +138,8 @@ def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings:
     """Make sure, before any scan is read, that an encoder can be fine-tuned so.
 
     Raises:
-        UsageError: the method does not fit the encoder, the encoder is known by its graph alone, or there are too many
-            organs.
+        UsageError: the method does not fit the encoder, the encoder is known by its graph alone or has parts that were
+            never trained and would not learn, or there are too many organs.
     """
     if len(organs) > MOST_ORGANS:
         raise UsageError(
@@ -150,7 +150,19 @@ def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings:
             f"{bundle.path} holds a network's graph and not its code, so it cannot be fine-tuned.",
             remedy="Fine-tune the network where its code is, and export it again.",
         )
-    open_encoder(bundle.network(), settings)
+    network = bundle.network()
+    open_encoder(network, settings)
+    left = [
+        part
+        for part in bundle.manifest.untrained
+        if not all(parameter.requires_grad for parameter in network.get_submodule(part).parameters())
+    ]
+    if left:
+        raise UsageError(
+            f"{', '.join(left)} of this encoder were never trained, and with --method {settings.method} and --decoder "
+            f"{settings.of_decoder} their random weights would stay.",
+            remedy="Say --decoder new.",
+        )
 
 
 def load_tuning_support(

@@ -32,7 +32,7 @@ class FeatureNetwork(nn.Module):
     Attributes:
         levels: the pyramid, finest level (stride 1) first.
         gradient_checkpointing: where gradients are wanted, keep only what passes between the network's parts and
-            compute the rest again for them: less memory, about a third more time, the same gradients.
+            compute the rest again for them: less memory, more time, the same gradients.
         decoder_parts: names of the submodules that make the pyramid from what the others found; the paper's "decoder".
         bridge_parts: names of those between encoder and decoder that a self-supervised checkpoint has no weights for.
     """

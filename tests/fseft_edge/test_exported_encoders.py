@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from doubles.encoder import WINDOW, label_of, write_case
 from doubles.own_network import make_network
-from doubles.releases import FEATURE_SIZE, WIDTH, authors_swin, authors_unet, prefixed, pretext_heads, transformer
+from doubles.releases import (
+    FEATURE_SIZE,
+    RELEASES,
+    WIDTH,
+    AuthorsUnet,
+    Release,
+    authors_swin,
+    authors_unet,
+    prefixed,
+    pretext_heads,
+    transformer,
+)
 
 from fseft_edge import AdapterSettings, OrganLabel, TrainingSettings, adapt, export_encoder, segment
 from fseft_edge.adaptation import zero_shot_adapter
@@ -21,6 +33,8 @@ from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.preprocessing import Preprocessing
 
+SWIN_WINDOW = (64, 32, 32)
+ONE_EACH = {release.model: release for release in reversed(RELEASES.values())}  # the first layout of each model
 SPACING = 12.0  # a phantom is one window then
 LIVER = OrganLabel("liver", label_of("liver"))
 
@@ -28,18 +42,24 @@ LIVER = OrganLabel("liver", label_of("liver"))
 @pytest.fixture
 def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """The published models as they are, but small, and on the phantoms' grid."""
-    for name in ("suprem_unet", "selfsup"):
-        published = MODELS[name].published
-        assert published is not None
-        settings = {"width": WIDTH} if name == "suprem_unet" else {"feature_size": FEATURE_SIZE}
-        window = WINDOW if name == "suprem_unet" else (64, 32, 32)
-        small = {"settings": settings, "window": window, "preprocessing": Preprocessing(spacing=(SPACING,) * 3)}
-        monkeypatch.setitem(MODELS, name, replace(MODELS[name], published=published.model_copy(update=small)))
+    for name, spec in MODELS.items():
+        if spec.published is None:
+            continue
+        is_unet = spec.published.architecture == "genesis_unet"
+        small = {
+            "settings": {"width": WIDTH} if is_unet else {"feature_size": FEATURE_SIZE},
+            "window": WINDOW if is_unet else SWIN_WINDOW,
+            "preprocessing": Preprocessing(spacing=(SPACING,) * 3),
+        }
+        monkeypatch.setitem(MODELS, name, replace(spec, published=spec.published.model_copy(update=small)))
 
 
-def unet(folder: Path) -> EncoderBundle:
-    torch.save({"net": prefixed("module.", authors_unet(29).state())}, folder / "c.pth")
-    return export_encoder(folder / "c.pth", model="suprem_unet", output=folder / "e.encoder", onnx=False)
+def published(release: Release, folder: Path, *, onnx: bool = False) -> EncoderBundle:
+    """Export what a release holds."""
+    network = (authors_unet if release.model == "suprem_unet" else authors_swin)(release.classes or 1)
+    state = network.state() if isinstance(network, AuthorsUnet) else dict(network.state_dict())
+    torch.save(release.content(state), folder / "c.pth")
+    return export_encoder(folder / "c.pth", model=release.model, output=folder / "e.encoder", onnx=onnx)
 
 
 def self_supervised(folder: Path) -> EncoderBundle:
@@ -62,7 +82,11 @@ def own(folder: Path) -> EncoderBundle:
 
 
 @pytest.mark.usefixtures("coarse")
-@pytest.mark.parametrize("export", [unet, self_supervised, own])
+@pytest.mark.parametrize(
+    "export",
+    [self_supervised, own, *(partial(published, release) for release in ONE_EACH.values())],
+    ids=["selfsup", "own", *ONE_EACH],
+)
 def test_encoder_is_adapted_and_segments(export: Callable[[Path], EncoderBundle], tmp_path: Path) -> None:
     bundle = export(tmp_path)
     write_case(tmp_path / "support", "case_1", 1)
@@ -94,3 +118,13 @@ def test_encoder_is_adapted_and_segments(export: Callable[[Path], EncoderBundle]
     else:
         with pytest.raises(LabelError, match="does not know liver"):
             zero_shot_adapter(bundle, [LIVER])
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("model", ["btcv", "suprem_unet"])
+def test_graphs_of_a_published_encoder_compute_its_features(model: str, tmp_path: Path) -> None:
+    parity = published(ONE_EACH[model], tmp_path, onnx=True).manifest.parity
+    assert {"onnxruntime", "openvino"} <= parity.keys()
+    for name in ("onnxruntime", "openvino"):
+        assert len(parity[name].relative_error) == (4 if model == "suprem_unet" else 5)
+        assert parity[name].shortcoming is None

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from doubles.encoder import CHANNELS
+from doubles.encoder import CHANNELS, SPACING
+from doubles.models import small_contents
 from doubles.tuning_site import FOR_A_UNET, LIVER, SHORT, TuningSite, parameters_in, tuning_site
 from torch import nn
 
@@ -19,9 +20,9 @@ from fseft_edge.finetuning.folding import CentreSum, LowRankSum, add_sum, fold_s
 from fseft_edge.finetuning.merging import folded_encoder
 from fseft_edge.finetuning.opening import open_encoder
 from fseft_edge.finetuning.settings import TUNING_METHODS, TuningMethod, TuningSettings
-from fseft_edge.finetuning.training import TunedNetwork, crop_edge
+from fseft_edge.finetuning.training import TunedNetwork, _optimizer, crop_edge
 from fseft_edge.finetuning.tuning import check_tunable
-from fseft_edge.pretraining.cohort import prepare_case
+from fseft_edge.pretraining.cohort import prepare_case, random_crop
 from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
@@ -115,21 +116,43 @@ def test_a_new_decoder_of_a_swin_unetr_renews_the_bridges_too() -> None:
     }
 
 
+WIDTHS = (48, 96, 192, 384)  # of SwinUNETR-48's stages, two blocks each
+NORMS = sum(2 * 4 * width + 2 * 8 * width for width in WIDTHS)  # norm1, norm2 of each block, and one of 8C (merging)
+
+
+def med_adapter_count(width: int, before: int | None) -> int:
+    """Of one stage: two projections, depthwise 3x3 + 3 and 5x5 + 5, 4^3 gains, a mixing map; the path from before."""
+    h = width // 6
+    count = (width * h + h) + (h * width + width) + (9 + 1 + 3 + 1 + 25 + 1 + 5 + 1) * h + 4**3 * h + h * h + h
+    return count if before is None else count + 27 * (before // 6) * h + h + 2 * h * h + h
+
+
 @pytest.mark.parametrize(
     ("method", "count"),
     [
         # of the authors' released code: A [12, C] and B [3C, 12] for each of two blocks of widths 48 to 384
         ("lora", 69_120),
         # two projections with biases in each block: 2 * 16 C + 16 + C
-        ("adaptformer", 2 * sum(2 * 16 * width + 16 + width for width in (48, 96, 192, 384))),
-        # norm1, norm2 of each block, and one of 8C (merging) a stage
-        ("affine", sum(2 * 4 * width + 2 * 8 * width for width in (48, 96, 192, 384))),
+        ("adaptformer", 2 * sum(2 * 16 * width + 16 + width for width in WIDTHS)),
+        ("affine", NORMS),
+        # of each block two norms, queries, keys and values, a projection and a perceptron; of merging; of the patches
+        ("bitfit", sum(2 * (1 + 1 + 3 + 1 + 4 + 1) * width + 8 * width for width in WIDTHS) + 48),
+        ("compacter", 8_992 + NORMS),
+        ("med-adapter", sum(med_adapter_count(*pair) for pair in zip(WIDTHS, (None, *WIDTHS), strict=False))),
+        # 1 -> 48 and 48 -> 48 at full resolution, two each of 48, 96, 192 and 768 channels
+        ("conv-adapter", 48 + 48**2 + 2 * (48**2 + 96**2 + 192**2 + 768**2)),
     ],
 )
-def test_as_many_parameters_learn_on_a_swin_unetr_as_published(method: TuningMethod, count: int) -> None:
+def test_so_many_parameters_learn_on_a_swin_unetr(method: TuningMethod, count: int) -> None:
     network = build_network("swin_unetr", feature_size=48)
     open_encoder(network, TuningSettings(method))
     assert learning(network) == count
+
+
+def test_convolutions_beside_others_are_as_many_as_the_released_code_has_on_the_genesis_unet() -> None:
+    network = build_network("genesis_unet")
+    open_encoder(network, TuningSettings("conv-adapter"))
+    assert learning(network) == 260_128
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "compacter"])
@@ -141,6 +164,28 @@ def test_a_method_for_transformers_is_refused_for_a_unet(method: TuningMethod) -
 def test_nothing_to_learn_is_refused() -> None:
     with pytest.raises(UsageError, match="nothing of this encoder would learn"):
         open_encoder(unet(), TuningSettings("decoder", "frozen"))
+
+
+def test_a_method_that_finds_nothing_beside_a_new_decoder_is_refused() -> None:
+    """The only 3x3x3 convolutions of a SwinUNETR outside its decoder are those that are renewed with it."""
+    with pytest.raises(UsageError, match="conv-adapter and --decoder new nothing"):
+        open_encoder(swin(), TuningSettings("conv-adapter", "new"))
+
+
+def peak_rates(network: FeatureNetwork, settings: TuningSettings) -> dict[float, int]:
+    """How many parameters of a network and its classifier learn at which peak rate."""
+    groups = _optimizer(TunedNetwork(network, 1, settings), settings).param_groups
+    return {group["peak"]: sum(parameter.numel() for parameter in group["params"]) for group in groups}
+
+
+def test_pretrained_matrices_without_batch_statistics_learn_slowly() -> None:
+    head = sum(level.channels for level in swin().levels) + 1
+    for method, decoder, slow in (("full", None, True), ("affine", "tuned", True), ("affine", "frozen", False)):
+        settings = TuningSettings(method, decoder)
+        rates = peak_rates(swin(), settings)
+        assert rates.keys() == ({2e-3, 1e-4} if slow else {2e-3})
+        assert (rates[2e-3] == head) == slow
+    assert peak_rates(unet(), TuningSettings("full")).keys() == {2e-3}
 
 
 def test_the_crop_is_144_mm_and_within_the_window() -> None:
@@ -235,6 +280,24 @@ def test_a_step_in_portions_sees_the_same_crops(site: TuningSite, monkeypatch: p
     assert portions == pytest.approx(whole, rel=0.2)
 
 
+def test_two_like_portions_give_the_gradient_of_one(site: TuningSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same crop twice: its Dice is that of both, so that portions must add up to the very gradient of the whole."""
+    crop = random_crop(site.support().cases, 32, np.random.default_rng(3), spacing=SPACING)
+    monkeypatch.setattr("fseft_edge.finetuning.training.random_crop", lambda *_, **__: crop)
+    settings = TuningSettings("affine", steps=1, crops=2, crop=32, bfloat16=False, rate=0.0)
+    gradients = [
+        {
+            name: parameter.grad
+            for name, parameter in site.support().tuned(each, [0, 1], SilentProgress()).network.named_parameters()
+            if parameter.grad is not None
+        }
+        for each in (settings, replace(settings, accumulate=2))
+    ]
+    assert len(gradients[0]) > 4
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
 def test_statistics_are_held_but_for_those_of_a_new_decoder(site: TuningSite) -> None:
     support = site.support()
     for decoder, moves in (("tuned", False), ("new", True)):
@@ -299,7 +362,7 @@ def test_every_method_has_a_row_in_the_docs() -> None:
         assert any(re.match(rf"\| `{method}` \|.*\|.*\| (folded|part of)", line) for line in lines), method
 
 
-@pytest.mark.parametrize("method", ["conv-adapter", "lora", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
 def test_a_new_decoder_is_new_whatever_learns_beside_it(method: TuningMethod) -> None:
     network, fresh = swin(), swin()
     open_encoder(network, TuningSettings(method, "new", seed=5))
@@ -313,6 +376,33 @@ def test_an_encoder_that_is_a_graph_alone_is_refused(site: TuningSite, monkeypat
     monkeypatch.setattr(EncoderBundle, "graph_only", True)
     with pytest.raises(UsageError, match="cannot be fine-tuned"):
         check_tunable(site.bundle, [LIVER], TuningSettings("full"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        (TuningSettings("lora"), ["encoder1", "decoder1"]),
+        (TuningSettings("decoder"), ["encoder1"]),
+        (TuningSettings("full", "frozen"), ["decoder1"]),
+        (TuningSettings("full"), []),
+        (TuningSettings("lora", "new"), []),
+    ],
+    ids=lambda value: value.name if isinstance(value, TuningSettings) else "",
+)
+def test_what_was_never_trained_may_not_stay_so(tmp_path: Path, settings: TuningSettings, left: list[str]) -> None:
+    network = swin()
+    parts = (*network.bridge_parts, *network.decoder_parts)
+    contents = small_contents(
+        network=network, architecture="swin_unetr", settings={"feature_size": 12}, untrained=parts
+    )
+    bundle = EncoderBundle.write(tmp_path / "s.encoder", contents)
+    if not left:
+        check_tunable(bundle, [LIVER], settings)
+        return
+    with pytest.raises(UsageError, match=rf"{', '.join(left[:1])}.* were never trained.*--decoder new") as caught:
+        check_tunable(bundle, [LIVER], settings)
+    named = caught.value.message.partition(" of this")[0].split(", ")
+    assert {"encoder1" in named, "decoder1" in named} == {"encoder1" in left, "decoder1" in left}
 
 
 def test_scans_that_annotate_nothing_teach_nothing(site: TuningSite) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.encoder import SPACING, WINDOW, write_random_adapter, write_tiny_encoder
+from doubles.models import small_contents
 from doubles.tuning_site import FOR_A_UNET, LIVER, SHORT, TuningSite, parameters_in, tuning_site
 from safetensors.torch import load_file
 
@@ -23,6 +24,7 @@ from fseft_edge.organs import OrganLabel
 from fseft_edge.report.progress import SilentProgress
 from fseft_edge.runtime.bundle import EncoderBundle, ParityReport
 from fseft_edge.runtime.errors import AdapterError, UsageError
+from fseft_edge.runtime.networks import build_network
 from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.session import open_session
 from fseft_edge.segmentation import segment
@@ -61,6 +63,36 @@ def test_a_merged_encoder_computes_what_the_tuned_one_did(
     assert all(torch.equal(value, adapter.state_dict()[name]) for name, value in network.head.state_dict().items())
     assert merged.bundle.manifest.organs == ()
     assert merged.bundle.encoder_id != site.bundle.encoder_id
+
+
+@pytest.mark.parametrize("method", ["lora", "adaptformer", "compacter"])
+def test_a_merged_transformer_computes_what_the_tuned_one_did(
+    site: TuningSite, tmp_path: Path, method: TuningMethod
+) -> None:
+    encoder = build_network("swin_unetr", feature_size=12).eval()
+    contents = small_contents(
+        network=encoder,
+        architecture="swin_unetr",
+        settings={"feature_size": 12},
+        window=(64, 64, 64),
+        organs=(),
+        head_weight=torch.zeros(0, 12),
+        head_bias=torch.zeros(0),
+    )
+    swin = TuningSite(site.root, EncoderBundle.write(tmp_path / "swin.encoder", contents))
+    settings = TuningSettings(method, **{**SHORT, "crop": 64, "rate": 1e-2})
+    swin.finetune(settings, tmp_path / "s.tuning")
+    tuned = tuned_network(read_tuning(tmp_path / "s.tuning"), swin.bundle, tmp_path / "s.tuning")
+    merged = merge(tmp_path / "s.tuning", tmp_path / "m.encoder", encoder=swin.bundle.path, onnx=False)
+    adapter, windows = read_adapter(merged.adapter).adapter, torch.rand(1, 1, 64, 32, 32)
+    with torch.no_grad():
+        before, expected = encoder(windows), tuned.encoder(windows)
+        found = merged.bundle.network()(windows)
+        assert torch.equal(adapter.of_maps(expected), tuned(windows))
+    for level, (one, other) in enumerate(zip(expected, found, strict=True)):
+        assert float((one - other).abs().max() / one.abs().max()) <= 1e-5
+        assert not torch.allclose(one, before[level], rtol=1e-3, atol=1e-4), level
+    assert merged.bundle.manifest.settings.get("inserts") == (None if method == "lora" else method)
 
 
 def test_a_merged_encoder_segments_with_the_adapter_beside_it(
