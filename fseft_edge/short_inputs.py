@@ -33,8 +33,9 @@ def short_inputs_in_float32(network: nn.Module) -> Iterator[None]:
 
 
 def _convolved(convolution: nn.Conv3d, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    short = any(kernel > size for kernel, size in zip(convolution.kernel_size, x.shape[2:], strict=True))
-    if not short or x.device.type != "cpu":
+    if x.device.type != "cpu":
+        return forward(x)
+    if all(kernel <= size for kernel, size in zip(convolution.kernel_size, x.shape[2:], strict=True)):
         return forward(x)
     with torch.autocast("cpu", enabled=False):
         return forward(x.float())
