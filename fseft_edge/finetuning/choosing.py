@@ -11,7 +11,7 @@ from pathlib import Path
 from fseft_edge.adaptation import head_rows
 from fseft_edge.adapter_file import AdapterFile
 from fseft_edge.adapters import AdapterSettings
-from fseft_edge.finetuning.settings import Decoder, TuningMethod, TuningSettings
+from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import DivergedError, OutOfTimeError
 from fseft_edge.finetuning.tuning import TuningSupport, add_fold, check_tunable, describe_tuning, load_tuning_support
 from fseft_edge.finetuning.tuning_file import SUFFIX, TuningFile, write_tuning
@@ -132,15 +132,17 @@ def default_candidates(bundle: EncoderBundle, common: TuningSettings) -> list[Tu
     """Return what is tried on an encoder, in order: what changes few numbers of it first, then everything.
 
     Args:
-        bundle: the encoder. A transformer learns by ``lora``, which FSEFT found best (Table 3), others by ``affine``
-            with the decoder, and a decoder that was never trained is new in any case.
+        bundle: the encoder. A transformer learns by ``lora``, which FSEFT (arXiv 2303.17051) found best, others by
+            ``affine`` with the decoder. A decoder that was never trained is new in any case.
         common: seed, steps and the like.
     """
-    decoder: Decoder = "new" if bundle.manifest.untrained else "tuned"
-    few: TuningMethod = "lora" if not bundle.graph_only and isinstance(bundle.network(), HasBlocks) else "affine"
-    if few == "lora" and decoder == "tuned":
-        decoder = "frozen"
-    return [replace(common, method=few, decoder=decoder), replace(common, method="full", decoder=None)]
+    if not bundle.graph_only and isinstance(bundle.network(), HasBlocks):
+        few = replace(common, method="lora", decoder="frozen")
+    else:
+        few = replace(common, method="affine", decoder="tuned")
+    if bundle.manifest.untrained:
+        few = replace(few, decoder="new")
+    return [few, replace(common, method="full", decoder=None)]
 
 
 def why_not(adapter: AdapterFile, known: Sequence[bool]) -> str | None:
