@@ -69,7 +69,7 @@ def fine_tune(
     torch.manual_seed(seed)
     network = PretrainingNetwork(build_network(plan.encoder.architecture, **plan.encoder.settings), len(plan.organs), 0)
     if kind != "from scratch":
-        load_weights(network.encoder, pretrained.encoder, source="edge_base")
+        load_weights(network.encoder, pretrained.encoder, source=pretrained.description.name)
         with torch.no_grad():
             network.head_bias.fill_(-3.0)
             network.head.weight.zero_()

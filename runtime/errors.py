@@ -29,6 +29,14 @@ class FseftEdgeError(Exception):
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Let another process have the error whole; by itself Python would build it from the message alone."""
+        return _again, (type(self), self.message), self.__dict__
+
+
+def _again(kind: type[FseftEdgeError], message: str) -> FseftEdgeError:
+    return kind(message, remedy="")
+
 
 class UsageError(FseftEdgeError):
     """Options or arguments that contradict one another or make no sense together."""
