@@ -30,6 +30,7 @@ from fseft_edge.adapter_file import write_adapter
 from fseft_edge.export.zoo import MODELS
 from fseft_edge.runtime.bundle import EncoderBundle
 from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
 from fseft_edge.runtime.nifti import read_label_map
 from fseft_edge.runtime.preprocessing import Preprocessing
 
@@ -89,6 +90,8 @@ def own(folder: Path) -> EncoderBundle:
 )
 def test_encoder_is_adapted_and_segments(export: Callable[[Path], EncoderBundle], tmp_path: Path) -> None:
     bundle = export(tmp_path)
+    parts = {name.partition(".")[0] for name in SwinUnetrFeatures(FEATURE_SIZE).state_dict()} - {"swinViT"}
+    assert set(bundle.manifest.untrained) == (parts if bundle.manifest.name == "selfsup" else set())
     write_case(tmp_path / "support", "case_1", 1)
     image, _ = write_case(tmp_path / "query", "case_2", 2)
     adapt(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import errno
+import logging
 import os
 import sys
 from pathlib import Path
@@ -249,6 +250,19 @@ def test_crops_made_ahead_are_those_of_their_steps(data: Path, plan: Pretraining
     for step, batch in zip(range(2, 5), ahead, strict=True):
         assert torch.equal(batch.image, draw_batch(plan, cohorts, step).image[1:])
     assert list(training._batches(plan, cohorts, range(2, 2), gpu)) == []
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(
+    plan: PretrainingPlan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
+) -> None:
+    plan = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"bfloat16": True})})
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: has)
+    state = training._initial_state(plan, None, None, Processes(torch.device("cpu")))
+    with caplog.at_level(logging.WARNING):
+        step = training._Step(state, plan, Processes(torch.device("cuda")))
+    assert step._bfloat16 == has
+    assert ("no bfloat16" in caplog.text) == (not has)
 
 
 def test_a_model_that_needs_its_checkpoint_says_so(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
