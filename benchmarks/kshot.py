@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import headneck
+import numpy as np
 import torch
 from bench import Bench
 from finetuning import RATES, fine_tune
@@ -105,7 +106,8 @@ class Run:
 class Made:
     """What a training left: a file (adapter or model), and what it took.
 
-    Seconds are the processor's, and on a GPU those that passed; peaks are of the process's memory and of the GPU's.
+    Seconds are the processor's, and on a GPU those that passed; peaks are of the process's memory and of the GPU's; the
+    loss is the mean of the last fifth of fine-tuning.
     """
 
     path: Path
@@ -113,6 +115,7 @@ class Made:
     seconds: float
     peak_mib: float
     gpu_mib: float | None = None
+    loss: float | None = None
 
 
 def main() -> None:
@@ -181,6 +184,7 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
         "seconds": round(made.seconds, 1) if made else 0,
         "peak_mib": round(made.peak_mib) if made else None,
         **({"gpu_mib": round(made.gpu_mib), "device": str(run.device)} if made and made.gpu_mib else {}),
+        **({"loss": round(made.loss, 4)} if made and made.loss is not None else {}),
         "seconds_a_case": round((time.monotonic() - started) / len(run.cases), 2),
         "scores": {case: {organ: round(dsc, 4) for organ, dsc in of_case.items()} for case, of_case in scores.items()},
     }
@@ -229,7 +233,8 @@ def _fine_tuned(run: Run, encoder: Path) -> Made:
     tuned = support.tuned(settings, range(len(annotated)), SilentProgress())
     seconds = clock() - started
     write_tuning(path, describe_tuning(tuned, support, settings, *OrganScores(len(headneck.ORGANS)).summary()))
-    return Made(path, tuned.parameters, seconds, _peak_mib(), _gpu_mib(run.device))
+    loss = float(np.mean(tuned.losses[-max(1, len(tuned.losses) // 5) :]))
+    return Made(path, tuned.parameters, seconds, _peak_mib(), _gpu_mib(run.device), loss)
 
 
 def _scores(run: Run, bundle: EncoderBundle, made: Made | None) -> dict[str, dict[str, float]]:

@@ -41,7 +41,8 @@ def markdown(results: Sequence[Result], on: str) -> str:
 def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], methods: Sequence[str]) -> str:
     """Return the table of fine-tuning: a row a method, mean DSC of novel and of base organs from each number of scans.
 
-    How many draws a mean is over stands behind it where it is not three.
+    How many draws a mean is over stands behind it where it is not three. Time and memory are of the results that have
+    them, and training losses are from each number of scans.
 
     Args:
         results: all of them.
@@ -53,8 +54,8 @@ def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], m
     shots = sorted({k for method, k in grouped if method in methods})
     lines = [
         f"| method | parameters | {' | '.join(f'{group}, k = {k}' for group in ('novel', 'base') for k in shots)} | "
-        "training s | peak MiB |",
-        f"|---|---|{'---|' * (2 * len(shots) + 2)}",
+        "training loss | training s | peak MiB |",
+        f"|---|---|{'---|' * (2 * len(shots) + 3)}",
     ]
     for method in (*beside, *methods):
         rows = [draws for (name, k), draws in grouped.items() if name == method and k in shots]
@@ -65,9 +66,12 @@ def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], m
             for k in shots:
                 means = _draw_means(grouped.get((method, k), []), _GROUPS[group])
                 cells.append(_cell(means) + ("" if len(means) in (0, _DRAWS) else f" ({len(means)})"))
-        seconds = np.mean([draw["seconds"] for draws in rows for draw in draws])
-        peak = max(draw["peak_mib"] for draws in rows for draw in draws)
-        lines.append(f"| {method} | {rows[0][0]['parameters']} | {' | '.join(cells)} | {seconds:.0f} | {peak} |")
+        losses = [[draw["loss"] for draw in grouped.get((method, k), []) if "loss" in draw] for k in shots]
+        loss = ", ".join(f"{np.mean(of_shots):.3f}" if of_shots else "–" for of_shots in losses) if any(losses) else "–"
+        measured = [draw for draws in rows for draw in draws if draw["seconds"] is not None]
+        seconds = f"{np.mean([draw['seconds'] for draw in measured]):.0f}" if measured else "–"
+        peak = f"{max(draw['peak_mib'] for draw in measured)}" if measured else "–"
+        lines.append(f"| {method} | {rows[0][0]['parameters']} | {' | '.join(cells)} | {loss} | {seconds} | {peak} |")
     return "\n".join(lines)
 
 
