@@ -8,6 +8,7 @@ a traceback is shown only for what is not a :class:`FseftEdgeError`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 
@@ -31,11 +32,7 @@ class FseftEdgeError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Let another process have the error whole; by itself Python would build it from the message alone."""
-        return _again, (type(self), self.message), self.__dict__
-
-
-def _again(kind: type[FseftEdgeError], message: str) -> FseftEdgeError:
-    return kind(message, remedy="")
+        return partial(type(self), remedy=self.remedy), (self.message,), self.__dict__
 
 
 class UsageError(FseftEdgeError):
