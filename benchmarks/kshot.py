@@ -169,7 +169,7 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
         "on": run.on,
         "encoder": bundle.encoder_id[:12],
     }
-    if any(identity.items() <= result.items() for result in read_results(run.folder)):
+    if _is_there(identity, run.folder):
         return
     made = None
     if run.shots:
@@ -188,9 +188,15 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
         "seconds_a_case": round((time.monotonic() - started) / len(run.cases), 2),
         "scores": {case: {organ: round(dsc, 4) for organ, dsc in of_case.items()} for case, of_case in scores.items()},
     }
+    if _is_there(identity, run.folder):  # by now, from a run beside this one
+        return
     with (run.folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
     print(markdown([result], run.on).splitlines()[-1], flush=True)
+
+
+def _is_there(identity: dict[str, Any], folder: Path) -> bool:
+    return any(identity.items() <= result.items() for result in read_results(folder))
 
 
 def _make(run: Run, encoder: Path) -> Made:
