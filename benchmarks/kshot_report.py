@@ -29,11 +29,9 @@ def markdown(results: Sequence[Result], on: str) -> str:
     ]
     for (method, shots), draws in sorted(_grouped(results, on).items(), key=lambda item: item[0][1]):
         cells = [_cell(_draw_means(draws, names)) for names in _GROUPS.values()]
-        seconds, case = (np.mean([draw[key] for draw in draws]) for key in ("seconds", "seconds_a_case"))
-        peak = f"{max(draw['peak_mib'] for draw in draws)}" if shots else "–"
         lines.append(
-            f"| {method} | {shots} | {len(draws)} | {' | '.join(cells)} | {draws[0]['parameters']} | {seconds:.0f} | "
-            f"{peak} | {case:.1f} |"
+            f"| {method} | {shots} | {len(draws)} | {' | '.join(cells)} | {draws[0]['parameters']} | {_cost(draws)} | "
+            f"{_mean(draws, 'seconds_a_case', 1)} |"
         )
     return "\n".join(lines)
 
@@ -41,8 +39,8 @@ def markdown(results: Sequence[Result], on: str) -> str:
 def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], methods: Sequence[str]) -> str:
     """Return the table of fine-tuning: a row a method, mean DSC of novel and of base organs from each number of scans.
 
-    How many draws a mean is over stands behind it where it is not three. Time and memory are of the results that have
-    them, and training losses are from each number of scans.
+    How many draws a mean is over stands behind it where it is not three. Training losses are from each number of
+    scans.
 
     Args:
         results: all of them.
@@ -66,12 +64,9 @@ def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], m
             for k in shots:
                 means = _draw_means(grouped.get((method, k), []), _GROUPS[group])
                 cells.append(_cell(means) + ("" if len(means) in (0, _DRAWS) else f" ({len(means)})"))
-        losses = [[draw["loss"] for draw in grouped.get((method, k), []) if "loss" in draw] for k in shots]
-        loss = ", ".join(f"{np.mean(of_shots):.3f}" if of_shots else "–" for of_shots in losses) if any(losses) else "–"
-        measured = [draw for draws in rows for draw in draws if draw["seconds"] is not None]
-        seconds = f"{np.mean([draw['seconds'] for draw in measured]):.0f}" if measured else "–"
-        peak = f"{max(draw['peak_mib'] for draw in measured)}" if measured else "–"
-        lines.append(f"| {method} | {rows[0][0]['parameters']} | {' | '.join(cells)} | {loss} | {seconds} | {peak} |")
+        loss = ", ".join(_mean(grouped.get((method, k), []), "loss", 3) for k in shots)
+        cost = _cost([draw for draws in rows for draw in draws])
+        lines.append(f"| {method} | {rows[0][0]['parameters']} | {' | '.join(cells)} | {loss} | {cost} |")
     return "\n".join(lines)
 
 
@@ -102,6 +97,20 @@ def plot(results: Sequence[Result], on: str, path: Path) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _mean(draws: Sequence[Result], key: str, digits: int) -> str:
+    values = _measured(draws, key)
+    return f"{np.mean(values):.{digits}f}" if values else "–"
+
+
+def _cost(draws: Sequence[Result]) -> str:
+    return f"{_mean(draws, 'seconds', 0)} | {max(_measured(draws, 'peak_mib'), default='–')}"
+
+
+def _measured(draws: Sequence[Result], key: str) -> list[float]:
+    """Return a figure of those results that have it: null stands for what other work on the machine spoiled."""
+    return [draw[key] for draw in draws if draw.get(key) is not None]
 
 
 def _grouped(results: Sequence[Result], on: str) -> dict[tuple[str, int], list[Result]]:
