@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import headneck
 
-from fseft_edge.adaptation import head_rows
-from fseft_edge.adapter_training import TrainedAdapter, TrainingSettings, train_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.block_sampling import SupportScan
-from fseft_edge.metrics import dice
-from fseft_edge.organs import OrganLabel
-from fseft_edge.prediction import segment_encoded
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import EncodedScan, encode_scan
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.nifti import read_ct, read_label_map
-from fseft_edge.runtime.session import EncoderSession
-from fseft_edge.support import load_support
+from fseft_edge.adaptation.adapt import head_rows
+from fseft_edge.adaptation.block_sampling import SupportScan
+from fseft_edge.adaptation.support_set import load_support
+from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings, train_adapter
+from fseft_edge.adapters.network import Adapter, AdapterSettings
+from fseft_edge.evaluation.metrics import dice
+from fseft_edge.masks.prediction import segment_encoded
+from fseft_edge.runtime.encoder.backends.base import EncoderSession
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
+from fseft_edge.runtime.scans.organs import OrganLabel
 
 
 @dataclass(frozen=True)

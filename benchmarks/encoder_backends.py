@@ -23,11 +23,11 @@ from torch import Tensor
 
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.parity import relative_errors
-from fseft_edge.runtime.backend_choice import backend_choices
-from fseft_edge.runtime.bundle import BundleContents, EncoderBundle
-from fseft_edge.runtime.networks import build_network
-from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.runtime.session import open_session
+from fseft_edge.runtime.encoder.backend_choice import backend_choices
+from fseft_edge.runtime.encoder.bundle import BundleContents, EncoderBundle
+from fseft_edge.runtime.encoder.networks import build_network
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
 
 SETTINGS: dict[str, dict[str, JsonValue]] = {
     "residual_unet": {"channels": [16, 32, 64, 128, 128]},

@@ -22,15 +22,15 @@ import headneck
 import torch
 from torch.nn import functional as F
 
-from fseft_edge.adaptation import zero_shot_adapter
-from fseft_edge.adapter_file import write_adapter
-from fseft_edge.organs import OrganLabel
-from fseft_edge.runtime.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.encoding import OVERLAP
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import read_ct
-from fseft_edge.runtime.windows import WindowLayout
-from fseft_edge.segmentation import segment
+from fseft_edge.adaptation.adapt import zero_shot_adapter
+from fseft_edge.adapters.file import write_adapter
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.encoder.encoding import OVERLAP
+from fseft_edge.runtime.encoder.windows import WindowLayout
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import read_ct
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.segmentation.segment import segment
 
 NAMES = ("monai", "torch float32", "onnxruntime float32", "openvino float32", "openvino bfloat16")
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import headneck
 import numpy as np
 
-from fseft_edge.adaptation import zero_shot_adapter
-from fseft_edge.metrics import dice
-from fseft_edge.prediction import predict_sections
-from fseft_edge.runtime.encoding import encode_scan
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.nifti import read_ct
-from fseft_edge.runtime.session import open_session
+from fseft_edge.adaptation.adapt import zero_shot_adapter
+from fseft_edge.evaluation.metrics import dice
+from fseft_edge.masks.prediction import predict_sections
+from fseft_edge.runtime.encoder.encoding import encode_scan
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.scans.nifti import read_ct
 
 
 def main() -> None:

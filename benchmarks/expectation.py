@@ -18,16 +18,16 @@ import numpy as np
 from bench import Bench
 from kshot import ADAPTERS
 
-from fseft_edge.adaptation import head_rows
-from fseft_edge.adapter_file import read_adapter
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.metrics import dice
-from fseft_edge.postprocessing import PostProcessing, post_process
-from fseft_edge.prediction import segment_encoded
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.nifti import read_label_map
-from fseft_edge.runtime.session import open_session
-from fseft_edge.validation import Candidate, leave_one_out
+from fseft_edge.adaptation.adapt import head_rows
+from fseft_edge.adaptation.cross_validation import Candidate, leave_one_out
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.file import PostProcessing, read_adapter
+from fseft_edge.evaluation.metrics import dice
+from fseft_edge.masks.post_processing import post_process
+from fseft_edge.masks.prediction import segment_encoded
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.scans.nifti import read_label_map
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import torch
 
 from fseft_edge.export.export import export_encoder
 from fseft_edge.export.zoo import MODELS
-from fseft_edge.runtime.networks import build_network
+from fseft_edge.runtime.encoder.networks import build_network
 
 
 def write_random_checkpoint(path: Path) -> None:

@@ -24,15 +24,15 @@ import headneck
 import torch
 from torch import nn
 
+from fseft_edge.adaptation.losses import adaptation_loss
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
-from fseft_edge.losses import adaptation_loss
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.network import PretrainingNetwork
 from fseft_edge.pretraining.plan import FilesPlan, PretrainingPlan, SchedulePlan
 from fseft_edge.pretraining.training import learning_rate
-from fseft_edge.report.progress import SilentProgress
-from fseft_edge.runtime.backend_choice import has_bfloat16
-from fseft_edge.runtime.networks import build_network
+from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
+from fseft_edge.runtime.encoder.networks import build_network
+from fseft_edge.runtime.system.progress import SilentProgress
 
 RATES = {"FT last": 2e-3, "full fine-tuning": 2e-3, "from scratch": 4e-3}
 RATE_WITHOUT_BATCH_NORM = 1e-4

@@ -17,16 +17,16 @@ import numpy as np
 from bench import Bench
 from sklearn.metrics import roc_auc_score
 
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.decision import decide, least_decisive
-from fseft_edge.intensities import HuPercentiles, hu_percentiles
-from fseft_edge.metrics import dice
-from fseft_edge.prediction import predict_sections
-from fseft_edge.quality import LEAST_CONFIDENCE, has_implausible_hu
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.nifti import read_ct, read_label_map
-from fseft_edge.runtime.session import open_session
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.network import Adapter, AdapterSettings
+from fseft_edge.evaluation.metrics import dice
+from fseft_edge.masks.decision import decide, least_decisive
+from fseft_edge.masks.prediction import predict_sections
+from fseft_edge.masks.quality import LEAST_CONFIDENCE, has_implausible_hu
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
+from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
 
 KINDS: Final = {
     "linear": AdapterSettings(method="linear", reads="pyramid"),

@@ -20,21 +20,21 @@ import headneck
 import numpy as np
 from numpy.typing import NDArray
 
-from fseft_edge.adaptation import adapt
-from fseft_edge.adapter_file import AdapterFile, read_adapter
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.fused_export import export_adapter
-from fseft_edge.metrics import dice
-from fseft_edge.prediction import predict_sections, segment_encoded
-from fseft_edge.runtime.backends.onnxruntime import import_onnxruntime
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import OVERLAP, EncodedScan, encode_scan
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import read_ct, read_label_map
-from fseft_edge.runtime.session import open_session
-from fseft_edge.runtime.volume import Volume
-from fseft_edge.runtime.windows import gaussian_importance
+from fseft_edge.adaptation.adapt import adapt
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.file import AdapterFile, read_adapter
+from fseft_edge.adapters.onnx_export import export_adapter
+from fseft_edge.evaluation.metrics import dice
+from fseft_edge.masks.prediction import predict_sections, segment_encoded
+from fseft_edge.runtime.encoder.backends.onnxruntime import import_onnxruntime
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding import OVERLAP, EncodedScan, encode_scan
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.encoder.windows import gaussian_importance
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
+from fseft_edge.runtime.scans.volume import Volume
 
 Array = NDArray[np.float32]
 

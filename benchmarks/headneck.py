@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fseft_edge.export.export import export_encoder
-from fseft_edge.organs import OrganLabel
-from fseft_edge.runtime.bundle import EncoderBundle, sha256_of_file
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, sha256_of_file
+from fseft_edge.runtime.scans.organs import OrganLabel
 
 BASE = (OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 7))
 NOVEL = (OrganLabel("parotid_right", 3), OrganLabel("parotid_left", 4))

@@ -27,23 +27,23 @@ from bench import Bench
 from finetuning import RATES, fine_tune
 from kshot_report import markdown, plot, tuning_markdown
 
-from fseft_edge.adaptation import describe, zero_shot_adapter
-from fseft_edge.adapter_file import AdapterFile, read_adapter, write_adapter
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.adapters import AdapterSettings, Reads
+from fseft_edge.adaptation.adapt import describe, zero_shot_adapter
+from fseft_edge.adaptation.cross_validation import OrganScores
+from fseft_edge.adaptation.size_priors import SizePrior
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adaptation.transduction import TransductionSettings, support_of, transduce
+from fseft_edge.adapters.file import AdapterFile, read_adapter, write_adapter
+from fseft_edge.adapters.network import AdapterSettings, Reads
+from fseft_edge.finetuning.finetune import describe_tuning, load_tuning_support
 from fseft_edge.finetuning.merging import merge
 from fseft_edge.finetuning.settings import TUNING_METHODS, Decoder, TuningSettings
-from fseft_edge.finetuning.tuning import describe_tuning, load_tuning_support
 from fseft_edge.finetuning.tuning_file import write_tuning
-from fseft_edge.report.progress import SilentProgress
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.encoder.session import open_session, resolve_device
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.feature_store import FeatureStore, open_store
-from fseft_edge.runtime.nifti import read_label_map
-from fseft_edge.runtime.session import open_session, resolve_device
-from fseft_edge.size_priors import SizePrior
-from fseft_edge.transduction import TransductionSettings, support_of, transduce
-from fseft_edge.validation import OrganScores
+from fseft_edge.runtime.scans.nifti import read_label_map
+from fseft_edge.runtime.system.progress import SilentProgress
 
 ADAPTERS = {
     "linear last": AdapterSettings(method="linear", reads="last"),

@@ -27,27 +27,28 @@ import headneck
 import numpy as np
 from numpy.typing import NDArray
 
-from fseft_edge.adaptation import describe, head_rows
-from fseft_edge.adapter_file import write_adapter
-from fseft_edge.adapter_training import TrainedAdapter
-from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.adaptation.adapt import describe, head_rows
+from fseft_edge.adaptation.training import TrainedAdapter
+from fseft_edge.adapters.file import write_adapter
+from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.export.zoo import MODELS
-from fseft_edge.organs import OrganLabel
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import OVERLAP, encode_scan
-from fseft_edge.runtime.encoding_plan import EncodingPlan, encoding_of, held_after_encoding
+from fseft_edge.masks.memory_plan import plans as segmentation_plans
+from fseft_edge.runtime.encoder.backends.base import EncoderSession
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding import OVERLAP, encode_scan
+from fseft_edge.runtime.encoder.encoding_plan import EncodingPlan, encoding_of, held_after_encoding
+from fseft_edge.runtime.encoder.feature_map import FeatureMap
+from fseft_edge.runtime.encoder.feature_store import open_store
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.encoder.streaming import stream_features
+from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.errors import OutOfMemoryError
-from fseft_edge.runtime.feature_map import FeatureMap
-from fseft_edge.runtime.feature_store import open_store
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.memory import Budget
-from fseft_edge.runtime.nifti import read_ct
-from fseft_edge.runtime.session import EncoderSession, open_session
-from fseft_edge.runtime.streaming import stream_features
-from fseft_edge.runtime.volume import Volume
-from fseft_edge.runtime.windows import WindowLayout
-from fseft_edge.segmentation import segment
-from fseft_edge.segmentation_plan import plans as segmentation_plans
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import read_ct
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.volume import Volume
+from fseft_edge.runtime.system.memory import Budget
+from fseft_edge.segmentation.segment import segment
 
 MIB = 1 << 20
 ORGANS = [OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 3)]

@@ -32,14 +32,14 @@ from pathlib import Path
 
 import headneck
 
-from fseft_edge.adaptation import adapt
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.adapters import AdapterSettings
-from fseft_edge.batch.inbox import content_key
-from fseft_edge.batch.records import CaseRecord, CaseState
-from fseft_edge.batch.store import BatchStore, state_path
-from fseft_edge.organs import OrganLabel
+from fseft_edge.adaptation.adapt import adapt
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.network import AdapterSettings
+from fseft_edge.outbox.content_key import content_key
+from fseft_edge.outbox.records import CaseRecord, CaseState
+from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.errors import FseftEdgeError
+from fseft_edge.runtime.scans.organs import OrganLabel
 
 PARTS = ("kills", "pipeline", "cluster")
 

@@ -27,17 +27,17 @@ import torch
 from bench import Bench
 from numpy.typing import NDArray
 
-from fseft_edge.adaptation import head_rows
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.block_sampling import SupportScan
-from fseft_edge.blocks import Box, read_block
-from fseft_edge.losses import soft_dice_loss
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import read_ct
-from fseft_edge.runtime.session import open_session
+from fseft_edge.adaptation.adapt import head_rows
+from fseft_edge.adaptation.block_sampling import SupportScan
+from fseft_edge.adaptation.losses import soft_dice_loss
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.blocks import Box, read_block
+from fseft_edge.adapters.network import Adapter, AdapterSettings
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import read_ct
 
 _CROPS = 6
 _EPOCHS = 200

@@ -22,19 +22,19 @@ import numpy as np
 import torch
 from export_swin_unetr import write_random_checkpoint
 
-from fseft_edge.adapter_training import TrainingSettings, train_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.blocks import Box
+from fseft_edge.adaptation.losses import soft_dice_loss
+from fseft_edge.adaptation.support_set import load_support
+from fseft_edge.adaptation.training import TrainingSettings, train_adapter
+from fseft_edge.adapters.blocks import Box
+from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.export.export import export_encoder
-from fseft_edge.losses import soft_dice_loss
-from fseft_edge.runtime.encoding import OVERLAP
-from fseft_edge.runtime.feature_store import open_store
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import read_ct, read_label_map, write_ct
-from fseft_edge.runtime.session import open_session
-from fseft_edge.runtime.volume import LabelMap, Volume
-from fseft_edge.runtime.windows import WindowLayout
-from fseft_edge.support import load_support
+from fseft_edge.runtime.encoder.encoding import OVERLAP
+from fseft_edge.runtime.encoder.feature_store import open_store
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.encoder.windows import WindowLayout
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import read_ct, read_label_map, write_ct
+from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
 _CROPS, _POSITIVES, _EPOCHS = 6, 3, 200
 _BLOCKS = 120

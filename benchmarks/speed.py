@@ -25,14 +25,14 @@ import headneck
 import numpy as np
 import torch
 
-from fseft_edge.runtime.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.encoding import OVERLAP, encode_scan
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import read_ct, write_ct
-from fseft_edge.runtime.session import open_session
-from fseft_edge.runtime.volume import Volume
-from fseft_edge.runtime.windows import WindowLayout
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.encoder.encoding import OVERLAP, encode_scan
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.encoder.windows import WindowLayout
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import read_ct, write_ct
+from fseft_edge.runtime.scans.volume import Volume
 
 
 def encode_with_monai(bundle: EncoderBundle, scan: Path) -> float:

@@ -23,9 +23,9 @@ import torch
 from fseft_edge.finetuning.settings import TUNING_METHODS, TuningSettings
 from fseft_edge.finetuning.training import fine_tune
 from fseft_edge.pretraining.cohort import TrainingCase
+from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.networks import build_network
-from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "swin_unetr": {"feature_size": 48},

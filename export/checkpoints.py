@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import CheckpointError
-from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.system.atomic import atomic_path
 
 _log = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class ModelDescription(BaseModel):
     Attributes:
         schema_version: of this description.
         name: of the model, e.g. ``edge_base``.
-        architecture: a name that :func:`fseft_edge.runtime.networks.build_network` knows; for a network of the user's
-            own, which no model file holds, :data:`fseft_edge.runtime.networks.IMPORTED`.
+        architecture: a name that :func:`fseft_edge.runtime.encoder.networks.build_network` knows; for a network of the
+            user's own, which no model file holds, :data:`fseft_edge.runtime.encoder.networks.IMPORTED`.
         settings: keyword arguments of that architecture.
         preprocessing: how a CT becomes the network's input.
         window: ``[X, Y, Z]`` voxels of the encoder's input.

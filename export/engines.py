@@ -18,11 +18,10 @@ from typing import Any
 import torch
 
 from fseft_edge.export.parity import Classifier, Engine, head_of, parity_reports
-from fseft_edge.runtime.atomic import atomic_path
-from fseft_edge.runtime.backends.tensorrt import EngineRunner
-from fseft_edge.runtime.backends.tensorrt_library import LIBRARIES, fresh_logger, import_library, last_error
-from fseft_edge.runtime.bundle import EncoderBundle, ParityReport, Precision
-from fseft_edge.runtime.engine_files import (
+from fseft_edge.runtime.encoder.backends.tensorrt import EngineRunner
+from fseft_edge.runtime.encoder.backends.tensorrt_library import LIBRARIES, fresh_logger, import_library, last_error
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, ParityReport, Precision
+from fseft_edge.runtime.encoder.engine_files import (
     PORTABLE,
     PORTABLE_FROM,
     EngineDescription,
@@ -35,6 +34,7 @@ from fseft_edge.runtime.engine_files import (
     write_description,
 )
 from fseft_edge.runtime.errors import EncoderBundleError, EngineError, MissingBackendError, UsageError
+from fseft_edge.runtime.system.atomic import atomic_path
 
 _TARGET = re.compile(r"sm_\d{2,3}|portable")
 _MAX_BATCH = 2  # attention of SwinUNETR-48 at 96^3 alone takes 1.5 GB a window in float32

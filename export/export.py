@@ -16,10 +16,10 @@ from fseft_edge.export.imported import graph_settings, import_model, write_impor
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.parity import Classifier, cpu_engines, gpu_engines, head_of, parity_reports
 from fseft_edge.export.zoo import CUSTOM, LoadedModel, load_model
-from fseft_edge.runtime.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
+from fseft_edge.runtime.encoder.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
+from fseft_edge.runtime.encoder.networks import build_network
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError, EnvironmentProblemError, UsageError
-from fseft_edge.runtime.networks import build_network
-from fseft_edge.runtime.networks.base import FeatureNetwork
 
 _TOOLS = ("fseft-edge", "torch", "onnx", "onnxscript")
 

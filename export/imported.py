@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_checkpoint
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.zoo import LoadedModel
-from fseft_edge.runtime.bundle import sha256_of_file
+from fseft_edge.runtime.encoder.bundle import sha256_of_file
+from fseft_edge.runtime.encoder.networks import IMPORTED
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError, InputError
-from fseft_edge.runtime.networks import IMPORTED
-from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
-from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.runtime.toml_file import read_toml
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.system.toml_file import read_toml
 
 _KEYS = "See docs/export.md for the keys of a description."
 

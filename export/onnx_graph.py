@@ -14,9 +14,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from fseft_edge.runtime.backends.pytorch import inference_network
-from fseft_edge.runtime.networks.base import FeatureNetwork
-from fseft_edge.runtime.networks.mixed_precision import MixedPrecision
+from fseft_edge.runtime.encoder.backends.pytorch import inference_network
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
 
 OPSET = 20
 INPUT = "windows"

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fseft_edge.runtime.backend_choice import has_bfloat16
-from fseft_edge.runtime.backends.onnxruntime import GraphRunner, import_onnxruntime
-from fseft_edge.runtime.backends.openvino import CompiledGraph
-from fseft_edge.runtime.backends.pytorch import inference_network
-from fseft_edge.runtime.bundle import ParityReport, Precision
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.libraries import import_library
-from fseft_edge.runtime.networks.base import FeatureNetwork
-from fseft_edge.runtime.networks.mixed_precision import MixedPrecision
-from fseft_edge.runtime.nifti import read_ct
-from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
+from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner, import_onnxruntime
+from fseft_edge.runtime.encoder.backends.openvino import CompiledGraph
+from fseft_edge.runtime.encoder.backends.pytorch import inference_network
+from fseft_edge.runtime.encoder.bundle import ParityReport, Precision
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import read_ct
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.system.libraries import import_library
 
 GATES: dict[Precision, float] = {"float32": 1e-4, "mixed": 5e-3, "bfloat16": 3e-2}
 """The largest relative error that passes. Below float32 the masks have to agree too (:data:`LEAST_DSC`): an error that

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, first_names, load_weights, read_checkpoint
+from fseft_edge.runtime.encoder.networks import build_network
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError
-from fseft_edge.runtime.networks import build_network
-from fseft_edge.runtime.networks.base import FeatureNetwork
 
 _WRAPPERS = ("module.", "backbone.")  # of data-parallel training, and of a network within another
 _TRANSFORMER = "swinViT"

@@ -10,10 +10,10 @@ from pathlib import Path
 from fseft_edge.export import published
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, read_model_file
 from fseft_edge.export.published import Layout, read_published
-from fseft_edge.runtime.bundle import sha256_of_file
+from fseft_edge.runtime.encoder.bundle import sha256_of_file
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.networks.base import FeatureNetwork
-from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
 
 CUSTOM = "custom"
 
@@ -183,7 +183,7 @@ class LoadedModel:
         model: encoder and head.
         source: the file.
         network: the encoder itself, where its architecture is none that
-            :func:`fseft_edge.runtime.networks.build_network` knows.
+            :func:`fseft_edge.runtime.encoder.networks.build_network` knows.
     """
 
     model: ModelFile

@@ -18,54 +18,54 @@ from typing import TYPE_CHECKING
 from fseft_edge._version import __version__
 
 if TYPE_CHECKING:
-    from fseft_edge.adaptation import adapt
-    from fseft_edge.adapter_training import TrainingSettings
-    from fseft_edge.adapters import AdapterSettings
+    from fseft_edge.adaptation.adapt import adapt
+    from fseft_edge.adaptation.training import TrainingSettings
+    from fseft_edge.adapters.network import AdapterSettings
+    from fseft_edge.adapters.onnx_export import export_adapter
     from fseft_edge.batch.coordinator import run_batch
     from fseft_edge.batch.settings import BatchSettings
-    from fseft_edge.benchmarking.runs import benchmark
     from fseft_edge.demonstration import run_demo
-    from fseft_edge.doctor import diagnose
-    from fseft_edge.evaluation import evaluate
+    from fseft_edge.evaluation.evaluate import evaluate
     from fseft_edge.export.engines import build_engines
     from fseft_edge.export.export import export_encoder
     from fseft_edge.export.zoo import models
     from fseft_edge.finetuning.choosing import try_finetuning
+    from fseft_edge.finetuning.finetune import finetune
     from fseft_edge.finetuning.merging import merge
     from fseft_edge.finetuning.settings import TuningSettings
-    from fseft_edge.finetuning.tuning import finetune
-    from fseft_edge.fused_export import export_adapter
-    from fseft_edge.organs import OrganLabel
+    from fseft_edge.machine.doctor import diagnose
+    from fseft_edge.machine.speed import benchmark
+    from fseft_edge.outbox.accepted_masks import ReviewedBatch
     from fseft_edge.pretraining import pretrain, read_plan
     from fseft_edge.review.server import open_review
-    from fseft_edge.review.support import ReviewedBatch
-    from fseft_edge.segmentation import segment
-    from fseft_edge.segmenter import SegmentationSettings
+    from fseft_edge.runtime.scans.organs import OrganLabel
+    from fseft_edge.segmentation.segment import segment
+    from fseft_edge.segmentation.segmenter import SegmentationSettings
 
 _HOMES = {
-    "SegmentationSettings": "fseft_edge.segmenter",
+    "SegmentationSettings": "fseft_edge.segmentation.segmenter",
     "BatchSettings": "fseft_edge.batch.settings",
-    "AdapterSettings": "fseft_edge.adapters",
-    "OrganLabel": "fseft_edge.organs",
-    "ReviewedBatch": "fseft_edge.review.support",
-    "TrainingSettings": "fseft_edge.adapter_training",
+    "AdapterSettings": "fseft_edge.adapters.network",
+    "OrganLabel": "fseft_edge.runtime.scans.organs",
+    "ReviewedBatch": "fseft_edge.outbox.accepted_masks",
+    "TrainingSettings": "fseft_edge.adaptation.training",
     "TuningSettings": "fseft_edge.finetuning.settings",
-    "adapt": "fseft_edge.adaptation",
-    "benchmark": "fseft_edge.benchmarking.runs",
+    "adapt": "fseft_edge.adaptation.adapt",
+    "benchmark": "fseft_edge.machine.speed",
     "build_engines": "fseft_edge.export.engines",
-    "diagnose": "fseft_edge.doctor",
-    "evaluate": "fseft_edge.evaluation",
-    "export_adapter": "fseft_edge.fused_export",
+    "diagnose": "fseft_edge.machine.doctor",
+    "evaluate": "fseft_edge.evaluation.evaluate",
+    "export_adapter": "fseft_edge.adapters.onnx_export",
     "export_encoder": "fseft_edge.export.export",
     "models": "fseft_edge.export.zoo",
-    "finetune": "fseft_edge.finetuning.tuning",
+    "finetune": "fseft_edge.finetuning.finetune",
     "merge": "fseft_edge.finetuning.merging",
     "open_review": "fseft_edge.review.server",
     "pretrain": "fseft_edge.pretraining",
     "read_plan": "fseft_edge.pretraining",
     "run_batch": "fseft_edge.batch.coordinator",
     "run_demo": "fseft_edge.demonstration",
-    "segment": "fseft_edge.segmentation",
+    "segment": "fseft_edge.segmentation.segment",
     "try_finetuning": "fseft_edge.finetuning.choosing",
 }
 

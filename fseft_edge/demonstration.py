@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fseft_edge.adaptation import adapt, zero_shot_adapter
-from fseft_edge.adapter_file import write_adapter
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.evaluation import Evaluation, evaluate
+from fseft_edge.adaptation.adapt import adapt, zero_shot_adapter
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.file import write_adapter
+from fseft_edge.evaluation.evaluate import Evaluation, evaluate
 from fseft_edge.export.export import export_encoder
-from fseft_edge.organs import OrganLabel
 from fseft_edge.phantom import ORGANS, SITES, phantom
 from fseft_edge.report.page import DiceChange, Paragraph, Picture, Section, dice_change_table, write_page
 from fseft_edge.report.pictures import three_plane_picture
-from fseft_edge.report.progress import Progress, SilentProgress
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.nifti import read_ct, read_label_map, write_ct, write_label_map
-from fseft_edge.segmentation import segment
+from fseft_edge.runtime.scans.nifti import read_ct, read_label_map, write_ct, write_label_map
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.system.progress import Progress, SilentProgress
+from fseft_edge.segmentation.segment import segment
 
 if TYPE_CHECKING:
     from rich.table import Table

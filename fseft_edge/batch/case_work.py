@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
-from fseft_edge.batch.records import CaseState, Outcome, StageSeconds
-from fseft_edge.runtime.atomic import atomic_folder
+from fseft_edge.masks.result import SegmentedOrgan
+from fseft_edge.outbox.records import CaseState, Outcome, StageSeconds
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError
-from fseft_edge.runtime.memory import is_out_of_memory
-from fseft_edge.runtime.nifti import SUFFIXES
-from fseft_edge.segmented_case import SegmentedOrgan
-from fseft_edge.segmenter import EncodedCase, OpenedCase, Segmenter
+from fseft_edge.runtime.scans.nifti import SUFFIXES
+from fseft_edge.runtime.system.atomic import atomic_folder
+from fseft_edge.runtime.system.memory import is_out_of_memory
+from fseft_edge.segmentation.segmenter import EncodedCase, OpenedCase, Segmenter
 
 RECORD_FILE: Final = "batch.json"
 """In a case's folder: what it was made with and how it went. The folder appears whole, so where this is, all is."""

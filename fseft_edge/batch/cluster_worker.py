@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from fseft_edge.batch.case_work import CaseError, CaseTask, CaseWork
-from fseft_edge.batch.records import Outcome
 from fseft_edge.batch.worker import WorkerSettings
-from fseft_edge.segmenter import Segmenter, open_segmenter
+from fseft_edge.outbox.records import Outcome
+from fseft_edge.segmentation.segmenter import Segmenter, open_segmenter
 
 _SCRATCH: Final = "fseft-edge-worker-"
 

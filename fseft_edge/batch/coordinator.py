@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fseft_edge.batch.case_work import CaseTask, outcome_of, read_record
-from fseft_edge.batch.cluster_crew import ClusterCrew
-from fseft_edge.batch.inbox import Arrival, Inbox, content_key, signature_of
-from fseft_edge.batch.local_crew import LocalCrew
+from fseft_edge.batch.cluster_pool import ClusterCrew
+from fseft_edge.batch.inbox import Arrival, Inbox, signature_of
+from fseft_edge.batch.local_pool import LocalCrew
 from fseft_edge.batch.messages import CrewEvent, Lost
-from fseft_edge.batch.outbox import (
+from fseft_edge.batch.report import write_report
+from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
+from fseft_edge.batch.worker import WorkerSettings
+from fseft_edge.outbox.content_key import content_key
+from fseft_edge.outbox.folders import (
     check_folders,
     clear_leftovers,
     no_room,
@@ -26,13 +30,10 @@ from fseft_edge.batch.outbox import (
     place_of_state,
     scratch_folder,
 )
-from fseft_edge.batch.records import CaseState, Outcome
-from fseft_edge.batch.report import write_report
-from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
-from fseft_edge.batch.store import GONE, UNREADABLE, BatchStore
-from fseft_edge.batch.worker import WorkerSettings
+from fseft_edge.outbox.records import CaseState, Outcome
+from fseft_edge.outbox.store import GONE, UNREADABLE, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
-from fseft_edge.segmenter import Ingredients, SegmentationSettings, read_ingredients
+from fseft_edge.segmentation.segmenter import Ingredients, SegmentationSettings, read_ingredients
 
 _LOG = logging.getLogger(__name__)
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
+from fseft_edge.outbox.content_key import files_below, open_regular_file
 from fseft_edge.runtime.errors import UnreadableFileError
-from fseft_edge.runtime.nifti import SUFFIXES
+from fseft_edge.runtime.scans.nifti import SUFFIXES
 
 _ARCHIVE: Final = ".zip"
-_KEY_DIGITS: Final = 12
-_CHUNK: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def arrivals(folder: Path) -> list[Arrival]:
             found += [_arrival(entry, [entry])] if _is_one_file(entry) or _is_dicom(entry) else []
             continue
         try:
-            files = sorted(_files(entry))
+            files = sorted(files_below(entry))
         except OSError:  # listed all the same: content_key says what is wrong
             found.append(_arrival(entry, [entry]))
             continue
@@ -107,32 +104,10 @@ def signature_of(source: Path) -> str | None:
     """Return the signature of what lies there now, or None where nothing does."""
     try:
         if os.path.isdir(source):  # noqa: PTH112 - as above
-            return _arrival(source, sorted(_files(source))).signature
+            return _arrival(source, sorted(files_below(source))).signature
         return _arrival(source, [source]).signature if source.exists() else None
     except OSError:
         return None
-
-
-def content_key(source: Path) -> str:
-    """Return a scan's pseudonym: ``case-`` and 12 digits of the sha256 of its content.
-
-    Names, dates and the order of the files in a folder do not count: the same series sent again is the same case.
-
-    Raises:
-        UnreadableFileError: a file cannot be read.
-    """
-    try:
-        if os.path.isdir(source):  # noqa: PTH112 - as above
-            digests = sorted(_sha256(file) for file in _files(source))
-            digest = hashlib.sha256(b"".join(digests)).hexdigest()
-        else:
-            digest = _sha256(source).hex()
-    except OSError as error:
-        # The name of a file within may be a patient's: only what the user knows is named.
-        raise UnreadableFileError(
-            f"{source} cannot be read: {error.strerror}.", remedy="Check the permissions, or copy it again."
-        ) from error
-    return f"case-{digest[:_KEY_DIGITS]}"
 
 
 def _is_one_file(path: Path) -> bool:
@@ -142,28 +117,10 @@ def _is_one_file(path: Path) -> bool:
 def _is_dicom(file: Path) -> bool:
     """Whether a file begins as DICOM does (PS3.10 7.1); False for what cannot be read."""
     try:
-        with _opened(file) as stream:
+        with open_regular_file(file) as stream:
             return stream.read(132)[128:] == b"DICM"
     except OSError:
         return False
-
-
-def _opened(file: Path) -> BinaryIO:
-    """Open a regular file; without O_NONBLOCK a named pipe would wait for somebody to write."""
-    stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115 - of a descriptor; the caller closes it
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return stream
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    def failed(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=failed):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent) / name for name in names if not name.startswith("."))
 
 
 def _arrival(source: Path, files: list[Path]) -> Arrival:
@@ -176,11 +133,3 @@ def _arrival(source: Path, files: list[Path]) -> Arrival:
             continue
         digest.update(repr((str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
     return Arrival(source, digest.hexdigest())
-
-
-def _sha256(file: Path) -> bytes:
-    digest = hashlib.sha256()
-    with _opened(file) as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.digest()

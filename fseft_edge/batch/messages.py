@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fseft_edge.batch.records import Outcome
+from fseft_edge.outbox.records import Outcome
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fseft_edge.batch.night import ReportedCase, night_of, reported
-from fseft_edge.batch.records import CaseState
 from fseft_edge.batch.report_page import page
 from fseft_edge.batch.report_tables import csv_text, json_fields
-from fseft_edge.batch.store import BatchStore
-from fseft_edge.runtime.atomic import atomic_path
+from fseft_edge.batch.statistics import ReportedCase, night_of, reported
+from fseft_edge.outbox.records import CaseState
+from fseft_edge.outbox.store import BatchStore
+from fseft_edge.runtime.system.atomic import atomic_path
 
 _ORDER = (CaseState.DONE, CaseState.RUNNING, CaseState.WAITING, CaseState.CANCELLED)
 

@@ -7,16 +7,15 @@ from datetime import datetime
 from html import escape
 from typing import Final
 
-from fseft_edge.batch.night import Night, ReportedCase
-from fseft_edge.batch.records import CaseState, Duplicate, Review, shown
 from fseft_edge.batch.report_style import STYLE
-from fseft_edge.flags import MEANINGS, in_words
-from fseft_edge.quality import SIZE_MARGIN
+from fseft_edge.batch.statistics import Night, ReportedCase
+from fseft_edge.masks.quality import MEANINGS, SIZE_MARGIN, in_words
+from fseft_edge.masks.result import SegmentedOrgan
+from fseft_edge.outbox.records import CaseState, Duplicate, Review, shown
 from fseft_edge.report.page import page_around
 from fseft_edge.report.range_bar import range_bar
 from fseft_edge.report.thumbnails import thumbnail
 from fseft_edge.runtime.errors import UnreadableFileError
-from fseft_edge.segmented_case import SegmentedOrgan
 
 _STATES: Final = {
     CaseState.FAILED: "failed",

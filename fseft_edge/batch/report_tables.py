@@ -9,10 +9,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from fseft_edge.batch.night import Night, ReportedCase
-from fseft_edge.batch.records import Duplicate, shown
-from fseft_edge.flags import MEANINGS
-from fseft_edge.segmented_case import SegmentedOrgan
+from fseft_edge.batch.statistics import Night, ReportedCase
+from fseft_edge.masks.quality import MEANINGS
+from fseft_edge.masks.result import SegmentedOrgan
+from fseft_edge.outbox.records import Duplicate, shown
 
 SCHEMA_VERSION: Final = 1
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.system.atomic import atomic_path
 
 NAME: Final = "fseft-edge-batch"
 

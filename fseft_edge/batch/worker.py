@@ -20,9 +20,9 @@ import torch
 
 from fseft_edge.batch.case_work import CaseError, CaseTask, CaseUnderWay, CaseWork
 from fseft_edge.batch.messages import Broken, Ended, Ready, StageBegun, StageEnded, WorkerMessage
-from fseft_edge.overlap import overlapped
 from fseft_edge.runtime.errors import FseftEdgeError
-from fseft_edge.segmenter import SegmentationSettings, open_segmenter
+from fseft_edge.runtime.system.overlap import overlapped
+from fseft_edge.segmentation.segmenter import SegmentationSettings, open_segmenter
 
 _PR_SET_PDEATHSIG: Final = 1
 Before = TypeVar("Before")

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, talk_options
-from fseft_edge.organs import parse_organs
 from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.scans.organs import parse_organs
 
 if TYPE_CHECKING:
-    from fseft_edge.adapter_file import AdapterFile, AdapterOrgan
+    from fseft_edge.adapters.file import AdapterFile, AdapterOrgan
     from fseft_edge.finetuning.tuning_file import TuningFile
-    from fseft_edge.review.support import ReviewedBatch
+    from fseft_edge.outbox.accepted_masks import ReviewedBatch
 
 _ADAPTERS = ("linear", "pointwise", "spatial")
 # As `fseft_edge.finetuning.settings.TUNING_METHODS`, for which torch would have to be imported.
@@ -125,15 +125,15 @@ def adapt(
     talk = _Talk(as_json=as_json, reviewed=from_reviewed is not None)
     with common.progress() as progress:
         if method in _TUNINGS:
-            from fseft_edge.finetuning.tuning import finetune  # noqa: PLC0415 - brings in torch
+            from fseft_edge.finetuning.finetune import finetune  # noqa: PLC0415 - brings in torch
 
             settings = _tuning_settings(method, seed, particular)
             tuning = finetune(*scans, output, settings=settings, validate=bool(validate), progress=progress, **shared)
             talk.tell(tuning, output)
             return
-        from fseft_edge.adaptation import adapt as run  # noqa: PLC0415 - brings in torch
-        from fseft_edge.adapter_training import TrainingSettings  # noqa: PLC0415 - likewise
-        from fseft_edge.adapters import AdapterSettings  # noqa: PLC0415 - likewise
+        from fseft_edge.adaptation.adapt import adapt as run  # noqa: PLC0415 - brings in torch
+        from fseft_edge.adaptation.training import TrainingSettings  # noqa: PLC0415 - likewise
+        from fseft_edge.adapters.network import AdapterSettings  # noqa: PLC0415 - likewise
 
         trial = _tuning_settings("full", seed, particular) if budget is not None else None
         if trial is not None:
@@ -215,7 +215,7 @@ def _check_method(method: str, validate: bool | None, budget: float | None, part
 
 
 def _reviewed(outbox: Path | None, state: Path | None, corrected: Path | None) -> ReviewedBatch | None:
-    from fseft_edge.review.support import ReviewedBatch  # noqa: PLC0415 - brings in torch
+    from fseft_edge.outbox.accepted_masks import ReviewedBatch  # noqa: PLC0415 - brings in torch
 
     return ReviewedBatch(outbox, state, corrected) if outbox else None
 

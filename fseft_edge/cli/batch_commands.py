@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fseft_edge.batch.records import CaseRecord, CaseState
-from fseft_edge.batch.store import BatchStore, state_path
 from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, talk_options
+from fseft_edge.outbox.records import CaseRecord, CaseState
+from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.errors import SomeCasesFailedError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def run(
         parse_until,
         parse_workers,
     )
-    from fseft_edge.segmenter import SegmentationSettings  # noqa: PLC0415 - likewise
+    from fseft_edge.segmentation.segmenter import SegmentationSettings  # noqa: PLC0415 - likewise
 
     if not common.quiet:  # unattended runs say what they do; their log holds no names
         logging.getLogger("fseft_edge.batch").setLevel(logging.INFO)
@@ -220,7 +220,7 @@ def install_service(
     """Write systemd units that run the batch every night; nothing is started."""
     from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
     from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
-    from fseft_edge.segmenter import SegmentationSettings, read_ingredients  # noqa: PLC0415 - likewise
+    from fseft_edge.segmentation.segmenter import SegmentationSettings, read_ingredients  # noqa: PLC0415 - likewise
 
     now = datetime.now().astimezone()
     begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))

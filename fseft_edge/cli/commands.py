@@ -12,14 +12,14 @@ import click
 
 from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, dicom_option, talk_options
 from fseft_edge.cli.tables import echo_table
-from fseft_edge.organs import parse_organs
-from fseft_edge.report.progress import open_progress
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
+from fseft_edge.runtime.scans.organs import parse_organs
+from fseft_edge.runtime.system.progress import open_progress
 
 if TYPE_CHECKING:
+    from fseft_edge.adaptation.transduction import TransductionPlan
     from fseft_edge.dicom_output import DicomKind
-    from fseft_edge.segmented_case import SegmentedCase
-    from fseft_edge.transduction import TransductionPlan
+    from fseft_edge.masks.result import SegmentedCase
 
 
 @click.command()
@@ -98,7 +98,7 @@ def segment(
         plan = _transduction_plan(support_images, support_labels, size_priors, size_volumes)
     elif support_images or support_labels or size_priors or size_volumes:
         raise UsageError("Support scans and size priors serve --transductive.", remedy="Add it, or leave them out.")
-    from fseft_edge.segmentation import segment as run  # noqa: PLC0415 - brings in torch
+    from fseft_edge.segmentation.segment import segment as run  # noqa: PLC0415 - brings in torch
 
     show = _segment_json if as_json else _segment_text
     try:
@@ -137,8 +137,8 @@ def _transduction_plan(
             "--transductive needs the annotated scans that the adapter was trained on.",
             remedy="Name their folders by --support-images and --support-labels.",
         )
-    from fseft_edge.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only this mode needs it
-    from fseft_edge.transduction import TransductionPlan  # noqa: PLC0415 - brings in torch
+    from fseft_edge.adaptation.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only this mode needs it
+    from fseft_edge.adaptation.transduction import TransductionPlan  # noqa: PLC0415 - brings in torch
 
     table = read_size_priors(size_volumes) if size_volumes else {}
     return TransductionPlan(images, labels, parse_size_priors(size_priors), table)
@@ -167,7 +167,7 @@ def _segment_text(results: Sequence[SegmentedCase]) -> str:
 @talk_options
 def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: bool) -> None:
     """Write the encoder and ADAPTER as one ONNX graph for other programs: window in, probabilities out."""
-    from fseft_edge.fused_export import export_adapter as run  # noqa: PLC0415 - brings in torch
+    from fseft_edge.adapters.onnx_export import export_adapter as run  # noqa: PLC0415 - brings in torch
 
     graph = run(adapter, output, encoder=encoder)
     if not quiet:
@@ -205,7 +205,7 @@ def evaluate(
 ) -> None:
     """Compare masks with annotations: DSC, HD95 and normalised surface distance, per case and organ."""
     wanted = {organ.name: organ.label for organ in parse_organs(organs)}
-    from fseft_edge.evaluation import evaluate as run  # noqa: PLC0415 - brings in MONAI
+    from fseft_edge.evaluation.evaluate import evaluate as run  # noqa: PLC0415 - brings in MONAI
 
     with open_progress(quiet=quiet) as progress:
         result = run(predictions, references, wanted, nsd_tolerance_mm=nsd_tolerance, progress=progress)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import click
 
 from fseft_edge.cli.options import PATH, talk_options
-from fseft_edge.report.progress import open_progress
+from fseft_edge.runtime.system.progress import open_progress
 
 if TYPE_CHECKING:
     from fseft_edge.export.parity import Classifier
-    from fseft_edge.runtime.bundle import Precision
-    from fseft_edge.runtime.engine_files import EngineLibrary
+    from fseft_edge.runtime.encoder.bundle import Precision
+    from fseft_edge.runtime.encoder.engine_files import EngineLibrary
 
 _TARGET_HELP = (
     "GPUs to build an engine for: sm_75, sm_86, ... (compute capability 7.5, 8.6, ...) or portable, separated by "
@@ -24,8 +24,8 @@ _TARGET_HELP = (
 
 def _classifier(bundle: Path, adapter: Path | None) -> Classifier | None:
     """Return what compares masks by an adapter."""
-    from fseft_edge.adapter_file import read_adapter  # noqa: PLC0415 - brings in torch
-    from fseft_edge.runtime.bundle import EncoderBundle  # noqa: PLC0415 - likewise
+    from fseft_edge.adapters.file import read_adapter  # noqa: PLC0415 - brings in torch
+    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - likewise
 
     if adapter is None:
         return None
@@ -93,8 +93,8 @@ def export(
 @talk_options
 def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
     """Say which encoders can be exported by name, which file each needs, and where it comes from."""
+    from fseft_edge.export.model_list import model_entries, model_lines  # noqa: PLC0415 - only this command needs it
     from fseft_edge.export.zoo import models as known  # noqa: PLC0415 - brings in torch
-    from fseft_edge.report.model_list import model_entries, model_lines  # noqa: PLC0415 - only this command needs it
 
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "models": model_entries(known())}, indent=2))

@@ -9,8 +9,8 @@ import click
 
 from fseft_edge.cli.options import PATH, talk_options
 from fseft_edge.cli.tables import echo_table
-from fseft_edge.report.progress import open_progress
 from fseft_edge.runtime.errors import SomeCasesFailedError
+from fseft_edge.runtime.system.progress import open_progress
 
 
 @click.command()
@@ -19,8 +19,8 @@ from fseft_edge.runtime.errors import SomeCasesFailedError
 @talk_options
 def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
     """Say what this machine can run, which backends can run each ENCODER bundle, and what to install."""
-    from fseft_edge.doctor import diagnose  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.report.diagnosis import diagnosis_tables  # noqa: PLC0415 - likewise
+    from fseft_edge.machine.doctor import diagnose  # noqa: PLC0415 - only this command needs it
+    from fseft_edge.machine.doctor_page import diagnosis_tables  # noqa: PLC0415 - likewise
 
     diagnosis = diagnose(encoders)
     if as_json:
@@ -64,9 +64,9 @@ def benchmark(
     quiet: bool,
 ) -> None:
     """Measure how fast each backend runs the bundle ENCODER here, on windows and on whole scans, and in what memory."""
-    from fseft_edge.benchmarking.runs import benchmark as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.report.speed_tables import speed_tables  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.runtime.atomic import check_writable  # noqa: PLC0415 - likewise
+    from fseft_edge.machine.speed import benchmark as run  # noqa: PLC0415 - brings in torch
+    from fseft_edge.machine.speed_tables import speed_tables  # noqa: PLC0415 - only this command needs it
+    from fseft_edge.runtime.system.atomic import check_writable  # noqa: PLC0415 - likewise
 
     if json_file is not None:
         check_writable(json_file)

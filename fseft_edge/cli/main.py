@@ -14,7 +14,7 @@ import click
 
 from fseft_edge._version import __version__
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, OutOfMemoryError
-from fseft_edge.runtime.memory import is_out_of_memory
+from fseft_edge.runtime.system.memory import is_out_of_memory
 
 _COMMANDS = {
     "demo": "commands",

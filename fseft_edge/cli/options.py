@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from fseft_edge.report.progress import ProgressDisplay, open_progress
+from fseft_edge.runtime.system.progress import ProgressDisplay, open_progress
 
 if TYPE_CHECKING:
-    from fseft_edge.runtime.bundle import Precision
+    from fseft_edge.runtime.encoder.bundle import Precision
 
 PATH = click.Path(path_type=Path)
 ORGAN_HELP = "What to segment and its label value in the annotation files: NAME=ID[,NAME=ID...]; may be repeated."

@@ -12,10 +12,10 @@ from fseft_edge.dicom_output.instance import DicomKind, SegmentationAlgorithm, W
 from fseft_edge.dicom_output.segmentation_object import write_dicom_segmentation
 from fseft_edge.dicom_output.structure_set import write_structure_set
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.volume import LabelMap
+from fseft_edge.runtime.scans.volume import LabelMap
 
 if TYPE_CHECKING:
-    from fseft_edge.segmented_case import SegmentedOrgan
+    from fseft_edge.masks.result import SegmentedOrgan
 
 __all__ = [
     "DicomKind",

@@ -18,12 +18,12 @@ from pydicom.uid import UID, generate_uid
 
 from fseft_edge._version import __version__
 from fseft_edge.dicom_output.organ_codes import PRIVATE_SCHEME, OrganCode, code_item, organ_code
-from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.system.atomic import atomic_path
 
 if TYPE_CHECKING:
-    from fseft_edge.adapter_file import AdapterFile
-    from fseft_edge.segmented_case import SegmentedOrgan
+    from fseft_edge.adapters.file import AdapterFile
+    from fseft_edge.masks.result import SegmentedOrgan
 
 TOOLKIT: Final = "fseft-edge"
 DicomKind = Literal["seg", "rtstruct"]

@@ -27,13 +27,13 @@ from fseft_edge.dicom_output.instance import (
 )
 from fseft_edge.dicom_output.organ_codes import code_item
 from fseft_edge.dicom_output.source_planes import SourceSeries
-from fseft_edge.runtime.atomic import check_writable
-from fseft_edge.runtime.volume import LabelMap
+from fseft_edge.runtime.scans.volume import LabelMap
+from fseft_edge.runtime.system.atomic import check_writable
 
 if TYPE_CHECKING:
     from highdicom.seg import Segmentation, SegmentDescription
 
-    from fseft_edge.segmented_case import SegmentedOrgan
+    from fseft_edge.masks.result import SegmentedOrgan
 
 _LOG = logging.getLogger(__name__)
 

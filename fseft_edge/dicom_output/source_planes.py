@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from fseft_edge.runtime.errors import GeometryError, InputError
-from fseft_edge.runtime.volume import LabelMap
+from fseft_edge.runtime.scans.volume import LabelMap
 
 AGREEMENT_MM: Final = 0.1
 """A plane's corner pixels may lie this far from the voxels they stand for: room for positions rounded in the header."""

@@ -8,23 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fseft_edge.adaptation import head_rows
-from fseft_edge.adapter_file import AdapterFile
-from fseft_edge.adapters import AdapterSettings
+from fseft_edge.adaptation.adapt import head_rows
+from fseft_edge.adaptation.cross_validation import OrganScores, folds, mean_over_organs
+from fseft_edge.adaptation.support_set import find_annotated
+from fseft_edge.adapters.file import AdapterFile
+from fseft_edge.adapters.network import AdapterSettings
+from fseft_edge.finetuning.finetune import TuningSupport, add_fold, check_tunable, describe_tuning, load_tuning_support
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import DivergedError, OutOfTimeError
-from fseft_edge.finetuning.tuning import TuningSupport, add_fold, check_tunable, describe_tuning, load_tuning_support
 from fseft_edge.finetuning.tuning_file import SUFFIX, TuningFile, write_tuning
-from fseft_edge.organs import OrganLabel
-from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.review.support import ReviewedBatch
-from fseft_edge.runtime.atomic import check_writable
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.outbox.accepted_masks import ReviewedBatch
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.networks.inserts import HasBlocks
+from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
-from fseft_edge.runtime.networks.inserts import HasBlocks
-from fseft_edge.runtime.session import resolve_device
-from fseft_edge.support import find_annotated
-from fseft_edge.validation import OrganScores, folds, mean_over_organs
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.system.atomic import check_writable
+from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
 
@@ -92,14 +92,14 @@ def try_finetuning(
 
     Args:
         adapter: what ``adapt`` made with the same encoder, scans and organs, with its left-out scores.
-        encoder: as for :func:`fseft_edge.finetuning.tuning.finetune`.
+        encoder: as for :func:`fseft_edge.finetuning.finetune.finetune`.
         images: likewise.
         labels: likewise.
         organs: likewise.
         output: the adapter's file; the tuning is written beside it (:func:`tuning_beside`).
         minutes: time that all of it may take.
         settings: seed, steps and the like of what is tried.
-        reviewed: as for :func:`fseft_edge.finetuning.tuning.finetune`.
+        reviewed: as for :func:`fseft_edge.finetuning.finetune.finetune`.
         cases: likewise.
         device: likewise.
         progress: where to show progress.

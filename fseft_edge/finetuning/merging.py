@@ -13,9 +13,10 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from fseft_edge.adapter_file import AdapterDescription, AdapterFile, adapter_settings, write_adapter
-from fseft_edge.adapters import Adapter
-from fseft_edge.described_tensors import does_not_fit
+from fseft_edge.adapters.described_tensors import does_not_fit
+from fseft_edge.adapters.file import AdapterDescription, AdapterFile, adapter_settings, write_adapter
+from fseft_edge.adapters.find_encoder import find_encoder
+from fseft_edge.adapters.network import Adapter
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile
 from fseft_edge.export.export import write_encoder
 from fseft_edge.export.zoo import LoadedModel
@@ -23,12 +24,11 @@ from fseft_edge.finetuning.folding import fold_sums
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import TunedNetwork
 from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning
-from fseft_edge.runtime.atomic import check_writable
-from fseft_edge.runtime.bundle import BundleContents, EncoderBundle
+from fseft_edge.runtime.encoder.bundle import BundleContents, EncoderBundle
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.inserts import INSERTS
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.networks.base import FeatureNetwork
-from fseft_edge.runtime.networks.inserts import INSERTS
-from fseft_edge.segmentation_inputs import find_encoder
+from fseft_edge.runtime.system.atomic import check_writable
 
 
 @dataclass(frozen=True, eq=False)

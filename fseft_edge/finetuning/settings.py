@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fseft_edge.adapters import Reads
+from fseft_edge.adapters.network import Reads
 
 TuningMethod = Literal[
     "lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder"

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fseft_edge.adapter_training import rate_share
-from fseft_edge.adapters import Adapter, AdapterSettings, HeadRows
-from fseft_edge.feature_statistics import FeatureStatistics
-from fseft_edge.finetuning.opening import open_encoder, renewed_parts
+from fseft_edge.adaptation.bfloat16_fix import short_inputs_in_float32
+from fseft_edge.adaptation.losses import adaptation_loss
+from fseft_edge.adaptation.normalisation import FeatureStatistics
+from fseft_edge.adaptation.training import rate_share
+from fseft_edge.adapters.network import Adapter, AdapterSettings, HeadRows
 from fseft_edge.finetuning.settings import TuningSettings
-from fseft_edge.losses import adaptation_loss
+from fseft_edge.finetuning.unfreezing import open_encoder, renewed_parts
 from fseft_edge.pretraining.cohort import Batch, TrainingCase, batch_of, random_crop
-from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.runtime.backend_choice import has_bfloat16
+from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError
-from fseft_edge.runtime.memory import memory_explained
-from fseft_edge.runtime.networks.base import FeatureNetwork
-from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.short_inputs import short_inputs_in_float32
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.system.memory import memory_explained
+from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _CROP_MM = 144.0
 _CROP_MULTIPLE = 32
@@ -40,7 +40,7 @@ class TunedNetwork(nn.Module):
     """An encoder opened for fine-tuning, and the classifier of the organs to learn: a linear adapter.
 
     Args:
-        encoder: pre-trained; opened in place (:func:`fseft_edge.finetuning.opening.open_encoder`).
+        encoder: pre-trained; opened in place (:func:`fseft_edge.finetuning.unfreezing.open_encoder`).
         organs: how many to learn.
         settings: which of the encoder's parameters learn, and what the classifier reads.
 

@@ -10,9 +10,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from fseft_edge._version import __version__
-from fseft_edge.adapter_file import AdapterOrgan
-from fseft_edge.adapters import Reads
-from fseft_edge.described_tensors import (
+from fseft_edge.adapters.described_tensors import (
     TUNING_KEY,
     SelfDescription,
     check_content,
@@ -20,8 +18,10 @@ from fseft_edge.described_tensors import (
     read_described,
     write_described,
 )
+from fseft_edge.adapters.file import AdapterOrgan
+from fseft_edge.adapters.network import Reads
 from fseft_edge.finetuning.settings import Decoder, TuningMethod
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.errors import AdapterError
 
 SUFFIX = "tuning"

@@ -20,7 +20,7 @@ from fseft_edge.phantom.canvas import Canvas
 from fseft_edge.phantom.organs import paint_abdomen
 from fseft_edge.phantom.patient import Patient
 from fseft_edge.phantom.wall import paint_body, paint_chest, paint_pelvis, paint_ribs, paint_spine, trunk_of
-from fseft_edge.runtime.volume import LabelMap, Volume
+from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
 __all__ = ["ORGANS", "SITES", "ContrastPhase", "Phantom", "Site", "phantom"]
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fseft_edge.augmentation import random_turn, restyle
+from fseft_edge.adaptation.augmentation import random_turn, restyle
 from fseft_edge.pretraining.plan import FilesPlan, Labels, PhantomsPlan, PretrainingPlan, case_names
-from fseft_edge.report.progress import Progress
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
-from fseft_edge.runtime.grid import Grid
-from fseft_edge.runtime.nifti import case_name, list_cases, read_ct, read_label_map
-from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.runtime.volume import LabelMap, Volume, check_labels_match
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.nifti import case_name, list_cases, read_ct, read_label_map
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.scans.volume import LabelMap, Volume, check_labels_match
+from fseft_edge.runtime.system.progress import Progress
 
 Crop = tuple[Tensor, Tensor, Tensor, Tensor]
 """One crop's part of :class:`Batch`: image, the same before boxes of it were erased, targets, task mask."""

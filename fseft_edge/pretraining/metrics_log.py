@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import MissingBackendError
+from fseft_edge.runtime.system.atomic import atomic_path
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

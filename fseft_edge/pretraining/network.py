@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fseft_edge.runtime.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 
 
 class PretrainingNetwork(nn.Module):

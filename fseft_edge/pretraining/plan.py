@@ -18,8 +18,8 @@ from pydantic import (
 )
 
 from fseft_edge.runtime.errors import UnreadableFileError
-from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.runtime.toml_file import read_toml
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.system.toml_file import read_toml
 
 MOST_ORGANS = 31
 """Organs of a training case are bits of an int32."""
@@ -46,7 +46,7 @@ class _Strict(BaseModel):
 
 
 class ResidualUNetPlan(_Strict):
-    """The compact encoder (:class:`fseft_edge.runtime.networks.residual_unet.ResidualUNet`) is trained."""
+    """The compact encoder (:class:`fseft_edge.runtime.encoder.networks.residual_unet.ResidualUNet`) is trained."""
 
     architecture: Literal["residual_unet"]
     channels: tuple[int, ...]
@@ -79,7 +79,7 @@ class ResidualUNetPlan(_Strict):
 
 
 class SwinUnetrPlan(_Strict):
-    """A SwinUNETR (:class:`fseft_edge.runtime.networks.swin_unetr.SwinUnetrFeatures`) is trained."""
+    """A SwinUNETR (:class:`fseft_edge.runtime.encoder.networks.swin_unetr.SwinUnetrFeatures`) is trained."""
 
     architecture: Literal["swin_unetr"]
     feature_size: int = Field(default=48, gt=0, multiple_of=12)

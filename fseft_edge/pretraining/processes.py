@@ -14,9 +14,9 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 
-from fseft_edge.losses import alone
+from fseft_edge.adaptation.losses import alone
+from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
-from fseft_edge.runtime.session import resolve_device
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, write_model_file
 from fseft_edge.pretraining.network import PretrainingNetwork
 from fseft_edge.pretraining.plan import PretrainingPlan
-from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import CheckpointError
+from fseft_edge.runtime.system.atomic import atomic_path
 
 LOSS_WINDOW = 50
 """Steps over which a loss is averaged to be told."""

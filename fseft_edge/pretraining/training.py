@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fseft_edge.adaptation.bfloat16_fix import short_inputs_in_float32
+from fseft_edge.adaptation.losses import adaptation_loss, partial_label_loss
 from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.zoo import CUSTOM, load_model
-from fseft_edge.losses import adaptation_loss, partial_label_loss
 from fseft_edge.pretraining.cohort import Batch, TrainingCase, draw_batch, load_cohorts
 from fseft_edge.pretraining.metrics_log import MetricsLog, StepMetrics
 from fseft_edge.pretraining.network import PretrainingNetwork
@@ -28,14 +29,13 @@ from fseft_edge.pretraining.run_folder import (
     save_checkpoint,
     write_trained,
 )
-from fseft_edge.report.progress import Progress, SilentProgress
-from fseft_edge.runtime.backend_choice import has_bfloat16
-from fseft_edge.runtime.bundle import sha256_of_file
+from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
+from fseft_edge.runtime.encoder.bundle import sha256_of_file
+from fseft_edge.runtime.encoder.networks import build_network
+from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import CheckpointError, UsageError
-from fseft_edge.runtime.memory import memory_explained
-from fseft_edge.runtime.networks import build_network
-from fseft_edge.runtime.session import resolve_device
-from fseft_edge.short_inputs import short_inputs_in_float32
+from fseft_edge.runtime.system.memory import memory_explained
+from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
 

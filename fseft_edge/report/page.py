@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from fseft_edge._version import __version__
-from fseft_edge.runtime.atomic import atomic_path
 from fseft_edge.runtime.errors import UnreadableFileError
+from fseft_edge.runtime.system.atomic import atomic_path
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import maximum_filter, minimum_filter
 
-from fseft_edge.metrics import dice
+from fseft_edge.evaluation.metrics import dice
 from fseft_edge.report.planes import Cut, Mask, three_cuts
-from fseft_edge.runtime.atomic import atomic_path
-from fseft_edge.runtime.volume import Volume
+from fseft_edge.runtime.scans.volume import Volume
+from fseft_edge.runtime.system.atomic import atomic_path
 
 Colour = tuple[int, int, int]
 

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fseft_edge.runtime.volume import Volume
+from fseft_edge.runtime.scans.volume import Volume
 
 Mask = NDArray[np.bool_]
 

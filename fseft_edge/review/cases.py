@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fseft_edge.batch.records import CaseRecord, CaseState, Decision
-from fseft_edge.batch.store import BatchStore
-from fseft_edge.review.result_files import open_result
-from fseft_edge.review.sources import read_source
+from fseft_edge.outbox.records import CaseRecord, CaseState, Decision
+from fseft_edge.outbox.result_files import open_result
+from fseft_edge.outbox.sources import read_source
+from fseft_edge.outbox.store import BatchStore
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.volume import Volume
+from fseft_edge.runtime.scans.volume import Volume
 
 LONGEST_NOTE = 2000
 """Characters."""
@@ -75,11 +75,11 @@ class ReviewCases:
             self._store.review(key, decision, note)
 
     def scan(self, case: CaseRecord) -> Volume:
-        """Read the CT that a mask was made of, see :func:`fseft_edge.review.sources.read_source`."""
+        """Read the CT that a mask was made of, see :func:`fseft_edge.outbox.sources.read_source`."""
         return read_source(case)
 
     def result(self, case: CaseRecord, suffix: str) -> BinaryIO:
-        """Open a result of a case, see :func:`fseft_edge.review.result_files.open_result`."""
+        """Open a result of a case, see :func:`fseft_edge.outbox.result_files.open_result`."""
         return open_result(self._outbox, case.key, suffix)
 
     def described(self, case: CaseRecord) -> dict[str, Any]:

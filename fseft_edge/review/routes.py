@@ -15,10 +15,10 @@ from http import HTTPStatus
 from importlib.resources import files
 from typing import Any, BinaryIO, Final
 
-from fseft_edge.batch.records import CaseRecord, Decision
+from fseft_edge.outbox.records import CaseRecord, Decision
 from fseft_edge.review.cases import LONGEST_NOTE, ReviewCases, progress_of
 from fseft_edge.runtime.errors import FseftEdgeError, InputError, UsageError
-from fseft_edge.runtime.nifti import stream_hu
+from fseft_edge.runtime.scans.nifti import stream_hu
 
 LARGEST_BODY: Final = 16 << 10
 """Bytes of a request: several times a note of the longest length."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
-from fseft_edge.batch.store import BatchStore, state_path
+from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.review.access import HOST, Access
 from fseft_edge.review.cases import Progress, ReviewCases, progress_of
 from fseft_edge.review.routes import LARGEST_BODY, Reply, Routes, text_reply

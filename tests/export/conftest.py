@@ -9,7 +9,7 @@ import torch
 from doubles.models import WINDOW, small_network
 
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
+from fseft_edge.runtime.encoder.networks.swin_unetr import SwinUnetrFeatures
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,17 @@ from fseft_edge.export.export import export_encoder
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.parity import Classifier
 from fseft_edge.export.zoo import load_model
-from fseft_edge.runtime.backends.tensorrt import check_validity
-from fseft_edge.runtime.backends.tensorrt_library import fresh_logger, import_library
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.engine_files import EngineDescription, EngineFile, EngineLibrary, engine_for_gpu, read_engine
+from fseft_edge.runtime.encoder.backends.tensorrt import check_validity
+from fseft_edge.runtime.encoder.backends.tensorrt_library import fresh_logger, import_library
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.engine_files import (
+    EngineDescription,
+    EngineFile,
+    EngineLibrary,
+    engine_for_gpu,
+    read_engine,
+)
+from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.errors import (
     AdapterError,
     EncoderBundleError,
@@ -37,7 +44,6 @@ from fseft_edge.runtime.errors import (
     OutOfSpaceError,
     UsageError,
 )
-from fseft_edge.runtime.networks import build_network
 
 TARGETS = ["sm_75", "sm_86", "sm_89", "sm_120", "portable"]
 

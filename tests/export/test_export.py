@@ -14,7 +14,7 @@ from doubles.models import ORGANS, small_model, small_network, windows
 from fseft_edge.export import export
 from fseft_edge.export.checkpoints import read_model_file, write_model_file
 from fseft_edge.export.export import export_encoder
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.errors import CheckpointError, UsageError
 
 
@@ -101,7 +101,7 @@ def test_interrupted_export_leaves_nothing(model_file: Path, tmp_path: Path, mon
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fseft_edge.runtime.bundle.sha256_of_file", interrupt)
+    monkeypatch.setattr("fseft_edge.runtime.encoder.bundle.sha256_of_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_encoder(model_file, model="custom", output=tmp_path / "s.encoder", onnx=False)
     assert [path.name for path in tmp_path.iterdir()] == [model_file.name]

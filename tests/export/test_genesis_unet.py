@@ -11,10 +11,10 @@ from doubles.releases import WIDTH, authors_unet
 from torch import Tensor
 
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.runtime.backends.onnxruntime import GraphRunner
-from fseft_edge.runtime.backends.openvino import CompiledGraph
-from fseft_edge.runtime.networks.genesis_unet import GenesisUnetFeatures
-from fseft_edge.runtime.networks.mixed_precision import MixedPrecision
+from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.encoder.backends.openvino import CompiledGraph
+from fseft_edge.runtime.encoder.networks.genesis_unet import GenesisUnetFeatures
+from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
 
 WINDOW = (32, 16, 16)
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fseft_edge.export.export import export_encoder
 from fseft_edge.export.imported import import_model
-from fseft_edge.runtime.backend_choice import backend_choices
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding_plan import encoding_of
+from fseft_edge.runtime.encoder.backend_choice import backend_choices
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding_plan import encoding_of
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.errors import CheckpointError, EncoderBundleError, InputError, UnreadableFileError, UsageError
-from fseft_edge.runtime.networks.base import FeatureLevel
-from fseft_edge.runtime.session import open_session
-from fseft_edge.runtime.windows import WindowLayout
 
 WINDOW = (16, 16, 16)
 DESCRIPTION = """\

@@ -17,15 +17,15 @@ from fseft_edge.export.checkpoints import write_model_file
 from fseft_edge.export.export import export_encoder
 from fseft_edge.export.onnx_graph import graph_of, write_graph, write_model
 from fseft_edge.export.parity import GATES, relative_errors
-from fseft_edge.runtime.backends.onnxruntime import GraphRunner
-from fseft_edge.runtime.backends.openvino import CompiledGraph
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.encoding import encode_scan
-from fseft_edge.runtime.feature_store import FeatureStore
-from fseft_edge.runtime.networks.base import FeatureNetwork
-from fseft_edge.runtime.networks.block_inserts import AdaptFormer, BlockInserts, BlockPlace, Compacter
-from fseft_edge.runtime.networks.inserts import insert_parameters
-from fseft_edge.runtime.session import open_session
+from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.encoder.backends.openvino import CompiledGraph
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding import encode_scan
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.block_inserts import AdaptFormer, BlockInserts, BlockPlace, Compacter
+from fseft_edge.runtime.encoder.networks.inserts import insert_parameters
+from fseft_edge.runtime.encoder.session import open_session
 
 WINDOW = (16, 12, 20)
 SWIN_WINDOW = (64, 32, 32)

@@ -8,12 +8,13 @@ import onnx
 import pytest
 import torch
 from doubles.models import WINDOW, small_network, windows
+from doubles.repository import ROOT
 from torch import Tensor, nn
 
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.runtime.backends.onnxruntime import GraphRunner
-from fseft_edge.runtime.backends.openvino import CompiledGraph
-from fseft_edge.runtime.networks.base import FeatureLevel, FeatureNetwork
+from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.encoder.backends.openvino import CompiledGraph
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwork
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -89,7 +90,7 @@ def test_graph_tells_nothing_of_the_machine_that_made_it(graph: str, request: py
     content = request.getfixturevalue(graph).read_bytes()
     assert b"site-packages" not in content
     assert str(Path(torch.__file__).parents[2]).encode() not in content
-    assert str(Path(__file__).parents[2]).encode() not in content
+    assert str(ROOT).encode() not in content
 
 
 class NormOnly(FeatureNetwork):

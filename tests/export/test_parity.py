@@ -10,8 +10,8 @@ from doubles.encoder import write_case
 from doubles.models import WINDOW, small_network
 
 from fseft_edge.export.parity import GATES, Engine, _ct_windows, cpu_engines, head_of, parity_reports, relative_errors
-from fseft_edge.runtime.bundle import ParityReport, parity_key
-from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.encoder.bundle import ParityReport, parity_key
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
 
 HEAD = (torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 1]]) * 1e5, torch.tensor([-0.19, -0.23]) * 1e5)
 """Each row takes some half of the voxels of a CT, and is sure of nearly all of them."""

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from fseft_edge.export.checkpoints import ModelFile
 from fseft_edge.export.published import read_published
 from fseft_edge.export.zoo import MODELS, load_model
+from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.errors import CheckpointError
-from fseft_edge.runtime.networks import build_network
 
 WINDOW = (64, 32, 32)
 

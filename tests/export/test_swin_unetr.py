@@ -11,8 +11,8 @@ from doubles.releases import FEATURE_SIZE, authors_swin
 from torch import Tensor, nn
 
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.runtime.backends.onnxruntime import GraphRunner
-from fseft_edge.runtime.networks.swin_unetr import SwinUnetrFeatures
+from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner
+from fseft_edge.runtime.encoder.networks.swin_unetr import SwinUnetrFeatures
 
 WINDOW = (64, 32, 32)  # the third stage shifts its attention windows along one axis only
 

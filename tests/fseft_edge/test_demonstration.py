@@ -15,16 +15,16 @@ from PIL import Image
 from rich.console import Console
 
 from fseft_edge import demonstration
-from fseft_edge.adaptation import adapt
-from fseft_edge.adapter_file import AdapterFile, read_adapter
-from fseft_edge.adapter_training import TrainingSettings
-from fseft_edge.adapters import AdapterSettings
+from fseft_edge.adaptation.adapt import adapt
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.file import AdapterFile, read_adapter
+from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.demonstration import DemoResult, run_demo
 from fseft_edge.phantom import ORGANS, SITES, phantom
-from fseft_edge.report.progress import SilentProgress
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.runtime.nifti import read_ct, read_label_map
+from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
+from fseft_edge.runtime.system.progress import SilentProgress
 
 QUERIES = ("phantom_11", "phantom_12")
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from doubles.scans import SHAPE, scan_with_organ
 
-from fseft_edge.adapter_training import TrainingSettings, train_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings
-from fseft_edge.block_sampling import SupportScan
-from fseft_edge.blocks import Box, read_block
+from fseft_edge.adaptation.block_sampling import SupportScan
+from fseft_edge.adaptation.training import TrainingSettings, train_adapter
+from fseft_edge.adapters.blocks import Box, read_block
+from fseft_edge.adapters.network import Adapter, AdapterSettings
 
 CORE = Box(*((0, size) for size in SHAPE))
 FAST = TrainingSettings(

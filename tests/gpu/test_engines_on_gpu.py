@@ -10,11 +10,11 @@ from doubles.models import WINDOW, small_contents, small_network, windows
 
 from fseft_edge.export.engines import build_engines
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.runtime.backends.tensorrt_library import import_library
-from fseft_edge.runtime.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.engine_files import EngineLibrary, target_of
+from fseft_edge.runtime.encoder.backends.tensorrt_library import import_library
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.encoder.engine_files import EngineLibrary, target_of
+from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import EngineError
-from fseft_edge.runtime.session import open_session
 
 LIBRARIES: list[EngineLibrary] = ["tensorrt_rtx", "tensorrt"]
 BOUNDS: dict[Precision, float] = {"mixed": 5e-3, "float32": 1e-4}

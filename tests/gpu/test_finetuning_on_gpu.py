@@ -9,7 +9,7 @@ import torch
 from doubles.tuning_site import FOR_A_UNET, tuning_site
 
 from fseft_edge.finetuning.settings import TuningMethod, TuningSettings
-from fseft_edge.report.progress import SilentProgress
+from fseft_edge.runtime.system.progress import SilentProgress
 
 
 @pytest.mark.gpu

@@ -8,8 +8,8 @@ import pytest
 import torch
 from doubles.encoder import write_tiny_encoder
 
-from fseft_edge.benchmarking.runs import benchmark
-from fseft_edge.doctor import diagnose
+from fseft_edge.machine.doctor import diagnose
+from fseft_edge.machine.speed import benchmark
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from fseft_edge.phantom import phantom
-from fseft_edge.runtime.nifti import write_ct, write_label_map
-from fseft_edge.runtime.volume import LabelMap
+from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
+from fseft_edge.runtime.scans.volume import LabelMap
 
 PLAN = """
 name = "tiny"

@@ -14,7 +14,7 @@ import pytest
 
 from doubles.encoder import label_of, write_case, write_random_adapter, write_tiny_encoder
 from fseft_edge.cli.main import main
-from fseft_edge.runtime.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
 
 LIVER = f"liver={label_of('liver')}"
 CHEAP = ("--method", "linear", "--reads", "last", "--epochs", "1", "--device", "cpu", "--backend", "torch")

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fseft_edge.adapter_file import AdapterDescription, AdapterFile, AdapterOrgan, adapter_settings, write_adapter
-from fseft_edge.adapters import Adapter, AdapterSettings
+from fseft_edge.adapters.file import AdapterDescription, AdapterFile, AdapterOrgan, adapter_settings, write_adapter
+from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.phantom import ORGANS, Phantom, phantom
-from fseft_edge.runtime.bundle import BundleContents, EncoderBundle
-from fseft_edge.runtime.networks.residual_unet import ResidualUNet
-from fseft_edge.runtime.nifti import write_ct, write_label_map
-from fseft_edge.runtime.preprocessing import Preprocessing
-from fseft_edge.runtime.volume import LabelMap
+from fseft_edge.runtime.encoder.bundle import BundleContents, EncoderBundle
+from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.scans.volume import LabelMap
 
 CHANNELS = (4, 6, 8, 8)
 WINDOW = (32, 32, 32)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fseft_edge.runtime.networks.base import FeatureLevel
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import functools
 import torch
 from torch import nn
 
-from fseft_edge.runtime.networks import build_network
-from fseft_edge.runtime.networks.base import FeatureNetwork
-from fseft_edge.runtime.networks.inserts import InsertKind, add_inserts, insert_parameters
+from fseft_edge.runtime.encoder.networks import build_network
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.inserts import InsertKind, add_inserts, insert_parameters
 
 SETTINGS = {
     "residual_unet": {"channels": [4, 6, 8]},

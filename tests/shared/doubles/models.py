@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile
-from fseft_edge.runtime.bundle import BundleContents
-from fseft_edge.runtime.networks.residual_unet import ResidualUNet
-from fseft_edge.runtime.preprocessing import Preprocessing
+from fseft_edge.runtime.encoder.bundle import BundleContents
+from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
 
 CHANNELS = (4, 6, 8)
 WINDOW = (16, 16, 16)

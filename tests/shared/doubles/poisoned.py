@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from fseft_edge.short_inputs import short_inputs_in_float32
+from fseft_edge.adaptation.bfloat16_fix import short_inputs_in_float32
 
 
 def gradients(*, guarded: bool, precision: torch.dtype = torch.bfloat16) -> list[float]:

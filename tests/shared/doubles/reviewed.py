@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from doubles.encoder import label_of, scan
-from fseft_edge.batch.inbox import content_key
-from fseft_edge.batch.records import CaseState, Decision
-from fseft_edge.batch.store import BatchStore, Outcome, StageSeconds, state_path
-from fseft_edge.runtime.nifti import write_ct, write_label_map
-from fseft_edge.runtime.volume import LabelMap, Volume
-from fseft_edge.segmented_case import SegmentedOrgan
+from fseft_edge.masks.result import SegmentedOrgan
+from fseft_edge.outbox.content_key import content_key
+from fseft_edge.outbox.records import CaseState, Decision
+from fseft_edge.outbox.store import BatchStore, Outcome, StageSeconds, state_path
+from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
+from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
 PATIENT = "Mustermann_Erika"
 """Part of the name of every scan."""

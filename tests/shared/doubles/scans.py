@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from doubles.features import MemoryFeatures
-from fseft_edge.block_sampling import SupportScan
-from fseft_edge.occupancy import Occupancy
-from fseft_edge.runtime.feature_map import FeatureMap
+from fseft_edge.adaptation.block_sampling import SupportScan
+from fseft_edge.adaptation.soft_labels import Occupancy
+from fseft_edge.runtime.encoder.feature_map import FeatureMap
 
 SHAPE = (48, 40, 48)
 

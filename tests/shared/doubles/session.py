@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fseft_edge.runtime.networks.base import FeatureLevel
-from fseft_edge.runtime.streaming import FeatureSection, stream_features
-from fseft_edge.runtime.windows import WindowLayout
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel
+from fseft_edge.runtime.encoder.streaming import FeatureSection, stream_features
+from fseft_edge.runtime.encoder.windows import WindowLayout
 
 
 class FakeSession:

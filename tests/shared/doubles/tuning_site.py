@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from doubles.encoder import label_of, write_case, write_tiny_encoder
+from fseft_edge.finetuning.finetune import TuningSupport, finetune, load_tuning_support
 from fseft_edge.finetuning.settings import TuningMethod, TuningSettings
-from fseft_edge.finetuning.tuning import TuningSupport, finetune, load_tuning_support
 from fseft_edge.finetuning.tuning_file import TuningFile
-from fseft_edge.organs import OrganLabel
-from fseft_edge.report.progress import SilentProgress
-from fseft_edge.runtime.bundle import EncoderBundle
-from fseft_edge.runtime.nifti import read_label_map
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.scans.nifti import read_label_map
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.system.progress import SilentProgress
 
 LIVER, SPLEEN = (OrganLabel(name, label_of(name)) for name in ("liver", "spleen"))
 SHORT: dict[str, Any] = {"steps": 2, "crops": 1, "crop": 32, "bfloat16": False}

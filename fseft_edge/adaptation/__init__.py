@@ -1,0 +1,1 @@
+"""Adaptation: from annotated scans to an adapter."""

@@ -1,0 +1,1 @@
+"""Evaluation: how well masks agree with reference contours."""

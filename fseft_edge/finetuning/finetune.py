@@ -1,0 +1,270 @@
+"""Fine-tuning at a site: from annotated scans to a tuning file."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fseft_edge.adaptation.adapt import describe_organs, head_rows
+from fseft_edge.adaptation.cross_validation import OrganScores, folds
+from fseft_edge.adaptation.support_set import annotated_volumes_ml, find_annotated
+from fseft_edge.adapters.file import PostProcessing
+from fseft_edge.adapters.network import AdapterSettings, HeadRows
+from fseft_edge.finetuning.merging import plain_bundle
+from fseft_edge.finetuning.settings import TuningSettings
+from fseft_edge.finetuning.training import FineTuned, fine_tune
+from fseft_edge.finetuning.tuning_file import SUFFIX, TuningDescription, TuningFile, write_tuning
+from fseft_edge.finetuning.unfreezing import open_encoder
+from fseft_edge.masks.prediction import segment_encoded
+from fseft_edge.outbox.accepted_masks import ReviewedBatch
+from fseft_edge.pretraining.cohort import TrainingCase, prepare_case
+from fseft_edge.pretraining.plan import MOST_ORGANS
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding import encode_scan
+from fseft_edge.runtime.encoder.feature_store import open_store
+from fseft_edge.runtime.encoder.session import open_session, resolve_device
+from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.sources import read_scan
+from fseft_edge.runtime.scans.volume import LabelMap, check_labels_match
+from fseft_edge.runtime.system.atomic import check_writable
+from fseft_edge.runtime.system.progress import Progress, SilentProgress
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TuningSupport:
+    """A support set for fine-tuning.
+
+    Attributes:
+        annotated: each CT with its annotation.
+        cases: the same on the encoder's grid.
+        organs: what is learned.
+        rows: for each organ the encoder's own classifier, or None.
+        bundle: the encoder.
+        volumes_ml: of each scan, for each organ; 0 where not annotated.
+        hu: likewise; None where not annotated.
+    """
+
+    annotated: Sequence[tuple[Path, LabelMap]]
+    cases: Sequence[TrainingCase]
+    organs: Sequence[OrganLabel]
+    rows: HeadRows
+    bundle: EncoderBundle
+    volumes_ml: Sequence[Sequence[float]]
+    hu: Sequence[Sequence[HuPercentiles | None]]
+
+    def tuned(
+        self, settings: TuningSettings, among: Sequence[int], progress: Progress, *, seconds: float | None = None
+    ) -> FineTuned:
+        """Return the encoder after fine-tuning on some of the scans (see :func:`fine_tune`)."""
+        return fine_tune(
+            self.bundle.network(),
+            [self.cases[index] for index in among],
+            self.rows,
+            settings,
+            preprocessing=self.bundle.preprocessing,
+            window=self.bundle.window,
+            seconds=seconds,
+            progress=progress,
+        )
+
+
+def finetune(
+    encoder: Path,
+    images: Path | None,
+    labels: Path | None,
+    organs: Sequence[OrganLabel],
+    output: Path,
+    *,
+    settings: TuningSettings,
+    reviewed: ReviewedBatch | None = None,
+    validate: bool = False,
+    cases: Sequence[str] | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> TuningFile:
+    """Fine-tune an encoder on annotated scans and write what changed; the twin of ``adapt`` with such a method.
+
+    Args:
+        encoder: encoder bundle; it stays as it is.
+        images: folder of CTs (or one CT); None with ``labels`` where ``reviewed`` gives all scans.
+        labels: folder of annotations (or one), each with its CT's file name and lattice.
+        organs: what to learn, at most 31. A scan without an organ's label counts as not annotated for that organ.
+        output: the tuning file, ``NAME.tuning``.
+        settings: what learns, and how.
+        reviewed: a batch whose accepted masks are learned from too.
+        validate: leave every scan out once (see :func:`fseft_edge.adaptation.cross_validation.folds`), so that the file
+            says what to expect on new scans; takes as long as fine-tuning itself once more for each.
+        cases: names of the cases of ``images`` to use; None takes all that have an annotation.
+        device: where to compute (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        progress: where to show progress.
+
+    Raises:
+        UsageError: the method does not fit the encoder, there are too many organs or nothing to learn from, or
+            ``output`` is a folder or not called so.
+        OutOfSpaceError: ``output`` cannot be written.
+        InputError: an image or annotation is not usable.
+        LabelError: an organ is annotated in no case.
+    """
+    progress = progress or SilentProgress()
+    if output.suffix != f".{SUFFIX}":
+        raise UsageError(f"{output} is no name of a tuning.", remedy="Call --output NAME.tuning.")
+    check_writable(output)
+    bundle = EncoderBundle.open(encoder)
+    check_tunable(bundle, organs, settings)
+    annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
+    settings = replace(settings, device=resolve_device(device))
+    support = load_tuning_support(annotated, organs, bundle, progress)
+    scores = OrganScores(len(organs))
+    if validate and len(annotated) > 1:
+        scores = leave_one_out(support, settings, progress)
+    elif validate:
+        _LOG.warning("there is one scan, so nothing can be validated")
+    tuned = support.tuned(settings, range(len(annotated)), progress)
+    file = describe_tuning(tuned, support, settings, *scores.summary())
+    write_tuning(output, file)
+    return file
+
+
+def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings: TuningSettings) -> None:
+    """Make sure, before any scan is read, that an encoder can be fine-tuned so.
+
+    Raises:
+        UsageError: the method does not fit the encoder, the encoder is known by its graph alone or has parts that were
+            never trained and would not learn, or there are too many organs.
+    """
+    if len(organs) > MOST_ORGANS:
+        raise UsageError(
+            f"Fine-tuning learns at most {MOST_ORGANS} organs at a time, not {len(organs)}.", remedy="Name fewer."
+        )
+    if bundle.graph_only:
+        raise UsageError(
+            f"{bundle.path} holds a network's graph and not its code, so it cannot be fine-tuned.",
+            remedy="Fine-tune the network where its code is, and export it again.",
+        )
+    network = bundle.network()
+    open_encoder(network, settings)
+    left = [
+        part
+        for part in bundle.manifest.untrained
+        if not all(parameter.requires_grad for parameter in network.get_submodule(part).parameters())
+    ]
+    if left:
+        raise UsageError(
+            f"{', '.join(left)} of this encoder were never trained, and with --method {settings.method} and --decoder "
+            f"{settings.of_decoder} their random weights would stay.",
+            remedy="Say --decoder new.",
+        )
+
+
+def load_tuning_support(
+    annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], bundle: EncoderBundle, progress: Progress
+) -> TuningSupport:
+    """Return annotated scans on an encoder's grid.
+
+    Raises:
+        InputError: a CT cannot be read, or its annotation lies on another lattice.
+    """
+    ids = {organ.name: organ.label for organ in organs}
+    prepared, looks = [], []
+    with progress.task("read", len(annotated)) as task:
+        for image, labels in annotated:
+            volume = read_scan(image)
+            check_labels_match(volume, labels)
+            prepared.append(prepare_case(volume, labels, ids, list(ids), bundle.preprocessing, partial=True))
+            looks.append([hu_percentiles(volume, labels.array == organ.label) for organ in organs])
+            task.advance(1)
+    volumes = [annotated_volumes_ml(labels, organs) for _, labels in annotated]
+    return TuningSupport(annotated, prepared, organs, head_rows(bundle, organs), bundle, volumes, looks)
+
+
+def leave_one_out(support: TuningSupport, settings: TuningSettings, progress: Progress) -> OrganScores:
+    """Return the scores of scans that an encoder was fine-tuned without, every scan left out once."""
+    scores = OrganScores(len(support.organs))
+    groups = folds(len(support.cases))
+    with progress.task(f"validate {settings.name}", len(groups)) as task:
+        for left_out in groups:
+            add_fold(scores, support, settings, left_out)
+            task.advance(1)
+    return scores
+
+
+def add_fold(
+    scores: OrganScores,
+    support: TuningSupport,
+    settings: TuningSettings,
+    left_out: Sequence[int],
+    *,
+    seconds: float | None = None,
+) -> None:
+    """Fine-tune without some scans and score them, on their own lattices, as `segment` would.
+
+    Args:
+        scores: receives the scores.
+        support: the support set.
+        settings: what learns, and how.
+        left_out: the scans; where the others annotate nothing that these do, nothing is done.
+        seconds: that fine-tuning may take (see :func:`fseft_edge.finetuning.training.fine_tune`).
+    """
+    others = [index for index in range(len(support.cases)) if index not in left_out]
+    known = np.any([support.cases[index].task_mask for index in others], axis=0)
+    if not any((support.cases[index].task_mask & known).any() for index in left_out):
+        return
+    tuned = support.tuned(settings, others, SilentProgress(), seconds=seconds)
+    values = [organ.label for organ in support.organs]
+    with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
+        bundle = plain_bundle(tuned.network, support.bundle, settings, Path(folder) / "fold.encoder")
+        with open_session(bundle, str(settings.device), "torch") as session, open_store(None, None) as store:
+            for index in left_out:
+                image, labels = support.annotated[index]
+                encoded = encode_scan(read_scan(image), bundle=bundle, session=session, store=store)
+                mask = segment_encoded(encoded, [tuned.network.head])
+                scores.add(mask, labels, values, support.cases[index].task_mask & known)
+
+
+def describe_tuning(
+    tuned: FineTuned,
+    support: TuningSupport,
+    settings: TuningSettings,
+    left_out: Sequence[Sequence[float]],
+    post_processing: Sequence[PostProcessing],
+) -> TuningFile:
+    """Return what fine-tuning changed with the description that its file carries."""
+    count = len(support.organs)
+    description = TuningDescription(
+        encoder_id=support.bundle.encoder_id,
+        encoder_name=support.bundle.manifest.name,
+        method=settings.method,
+        decoder=settings.of_decoder,
+        reads=settings.reads,
+        rank=settings.rank,
+        organs=describe_organs(
+            support.organs,
+            [
+                tuple(
+                    volumes[k]
+                    for volumes, scan in zip(support.volumes_ml, support.cases, strict=True)
+                    if scan.task_mask[k]
+                )
+                for k in range(count)
+            ],
+            [tuple(look for of_scan in support.hu if (look := of_scan[k]) is not None) for k in range(count)],
+            left_out=left_out,
+            post_processing=post_processing,
+        ),
+        shots=len(support.cases),
+        seed=settings.seed,
+        steps=tuned.steps,
+        parameters=tuned.parameters,
+        losses=tuple(round(loss, 6) for loss in tuned.losses),
+        bfloat16=tuned.bfloat16,
+    )
+    return TuningFile(description, tuned.network.learned())

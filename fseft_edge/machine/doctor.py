@@ -1,0 +1,208 @@
+"""What this machine can run, and what to install: the twin of ``fseft-edge doctor``.
+
+Nothing here decides which backend may compute: that is asked of
+:func:`fseft_edge.runtime.encoder.backend_choice.backend_choices`, as ``auto`` does. PyTorch is imported
+late, since it may be what is broken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fseft_edge._version import __version__
+from fseft_edge.runtime.errors import EncoderBundleError
+from fseft_edge.runtime.system.libraries import NOT_INSTALLED, WHEELS, Library, cuda_problem, import_problem, library
+from fseft_edge.runtime.system.machine import Machine, this_machine
+
+if TYPE_CHECKING:
+    from fseft_edge.runtime.encoder.backend_choice import BackendChoice
+
+SCHEMA_VERSION: Final = 1
+
+_EXTRAS: Final = {"tensorrt_rtx": "rtx"}
+_CPU_EXTRA = "pip install 'fseft-edge[cpu]'"
+_GPU_EXTRA = "pip install 'fseft-edge[gpu]'"
+_REPLACE_TORCH = "pip uninstall torch; pip install torch"
+_CUDA_TORCH = f"{_REPLACE_TORCH}  (from a package index that has the CUDA build, see docs/install.md)"
+
+
+@dataclass(frozen=True)
+class BackendOnDevice:
+    """Whether a backend can run an encoder on a device.
+
+    Attributes:
+        backend: its name.
+        device: ``cpu`` or ``cuda:n``.
+        precision: number format that it computes in.
+        reason: why it cannot; None when it can.
+        chosen: whether ``auto`` takes it there.
+        remedy: what would make it usable, where something would.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    reason: str | None
+    chosen: bool
+    remedy: str | None
+
+
+@dataclass(frozen=True)
+class EncoderDiagnosis:
+    """An encoder bundle and what can run it; nothing can where PyTorch itself is not usable."""
+
+    path: str
+    name: str
+    encoder_id: str
+    backends: tuple[BackendOnDevice, ...]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something that is missing or wrong, and the command or step that helps."""
+
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What this machine can run.
+
+    Attributes:
+        version: of fseft-edge.
+        cuda_problem: why PyTorch cannot use an NVIDIA GPU; None when it can.
+        encoders: one for each bundle given.
+        advice: what to install or repair.
+    """
+
+    version: str
+    machine: Machine
+    libraries: tuple[Library, ...]
+    cuda_problem: str | None
+    encoders: tuple[EncoderDiagnosis, ...]
+    advice: tuple[Advice, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Everything, for JSON."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
+
+
+def diagnose(encoders: Sequence[Path] = ()) -> Diagnosis:
+    """Return what this machine can run, and what to install.
+
+    Args:
+        encoders: bundles to say of what can run them.
+
+    Raises:
+        EncoderBundleError: one of them cannot be read.
+    """
+    machine = this_machine()
+    libraries = tuple(library(module) for module in WHEELS)
+    cuda = cuda_problem()
+    by_module = {found.module: found for found in libraries}
+    usable_torch = by_module["torch"].state == "ready"
+    diagnosed = tuple(_encoder(path, machine) for path in encoders) if usable_torch else ()
+    advice = tuple(_advice(machine, by_module, cuda))
+    return Diagnosis(__version__, machine, libraries, cuda, diagnosed, advice)
+
+
+def _encoder(path: Path, machine: Machine) -> EncoderDiagnosis:
+    import torch  # noqa: PLC0415 - may be broken, which the caller has found out
+
+    from fseft_edge.runtime.encoder.backend_choice import backend_choices  # noqa: PLC0415 - brings in torch
+    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - likewise
+
+    try:
+        bundle = EncoderBundle.open(path)
+    except OSError as error:
+        raise EncoderBundleError(
+            f"The encoder bundle {path} cannot be read: {error}.", remedy="Check its permissions and its disk."
+        ) from error
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    rows = []
+    for device in devices:
+        choices = list(backend_choices(bundle, device))
+        first = next((choice for choice in choices if choice.usable), None)
+        rows += [
+            BackendOnDevice(
+                choice.backend,
+                str(device),
+                choice.precision,
+                choice.obstacle,
+                choice == first,
+                _choice_remedy(choice, bundle.graph is not None, machine),
+            )
+            for choice in choices
+        ]
+    return EncoderDiagnosis(str(path), bundle.manifest.name, bundle.encoder_id, tuple(rows))
+
+
+def _choice_remedy(choice: BackendChoice, has_graph: bool, machine: Machine) -> str | None:
+    """Return what would make a backend usable; a failed comparison, or another device, nothing does."""
+    if choice.usable:
+        return None
+    problem = import_problem(_module(choice.backend))
+    if problem is not None:
+        return _install(_module(choice.backend), machine)
+    if not has_graph:
+        return "export the encoder again with its ONNX graph"
+    if "no parity report" in str(choice.obstacle):
+        return f"export the encoder again where {choice.backend} is installed"
+    return None
+
+
+def _advice(machine: Machine, libraries: dict[str, Library], cuda: str | None) -> Iterator[Advice]:
+    torch = libraries["torch"]
+    if torch.state != "ready":
+        yield Advice(f"PyTorch is {_said(torch)}: nothing can be computed.", _REPLACE_TORCH)
+    if cuda is not None and torch.state == "ready" and (machine.driver or machine.gpus):
+        driver = f"The NVIDIA driver {machine.driver} is loaded" if machine.driver else "There is an NVIDIA GPU"
+        yield Advice(
+            f"{driver}, but {cuda}.",
+            _CUDA_TORCH if "without CUDA" in cuda else "Update the driver, or install a PyTorch made for this one.",
+        )
+    if torch.state == "ready":
+        yield from _backend_advice(machine, libraries)
+
+
+def _backend_advice(machine: Machine, libraries: dict[str, Library]) -> Iterator[Advice]:
+    """Yield what is wrong with the libraries of the backends that this version has."""
+    from fseft_edge.runtime.encoder.session import backend_names  # noqa: PLC0415 - brings in torch
+
+    gpu = bool(machine.gpus or machine.driver)
+    runtime = libraries["onnxruntime"]
+    if len(runtime.wheels) > 1:
+        yield Advice(
+            f"{' and '.join(runtime.wheels)} are both installed and overwrite one another.",
+            f"pip uninstall {' '.join(runtime.wheels)}; {_install('onnxruntime', machine)}",
+        )
+    elif gpu and runtime.state == "ready" and "CUDAExecutionProvider" not in runtime.offers:
+        yield Advice("The installed onnxruntime cannot use the NVIDIA GPU.", f"pip uninstall onnxruntime; {_GPU_EXTRA}")
+    for name in backend_names():
+        found = libraries.get(_module(name))
+        if found is None or found.module == "torch" or found.state == "ready":
+            continue
+        if found.module.startswith("tensorrt") and not gpu:
+            continue
+        what = "cannot be imported" if found.state == "broken" else "is not installed"
+        why = f" ({found.problem})" if found.state == "broken" else ""
+        yield Advice(f"The backend {name} {what}{why}.", _install(found.module, machine))
+
+
+def _install(module: str, machine: Machine) -> str:
+    """Return the command that installs a backend's library."""
+    if module == "onnxruntime":
+        return _GPU_EXTRA if machine.gpus or machine.driver else _CPU_EXTRA
+    return f"pip install 'fseft-edge[{_EXTRAS.get(module, module)}]'"
+
+
+def _module(backend: str) -> str:
+    return backend.replace("-", "_")
+
+
+def _said(found: Library) -> str:
+    return NOT_INSTALLED if found.state == "missing" else f"broken ({found.problem})"

@@ -1,0 +1,277 @@
+"""``benchmark``: every competitor measured in turns, the twin of ``fseft-edge benchmark``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import torch
+
+from fseft_edge._version import __version__
+from fseft_edge.adapters.file import read_adapter
+from fseft_edge.machine.arithmetic import flop_of
+from fseft_edge.machine.speed_jobs import (
+    CeilingJob,
+    CeilingSample,
+    EncoderJob,
+    EncoderSample,
+    Peaks,
+    ScanJob,
+    ScanSample,
+    in_a_process,
+)
+from fseft_edge.machine.speed_results import EncoderSpeed, Failure, ScanSpeed, SpeedReport, Spread
+from fseft_edge.phantom import phantom
+from fseft_edge.runtime.encoder import remembered_speed
+from fseft_edge.runtime.encoder.backend_choice import backend_choices
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.encoder.session import backend_names, resolve_device
+from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
+from fseft_edge.runtime.scans.nifti import case_name, list_cases, write_ct
+from fseft_edge.runtime.system.atomic import check_writable
+from fseft_edge.runtime.system.libraries import installed_versions
+from fseft_edge.runtime.system.machine import this_machine
+from fseft_edge.runtime.system.progress import Progress, ProgressTask, SilentProgress
+
+BATCHES: Final = (1, 2)
+ROUNDS: Final = 3
+
+_REPEATS = 3
+
+Way: TypeAlias = tuple[str, Precision]
+"""A backend and what it computes in."""
+_PHANTOM_SEED = 0
+
+
+def benchmark(
+    encoder: Path,
+    *,
+    scans: Sequence[Path] = (),
+    adapter: Path | None = None,
+    backends: Sequence[str] = (),
+    device: str = "auto",
+    rounds: int = ROUNDS,
+    remember: bool = False,
+    progress: Progress | None = None,
+) -> SpeedReport:
+    """Measure an encoder's speed and memory here.
+
+    Every measurement is made in a process of its own. Within a round each competitor has one turn, so that whatever
+    else the machine does hits all alike.
+
+    Args:
+        encoder: the bundle.
+        scans: CTs (NIfTI), or folders of them; without any, a built-in phantom.
+        adapter: take the scans on to masks; without it, to features.
+        backends: which, in every precision that ``auto`` may take, else in float32; without any, all that it may take
+            on the device.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
+        rounds: turns of each competitor.
+        remember: keep the backends' order on this machine for ``auto``
+            (:mod:`fseft_edge.runtime.encoder.remembered_speed`).
+        progress: where to show progress.
+
+    Returns:
+        What was found. What the environment did not allow is among its failures.
+
+    Raises:
+        UsageError: a device or backend is unknown.
+        InputError: bundle, adapter or scan is not usable.
+        EnvironmentProblemError: the device is not there, nothing could be measured on windows, or nothing can be
+            remembered.
+    """
+    machine = this_machine()
+    load_before = os.getloadavg()[0] / machine.cpu.usable_cores
+    bundle = EncoderBundle.open(encoder)
+    target = resolve_device(device)
+    ways = _ways(bundle, target, backends)
+    if remember:
+        check_writable(remembered_speed.speeds_file())
+    if adapter is not None:
+        read_adapter(adapter).check_encoder(bundle.encoder_id, path=adapter)
+    flop = flop_of(bundle.network(), bundle.window)
+    with ExitStack() as stack:
+        paths = [path for scan in scans for path in list_cases(scan)]
+        if not paths:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-"))
+            paths = [Path(folder) / "phantom.nii.gz"]
+            write_ct(paths[0], phantom(_PHANTOM_SEED).volume)
+        plan = _Plan(bundle, str(target), ways, tuple(paths), adapter)
+        total = rounds * len(ways) * (len(BATCHES) + len(paths)) + rounds
+        task = stack.enter_context((progress or SilentProgress()).task(f"measure {bundle.manifest.name}", total))
+        samples = _Samples()
+        for _ in range(rounds):
+            _one_round(plan, samples, task)
+    if not samples.encoder:
+        first = samples.failures[0]
+        raise EnvironmentProblemError(first.message, remedy=first.remedy)
+    ceilings = {precision: max(found) for precision, found in samples.ceilings.items()}
+    speeds = tuple(_encoder_speeds(samples, flop, ceilings))
+    file = remembered_speed.remember(bundle, target, _seconds_a_window(speeds)) if remember else None
+    return SpeedReport(
+        version=__version__,
+        machine=machine,
+        versions=installed_versions(),
+        encoder_name=bundle.manifest.name,
+        encoder_id=bundle.encoder_id,
+        window=bundle.window,
+        flop_a_window=flop,
+        device=remembered_speed.device_name(target),
+        load_before=load_before,
+        ceilings=ceilings,
+        rounds=rounds,
+        encoder=speeds,
+        scans=tuple(_scan_speeds(samples)),
+        failures=tuple(samples.failures),
+        remembered=str(file) if file else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    bundle: EncoderBundle
+    device: str
+    ways: tuple[Way, ...]
+    scans: tuple[Path, ...]
+    adapter: Path | None
+
+
+@dataclass
+class _Samples:
+    """What was measured so far; who failed once has no further turn."""
+
+    encoder: dict[tuple[Way, int], list[EncoderSample]] = field(default_factory=dict)
+    scans: dict[tuple[Way, Path], list[ScanSample]] = field(default_factory=dict)
+    ceilings: dict[str, list[float]] = field(default_factory=dict)
+    failed: set[tuple[Way, object]] = field(default_factory=set)
+    failures: list[Failure] = field(default_factory=list)
+
+    def has_encoded(self, way: Way) -> bool:
+        """Whether it works at all."""
+        return any(works == way for works, _ in self.encoder)
+
+    def fail(self, who: tuple[Way, object], what: str, error: EnvironmentProblemError) -> None:
+        """Note that a competitor failed."""
+        self.failed.add(who)
+        self.failures.append(Failure.of(what, error))
+
+
+def _ways(bundle: EncoderBundle, device: torch.device, wanted: Sequence[str]) -> tuple[Way, ...]:
+    unknown = [name for name in wanted if name not in backend_names()]
+    if unknown:
+        raise UsageError(f"The backend {unknown[0]!r} is unknown.", remedy=f"Choose {', '.join(backend_names())}.")
+    usable = [choice for choice in backend_choices(bundle, device) if choice.usable]
+    ways: list[Way] = [(choice.backend, choice.precision) for choice in usable]
+    if not wanted:
+        return tuple(ways)
+    named: list[Way] = []
+    for name in wanted:
+        named += [way for way in ways if way[0] == name] or [(name, "float32")]
+    return tuple(dict.fromkeys(named))
+
+
+def _one_round(plan: _Plan, samples: _Samples, task: ProgressTask) -> None:
+    for batch in BATCHES:
+        for way in plan.ways:
+            if (way, batch) not in samples.failed:
+                _measure_windows(plan, samples, way, batch)
+            task.advance()
+    for precision in dict.fromkeys(precision for (_, precision), _ in samples.encoder):
+        job = CeilingJob(device=plan.device, precision=precision)
+        samples.ceilings.setdefault(precision, []).append(in_a_process(job, CeilingSample).flop_a_second)
+    task.advance()
+    for scan in plan.scans:
+        for way in plan.ways:
+            if (way, scan) not in samples.failed and samples.has_encoded(way):
+                _measure_scan(plan, samples, way, scan)
+            task.advance()
+
+
+def _measure_windows(plan: _Plan, samples: _Samples, way: Way, batch: int) -> None:
+    job = EncoderJob(
+        encoder=plan.bundle.path,
+        backend=way[0],
+        precision=way[1],
+        device=plan.device,
+        batch=batch,
+        repeats=_REPEATS,
+    )
+    try:
+        sample = in_a_process(job, EncoderSample)
+    except EnvironmentProblemError as error:
+        samples.fail((way, batch), f"{' '.join(way)}, {batch} windows at once", error)
+        return
+    samples.encoder.setdefault((way, batch), []).append(sample)
+
+
+def _measure_scan(plan: _Plan, samples: _Samples, way: Way, scan: Path) -> None:
+    job = ScanJob(
+        encoder=plan.bundle.path,
+        backend=way[0],
+        precision=way[1],
+        device=plan.device,
+        scan=scan,
+        adapter=plan.adapter,
+    )
+    try:
+        sample = in_a_process(job, ScanSample)
+    except EnvironmentProblemError as error:
+        samples.fail((way, scan), f"{' '.join(way)}, {case_name(scan)}", error)
+        return
+    samples.scans.setdefault((way, scan), []).append(sample)
+
+
+def _encoder_speeds(samples: _Samples, flop: int, ceilings: dict[str, float]) -> Iterator[EncoderSpeed]:
+    for ((backend, precision), batch), turns in samples.encoder.items():
+        seconds = Spread.of([value for turn in turns for value in turn.seconds])
+        rate = batch / seconds.median
+        yield EncoderSpeed(
+            backend=backend,
+            precision=precision,
+            batch=batch,
+            seconds=seconds,
+            first_seconds=statistics.median(turn.first_seconds for turn in turns),
+            open_seconds=statistics.median(turn.open_seconds for turn in turns),
+            windows_a_second=rate,
+            share_of_ceiling=rate * flop / ceilings[precision],
+            peak_ram_bytes=_most_ram(turn.peaks for turn in turns),
+            peak_vram_bytes=_most_vram(turn.peaks for turn in turns),
+        )
+
+
+def _scan_speeds(samples: _Samples) -> Iterator[ScanSpeed]:
+    for ((backend, precision), scan), turns in samples.scans.items():
+        stages = dict.fromkeys(stage for turn in turns for stage in turn.stages)
+        yield ScanSpeed(
+            backend=backend,
+            precision=precision,
+            scan=case_name(scan),
+            seconds=Spread.of([sum(turn.stages.values()) for turn in turns]),
+            stages={stage: statistics.median(turn.stages.get(stage, 0.0) for turn in turns) for stage in stages},
+            open_seconds=statistics.median(turn.open_seconds for turn in turns),
+            peak_ram_bytes=_most_ram(turn.peaks for turn in turns),
+            peak_vram_bytes=_most_vram(turn.peaks for turn in turns),
+        )
+
+
+def _seconds_a_window(speeds: Sequence[EncoderSpeed]) -> dict[tuple[str, str], float]:
+    """Return each competitor's median for a window, in its best batch."""
+    rates: dict[tuple[str, str], float] = {}
+    for speed in speeds:
+        way = (speed.backend, speed.precision)
+        rates[way] = max(speed.windows_a_second, rates.get(way, 0.0))
+    return {way: 1 / rate for way, rate in rates.items()}
+
+
+def _most_ram(turns: Iterator[Peaks]) -> int:
+    return max(peaks.ram_bytes for peaks in turns)
+
+
+def _most_vram(turns: Iterator[Peaks]) -> int | None:
+    return max((peaks.vram_bytes for peaks in turns if peaks.vram_bytes is not None), default=None)

@@ -1,0 +1,76 @@
+"""Cached features through adapters, back to the scan's own lattice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fseft_edge.adapters.blocks import Box, read_block, tiles
+from fseft_edge.adapters.network import Adapter
+from fseft_edge.masks.decision import ConfidenceTally, decide, least_decisive
+from fseft_edge.masks.memory_plan import AMPLE, SegmentationPlan
+from fseft_edge.runtime.encoder.encoding import EncodedScan
+
+
+@dataclass(frozen=True, eq=False)
+class DecidedScan:
+    """A scan whose every voxel is decided.
+
+    Attributes:
+        labels: ``[X, Y, Z]`` on the scan's own lattice, 1..K in the adapters' order.
+        confidence: of each organ, the mean probability of its voxels; None of one that has none.
+    """
+
+    labels: NDArray[np.uint8] | NDArray[np.uint16]
+    confidence: tuple[float | None, ...]
+
+
+def segment_encoded(
+    encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
+    return decide_encoded(encoded, adapters, plan).labels
+
+
+def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE) -> DecidedScan:
+    """Return the same label map, and how sure the adapters are of each organ."""
+    organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
+    labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
+    tally = ConfidenceTally(organs)
+    for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan), least_decisive(adapters)):
+        where = [slice(None)] * 3
+        where[piece.axis] = slice(piece.start, piece.stop)
+        decided = decide(piece.probabilities, adapters, labels.dtype)
+        labels[tuple(where)] = decided.labels
+        tally.add(decided.labels, decided.probabilities)
+    return DecidedScan(labels, tally.means())
+
+
+def predict_sections(
+    encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Yield ``(z0, probabilities)`` of the grid slab by slab: float32 ``[Σ classes, X, Y, n]``, adapters in order."""
+    classes = [adapter.classes for adapter in adapters]
+    x, y, z = encoded.grid.shape
+    for start in range(0, z, plan.slab):
+        depth = min(plan.slab, z - start)
+        slab = np.empty((sum(classes), x, y, depth), np.float32)
+        for tile in tiles((x, y, depth), (plan.tile, plan.tile, plan.slab)):
+            core = Box(tile.x, tile.y, (start, start + depth))
+            first = 0
+            for adapter, count in zip(adapters, classes, strict=True):
+                probabilities = _predict_block(adapter, encoded, core)
+                slab[first : first + count, slice(*tile.x), slice(*tile.y)] = probabilities
+                first += count
+        yield start, slab
+
+
+def _predict_block(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        features = read_block(encoded.features, adapter.boxes(core), adapter.device)
+        probabilities: NDArray[np.float32] = adapter.probabilities(adapter(features, core))[0].cpu().numpy()
+    return probabilities

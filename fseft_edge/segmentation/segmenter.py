@@ -1,0 +1,367 @@
+"""What every case goes through on its way from a file to a mask: read, encode, finish."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fseft_edge._version import __version__
+from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
+from fseft_edge.adaptation.transduction import OrganOutcome, TransductionPlan, support_of, tuned_adapters
+from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing, read_adapter
+from fseft_edge.adapters.find_encoder import find_encoder
+from fseft_edge.adapters.network import Adapter
+from fseft_edge.masks.memory_plan import SegmentationPlan, in_smaller_pieces, plan_segmentation
+from fseft_edge.masks.post_processing import post_process
+from fseft_edge.masks.prediction import decide_encoded
+from fseft_edge.masks.quality import quality_flags
+from fseft_edge.masks.result import SegmentedCase, SegmentedOrgan
+from fseft_edge.report.pictures import three_plane_picture
+from fseft_edge.runtime.encoder.backends.base import EncoderSession
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
+from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding, plan_encoding
+from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.intensities import hu_percentiles
+from fseft_edge.runtime.scans.nifti import write_label_map
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.sources import Scan, find_scan, scan_name
+from fseft_edge.runtime.scans.volume import LabelMap, Volume
+from fseft_edge.runtime.system.atomic import atomic_path
+from fseft_edge.runtime.system.memory import Budget
+from fseft_edge.runtime.system.progress import Progress, SilentProgress
+from fseft_edge.segmentation.inputs import check_organs
+
+if TYPE_CHECKING:
+    from fseft_edge.dicom_output import DicomKind
+    from fseft_edge.runtime.scans.dicom import DicomSeries
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """With what, and how, scans are segmented. Paths and plain values: it can be handed to another process.
+
+    Attributes:
+        adapters: adapter files, all trained on the same encoder.
+        encoder: encoder bundle; None looks beside the first adapter and in the working folder.
+        series: which DICOM series of a scan (see :func:`fseft_edge.runtime.scans.dicom.choose_series`).
+        transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
+        largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
+            to help (see :mod:`fseft_edge.adaptation.cross_validation`).
+        fill_holes: fill what an organ encloses on all sides; None likewise.
+        preview: also write a picture of three planes with the organs outlined.
+        dicom: objects to write beside the mask of a DICOM series: ``seg``, ``rtstruct`` or both.
+        cache: folder in which feature maps are kept; None keeps none.
+        cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
+        device: where to compute (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        backend: the inference engine (see the same).
+        precision: what the encoder computes in (see the same).
+        memory_gb: memory that may be taken, in units of 1e9 bytes; None: 90 % of what is free.
+        vram_gb: memory of the GPU that may be taken; None likewise.
+
+    Raises:
+        UsageError: a budget is not positive.
+    """
+
+    adapters: tuple[Path, ...]
+    encoder: Path | None = None
+    series: str | None = None
+    transduction: TransductionPlan | None = None
+    largest_component: bool | None = None
+    fill_holes: bool | None = None
+    preview: bool = False
+    dicom: tuple[DicomKind, ...] = ()
+    cache: Path | None = None
+    cache_gb: float | None = None
+    device: str = "auto"
+    backend: str = "auto"
+    precision: Precision | Literal["auto"] = "auto"
+    memory_gb: float | None = None
+    vram_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        self.budget  # noqa: B018 - an impossible one is refused here
+
+    def absolute(self, encoder: Path) -> SegmentationSettings:
+        """Return the same with absolute paths, for a process that works in another folder, and with this encoder."""
+        return replace(
+            self,
+            adapters=tuple(path.absolute() for path in self.adapters),
+            encoder=encoder.absolute(),
+            cache=self.cache and self.cache.absolute(),
+        )
+
+    @property
+    def budget(self) -> Budget:
+        """Memory that may be taken."""
+        return Budget.of(self.memory_gb, self.vram_gb)
+
+
+@dataclass(frozen=True, eq=False)
+class Ingredients:
+    """The files that settings name, read and found to belong together."""
+
+    adapters: tuple[AdapterFile, ...]
+    bundle: EncoderBundle
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedCase:
+    """A scan that was read, and how it will be turned into a mask."""
+
+    scan: Scan
+    volume: Volume
+    grid: Grid
+    plan: SegmentationPlan
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedCase:
+    """A scan with its features; ``resources`` holds the store that they lie in."""
+
+    opened: OpenedCase
+    scan: EncodedScan
+    resources: ExitStack
+
+
+def read_ingredients(settings: SegmentationSettings) -> Ingredients:
+    """Read adapters and encoder.
+
+    Raises:
+        UsageError: no adapter is given, or two segment the same organ.
+        InputError: an adapter or the encoder is not usable.
+    """
+    files = tuple(read_adapter(path) for path in settings.adapters)
+    if not files:
+        raise UsageError("No adapter was given.", remedy="Name at least one by --adapter.")
+    encoder = settings.encoder or find_encoder(settings.adapters[0], files[0].description.encoder_id)
+    bundle = EncoderBundle.open(encoder)
+    for path, file in zip(settings.adapters, files, strict=True):
+        file.check_encoder(bundle.encoder_id, path=path)
+    check_organs(files)
+    if settings.transduction is not None:
+        settings.transduction.check(files)
+    return Ingredients(files, bundle)
+
+
+@contextlib.contextmanager
+def open_segmenter(settings: SegmentationSettings, progress: Progress | None = None) -> Iterator[Segmenter]:
+    """Open the encoder and make ready what all cases share.
+
+    Raises:
+        FseftEdgeError: see :func:`read_ingredients` and :func:`fseft_edge.runtime.encoder.session.open_session`.
+    """
+    progress = progress or SilentProgress()
+    ingredients = read_ingredients(settings)
+    files, bundle = ingredients.adapters, ingredients.bundle
+    with open_session(bundle, settings.device, settings.backend, precision=settings.precision) as session:
+        for file in files:
+            file.adapter.to(session.device)
+        tune: _Tune = _unchanged
+        if settings.transduction is not None:
+            with open_store(settings.cache, settings.cache_gb) as store:
+                tune = _tuner(
+                    settings.transduction,
+                    files,
+                    bundle=bundle,
+                    session=session,
+                    store=store,
+                    budget=settings.budget,
+                    progress=progress,
+                )
+        yield Segmenter(settings, files, bundle, session, tune)
+
+
+_Tune = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]
+
+
+def _unchanged(files: Sequence[AdapterFile], _: EncodedScan) -> tuple[Sequence[Adapter], Sequence[OrganOutcome]]:
+    return [file.adapter for file in files], ()
+
+
+def _tuner(
+    plan: TransductionPlan,
+    files: Sequence[AdapterFile],
+    *,
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    store: FeatureStore,
+    budget: Budget,
+    progress: Progress,
+) -> _Tune:
+    supports = []
+    pairs = find_pairs(plan.images, plan.labels)
+    for file in files:
+        organs = [OrganLabel(organ.name, organ.label) for organ in file.description.organs]
+        annotated = read_annotations(pairs, organs, plan.labels, file.adapter.settings)
+        if file.description.shots:
+            volumes = [organ.support_volumes_ml for organ in file.description.organs]
+            annotated = of_support_set(annotated, organs, volumes)
+        support = load_support(
+            annotated, organs, bundle=bundle, session=session, store=store, budget=budget, progress=progress
+        )
+        supports.append(support_of(file.adapter, support, plan.settings, progress))
+    return lambda adapters, encoded: tuned_adapters(adapters, encoded, supports, plan)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmenter:
+    """An opened encoder with adapters, and the stages that take a scan from its file to its mask."""
+
+    settings: SegmentationSettings
+    adapters: Sequence[AdapterFile]
+    bundle: EncoderBundle
+    session: EncoderSession
+    _tune: _Tune
+
+    def open(self, path: Path) -> OpenedCase:
+        """Read a scan and plan its way to a mask."""
+        scan = find_scan(path, self.settings.series)
+        volume = scan.read()
+        grid = Grid.of(volume, self.bundle.preprocessing)
+        # Before the long work, not after it.
+        held = held_after_encoding(self.bundle, self.session)
+        adapters = [file.adapter for file in self.adapters]
+        try:
+            plan = plan_segmentation(grid, adapters, self.settings.budget, held)
+        except OutOfMemoryError as refused:
+            try:
+                plan_encoding(layout_of(grid, self.bundle), self.bundle, self.session, self.settings.budget)
+            except OutOfMemoryError as also_refused:
+                if also_refused.least > refused.least:  # what is said to be enough has to be enough for both
+                    raise also_refused from None
+            raise
+        return OpenedCase(scan, volume, grid, plan)
+
+    def encode(self, opened: OpenedCase) -> EncodedCase:
+        """Return the scan with its features, from the cache if they are there."""
+        with ExitStack() as stack:
+            store = stack.enter_context(open_store(self.settings.cache, self.settings.cache_gb))
+            scan = encode_scan(
+                opened.volume,
+                bundle=self.bundle,
+                session=self.session,
+                store=store,
+                grid=opened.grid,
+                budget=self.settings.budget,
+            )
+            return EncodedCase(opened, scan, stack.pop_all())
+
+    def finish(self, encoded: EncodedCase, output: Path) -> SegmentedCase:
+        """Decide every voxel and write mask, JSON and, where asked for, picture into ``output``."""
+        opened = encoded.opened
+        with encoded.resources:
+            tuned, outcomes = self._tune(self.adapters, encoded.scan)
+            found = in_smaller_pieces(opened.plan, lambda pieces: decide_encoded(encoded.scan, tuned, pieces))
+        labels = LabelMap(post_process(found.labels, self._treatment), opened.volume.affine)
+        organs = tuple(_measured(opened.volume, labels, found.confidence, self.adapters, outcomes))
+        name = scan_name(opened.scan.path)
+        case = SegmentedCase(name, output / f"{name}.nii.gz", organs)
+        _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
+        if self.settings.preview:
+            masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
+            three_plane_picture(opened.volume, masks, output / f"{name}.png")
+        if self.settings.dicom and opened.scan.series is not None:
+            self._write_dicom(case, labels, opened.scan.series)
+        write_label_map(case.mask, labels)
+        return case
+
+    def _write_dicom(self, case: SegmentedCase, labels: LabelMap, series: DicomSeries) -> None:
+        from fseft_edge.dicom_output import SegmentationAlgorithm, write_dicom_results  # noqa: PLC0415 - only for this
+
+        write_dicom_results(
+            case.mask.parent,
+            case.case,
+            self.settings.dicom,
+            labels=labels,
+            organs=case.organs,
+            source=series.headers(),
+            algorithm=SegmentationAlgorithm.of(
+                self.bundle.encoder_id, self.adapters, transductive=self.settings.transduction is not None
+            ),
+        )
+
+    @property
+    def _treatment(self) -> list[PostProcessing]:
+        keep, fill = self.settings.largest_component, self.settings.fill_holes
+        return [
+            PostProcessing(
+                organ.post_processing.largest_component if keep is None else keep,
+                organ.post_processing.fill_holes if fill is None else fill,
+            )
+            for file in self.adapters
+            for organ in file.description.organs
+        ]
+
+
+def _measured(
+    volume: Volume,
+    labels: LabelMap,
+    confidence: Sequence[float | None],
+    adapters: Sequence[AdapterFile],
+    outcomes: Sequence[OrganOutcome],
+) -> Iterator[SegmentedOrgan]:
+    organs: list[tuple[AdapterFile, AdapterOrgan]] = [
+        (file, organ) for file in adapters for organ in file.description.organs
+    ]
+    for label, (file, organ) in enumerate(organs, start=1):
+        mask = labels.array == label
+        volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
+        hu = hu_percentiles(volume, mask)
+        sure = confidence[label - 1] if hu else None  # post-processing may have taken what was found
+        flags = quality_flags(
+            mask,
+            volume_ml,
+            organ.support_volumes_ml,
+            confidence=sure,
+            method=file.adapter.settings.method,
+            median_hu=hu.median if hu else None,
+            support_hu=organ.support_hu,
+        )
+        if outcomes:
+            flags += outcomes[label - 1].notes
+        known = organ.support_volumes_ml
+        yield SegmentedOrgan(
+            name=organ.name,
+            label=label,
+            volume_ml=round(volume_ml, 3),
+            flags=flags,
+            support_ml=(min(known), max(known)) if known else None,
+            confidence=None if sure is None else round(sure, 4),
+            median_hu=hu.median if hu else None,
+        )
+
+
+def _write_summary(
+    case: SegmentedCase,
+    volume: Volume,
+    bundle: EncoderBundle,
+    adapters: Sequence[AdapterFile],
+    outcomes: Sequence[OrganOutcome],
+) -> None:
+    summary = {
+        "schema_version": 1,
+        "case": case.case,
+        "organs": [asdict(organ) for organ in case.organs],
+        "shape": list(volume.shape),
+        "spacing_mm": [round(float(value), 6) for value in volume.spacing],
+        "encoder": {"name": bundle.manifest.name, "id": bundle.encoder_id},
+        "adapters": [
+            {"sha256": file.sha256, "organs": [organ.name for organ in file.description.organs]} for file in adapters
+        ],
+        "toolkit_version": __version__,
+    }
+    if outcomes:
+        summary["transduction"] = [
+            {"name": organ.name, **asdict(outcome)} for organ, outcome in zip(case.organs, outcomes, strict=True)
+        ]
+    with atomic_path(case.mask.with_name(f"{case.case}.json")) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

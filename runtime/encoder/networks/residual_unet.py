@@ -1,0 +1,118 @@
+"""The compact encoder: a residual 3D U-Net with batch normalisation, made for CPUs.
+
+Batch statistics are fixed at inference, so a voxel's features depend on its surroundings alone and never on what else
+lies in the window, and every normalisation folds into the convolution before it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwork
+from fseft_edge.runtime.encoder.networks.med_adapter import med_adapters
+
+
+class ConvolutionNorm(nn.Module):
+    """A convolution without bias and the batch normalisation behind it; folds into one convolution with bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        self.convolution = nn.Conv3d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.norm: nn.Module = nn.BatchNorm3d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised convolution of ``x`` ``[n, C, X, Y, Z]``."""
+        normalised: Tensor = self.norm(self.convolution(x))
+        return normalised
+
+    def fold(self) -> None:
+        """Fold the running statistics into the convolution, in place."""
+        if isinstance(self.norm, nn.BatchNorm3d):
+            self.convolution = fuse_conv_bn_eval(self.convolution, self.norm)
+            self.norm = nn.Identity()
+
+
+class ResidualBlock(nn.Module):
+    """``ReLU(shortcut(x) + N(C3(ReLU(N(C3(x))))))``; the shortcut is 1x1x1 where width or stride changes."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.first = ConvolutionNorm(inputs, outputs, stride=stride)
+        self.second = ConvolutionNorm(outputs, outputs)
+        self.shortcut: nn.Module = (
+            nn.Identity()
+            if inputs == outputs and stride == 1
+            else ConvolutionNorm(inputs, outputs, kernel=1, stride=stride)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[n, outputs, X / stride, Y / stride, Z / stride]``."""
+        inner: Tensor = self.second(torch.relu_(self.first(x)))
+        inner += self.shortcut(x)
+        return torch.relu_(inner)
+
+
+class ResidualUNet(FeatureNetwork):
+    """A U-Net of residual blocks whose decoder levels are the feature pyramid.
+
+    Args:
+        channels: width of each encoder stage, stride 1, 2, 4, ...; the last is the bottleneck. The pyramid is the
+            decoder: level ``l`` has stride ``2**l`` and ``channels[l]`` channels, the bottleneck is not part of it.
+    """
+
+    decoder_parts: ClassVar = ("up", "merge")
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        widths = list(channels)
+        self.levels = tuple(FeatureLevel(2**level, width) for level, width in enumerate(widths[:-1]))
+        self.down = nn.ModuleList(
+            ResidualBlock(1 if level == 0 else widths[level - 1], width, stride=1 if level == 0 else 2)
+            for level, width in enumerate(widths)
+        )
+        self.up = nn.ModuleList(
+            nn.ConvTranspose3d(deeper, width, kernel_size=2, stride=2) for width, deeper in pairwise(widths)
+        )
+        self.merge = nn.ModuleList(ResidualBlock(2 * width, width) for width in widths[:-1])
+
+    def forward(self, windows: Tensor) -> list[Tensor]:
+        """Return the decoder's pyramid, finest level first (see :class:`FeatureNetwork`)."""
+        skips: list[Tensor] = []
+        x = windows
+        adapters, narrow = med_adapters(self), None
+        for level, block in enumerate(self.down):
+            x = self._part(block, x)
+            if adapters:
+                x, narrow = adapters[level](x, narrow, self._part)
+            skips.append(x)
+        pyramid: list[Tensor] = []
+        for level in reversed(range(len(self.merge))):
+            x = self._part(partial(_merged, self.up[level], self.merge[level]), x, skips[level])
+            pyramid.append(x)
+        return pyramid[::-1]
+
+    def stage_widths(self) -> list[int]:
+        """Return the channels at the end of each encoder stage, which is where inserts go."""
+        return [cast(ResidualBlock, block).second.convolution.out_channels for block in self.down]
+
+    def folded(self) -> ResidualUNet:
+        """Return a copy for inference with every batch normalisation folded; the same function in fewer steps."""
+        network = copy.deepcopy(self).eval()
+        for module in network.modules():
+            if isinstance(module, ConvolutionNorm):
+                module.fold()
+        return network
+
+
+def _merged(up: nn.Module, merge: nn.Module, deeper: Tensor, skip: Tensor) -> Tensor:
+    """Return a decoder level from the one below it and the encoder's features of its own resolution."""
+    merged: Tensor = merge(torch.cat([up(deeper), skip], dim=1))
+    return merged

@@ -1,0 +1,154 @@
+"""Opening an encoder: the backend, the device and the precision that compute its features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+
+from fseft_edge.runtime.encoder.backend_choice import BackendChoice, backend_choices
+from fseft_edge.runtime.encoder.backends.base import EncoderSession
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
+
+_log = logging.getLogger(__name__)
+
+
+def open_session(
+    bundle: EncoderBundle,
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int | None = None,
+    precision: Precision | Literal["auto"] = "auto",
+) -> EncoderSession:
+    """Return a session for an encoder; nothing is built or converted here.
+
+    Args:
+        bundle: the encoder.
+        device: ``auto`` (the first NVIDIA GPU that PyTorch sees, else the CPU), ``cpu``, ``cuda`` or ``cuda:n``.
+        backend: ``auto`` (the fastest that is installed, runs on the device and passes the bundle's parity gate; why
+            others were passed over is logged, and one that turns out not to open is passed over too), ``torch``,
+            ``onnxruntime``, ``openvino``, ``tensorrt_rtx`` or ``tensorrt``.
+        threads: CPU threads of the engine; ``None`` leaves it the number that PyTorch uses.
+        precision: ``auto`` (the fastest that passes the parity gate, else float32), or one that is taken as it is, with
+            a warning where the gate says nothing for it.
+
+    Raises:
+        UsageError: when device, backend or precision is unknown, or the backend does not compute in that precision.
+        EnvironmentProblemError: when the device is not there.
+        MissingBackendError: when the backend is not installed or does not run on the device.
+        EncoderBundleError: when the bundle lacks what the backend needs.
+        EngineError: when the backend has no engine that this GPU can use.
+    """
+    target = resolve_device(device)
+    if backend != "auto" and backend not in _BACKENDS:
+        raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose auto, {', '.join(_BACKENDS)}.")
+    refused: list[BackendChoice] = []
+    for choice in backend_choices(bundle, target, backend, precision):
+        if not choice.usable:
+            _log.info("backend %s in %s passed over: %s", choice.backend, choice.precision, choice.obstacle)
+            refused.append(choice)
+            continue
+        try:
+            return _opened(choice, bundle, target, threads)
+        except EnvironmentProblemError as error:
+            if backend != "auto" or choice.backend == "torch":
+                raise
+            _log.warning("backend %s in %s passed over: %s", choice.backend, choice.precision, error)
+    return _opened(_last_resort(refused, backend, precision), bundle, target, threads)
+
+
+def _opened(choice: BackendChoice, bundle: EncoderBundle, device: torch.device, threads: int | None) -> EncoderSession:
+    session = _BACKENDS[choice.backend](bundle, device, threads or torch.get_num_threads(), choice.precision)
+    _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
+    return session
+
+
+def backend_names() -> tuple[str, ...]:
+    """Return the names of all backends that this version has."""
+    return tuple(_BACKENDS)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a user's word means, checked to be there.
+
+    Raises:
+        UsageError: when the word is unknown.
+        EnvironmentProblemError: when the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (number and not number.isdecimal()) or name.endswith(":")):
+        raise UsageError(f"The device {name!r} is unknown.", remedy="Choose auto, cpu, cuda or cuda:n.")
+    if name == "cpu":
+        return torch.device("cpu")
+    index, count = int(number or 0), torch.cuda.device_count()
+    if index >= count:
+        raise EnvironmentProblemError(
+            f"The device {name} was asked for, but PyTorch sees {count} NVIDIA GPUs.",
+            remedy="Check the driver and that PyTorch was built for CUDA, or use --device cpu.",
+        )
+    return torch.device("cuda", index)
+
+
+def _last_resort(refused: Sequence[BackendChoice], backend: str, precision: str) -> BackendChoice:
+    """Return what is tried where every choice has an obstacle: what was asked for by name, and else float32.
+
+    A session that cannot be opened says why itself.
+    """
+    fitting = [choice for choice in refused if choice.suits_device]
+    if not fitting:
+        who = "No backend computes" if backend == "auto" else f"The backend {backend} does not compute"
+        how = "" if precision == "auto" else f" in {precision}"
+        raise UsageError(
+            f"{who}{how} on this device.",
+            remedy="Leave the choice to fseft-edge; `fseft-edge doctor` says what can be used.",
+        )
+    if precision == "auto":
+        exact = "torch" if backend == "auto" else backend
+        fitting = [choice for choice in fitting if (choice.backend, choice.precision) == (exact, "float32")] or fitting
+    elif precision != "float32":
+        _log.warning("%s in %s was asked for, though %s", fitting[0].backend, precision, fitting[0].obstacle)
+    return fitting[0]
+
+
+def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int, precision: Precision) -> EncoderSession:
+    from fseft_edge.runtime.encoder.backends.pytorch import TorchSession  # noqa: PLC0415 - backends import this module
+
+    return TorchSession(bundle, device, threads, precision)
+
+
+def _open_onnxruntime(bundle: EncoderBundle, device: torch.device, threads: int, _: Precision) -> EncoderSession:
+    from fseft_edge.runtime.encoder.backends.onnxruntime import OnnxRuntimeSession  # noqa: PLC0415 - likewise
+
+    return OnnxRuntimeSession(bundle, device, threads)
+
+
+def _open_openvino(bundle: EncoderBundle, device: torch.device, threads: int, precision: Precision) -> EncoderSession:
+    from fseft_edge.runtime.encoder.backends.openvino import OpenVinoSession  # noqa: PLC0415 - likewise
+
+    return OpenVinoSession(bundle, device, threads, precision)
+
+
+def _open_tensorrt_rtx(bundle: EncoderBundle, device: torch.device, _: int, precision: Precision) -> EncoderSession:
+    from fseft_edge.runtime.encoder.backends.tensorrt import TensorRtRtxSession  # noqa: PLC0415 - likewise
+
+    return TensorRtRtxSession(bundle, device, precision)
+
+
+def _open_tensorrt(bundle: EncoderBundle, device: torch.device, _: int, precision: Precision) -> EncoderSession:
+    from fseft_edge.runtime.encoder.backends.tensorrt import TensorRtSession  # noqa: PLC0415 - likewise
+
+    return TensorRtSession(bundle, device, precision)
+
+
+_BACKENDS: dict[str, Callable[[EncoderBundle, torch.device, int, Precision], EncoderSession]] = {
+    "torch": _open_torch,
+    "onnxruntime": _open_onnxruntime,
+    "openvino": _open_openvino,
+    "tensorrt_rtx": _open_tensorrt_rtx,
+    "tensorrt": _open_tensorrt,
+}

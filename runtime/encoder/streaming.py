@@ -1,0 +1,256 @@
+"""Encoding a grid window by window, and handing on its blended features section by section.
+
+The blend streams along Z. Windows of one Z origin form a *row*; once a row is added, the slices below the next row's
+origin are final. Only one window depth of ``Σ w f`` is ever held, whatever the length of the scan.
+
+Two things are done for the machine's sake and change no feature: windows of nothing but air are encoded once, and where
+memory runs out, the same work goes on with less of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fseft_edge.runtime.encoder.blend import PLACES, Blend, FileTensor, Place, shift_down
+from fseft_edge.runtime.encoder.windows import WindowLayout
+from fseft_edge.runtime.errors import OutOfMemoryError
+from fseft_edge.runtime.system.memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from fseft_edge.runtime.encoder.backends.base import EncoderSession
+
+_log = logging.getLogger(__name__)
+
+SECTION_SLICES = 16
+"""Slices handed on at a time: bounds what a consumer holds next to the one window depth of the blend itself."""
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class FeatureSection:
+    """Blended features of some slices, final.
+
+    Attributes:
+        z0: first slice, in voxels of the padded grid; a multiple of the layout's lattice.
+        z1: one past the last slice; a multiple of the lattice.
+        levels: per level, finest first, float32 ``[C_l, X / s, Y / s, (z1 - z0) / s]`` of the padded grid, contiguous,
+            where the sums lie (on a GPU, or on the CPU), owned by the receiver.
+    """
+
+    z0: int
+    z1: int
+    levels: list[Tensor]
+
+
+def stream_features(
+    read_section: Callable[[int, int], NDArray[np.float32]],
+    layout: WindowLayout,
+    session: EncoderSession,
+    *,
+    batch: int | None = None,
+    place: Place = "device",
+    section_slices: int = SECTION_SLICES,
+) -> Iterator[FeatureSection]:
+    """Encode a grid window by window and yield its blended feature pyramid slab by slab.
+
+    The sections are contiguous, ascend from 0 and end at ``layout.padded_shape[2]``; in-plane they span the padded
+    grid. Beyond the grid the encoder sees 0, which is the lower end of the HU window (air). Every grid slice is read
+    once, in order.
+
+    Memory: one window depth of each level (``4 Σ C_l X Y depth / s_l^3`` bytes), one section, one batch of windows; see
+    :mod:`fseft_edge.runtime.encoder.encoding_plan`. Where it runs out, fewer windows are encoded at a time, then the
+    sums move from the GPU to the machine's memory and from there into a file. A warning at the end says so.
+
+    Args:
+        read_section: ``(z0, z1)`` to the grid's slices ``z0:z1``, float32 ``[X, Y, z1 - z0]`` scaled to 0..1.
+        layout: made for the session's window and coarsest stride.
+        session: open.
+        batch: windows to encode at a time; None takes as many as the session does.
+        place: where the sums lie.
+        section_slices: slices of a section, rounded down to the layout's lattice but at least that.
+
+    Raises:
+        OutOfMemoryError: memory ran out and nothing can be reduced any further.
+        OutOfSpaceError: there is no room for a temporary file.
+    """
+    grid_x, grid_y, grid_z = layout.grid_shape
+    padded_x, padded_y, padded_z = layout.padded_shape
+    depth = layout.window[2]
+    image = torch.zeros(padded_x, padded_y, depth)
+    encoder = _RowEncoder(layout, session, batch or session.max_batch, place)
+    rows = layout.origins[2]
+    read_up_to = 0
+    for row, following in itertools.zip_longest(rows, rows[1:], fillvalue=padded_z):
+        stop = min(row + depth, grid_z)
+        for z0 in range(read_up_to, stop, SECTION_SLICES):
+            z1 = min(z0 + SECTION_SLICES, stop)
+            section = encoder.within_memory(read_section, z0, z1)
+            image[:grid_x, :grid_y, z0 - row : z1 - row] = torch.from_numpy(section)
+        read_up_to = stop
+        encoder.add_row(image)
+        final = following - row
+        thickness = max(section_slices // layout.lattice, 1) * layout.lattice
+        for z0 in range(0, final, thickness):
+            z1 = min(z0 + thickness, final)
+            yield FeatureSection(row + z0, row + z1, encoder.blended(row, z0, z1))
+        if following < padded_z:
+            shift_down(image, final)
+            encoder.advance(final)
+    encoder.report()
+
+
+class _RowEncoder:
+    """Encodes rows of windows into a blend, in the order of their corners, and makes do with less where it has to."""
+
+    def __init__(self, layout: WindowLayout, session: EncoderSession, batch: int, place: Place) -> None:
+        self._layout = layout
+        self._session = session
+        self._device = torch.device(session.device)
+        self._batch = batch
+        self._places = list(PLACES[PLACES.index(place) :])
+        if self._device.type == "cpu" and place == "device":
+            self._places.remove("memory")  # which is the same
+        self._windows = self._air_windows = 0
+        self._air: list[FileTensor] = []
+        self._reduced = False
+        self._blend: Blend | None = None
+        self._blend = self.within_memory(self._new_blend)
+
+    @torch.no_grad()
+    def add_row(self, image: Tensor) -> None:
+        """Encode the row of windows that spans ``image`` ``[X, Y, depth]`` and add it to the blend."""
+        windows = _row_of_windows(image, self._layout)
+        self._windows += len(windows)
+        self._air_windows += sum(window.is_air for window in windows)
+        while windows:
+            encoded = self.within_memory(self._encode, windows)
+            for window, pyramid in zip(windows, encoded, strict=False):
+                self._sums.add(pyramid, window.corner)
+                for level in self._air:
+                    level.release()
+            del windows[: len(encoded)]
+            del encoded, pyramid  # not needed while the next windows are encoded, which is when memory peaks
+
+    def blended(self, row: int, z0: int, z1: int) -> list[Tensor]:
+        """See :meth:`Blend.blended`."""
+        return self.within_memory(self._sums.blended, row, z0, z1)
+
+    def advance(self, slices: int) -> None:
+        """See :meth:`Blend.advance`."""
+        self._sums.advance(slices)
+
+    def report(self) -> None:
+        """Log what was spared, and, as a warning, what had to be reduced."""
+        _log.info("%d of %d windows held only air", self._air_windows, self._windows)
+        if self._reduced:
+            _log.warning(
+                "Memory ran out while encoding; it went on with %d window%s at a time and the sums %s.",
+                self._batch,
+                "s" if self._batch > 1 else "",
+                {"device": "where they were", "memory": "in the machine's memory", "disk": "in a temporary file"}[
+                    self._places[0]
+                ],
+            )
+
+    @property
+    def _sums(self) -> Blend:
+        assert self._blend is not None  # noqa: S101 - made by the constructor
+        return self._blend
+
+    def _new_blend(self) -> Blend:
+        return Blend(self._session.levels, self._layout, self._device, self._places[0])
+
+    def _encode(self, windows: Sequence[_Window]) -> list[list[Tensor]]:
+        """Return the pyramids of the first windows, with up to a batch of them to encode, and air in between."""
+        stop, full = 0, 0
+        while stop < len(windows) and (windows[stop].is_air or full < self._batch):
+            full += not windows[stop].is_air
+            stop += 1
+        first = windows[:stop]
+        if any(window.is_air for window in first):
+            self._air_pyramid()  # now, not beside the features of others
+        features = []
+        if full:
+            batch = torch.stack([window.voxels for window in first if not window.is_air])
+            features = self._session.encode(batch[:, None])
+        encoded = (list(pyramid) for pyramid in zip(*features, strict=True))
+        return [self._air_pyramid() if window.is_air else next(encoded) for window in first]
+
+    def _air_pyramid(self) -> list[Tensor]:
+        """Return the features of a window of zeros: encoded once, in a batch as others are, and kept in a file."""
+        if not self._air:
+            pyramid = self._session.encode(torch.zeros(self._batch, 1, *self._layout.window))
+            for features in pyramid:
+                kept = features[0].movedim(0, -1)
+                file = FileTensor(kept.shape)
+                file.tensor.copy_(kept)
+                file.release()
+                self._air.append(file)
+        return [file.tensor.movedim(-1, 0) for file in self._air]
+
+    def within_memory(self, work: Callable[..., _Result], *arguments: object) -> _Result:
+        """Return the result of work, done with less memory where it runs out."""
+        while True:
+            try:
+                return work(*arguments)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not self._can_reduce(work):
+                    raise OutOfMemoryError(
+                        "Memory ran out while encoding, at one window at a time.",
+                        remedy="Close other programs, use an encoder of a smaller window, or a larger machine.",
+                    ) from error
+            self._reduce(work)  # here and not in the handler: what the attempt held is free by now
+
+    def _can_reduce(self, work: Callable[..., object]) -> bool:
+        return len(self._places) > 1 or (self._batch > 1 and work == self._encode)
+
+    def _reduce(self, work: Callable[..., object]) -> None:
+        """Take fewer windows at a time if that helps the work, else move the sums to the next place."""
+        self._reduced = True
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._batch > 1 and work == self._encode:
+            self._batch //= 2
+            return
+        self._places.pop(0)
+        if self._blend is not None:
+            self.within_memory(self._move_sums)
+
+    def _move_sums(self) -> None:
+        self._sums.move(self._places[0])
+
+
+class _Window(NamedTuple):
+    """A window of a row.
+
+    Attributes:
+        corner: its in-plane origin, in voxels of the grid.
+        voxels: what it shows, ``[x, y, depth]``.
+        is_air: whether that is 0 throughout.
+    """
+
+    corner: tuple[int, int]
+    voxels: Tensor
+    is_air: bool
+
+
+def _row_of_windows(image: Tensor, layout: WindowLayout) -> list[_Window]:
+    """Return the windows over an image ``[X, Y, depth]``, in the order in which they are blended."""
+    size_x, size_y, _ = layout.window
+    windows = []
+    for x, y in itertools.product(*layout.origins[:2]):
+        voxels = image[x : x + size_x, y : y + size_y]
+        windows.append(_Window((x, y), voxels, is_air=not bool(voxels.any())))
+    return windows

@@ -1,0 +1,80 @@
+"""What compressed frames say of their own size, compared with the header before a decoder sees them.
+
+Decoders set memory aside for what the codestream claims, and some crash on an impossible one.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import BinaryIO
+
+from pydicom.encaps import generate_frames
+
+from fseft_edge.runtime.scans.dicom.headers import SliceHeader, read_header
+
+_JPEG_START, _JPEG_2000_START = b"\xff\xd8", b"\xff\x4f\xff\x51"
+_JPEG_FRAMES = (0xC3, 0xF7)
+"""SOF3 of lossless JPEG (ITU T.81 B.1.1.3) and SOF55 of JPEG-LS (ITU T.87 C.1)."""
+_JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
+_PIXELS_HEADER_BYTES = 12
+
+
+class DamagedCodestreamError(Exception):
+    """A frame that is not of the size that its header says; never leaves this package."""
+
+
+def check_codestreams(stream: BinaryIO, slice_: SliceHeader) -> None:
+    """Make sure that each JPEG, JPEG-LS or JPEG 2000 frame in a file has the size that a slice of it says.
+
+    Raises:
+        DamagedCodestreamError: it has not.
+        Exception: of pydicom's, where the frames cannot be told apart.
+    """
+    header = read_header(stream, ["ExtendedOffsetTable", "ExtendedOffsetTableLengths"])
+    stream.read(_PIXELS_HEADER_BYTES)
+    offsets, lengths = header.get("ExtendedOffsetTable"), header.get("ExtendedOffsetTableLengths")
+    frames = generate_frames(
+        stream,
+        number_of_frames=slice_.frames,
+        extended_offsets=(offsets, lengths) if offsets and lengths else None,
+    )
+    expected = (slice_.rows, slice_.columns, 1)
+    for frame in frames:
+        *size, precision = _described(frame)
+        if tuple(size) != expected or not 2 <= precision <= 16:
+            raise DamagedCodestreamError
+    stream.seek(0)
+
+
+def _described(frame: bytes) -> tuple[int, int, int, int]:
+    """Return rows, columns, components and bits of a frame.
+
+    Raises:
+        DamagedCodestreamError: there is nothing of the kind.
+    """
+    try:
+        if frame.startswith(_JPEG_2000_START):  # the SIZ segment, ITU T.800 A.5.1
+            right, bottom, left, top = struct.unpack_from(">4I", frame, 8)
+            components, bits = struct.unpack_from(">HB", frame, 40)
+            return bottom - top, right - left, components, (bits & 0x7F) + 1
+        if frame.startswith(_JPEG_START):
+            return _jpeg_described(frame)
+    except (struct.error, IndexError):
+        pass
+    raise DamagedCodestreamError
+
+
+def _jpeg_described(frame: bytes) -> tuple[int, int, int, int]:
+    at = len(_JPEG_START)
+    while frame[at] == 0xFF:
+        marker = frame[at + 1]
+        if marker == 0xFF:  # fill
+            at += 1
+            continue
+        if marker in (_JPEG_SCAN, _JPEG_END):
+            break
+        length, bits, rows, columns, components = struct.unpack_from(">HBHHB", frame, at + 2)
+        if marker in _JPEG_FRAMES:
+            return rows, columns, components, bits
+        at += 2 + length
+    raise DamagedCodestreamError

@@ -1,0 +1,47 @@
+"""What an organ looks like on CT: percentiles of the HU in its mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from fseft_edge.runtime.scans.components import bounding_box
+from fseft_edge.runtime.scans.volume import Volume
+
+_LOWEST, _HIGHEST = -2048, 8191
+_SHARES: Final = (0.01, 0.5, 0.99)
+
+
+@dataclass(frozen=True)
+class HuPercentiles:
+    """Whole HU that 1 %, one half and 99 % of an organ's voxels do not exceed."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)  # it is part of the adapter file
+
+    low: int
+    median: int
+    high: int
+
+
+def hu_percentiles(volume: Volume, mask: NDArray[np.bool_]) -> HuPercentiles | None:
+    """Return the percentiles of the HU in a mask ``[X, Y, Z]`` on the scan's lattice, None for an empty one.
+
+    HU are rounded, and counted from -2048 to 8191: what lies beyond counts as the end that it is beyond. Only the
+    slices that the organ is on are read, one at a time.
+    """
+    if not mask.any():
+        return None
+    counts = np.zeros(_HIGHEST - _LOWEST + 1, np.int64)
+    x, y, z = bounding_box(mask)
+    for index in range(z.start, z.stop):
+        part = (x, y, slice(index, index + 1))
+        hu = np.clip(np.rint(volume.hu(part)[mask[part]]), _LOWEST, _HIGHEST)
+        counts += np.bincount(hu.astype(np.int64) - _LOWEST, minlength=counts.size)
+    volume.release()
+    below = np.cumsum(counts)
+    low, median, high = (int(np.searchsorted(below, share * below[-1])) + _LOWEST for share in _SHARES)
+    return HuPercentiles(low, median, high)

@@ -1,0 +1,336 @@
+"""Reading and writing CTs and label maps as NIfTI.
+
+NIfTI-1 and NIfTI-2 single files, plain or gzip: https://nifti.nimh.nih.gov. Geometry is the sform where its code is
+set, else the qform, as in nibabel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import itertools
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from fseft_edge.runtime.errors import (
+    GeometryError,
+    InputError,
+    LabelError,
+    NotACtError,
+    UnreadableFileError,
+    UsageError,
+)
+from fseft_edge.runtime.scans.hounsfield import check_hounsfield
+from fseft_edge.runtime.scans.volume import LabelMap, Volume, slabs
+from fseft_edge.runtime.system.atomic import atomic_path
+from fseft_edge.runtime.system.unnamed_file import no_room_to_unpack, unnamed_file
+
+SUFFIXES = (".nii.gz", ".nii")
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_COPY_BYTES = 1 << 20
+
+
+def read_ct(path: Path) -> Volume:
+    """Read a CT without loading it: the array is a read-only memory map.
+
+    A compressed file is unpacked as a stream into an unnamed file in the system's temporary folder (``TMPDIR``),
+    which disappears with the volume. The intensities are read through once and must look like HU
+    (:func:`fseft_edge.runtime.scans.hounsfield.check_hounsfield`).
+
+    Raises:
+        UnreadableFileError: missing, a folder, truncated, damaged, or not NIfTI.
+        NotACtError: four-dimensional, colour, fewer than two slices, or intensities that are no HU.
+        GeometryError: neither sform nor qform, or an affine that is not finite or singular.
+        OutOfSpaceError: no room to unpack the file.
+    """
+    array, header = _read(path)
+    slope, intercept = _rescale(header, path)
+    volume = Volume(_squeezed(array), _affine(header, path), slope, intercept, source=path)
+    check_hounsfield(volume)
+    return volume
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """Read annotations into memory, in the smallest unsigned integer type that holds them.
+
+    Raises:
+        UnreadableFileError: missing, a folder, truncated, damaged, or not NIfTI.
+        LabelError: not three-dimensional, or values that are negative or not whole numbers.
+        GeometryError: neither sform nor qform, or an affine that is not finite or singular.
+        OutOfSpaceError: no room to unpack the file.
+    """
+    array, header = _read(path)
+    slope, intercept = _rescale(header, path)
+    stored = _squeezed(array)
+    if stored.ndim != 3 or stored.dtype.kind not in "iuf":
+        raise LabelError(
+            f"{path} is no label map: shape {stored.shape}, {stored.dtype} values.",
+            remedy="Give one three-dimensional label map in which every organ has its own value.",
+        )
+    highest = max(int(_label_values(piece, slope, intercept, path).max()) for piece in slabs(stored))
+    labels = np.empty(stored.shape, dtype=np.min_scalar_type(highest), order="F")
+    start = 0
+    for piece in slabs(stored):
+        labels[:, :, start : start + piece.shape[2]] = _label_values(piece, slope, intercept, path)
+        start += piece.shape[2]
+    return LabelMap(labels, _affine(header, path), source=path)
+
+
+def write_label_map(path: Path, labels: LabelMap) -> None:
+    """Write a label map as ``.nii`` or ``.nii.gz``; it appears complete or not at all.
+
+    uint8 where the values fit, else uint16 or uint32; sform and qform both hold the affine (a sheared one, which a
+    qform cannot express, only the sform). The same labels give the same bytes.
+
+    Raises:
+        UsageError: the name ends in neither ``.nii`` nor ``.nii.gz``.
+        OutOfSpaceError: the disk is full or cannot be written to.
+    """
+    dtype = np.min_scalar_type(int(labels.array.max()))
+    _write(path, labels.array, _header_for(labels, dtype), dtype)
+
+
+def write_ct(path: Path, volume: Volume) -> None:
+    """Write a CT as ``.nii`` or ``.nii.gz`` with its stored values, type and rescale; complete or not at all.
+
+    Raises:
+        UsageError: the name ends in neither ``.nii`` nor ``.nii.gz``.
+        OutOfSpaceError: the disk is full or cannot be written to.
+    """
+    dtype = volume.array.dtype.newbyteorder("=")
+    header = _header_for(volume, dtype)
+    header.set_slope_inter(volume.slope, volume.intercept)
+    _write(path, volume.array, header, dtype)
+
+
+def stream_hu(volume: Volume) -> tuple[int, Iterator[bytes]]:
+    """Return a scan as an uncompressed NIfTI file in whole HU (int16): its length in bytes, and its pieces in order.
+
+    One piece of the scan is in memory at a time. What lies beyond the range of int16 becomes its ends.
+    """
+    whole = np.dtype("<i2")
+    header = _header_for(volume, whole)
+    offset = int(header.single_vox_offset)
+    head = header.binaryblock
+    return (
+        offset + whole.itemsize * int(np.prod(volume.shape, dtype=np.int64)),
+        itertools.chain([head + bytes(offset - len(head))], (_whole_hu(piece, volume) for piece in volume.chunks())),
+    )
+
+
+def _whole_hu(stored: NDArray[Any], volume: Volume) -> bytes:
+    whole = np.iinfo(np.int16)
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2 and (volume.slope, volume.intercept) == (1.0, 0.0):
+        hu = stored
+    else:
+        hu = np.rint(stored.astype(np.float64) * volume.slope + volume.intercept)
+    clipped: NDArray[np.int16] = np.clip(hu, whole.min, whole.max).astype("<i2")
+    return clipped.tobytes()
+
+
+def list_cases(path: Path) -> list[Path]:
+    """The NIfTI files that a file or folder name stands for, sorted by name; hidden files are left out.
+
+    Raises:
+        UnreadableFileError: nothing is there, or no NIfTI file.
+    """
+    if path.is_dir():
+        cases = sorted(file for file in path.iterdir() if _is_nifti_name(file.name) and file.is_file())
+        if not cases:
+            raise UnreadableFileError(f"{path} holds no .nii or .nii.gz file.", remedy="Name the folder of the scans.")
+        return cases
+    if not path.exists():
+        raise UnreadableFileError(f"{path} does not exist.", remedy="Check the name.")
+    if not _is_nifti_name(path.name):
+        raise UnreadableFileError(f"{path} is no .nii or .nii.gz file.", remedy="Convert the scan to NIfTI.")
+    return [path]
+
+
+def cases_by_name(path: Path) -> dict[str, Path]:
+    """The NIfTI files of a file or folder by the name of their case.
+
+    Raises:
+        UnreadableFileError: see :func:`list_cases`.
+        InputError: two files are the same case, such as ``a.nii`` and ``a.nii.gz``.
+    """
+    cases: dict[str, Path] = {}
+    for file in list_cases(path):
+        earlier = cases.setdefault(case_name(file), file)
+        if earlier != file:
+            raise InputError(f"{earlier} and {file} are the same case.", remedy="Keep one of the two.")
+    return cases
+
+
+def case_name(path: Path) -> str:
+    """A file's name without ``.nii.gz`` or ``.nii``: what images, labels and results of one case share."""
+    for suffix in SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.name
+
+
+def _is_nifti_name(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _read(path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
+    """The stored values, mapped read-only, and the header."""
+    if path.is_dir():
+        raise UnreadableFileError(f"{path} is a folder, not a NIfTI file.", remedy="Name a .nii or .nii.gz file.")
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == _GZIP_MAGIC
+            file.seek(0)
+            if not packed:
+                return _map(file, path)
+            with unnamed_file(path) as unpacked:
+                _unpack(file, unpacked, path)
+                return _map(unpacked, path)
+    except OSError as error:
+        raise UnreadableFileError(
+            f"{path} cannot be read: {error.strerror or error}.", remedy="Check the name and the permissions."
+        ) from error
+
+
+def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
+    with gzip.GzipFile(fileobj=file, mode="rb") as stream:
+        while True:
+            try:
+                piece = stream.read(_COPY_BYTES)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UnreadableFileError(
+                    f"{path} is truncated or damaged: {error}.", remedy="Copy the file again from where it came."
+                ) from error
+            if not piece:
+                break
+            try:
+                unpacked.write(piece)
+            except OSError as error:
+                raise no_room_to_unpack(path) from error
+    try:
+        unpacked.flush()
+    except OSError as error:
+        raise no_room_to_unpack(path) from error
+    unpacked.seek(0)
+
+
+def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
+    header = _header(file, path)
+    try:
+        shape = tuple(int(length) for length in header.get_data_shape())
+        dtype = header.get_data_dtype()
+        offset = int(header.get_data_offset())
+    except (HeaderDataError, ValueError, OverflowError) as error:  # the offset is a float and may be nan or infinite
+        raise _not_nifti(path) from error
+    if offset < 0:
+        raise _not_nifti(path)
+    if not shape or min(shape) < 1:
+        raise UnreadableFileError(f"{path} holds no voxels: shape {shape}.", remedy="Export the scan again.")
+    wanted = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
+    present = file.seek(0, 2)
+    if present < wanted:
+        raise UnreadableFileError(
+            f"{path} is truncated: {present} of {wanted} bytes are there.",
+            remedy="Copy the file again from where it came.",
+        )
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")), header
+
+
+def _header(file: IO[bytes], path: Path) -> nib.nifti1.Nifti1Header:
+    size = file.read(4)
+    file.seek(0)
+    sizes = (int.from_bytes(size, "little"), int.from_bytes(size, "big"))
+    kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
+    try:
+        header: nib.nifti1.Nifti1Header = kind.from_fileobj(file)
+    except Exception as error:  # nibabel raises many kinds on bytes that are no header
+        raise _not_nifti(path) from error
+    if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
+        raise _not_nifti(path)
+    return header
+
+
+def _not_nifti(path: Path) -> UnreadableFileError:
+    return UnreadableFileError(f"{path} is not a NIfTI file.", remedy="Convert the scan to NIfTI (.nii or .nii.gz).")
+
+
+def _rescale(header: nib.nifti1.Nifti1Header, path: Path) -> tuple[float, float]:
+    try:
+        slope, intercept = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise NotACtError(f"{path} has an invalid rescale: {error}.", remedy="Export the scan again.") from error
+    return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
+
+
+def _affine(header: nib.nifti1.Nifti1Header, path: Path) -> NDArray[np.float64]:
+    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
+        raise GeometryError(
+            f"{path} has no geometry: neither its sform nor its qform is set.",
+            remedy="Convert the original DICOM series again with a tool that keeps its geometry.",
+        )
+    try:
+        return np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise GeometryError(f"{path} has an invalid qform: {error}.", remedy="Convert the scan again.") from error
+
+
+def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
+    """Without the trailing axes of length one that some writers add."""
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return array
+
+
+def _label_values(stored: NDArray[Any], slope: float, intercept: float, path: Path) -> NDArray[Any]:
+    """Rescaled values, all whole numbers from 0 to 2^32 - 1."""
+    values = stored
+    if (slope, intercept) != (1.0, 0.0):
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = stored.astype(np.float64) * slope + intercept
+    if not np.isfinite(values).all() or (values < 0).any() or (values > np.iinfo(np.uint32).max).any():
+        raise LabelError(
+            f"{path} holds negative, huge or non-finite values.", remedy="Store labels as whole numbers from 0."
+        )
+    if values.dtype.kind == "f" and (values != np.floor(values)).any():
+        raise LabelError(
+            f"{path} holds values that are not whole numbers.",
+            remedy="Store labels as whole numbers; a label map must be resampled with nearest neighbour only.",
+        )
+    return values
+
+
+def _header_for(image: Volume | LabelMap, dtype: np.dtype[Any]) -> nib.nifti1.Nifti1Header:
+    fits_nifti1 = max(image.shape) <= np.iinfo(np.int16).max
+    header = nib.nifti1.Nifti1Header() if fits_nifti1 else nib.nifti2.Nifti2Header()
+    header.set_data_dtype(dtype)
+    header.set_data_shape(image.shape)
+    header.set_xyzt_units("mm")
+    header.set_sform(image.affine, code="scanner")
+    header.set_qform(image.affine, code="scanner", strip_shears=True)
+    if not np.allclose(header.get_qform(), image.affine, atol=1e-3):
+        header.set_qform(None, code="unknown")
+    header.set_slope_inter(1.0, 0.0)
+    header["vox_offset"] = header.single_vox_offset
+    return header
+
+
+def _write(path: Path, array: NDArray[Any], header: nib.nifti1.Nifti1Header, dtype: np.dtype[Any]) -> None:
+    if not _is_nifti_name(path.name):
+        raise UsageError(f"{path} is no NIfTI file name.", remedy="End the name in .nii.gz or .nii.")
+    with contextlib.ExitStack() as stack:
+        file: IO[bytes] | gzip.GzipFile = stack.enter_context(stack.enter_context(atomic_path(path)).open("wb"))
+        if path.name.lower().endswith(".gz"):
+            # No name and no time in the gzip header: the same voxels give the same bytes.
+            file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6))
+        file.write(header.binaryblock)
+        file.write(bytes(header.single_vox_offset - len(header.binaryblock)))
+        for slab in slabs(array):
+            file.write(np.asarray(slab, dtype=dtype).tobytes(order="F"))

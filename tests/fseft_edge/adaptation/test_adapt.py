@@ -1,0 +1,485 @@
+"""Adaptation: from annotated scans to an adapter file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from doubles.encoder import HEAD_ORGANS, SHAPE, SPACING, label_of, scan, write_case, write_tiny_encoder
+
+from fseft_edge.adaptation.adapt import adapt, zero_shot_adapter
+from fseft_edge.adaptation.cross_validation import Candidate, Validated
+from fseft_edge.adaptation.linear_solver import solve
+from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adapters.file import AdapterFile, PostProcessing, read_adapter, write_adapter
+from fseft_edge.adapters.network import AdapterSettings
+from fseft_edge.evaluation.evaluate import evaluate
+from fseft_edge.masks.result import SegmentedCase
+from fseft_edge.runtime.encoder.backends.base import EncoderSession
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.errors import (
+    GeometryError,
+    LabelError,
+    NotACtError,
+    UnreadableFileError,
+    UsageError,
+)
+from fseft_edge.runtime.scans.nifti import read_label_map, write_ct, write_label_map
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.volume import LabelMap, Volume
+from fseft_edge.segmentation.segment import segment
+
+LINEAR = AdapterSettings(method="linear", reads="last")
+SPATIAL = AdapterSettings(method="spatial", reads="pyramid", width=4)
+ONE_STEP = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1)
+UNTOUCHED = replace(ONE_STEP, linear_rate=0.0, residual_rate=0.0)
+LIVER, SPLEEN, LUNG = (OrganLabel(name, label_of(name)) for name in ("liver", "spleen", "left_lung"))
+
+
+@dataclass(frozen=True)
+class Site:
+    """An encoder, two annotated scans and a cache that all tests share."""
+
+    root: Path
+    bundle: EncoderBundle
+
+    def adapt(
+        self,
+        organs: Sequence[OrganLabel],
+        output: Path,
+        *,
+        images: Path | None = None,
+        labels: Path | None = None,
+        **more: Any,
+    ) -> AdapterFile:
+        more = {
+            "settings": LINEAR,
+            "training": ONE_STEP,
+            "validate": False,
+            "cache": self.root / "cache",
+            "device": "cpu",
+            "backend": "torch",
+            **more,
+        }
+        return adapt(
+            self.bundle.path,
+            images or self.root / "images",
+            labels or self.root / "labels",
+            organs,
+            output,
+            **more,
+        )
+
+    def segment(self, image: Path, adapter: Path, output: Path, **more: Any) -> SegmentedCase:
+        (case,) = segment(
+            [image],
+            [adapter],
+            output,
+            encoder=self.bundle.path,
+            cache=self.root / "cache",
+            device="cpu",
+            backend="torch",
+            **more,
+        )
+        return case
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    root = tmp_path_factory.mktemp("site")
+    for seed in (1, 2):
+        write_case(root, f"case_{seed}", seed)
+    return Site(root, write_tiny_encoder(root / "tiny.encoder"))
+
+
+@pytest.fixture
+def copied(site: Site, tmp_path: Path) -> Path:
+    """A copy of the shared cases that a test may change."""
+    for part in ("images", "labels"):
+        shutil.copytree(site.root / part, tmp_path / part)
+    return tmp_path
+
+
+def test_the_adapter_file_says_what_was_learned_from_what(site: Site, tmp_path: Path) -> None:
+    training = TrainingSettings(seed=5, epochs=2, block=16, batch=2, blocks_per_epoch=3)
+    file = site.adapt([LIVER, SPLEEN], tmp_path / "a.adapter", settings=SPATIAL, training=training)
+    description = read_adapter(tmp_path / "a.adapter").description
+    assert description.losses == file.description.losses
+    assert description.encoder_id == site.bundle.encoder_id
+    assert description.encoder_name == "tiny"
+    assert (description.shots, description.seed, description.steps) == (2, 5, 2 * 3)
+    assert len(description.losses) == 2
+    voxel_ml = np.prod(SPACING) / 1000
+    for organ, wanted in zip(description.organs, (LIVER, SPLEEN), strict=True):
+        assert (organ.name, organ.label) == (wanted.name, wanted.label)
+        volumes = [float((scan(seed).labels.array == wanted.label).sum() * voxel_ml) for seed in (1, 2)]
+        assert organ.support_volumes_ml == pytest.approx(volumes, abs=1e-3)
+
+
+@pytest.mark.parametrize("settings", [LINEAR, SPATIAL], ids=str)
+def test_the_same_seed_gives_the_same_bytes_with_and_without_a_cache(
+    site: Site, tmp_path: Path, settings: AdapterSettings
+) -> None:
+    training = TrainingSettings(seed=3, epochs=2, block=16, batch=2, blocks_per_epoch=2)
+    for name, cache in (("first", site.root / "cache"), ("second", None)):
+        site.adapt([LIVER], tmp_path / name, settings=settings, training=training, cache=cache)
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_another_seed_gives_another_adapter(site: Site, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        training = TrainingSettings(seed=seed, epochs=1, block=16, batch=1, blocks_per_epoch=1)
+        site.adapt([LIVER], tmp_path / str(seed), settings=SPATIAL, training=training)
+    first, second = (read_adapter(tmp_path / name).adapter.state_dict() for name in ("1", "2"))
+    assert not all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_label_that_no_annotation_holds_is_named_before_any_encoding(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EncoderSession, "encode", None)
+    with pytest.raises(LabelError) as caught:
+        site.adapt([LIVER, OrganLabel("adrenal", 77)], tmp_path / "a.adapter")
+    assert "label 77 (adrenal)" in caught.value.message
+    assert str(site.root / "labels") in caught.value.message
+    assert "--organ" in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scan_without_an_organs_label_is_not_annotated_for_it_and_training_goes_on(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_case(tmp_path, "full", 1)
+    write_case(tmp_path, "partial", 2, only=["liver"])
+    with caplog.at_level(logging.WARNING):
+        file = site.adapt(
+            [LIVER, SPLEEN], tmp_path / "a.adapter", images=tmp_path / "images", labels=tmp_path / "labels"
+        )
+    (record,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert "spleen" in record.getMessage()
+    assert "partial" in record.getMessage()
+    liver, spleen = file.description.organs
+    assert len(liver.support_volumes_ml) == 2
+    assert len(spleen.support_volumes_ml) == 1
+    assert file.description.shots == 2
+    assert (tmp_path / "a.adapter").is_file()
+
+
+@pytest.mark.parametrize("difference", ["shape", "affine"])
+def test_an_annotation_on_another_lattice_is_named_with_its_scan_and_nothing_is_written(
+    site: Site, copied: Path, difference: str
+) -> None:
+    patient = scan(2)
+    labels, affine = patient.labels.array, patient.labels.affine.copy()
+    if difference == "shape":
+        labels = labels[:-1]
+    else:
+        affine[2, 3] += 3.0
+    write_label_map(copied / "labels" / "case_2.nii.gz", LabelMap(labels, affine))
+    with pytest.raises(GeometryError, match=difference) as caught:
+        site.adapt([LIVER], copied / "out" / "a.adapter", images=copied / "images", labels=copied / "labels")
+    for part in ("images", "labels"):
+        assert str(copied / part / "case_2.nii.gz") in caught.value.message
+    assert not (copied / "out").exists()
+
+
+def test_an_image_that_is_no_ct_is_named_and_nothing_is_written(site: Site, copied: Path) -> None:
+    patient = scan(2)
+    scaled = Volume(np.clip(patient.volume.array, 0, 1000), patient.volume.affine)
+    write_ct(copied / "images" / "case_2.nii.gz", scaled)
+    with pytest.raises(NotACtError, match=r"images/case_2\.nii\.gz"):
+        site.adapt([LIVER], copied / "a.adapter", images=copied / "images", labels=copied / "labels")
+    assert not (copied / "a.adapter").exists()
+
+
+def test_scans_without_annotation_are_left_out_with_a_warning(
+    site: Site, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (copied / "labels" / "case_2.nii.gz").unlink()
+    with caplog.at_level(logging.WARNING):
+        file = site.adapt([LIVER], copied / "a.adapter", images=copied / "images", labels=copied / "labels")
+    assert file.description.shots == 1
+    assert "case_2" in caplog.text
+
+
+def test_no_pair_at_all_names_both_folders(site: Site, copied: Path) -> None:
+    for path in (copied / "labels").iterdir():
+        path.rename(path.with_name(f"seg_{path.name}"))
+    with pytest.raises(UnreadableFileError) as caught:
+        site.adapt([LIVER], copied / "a.adapter", images=copied / "images", labels=copied / "labels")
+    assert str(copied / "images") in caught.value.message
+    assert str(copied / "labels") in caught.value.message
+
+
+def test_only_the_cases_asked_for_are_used(site: Site, tmp_path: Path) -> None:
+    file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_2"])
+    volume = float((scan(2).labels.array == LIVER.label).sum() * np.prod(SPACING) / 1000)
+    assert file.description.shots == 1
+    assert file.description.organs[0].support_volumes_ml == pytest.approx((volume,), abs=1e-3)
+
+
+def test_a_case_named_twice_counts_once(site: Site, tmp_path: Path) -> None:
+    file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_2", "case_1", "case_2"])
+    assert file.description.shots == 2
+
+
+@pytest.mark.parametrize("missing", ["images", "labels"])
+def test_a_case_asked_for_that_lacks_a_partner_is_named(site: Site, copied: Path, missing: str) -> None:
+    (copied / missing / "case_2.nii.gz").unlink()
+    with pytest.raises(UnreadableFileError, match="case_2") as caught:
+        site.adapt(
+            [LIVER],
+            copied / "a.adapter",
+            images=copied / "images",
+            labels=copied / "labels",
+            cases=["case_1", "case_2"],
+        )
+    assert "case_1" not in caught.value.message
+    assert not (copied / "a.adapter").exists()
+
+
+def test_one_scan_and_one_annotation_pair_whatever_their_names(site: Site, tmp_path: Path) -> None:
+    image, annotation = write_case(tmp_path, "ct", 1)
+    annotation = annotation.rename(annotation.with_name("contours.nii.gz"))
+    assert site.adapt([LIVER], tmp_path / "a.adapter", images=image, labels=annotation).description.shots == 1
+
+
+def test_scans_of_different_size_and_orientation_train_together(site: Site, tmp_path: Path) -> None:
+    write_case(tmp_path, "case_1", 1)
+    patient = scan(2)
+    turned = np.ascontiguousarray(patient.volume.array[::-1, :40].transpose(2, 0, 1))
+    flip = np.eye(4)
+    flip[0, 0], flip[0, 3] = -1, SHAPE[0] - 1
+    affine = (patient.volume.affine @ flip)[:, [2, 0, 1, 3]]
+    labels = np.ascontiguousarray(patient.labels.array[::-1, :40].transpose(2, 0, 1))
+    write_ct(tmp_path / "images" / "turned.nii.gz", Volume(turned, affine))
+    write_label_map(tmp_path / "labels" / "turned.nii.gz", LabelMap(labels, affine))
+    file = site.adapt([LIVER], tmp_path / "a.adapter", images=tmp_path / "images", labels=tmp_path / "labels")
+    expected = (patient.labels.array[:, :40] == LIVER.label).sum() * np.prod(SPACING) / 1000
+    assert file.description.organs[0].support_volumes_ml[1] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", ["linear", "pointwise", "spatial"])
+@pytest.mark.parametrize("reads", ["last", "pyramid"])
+def test_before_its_first_step_an_adapter_is_the_heads_classifier(
+    site: Site, tmp_path: Path, method: str, reads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a learning rate of zero, or no iteration, the masks of known organs are those of the encoder's own head."""
+    monkeypatch.setattr("fseft_edge.adaptation.training.solve", partial(solve, iterations=0))
+    known = [OrganLabel(name, label_of(name)) for name in HEAD_ORGANS]
+    site.adapt(
+        known,
+        tmp_path / "adapted.adapter",
+        settings=AdapterSettings(method, reads, width=4),  # type: ignore[arg-type]  # parametrised literals
+        training=UNTOUCHED,
+    )
+    write_adapter(tmp_path / "head.adapter", zero_shot_adapter(site.bundle, known))
+    image = site.root / "images" / "case_1.nii.gz"
+    masks = []
+    for name in ("adapted", "head"):
+        case = site.segment(image, tmp_path / f"{name}.adapter", tmp_path / name)
+        masks.append(read_label_map(case.mask).array)
+    assert min(np.bincount(masks[1].ravel(), minlength=3)) > 100
+    assert (masks[0] != masks[1]).mean() < 1e-4  # rounding of voxels that lie on a threshold
+
+
+def test_the_head_row_of_an_organ_is_found_by_its_name_whatever_the_order(site: Site) -> None:
+    file = zero_shot_adapter(site.bundle, [OrganLabel(name, label_of(name)) for name in HEAD_ORGANS[::-1]])
+    torch.testing.assert_close(
+        file.adapter.direct.weight[:, :, 0, 0, 0], site.bundle.head_weight().flip(0), rtol=0, atol=0
+    )
+    torch.testing.assert_close(file.adapter.direct.bias, site.bundle.head_bias().flip(0), rtol=0, atol=0)
+    assert [organ.name for organ in file.description.organs] == list(HEAD_ORGANS[::-1])
+
+
+def test_an_organ_that_the_head_does_not_know_has_no_zero_shot_adapter(site: Site) -> None:
+    with pytest.raises(LabelError, match="tiny does not know spleen") as caught:
+        zero_shot_adapter(site.bundle, [LIVER, SPLEEN])
+    assert "liver, left_lung" in caught.value.remedy
+
+
+def _no_encoding(self: EncoderSession, windows: torch.Tensor) -> list[torch.Tensor]:
+    raise AssertionError("a scan was encoded")
+
+
+def test_softmax_needs_a_scan_that_shows_background(site: Site, tmp_path: Path) -> None:
+    write_case(tmp_path, "liver_only", 1, only=["liver"])
+    write_case(tmp_path, "spleen_only", 2, only=["spleen"])
+    where = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
+    softmax = replace(LINEAR, activation="softmax")
+    with pytest.raises(LabelError, match="never sees background") as caught:
+        site.adapt([LIVER, SPLEEN], tmp_path / "a.adapter", settings=softmax, **where)
+    assert "--activation sigmoid" in caught.value.remedy
+    site.adapt([LIVER], tmp_path / "a.adapter", settings=softmax, cases=["liver_only"], **where)
+
+
+def test_a_support_scan_is_encoded_once_for_all_adapters(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    site.adapt([LIVER], tmp_path / "a.adapter", cache=cache)
+    monkeypatch.setattr(EncoderSession, "encode", _no_encoding)
+    site.adapt([SPLEEN, LUNG], tmp_path / "b.adapter", cache=cache, settings=SPATIAL)
+
+
+def test_without_a_cache_nothing_stays_behind(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    site.adapt([LIVER], tmp_path / "a.adapter", cache=None)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_an_output_that_is_a_folder_is_refused_before_any_work(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EncoderSession, "encode", _no_encoding)
+    with pytest.raises(UsageError, match="is a folder"):
+        site.adapt([LIVER], tmp_path, cache=None)
+
+
+def test_an_interrupted_adaptation_leaves_no_file(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fseft_edge.adaptation.training.adaptation_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        site.adapt([LIVER], tmp_path / "a.adapter", settings=SPATIAL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adaptation_finds_an_organ_of_a_patient_it_has_not_seen(site: Site, tmp_path: Path) -> None:
+    """The liver, on top of an encoder and a head with random weights."""
+    image, reference = write_case(tmp_path / "query", "case_3", 3)
+    trained = TrainingSettings(
+        epochs=20,
+        block=16,
+        batch=4,
+        blocks_per_epoch=8,
+        feature_shift=0.0,
+        channel_dropout=0.0,
+        linear_rate=0.02,
+        residual_rate=0.01,
+        bfloat16=False,
+    )
+    dsc = []
+    for name, training in (("before", UNTOUCHED), ("after", trained)):
+        site.adapt([LIVER], tmp_path / f"{name}.adapter", settings=SPATIAL, training=training)
+        case = site.segment(image, tmp_path / f"{name}.adapter", tmp_path / name)
+        (row,) = evaluate(case.mask, reference, {"liver": LIVER.label}).rows
+        dsc.append(row.dsc or 0.0)
+    before, after = dsc
+    assert after > 0.45
+    assert after > before + 0.2
+    losses = read_adapter(tmp_path / "after.adapter").description.losses
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.real_ct
+def test_a_real_scan_can_be_adapted_to_and_segmented_on_its_own_lattice(
+    site: Site, real_ct: Path, tmp_path: Path
+) -> None:
+    splits = json.loads((real_ct / "headneck" / "splits.json").read_text())
+    first, second = splits["support"][:2]
+    organs = [OrganLabel("brainstem", 1), OrganLabel("mandible", 7)]
+    site.adapt(
+        organs,
+        tmp_path / "a.adapter",
+        images=real_ct / "headneck" / "ct",
+        labels=real_ct / "headneck" / "label",
+        cases=[first],
+        settings=SPATIAL,
+    )
+    source = next((real_ct / "headneck" / "ct").glob(f"{second}.nii*"))
+    case = site.segment(source, tmp_path / "a.adapter", tmp_path / "out")
+    scan_file, mask = nib.load(source), nib.load(case.mask)
+    assert mask.shape == scan_file.shape
+    np.testing.assert_array_equal(mask.affine, scan_file.affine)
+    volume_ml = read_adapter(tmp_path / "a.adapter").description.organs[1].support_volumes_ml[0]
+    label = next((real_ct / "headneck" / "label").glob(f"{first}.nii*"))
+    contour = nib.load(label)
+    voxels = int((np.asanyarray(contour.dataobj) == 7).sum())
+    assert volume_ml == pytest.approx(voxels * abs(np.linalg.det(contour.affine[:3, :3])) / 1000, abs=1e-2)
+
+
+def test_a_left_out_score_is_that_of_an_adapter_made_from_the_others(site: Site, tmp_path: Path) -> None:
+    # A scan that is alone would be varied by itself, which one of two is not.
+    training = TrainingSettings(epochs=10, block=16, batch=2, blocks_per_epoch=4, residual_rate=1e-2, variations=0)
+    both = site.adapt([LIVER], tmp_path / "both.adapter", settings=SPATIAL, training=training, validate=True)
+    site.adapt([LIVER], tmp_path / "one.adapter", settings=SPATIAL, training=training, cases=["case_2"])
+    steps = asdict(both.description.organs[0].post_processing)
+    site.segment(site.root / "images" / "case_1.nii.gz", tmp_path / "one.adapter", tmp_path / "masks", **steps)
+    (row,) = evaluate(tmp_path / "masks", site.root / "labels", {"liver": LIVER.label}).rows
+    assert len(both.description.organs[0].left_out_dsc) == 2
+    assert both.description.organs[0].left_out_dsc[0] == pytest.approx(row.dsc, abs=1e-4)
+    assert read_adapter(tmp_path / "both.adapter").description.organs == both.description.organs
+
+
+def test_an_organ_that_only_the_left_out_scan_shows_is_not_scored(site: Site, tmp_path: Path, copied: Path) -> None:
+    path = copied / "labels" / "case_1.nii.gz"
+    labels = read_label_map(path)
+    array = np.where(labels.array == SPLEEN.label, 0, labels.array)
+    write_label_map(path, LabelMap(array, labels.affine))
+    file = site.adapt(
+        [LIVER, SPLEEN], tmp_path / "a.adapter", images=copied / "images", labels=copied / "labels", validate=True
+    )
+    liver, spleen = file.description.organs
+    assert (len(liver.left_out_dsc), len(spleen.left_out_dsc)) == (2, 0)
+
+
+def test_one_scan_validates_nothing_and_says_so(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_1"], choose=True, validate=True)
+    assert file.description.organs[0].left_out_dsc == ()
+    assert file.description.settings["method"] == "linear"
+    assert "no organ is annotated in two scans, so nothing can be validated" in caplog.text
+
+
+def test_scans_that_share_no_organ_validate_nothing(
+    site: Site, tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, kept in (("case_1", LIVER.label), ("case_2", SPLEEN.label)):
+        path = copied / "labels" / f"{name}.nii.gz"
+        labels = read_label_map(path)
+        write_label_map(path, LabelMap(np.where(labels.array == kept, labels.array, 0), labels.affine))
+    file = site.adapt(
+        [LIVER, SPLEEN],
+        tmp_path / "a.adapter",
+        images=copied / "images",
+        labels=copied / "labels",
+        cases=["case_1", "case_2"],
+        choose=True,
+    )
+    assert [organ.left_out_dsc for organ in file.description.organs] == [(), ()]
+    assert "nothing can be validated" in caplog.text
+
+
+def test_what_validated_best_is_what_is_made(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    winner = "linear on pyramid, ridge 0.01"
+    steps = PostProcessing(fill_holes=True)
+
+    def decided(kinds: Sequence[Candidate], *_: object, **__: object) -> tuple[Validated, list[Validated]]:
+        (candidate,) = [kind for kind in kinds if kind.name == winner]
+        validated = Validated(candidate, ((0.8, 0.7),), (steps,))
+        return validated, [validated]
+
+    monkeypatch.setattr("fseft_edge.adaptation.adapt.best_of", decided)
+    file = site.adapt([LIVER], tmp_path / "a.adapter", choose=True)
+    assert (file.description.settings["method"], file.description.settings["reads"]) == ("linear", "pyramid")
+    assert file.description.organs[0].left_out_dsc == (0.8, 0.7)
+    assert read_adapter(tmp_path / "a.adapter").description.organs[0].post_processing == steps
+    winner = "zero-shot"
+    file = site.adapt([LIVER], tmp_path / "b.adapter", choose=True)
+    assert file.description.steps == 0
+    write_adapter(tmp_path / "head.adapter", zero_shot_adapter(site.bundle, [LIVER]))
+    head = read_adapter(tmp_path / "head.adapter").adapter
+    assert torch.equal(file.adapter.direct.weight, head.direct.weight)

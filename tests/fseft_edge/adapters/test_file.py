@@ -1,0 +1,286 @@
+"""The adapter file: what is written comes back, and nothing damaged, foreign or half-written is ever used."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from doubles.features import random_features
+from safetensors.torch import load_file, save_file
+
+from fseft_edge.adapters.blocks import Box, read_block
+from fseft_edge.adapters.file import (
+    AdapterDescription,
+    AdapterFile,
+    AdapterOrgan,
+    PostProcessing,
+    adapter_settings,
+    read_adapter,
+    write_adapter,
+)
+from fseft_edge.adapters.network import Adapter, AdapterSettings
+from fseft_edge.runtime.encoder.bundle import sha256_of_weights
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel
+from fseft_edge.runtime.errors import AdapterError
+from fseft_edge.runtime.scans.intensities import HuPercentiles
+from fseft_edge.runtime.system import atomic
+
+LEVELS = (FeatureLevel(1, 3), FeatureLevel(2, 4), FeatureLevel(4, 5))
+KINDS = [
+    AdapterSettings(*kind, width=6)  # type: ignore[arg-type]  # products of the literals
+    for kind in itertools.product(("linear", "pointwise", "spatial"), ("last", "pyramid"), ("sigmoid", "softmax"))
+]
+KEY = "fseft_edge_adapter"
+
+
+def made(settings: AdapterSettings = KINDS[0]) -> AdapterFile:
+    """Return an adapter for two organs whose every weight and buffer is random."""
+    generator = torch.Generator().manual_seed(3)
+    adapter = Adapter(settings, LEVELS, 2)
+    for value in adapter.state_dict().values():
+        value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    description = AdapterDescription(
+        encoder_id="ab" * 32,
+        encoder_name="tiny",
+        levels=tuple((level.stride, level.channels) for level in LEVELS),
+        settings=adapter_settings(settings),
+        organs=(
+            AdapterOrgan(
+                name="liver",
+                label=6,
+                support_volumes_ml=(1500.125, 1712.5),
+                left_out_dsc=(0.75,),
+                post_processing=PostProcessing(largest_component=True),
+            ),
+            AdapterOrgan(name="spleen", label=1, support_volumes_ml=()),
+        ),
+        shots=2,
+        seed=7,
+        steps=30,
+        losses=(0.9, 0.1 + 0.7),
+        bfloat16=True,
+    )
+    return AdapterFile(description, adapter.eval())
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_what_is_written_comes_back(tmp_path: Path, settings: AdapterSettings) -> None:
+    file = made(settings)
+    write_adapter(tmp_path / "a.adapter", file)
+    back = read_adapter(tmp_path / "a.adapter")
+    for name in ("organs", "settings", "levels", "losses", "encoder_id", "seed", "steps", "shots", "bfloat16"):
+        assert getattr(back.description, name) == getattr(file.description, name)
+    assert back.sha256 == hashlib.sha256((tmp_path / "a.adapter").read_bytes()).hexdigest()
+    assert back.adapter.settings == settings
+    assert not back.adapter.training
+    wanted, found = file.adapter.state_dict(), back.adapter.state_dict()
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_every_kind_gives_one_probability_a_class_and_voxel_after_reading(
+    tmp_path: Path, settings: AdapterSettings
+) -> None:
+    write_adapter(tmp_path / "a.adapter", made(settings))
+    adapter = read_adapter(tmp_path / "a.adapter").adapter
+    core = Box((8, 20), (4, 20), (8, 12))
+    features = read_block(random_features((32, 24, 32), (3, 4, 5)), adapter.boxes(core))  # type: ignore[arg-type]  # a double
+    with torch.inference_mode():
+        probabilities = adapter.probabilities(adapter(features, core))
+    assert probabilities.shape == (1, 3 if settings.activation == "softmax" else 2, 12, 16, 4)
+    assert bool(((probabilities >= 0) & (probabilities <= 1)).all())
+    if settings.activation == "softmax":
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(1, 12, 16, 4))
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=str)
+def test_the_same_adapter_gives_the_same_bytes_also_after_reading(tmp_path: Path, settings: AdapterSettings) -> None:
+    for name, file in (("a", made(settings)), ("b", made(settings))):
+        write_adapter(tmp_path / name, file)
+    write_adapter(tmp_path / "c", read_adapter(tmp_path / "a"))
+    first, second, third = ((tmp_path / name).read_bytes() for name in "abc")
+    assert first == second == third
+
+
+def test_the_file_is_plain_safetensors_with_its_description_as_json(tmp_path: Path) -> None:
+    """Nothing has to be unpickled, and other software can read it."""
+    path = tmp_path / "a.adapter"
+    write_adapter(path, made())
+    size = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    description = json.loads(header["__metadata__"][KEY])
+    assert description["schema_version"] == 3
+    assert description["organs"][0] == {
+        "name": "liver",
+        "label": 6,
+        "support_volumes_ml": [1500.125, 1712.5],
+        "left_out_dsc": [0.75],
+        "post_processing": {"largest_component": True, "fill_holes": False},
+    }
+    assert load_file(path).keys() == made().adapter.state_dict().keys()
+
+
+def test_hu_of_the_support_set_come_back(tmp_path: Path) -> None:
+    file = made()
+    liver, spleen = file.description.organs
+    liver = liver.model_copy(update={"support_hu": (HuPercentiles(-20, 104, 180), HuPercentiles(0, 60, 121))})
+    description = file.description.model_copy(update={"organs": (liver, spleen)})
+    write_adapter(tmp_path / "a", AdapterFile(description, file.adapter))
+    assert read_adapter(tmp_path / "a").description.organs == (liver, spleen)
+    header = (tmp_path / "a").read_bytes()
+    assert rb"\"support_hu\":[{\"low\":-20,\"median\":104,\"high\":180}" in header
+
+
+def test_a_file_from_before_hu_were_kept_is_read_and_keeps_its_checksum(tmp_path: Path) -> None:
+    """Its description as it was written then, with the checksum that the code of that time computed."""
+    file = made()
+    weights = dict(file.adapter.state_dict())
+    organs = [
+        {
+            "name": name,
+            "label": label,
+            "support_volumes_ml": volumes,
+            "left_out_dsc": [],
+            "post_processing": {"largest_component": False, "fill_holes": False},
+        }
+        for name, label, volumes in (("liver", 6, [1500.0]), ("spleen", 1, []))
+    ]
+    description = {
+        "schema_version": 3,
+        "toolkit_version": "0.1.0",
+        "encoder_id": "ab" * 32,
+        "encoder_name": "tiny",
+        "levels": [[level.stride, level.channels] for level in LEVELS],
+        "settings": adapter_settings(file.adapter.settings),
+        "organs": organs,
+        "shots": 1,
+        "seed": 0,
+        "steps": 3,
+        "losses": [],
+        "bfloat16": False,
+        "content_sha256": "",
+    }
+    text = json.dumps(description, separators=(",", ":"))
+    digest = hashlib.sha256(f"{text}{sha256_of_weights(weights)}".encode()).hexdigest()
+    header = json.dumps({**description, "content_sha256": digest}, separators=(",", ":"))
+    save_file(weights, tmp_path / "old.adapter", metadata={KEY: header})
+    old = read_adapter(tmp_path / "old.adapter")
+    assert [organ.support_hu for organ in old.description.organs] == [(), ()]
+    write_adapter(tmp_path / "again.adapter", old)
+    assert (tmp_path / "again.adapter").read_bytes() == (tmp_path / "old.adapter").read_bytes()
+
+
+def test_another_encoder_is_refused_by_a_message_that_names_the_file_and_the_encoder() -> None:
+    file = made()
+    file.check_encoder("ab" * 32, path=Path("site.adapter"))
+    with pytest.raises(AdapterError) as caught:
+        file.check_encoder("cd" * 32, path=Path("site.adapter"))
+    assert "site.adapter" in caught.value.message
+    assert "tiny (abababababab" in caught.value.message
+    assert "cdcdcdcdcdcd" in caught.value.message
+    assert "--encoder" in caught.value.remedy
+
+
+def test_a_changed_byte_anywhere_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.adapter"
+    write_adapter(path, made())
+    content = path.read_bytes()
+    for position in {*range(0, len(content), 11), *range(8), len(content) - 1}:
+        changed = bytearray(content)
+        changed[position] ^= 0x01
+        path.write_bytes(changed)
+        with pytest.raises(AdapterError, match=r"a\.adapter"):
+            read_adapter(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.3, 0.7, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "a.adapter"
+    write_adapter(path, made())
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(AdapterError, match="is damaged"):
+        read_adapter(path)
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.adapter", tmp_path):
+        with pytest.raises(AdapterError) as caught:
+            read_adapter(path)
+        assert str(path) in caught.value.message
+
+
+def test_other_files_are_no_adapters(tmp_path: Path) -> None:
+    path = tmp_path / "a.adapter"
+    path.write_text("not an adapter, but long enough to have a header length in front")
+    with pytest.raises(AdapterError):
+        read_adapter(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(AdapterError, match="is no adapter file"):
+        read_adapter(path)
+
+
+def rewritten(path: Path, **changes: object) -> None:
+    """Write an adapter file whose description differs from what its weights are."""
+    file = made()
+    description = {**json.loads(file.description.model_dump_json()), **changes}
+    save_file(dict(file.adapter.state_dict()), path, metadata={KEY: json.dumps(description)})
+
+
+@pytest.mark.parametrize("version", [0, 2, 4, None, "1"])
+def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object) -> None:
+    rewritten(tmp_path / "a.adapter", schema_version=version)
+    with pytest.raises(AdapterError, match=f"schema {version}") as caught:
+        read_adapter(tmp_path / "a.adapter")
+    assert "Update fseft-edge" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"organs": []},
+        {"organs": [{"name": "liver", "label": 6, "support_volumes_ml": []}]},
+        {"organs": [{"name": "liver", "label": 6, "support_volumes_ml": [], "support_hu": [[0, 1, 2]]}] * 2},
+        {"levels": [[1, 4]]},
+        {"levels": []},
+        {"levels": "none"},
+        {"settings": {"method": "spatial", "reads": "last"}},
+        {"settings": {"method": "magic"}},
+        {"settings": {"method": "linear", "reads": "last", "activation": "tanh"}},
+        {"settings": {"depth": 3}},
+        {"unheard_of": 1},
+        {"encoder_id": None},
+    ],
+    ids=str,
+)
+def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    rewritten(tmp_path / "a.adapter", **changes)
+    with pytest.raises(AdapterError, match=r"a\.adapter holds weights or settings that do not fit together"):
+        read_adapter(tmp_path / "a.adapter")
+
+
+@pytest.mark.parametrize("header", ["", "[]", "3", "null", "{", '"text"'])
+def test_a_header_that_is_no_description_is_refused(tmp_path: Path, header: str) -> None:
+    save_file(dict(made().adapter.state_dict()), tmp_path / "a.adapter", metadata={KEY: header})
+    with pytest.raises(AdapterError, match=r"a\.adapter"):
+        read_adapter(tmp_path / "a.adapter")
+
+
+def test_an_interrupt_while_writing_leaves_the_earlier_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.adapter"
+    write_adapter(path, made())
+    earlier = path.read_bytes()
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atomic, "_flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_adapter(path, made(KINDS[-1]))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.adapter"]
+    assert path.read_bytes() == earlier

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from rich.console import Console
+
+from fseft_edge.evaluation.evaluate import Evaluation, EvaluationRow, evaluate
+from fseft_edge.runtime.errors import InputError, LabelError, UnreadableFileError, UsageError
+from fseft_edge.runtime.scans.nifti import write_label_map
+from fseft_edge.runtime.scans.volume import LabelMap
+from fseft_edge.runtime.system.progress import PlainProgress
+
+AFFINE = np.diag([1.0, 2.0, 4.0, 1.0])
+ORGANS = {"liver": 6, "spleen": 1}
+FOUND = {"liver": 1, "spleen": 2}
+
+
+def labels(**boxes: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """A map with a bar of label ``idN`` for each ``idN=(x start, x stop, y row)``, 4 x 4 voxels thick."""
+    array = np.zeros((30, 20, 10), dtype=np.uint8)
+    for name, (start, stop, row) in boxes.items():
+        array[start:stop, row : row + 4, 3:7] = int(name.removeprefix("id"))
+    return array
+
+
+def write(folder: Path, case: str, array: NDArray[np.uint8], affine: NDArray[np.float64] = AFFINE) -> Path:
+    path = folder / f"{case}.nii.gz"
+    write_label_map(path, LabelMap(array, affine))
+    return path
+
+
+@pytest.fixture
+def predictions(tmp_path: Path) -> Path:
+    return tmp_path / "predictions"
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> Path:
+    return tmp_path / "references"
+
+
+def row(evaluation: Evaluation, case: str, organ: str) -> EvaluationRow:
+    (found,) = [row for row in evaluation.rows if (row.case, row.organ) == (case, organ)]
+    return found
+
+
+def test_scores_volumes_and_summaries_of_known_masks(predictions: Path, references: Path) -> None:
+    for case, shift in (("a", 0), ("b", 2), ("c", 5)):
+        write(references, case, labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+        write(predictions, case, labels(id1=(5 + shift, 15 + shift, 3), id2=(5, 15, 12)))
+    evaluation = evaluate(predictions, references, ORGANS, prediction_ids=FOUND)
+    assert [(r.case, r.organ) for r in evaluation.rows] == [(c, o) for c in "abc" for o in ORGANS]
+    assert [row(evaluation, case, "liver").dsc for case in "abc"] == pytest.approx([1.0, 0.8, 0.5])
+    assert [row(evaluation, case, "liver").hd95_mm for case in "abc"] == pytest.approx([0, 2, 5])
+    shifted = row(evaluation, "b", "liver")
+    assert (shifted.status, shifted.predicted_ml, shifted.reference_ml) == ("scored", 1.28, 1.28)  # 160 voxels of 8 mm3
+    liver, spleen = evaluation.summaries()
+    assert liver.dsc is not None
+    assert liver.dsc.mean == pytest.approx(2.3 / 3)
+    assert liver.dsc.sd == pytest.approx(statistics.stdev([1.0, 0.8, 0.5]))
+    assert liver.dsc.median == pytest.approx(0.8)
+    assert spleen.nsd is not None
+    assert (spleen.nsd.mean, spleen.nsd.sd) == (1, 0)
+    assert evaluation.mean_dsc() == pytest.approx((2.3 / 3 + 1) / 2)
+
+
+def test_tolerance_of_the_surface_distance_is_in_mm(predictions: Path, references: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3)))
+    write(predictions, "a", labels(id1=(8, 18, 3)))
+    strict = row(evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND), "a", "liver")
+    loose = row(
+        evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND, nsd_tolerance_mm=3.0), "a", "liver"
+    )
+    assert strict.nsd is not None
+    assert strict.nsd < 1
+    assert loose.nsd == 1
+
+
+def test_organ_without_annotation_is_absent_and_not_averaged(predictions: Path, references: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+    write(references, "b", labels(id1=(5, 15, 12)))
+    for case in "ab":
+        write(predictions, case, labels(id1=(5, 15, 3), id2=(5, 15, 12)))
+    evaluation = evaluate(predictions, references, ORGANS, prediction_ids=FOUND)
+    assert row(evaluation, "b", "liver") == EvaluationRow("b", "liver", "absent", None, None, None, 1.28, None)
+    liver, spleen = evaluation.summaries()
+    assert (liver.scored, liver.absent) == (1, 1)
+    assert (spleen.scored, spleen.absent) == (2, 0)
+    assert liver.dsc is not None
+    assert (liver.dsc.n, liver.dsc.mean, liver.dsc.sd) == (1, 1.0, None)
+
+
+def test_missed_organ_counts_as_zero_and_has_no_distance(predictions: Path, references: Path) -> None:
+    for case in "ab":
+        write(references, case, labels(id6=(5, 15, 3)))
+    write(predictions, "a", labels(id1=(5, 15, 3)))
+    write(predictions, "b", labels())
+    evaluation = evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND)
+    assert row(evaluation, "b", "liver") == EvaluationRow("b", "liver", "missed", 0.0, None, 0.0, 0.0, 1.28)
+    (liver,) = evaluation.summaries()
+    assert (liver.scored, liver.missed) == (1, 1)
+    assert liver.dsc is not None
+    assert liver.hd95_mm is not None
+    assert (liver.dsc.mean, liver.hd95_mm.n, liver.hd95_mm.mean) == (0.5, 1, 0)
+
+
+def test_label_values_come_from_the_json_beside_the_prediction(predictions: Path, references: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+    write(predictions, "a", labels(id1=(5, 15, 12), id2=(5, 15, 3)))
+    described = {
+        "organs": [{"name": "spleen", "label": 1, "volume_ml": 1.28, "flags": []}, {"name": "liver", "label": 2}]
+    }
+    (predictions / "a.json").write_text(json.dumps(described))
+    assert [r.dsc for r in evaluate(predictions, references, ORGANS).rows] == [1, 1]
+    given = evaluate(predictions, references, ORGANS, prediction_ids={"liver": 1, "spleen": 2})
+    assert [r.dsc for r in given.rows] == [0, 0]
+
+
+@pytest.mark.parametrize("text", ['{"organs": [{"name": "spleen", "label": 1}]}', "{}", "no json", '{"organs": 3}'])
+def test_json_that_does_not_name_the_organ_fails_that_case_only(predictions: Path, references: Path, text: str) -> None:
+    for case in "ab":
+        write(references, case, labels(id6=(5, 15, 3)))
+        write(predictions, case, labels(id1=(5, 15, 3)))
+    (predictions / "b.json").write_text(text)
+    evaluation = evaluate(predictions, references, {"liver": 6})
+    assert [r.case for r in evaluation.rows] == ["a"]
+    (failure,) = evaluation.failures
+    assert failure.case == "b"
+    assert "b.json" in failure.message
+
+
+def test_cases_without_partner_and_of_another_lattice_are_listed_and_the_others_scored(
+    predictions: Path, references: Path
+) -> None:
+    array = labels(id6=(5, 15, 3))
+    for case in ("good", "other_shape", "other_place", "only_reference", "damaged"):
+        write(references, case, array)
+    write(predictions, "good", labels(id1=(5, 15, 3)))
+    write(predictions, "other_shape", array[1:])
+    write(predictions, "other_place", array, AFFINE + np.array([[0, 0, 0, 0.5]] + 3 * [[0, 0, 0, 0]]))
+    write(predictions, "only_prediction", array)
+    (predictions / "damaged.nii.gz").write_bytes(b"\x1f\x8b not really")
+    evaluation = evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND)
+    assert [r.case for r in evaluation.rows] == ["good"]
+    messages = {failure.case: failure.message for failure in evaluation.failures}
+    assert set(messages) == {"other_shape", "other_place", "only_prediction", "damaged"}
+    assert evaluation.without_prediction == ("only_reference",)
+    assert "lattice" in messages["other_shape"]
+    assert "lattice" in messages["other_place"]
+    assert "no reference" in messages["only_prediction"]
+    assert all(failure.remedy for failure in evaluation.failures)
+
+
+def test_single_file_pairs_by_name_with_a_folder_and_with_any_other_file(predictions: Path, references: Path) -> None:
+    for case in "ab":
+        write(references, case, labels(id6=(5, 15, 3)))
+    one = write(predictions, "a", labels(id1=(5, 15, 3)))
+    evaluation = evaluate(one, references, {"liver": 6}, prediction_ids=FOUND)
+    assert ([r.case for r in evaluation.rows], evaluation.failures) == (["a"], ())
+    other = evaluate(one, references / "b.nii.gz", {"liver": 6}, prediction_ids=FOUND)
+    assert [r.dsc for r in other.rows] == [1]
+
+
+def test_nothing_to_compare_is_an_error(predictions: Path, references: Path) -> None:
+    write(predictions, "a", labels(id1=(5, 15, 3)))
+    with pytest.raises(UnreadableFileError):
+        evaluate(predictions, references, ORGANS)
+    write(references, "b", labels(id6=(5, 15, 3)))
+    with pytest.raises(InputError, match="has the name of a reference"):
+        evaluate(predictions, references, ORGANS)
+    write(references, "a", labels(id6=(5, 15, 3)))
+    with pytest.raises(LabelError, match="stomach=9"):
+        evaluate(predictions, references, {"stomach": 9})
+    with pytest.raises(UsageError):
+        evaluate(predictions, references, {})
+    with pytest.raises(UsageError, match="spleen"):
+        evaluate(predictions, references, ORGANS, prediction_ids={"liver": 1})
+    write_label_map(predictions / "a.nii", LabelMap(labels(), AFFINE))
+    with pytest.raises(InputError, match="same case"):
+        evaluate(predictions, references, ORGANS)
+
+
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1.0])
+def test_impossible_surface_tolerance_is_refused(predictions: Path, references: Path, tolerance: float) -> None:
+    with pytest.raises(UsageError, match="tolerance"):
+        evaluate(predictions, references, {"liver": 1}, nsd_tolerance_mm=tolerance)
+
+
+def test_csv_json_and_table_hold_every_row(predictions: Path, references: Path, tmp_path: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3)))
+    write(references, "b", labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+    write(references, "c", labels(id6=(5, 15, 3)))
+    write(predictions, "a", labels(id1=(7, 17, 3)))
+    write(predictions, "b", labels(id1=(5, 15, 3)))
+    evaluation = evaluate(predictions, references, ORGANS, prediction_ids=FOUND)
+    evaluation.to_csv(tmp_path / "scores.csv")
+    evaluation.to_json(tmp_path / "scores.json")
+
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["case"], line["organ"], line["status"]) for line in lines] == [
+        ("a", "liver", "scored"),
+        ("a", "spleen", "absent"),
+        ("b", "liver", "scored"),
+        ("b", "spleen", "missed"),
+    ]
+    assert float(lines[0]["dsc"]) == pytest.approx(0.8)
+    assert lines[1]["dsc"] == lines[3]["hd95_mm"] == ""
+
+    document = json.loads((tmp_path / "scores.json").read_text())
+    assert document == evaluation.as_dict() | {"cases": document["cases"]}
+    assert [EvaluationRow(**case) for case in document["cases"]] == list(evaluation.rows)
+    assert document["without_prediction"] == ["c"]
+    assert document["failures"] == []
+    assert document["organs"][0]["dsc"]["mean"] == pytest.approx(0.9)
+
+    console = Console(file=io.StringIO(), width=120)
+    console.print(evaluation.table())
+    assert isinstance(console.file, io.StringIO)
+    text = " ".join(console.file.getvalue().split())
+    for part in ("0.800", "absent", "0.900 ± 0.141", "mean of 2", "NSD 2 mm", "1 absent", "1 missed", "left out: 1"):
+        assert part in text, part
+
+
+def test_progress_is_told_of_the_cases(predictions: Path, references: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3)))
+    write(predictions, "a", labels(id1=(5, 15, 3)))
+    stream = io.StringIO()
+    evaluate(predictions, references, {"liver": 6}, progress=PlainProgress(stream))
+    assert "evaluate: done" in stream.getvalue()
+
+
+@pytest.mark.real_ct
+def test_partial_clinical_contours_against_themselves(real_ct: Path) -> None:
+    organs = {"brainstem": 1, "right_parotid": 3, "larynx": 6, "mandible": 7}
+    file = real_ct / "headneck/label/hn_002.nii.gz"
+    evaluation = evaluate(file, file, organs, prediction_ids=organs)
+    found = {r.organ: (r.status, r.dsc, r.hd95_mm, r.nsd) for r in evaluation.rows}
+    perfect = ("scored", 1.0, 0.0, 1.0)
+    assert found == dict.fromkeys(organs, perfect) | {"larynx": ("absent", None, None, None)}

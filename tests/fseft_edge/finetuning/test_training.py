@@ -1,0 +1,449 @@
+"""Fine-tuning of the encoder: what learns, and how."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from doubles.encoder import CHANNELS, SPACING
+from doubles.models import small_contents
+from doubles.repository import ROOT
+from doubles.tuning_site import FOR_A_UNET, LIVER, SHORT, TuningSite, parameters_in, tuning_site
+from torch import nn
+
+from fseft_edge.adapters.network import UNKNOWN_ORGAN_BIAS, Reads
+from fseft_edge.finetuning.finetune import check_tunable
+from fseft_edge.finetuning.folding import CentreSum, LowRankSum, add_sum, fold_sums
+from fseft_edge.finetuning.merging import folded_encoder
+from fseft_edge.finetuning.settings import TUNING_METHODS, TuningMethod, TuningSettings
+from fseft_edge.finetuning.training import TunedNetwork, _optimizer, crop_edge
+from fseft_edge.finetuning.unfreezing import open_encoder
+from fseft_edge.pretraining.cohort import prepare_case, random_crop
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.networks import build_network
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
+from fseft_edge.runtime.scans.nifti import read_ct
+from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.scans.volume import LabelMap
+from fseft_edge.runtime.system.progress import SilentProgress
+
+
+def unet(seed: int = 0) -> ResidualUNet:
+    torch.manual_seed(seed)
+    return ResidualUNet(CHANNELS).eval()
+
+
+def swin() -> FeatureNetwork:
+    torch.manual_seed(0)
+    return build_network("swin_unetr", feature_size=12).eval()
+
+
+def learning(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[None]:
+    """Return a list that grows with every call of a function."""
+    calls: list[None] = []
+    module, _, function = name.rpartition(".")
+    original = getattr(importlib.import_module(module), function)
+
+    def counted(*arguments: object, **named: object) -> object:
+        calls.append(None)
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(name, counted)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> TuningSite:
+    return tuning_site(tmp_path_factory.mktemp("site"))
+
+
+# What learns
+
+
+@pytest.mark.parametrize("method", FOR_A_UNET)
+def test_what_is_opened_computes_what_it_did(method: TuningMethod) -> None:
+    network, windows = unet(), torch.rand(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        before = network(windows)
+        open_encoder(network, TuningSettings(method))
+        after = network.eval()(windows)
+    for one, other in zip(before, after, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_only_what_a_method_names_learns() -> None:
+    opened = {}
+    for method in FOR_A_UNET:
+        network = unet()
+        open_encoder(network, TuningSettings(method))
+        opened[method] = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert all(name.startswith(("up.", "merge.")) for name in opened["decoder"])
+    assert opened["full"] == {name for name, _ in unet().named_parameters()}
+    assert all(name.startswith("down.") and "norm" in name for name in opened["affine"])
+    assert all(name.startswith("down.") and name.endswith("bias") for name in opened["bitfit"])
+    assert all(".parametrizations.weight.0." in name for name in opened["lora"] | opened["conv-adapter"])
+    assert all(name.startswith("med_adapter.") for name in opened["med-adapter"])
+
+
+def test_a_decoder_that_is_tuned_or_new_learns_beside_the_method() -> None:
+    frozen, tuned, new = unet(), unet(), unet()
+    open_encoder(frozen, TuningSettings("affine"))
+    open_encoder(tuned, TuningSettings("affine", "tuned"))
+    added = open_encoder(new, TuningSettings("affine", "new"))
+    decoder = sum(p.numel() for part in (tuned.up, tuned.merge) for p in part.parameters())
+    assert learning(tuned) == learning(frozen) + decoder == learning(new)
+    assert {name.split(".")[0] for name in added} == {"up", "merge"}
+    assert torch.equal(tuned.merge[0].first.convolution.weight, unet().merge[0].first.convolution.weight)
+    assert not torch.equal(new.merge[0].first.convolution.weight, unet().merge[0].first.convolution.weight)
+
+
+def test_a_new_decoder_of_a_swin_unetr_renews_the_bridges_too() -> None:
+    network = swin()
+    open_encoder(network, TuningSettings("lora", "new"))
+    parts = {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert parts == {"swinViT", "encoder1", "encoder2", "encoder3", "encoder4", "encoder10"} | {
+        f"decoder{level}" for level in range(1, 6)
+    }
+
+
+WIDTHS = (48, 96, 192, 384)  # of SwinUNETR-48's stages, two blocks each
+NORMS = sum(2 * 4 * width + 2 * 8 * width for width in WIDTHS)  # norm1, norm2 of each block, and one of 8C (merging)
+
+
+def med_adapter_count(width: int, before: int | None) -> int:
+    """Of one stage: two projections, depthwise 3x3 + 3 and 5x5 + 5, 4^3 gains, a mixing map; the path from before."""
+    h = width // 6
+    count = (width * h + h) + (h * width + width) + (9 + 1 + 3 + 1 + 25 + 1 + 5 + 1) * h + 4**3 * h + h * h + h
+    return count if before is None else count + 27 * (before // 6) * h + h + 2 * h * h + h
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        # of the authors' released code: A [12, C] and B [3C, 12] for each of two blocks of widths 48 to 384
+        ("lora", 69_120),
+        # two projections with biases in each block: 2 * 16 C + 16 + C
+        ("adaptformer", 2 * sum(2 * 16 * width + 16 + width for width in WIDTHS)),
+        ("affine", NORMS),
+        # of each block two norms, queries, keys and values, a projection and a perceptron; of merging; of the patches
+        ("bitfit", sum(2 * (1 + 1 + 3 + 1 + 4 + 1) * width + 8 * width for width in WIDTHS) + 48),
+        ("compacter", 8_992 + NORMS),
+        ("med-adapter", sum(med_adapter_count(*pair) for pair in zip(WIDTHS, (None, *WIDTHS), strict=False))),
+        # 1 -> 48 and 48 -> 48 at full resolution, two each of 48, 96, 192 and 768 channels
+        ("conv-adapter", 48 + 48**2 + 2 * (48**2 + 96**2 + 192**2 + 768**2)),
+    ],
+)
+def test_so_many_parameters_learn_on_a_swin_unetr(method: TuningMethod, count: int) -> None:
+    network = build_network("swin_unetr", feature_size=48)
+    open_encoder(network, TuningSettings(method))
+    assert learning(network) == count
+
+
+def test_convolutions_beside_others_are_as_many_as_the_released_code_has_on_the_genesis_unet() -> None:
+    network = build_network("genesis_unet")
+    open_encoder(network, TuningSettings("conv-adapter"))
+    assert learning(network) == 260_128
+
+
+@pytest.mark.parametrize("method", ["adaptformer", "compacter"])
+def test_a_method_for_transformers_is_refused_for_a_unet(method: TuningMethod) -> None:
+    with pytest.raises(UsageError, match="no place"):
+        open_encoder(unet(), TuningSettings(method))
+
+
+def test_nothing_to_learn_is_refused() -> None:
+    with pytest.raises(UsageError, match="nothing of this encoder would learn"):
+        open_encoder(unet(), TuningSettings("decoder", "frozen"))
+
+
+def test_a_method_that_finds_nothing_beside_a_new_decoder_is_refused() -> None:
+    """The only 3x3x3 convolutions of a SwinUNETR outside its decoder are those that are renewed with it."""
+    with pytest.raises(UsageError, match="conv-adapter and --decoder new nothing"):
+        open_encoder(swin(), TuningSettings("conv-adapter", "new"))
+
+
+def peak_rates(network: FeatureNetwork, settings: TuningSettings) -> dict[float, int]:
+    """How many parameters of a network and its classifier learn at which peak rate."""
+    groups = _optimizer(TunedNetwork(network, 1, settings), settings).param_groups
+    return {group["peak"]: sum(parameter.numel() for parameter in group["params"]) for group in groups}
+
+
+def test_pretrained_matrices_without_batch_statistics_learn_slowly() -> None:
+    head = sum(level.channels for level in swin().levels) + 1
+    for method, decoder, slow in (("full", None, True), ("affine", "tuned", True), ("affine", "frozen", False)):
+        settings = TuningSettings(method, decoder)
+        rates = peak_rates(swin(), settings)
+        assert rates.keys() == ({2e-3, 1e-4} if slow else {2e-3})
+        assert (rates[2e-3] == head) == slow
+    assert peak_rates(unet(), TuningSettings("full")).keys() == {2e-3}
+
+
+def test_the_crop_is_144_mm_and_within_the_window() -> None:
+    assert crop_edge(unet(), Preprocessing(spacing=(1.5, 1.5, 1.5)), (96, 96, 96)) == 96
+    assert crop_edge(unet(), Preprocessing(spacing=(3.0, 3.0, 3.0)), (96, 96, 96)) == 64
+    assert crop_edge(unet(), Preprocessing(spacing=(1.0, 1.0, 1.0)), (96, 96, 96)) == 96
+
+
+def test_a_crop_is_one_that_the_network_takes() -> None:
+    assert crop_edge(swin(), Preprocessing(spacing=(5.0, 5.0, 5.0)), (96, 96, 96)) == 64
+    deep = ResidualUNet([2] * 7)
+    assert crop_edge(deep, Preprocessing(spacing=(1.5, 1.5, 1.5)), (128, 128, 128)) == 128
+
+
+# Sums that fold
+
+
+def test_a_low_rank_sum_is_the_product_that_it_says() -> None:
+    layer = nn.Linear(6, 4)
+    before = layer.weight.detach().clone()
+    added = LowRankSum(layer.weight, 2)
+    with torch.no_grad():
+        added.up.normal_()
+    add_sum(layer, added)
+    expected = before + added.up @ added.down
+    assert torch.allclose(layer.weight, expected)
+    fold_sums(layer)
+    assert isinstance(layer.weight, nn.Parameter)
+    assert torch.allclose(layer.weight, expected)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_beside_another_folds_into_its_centre(stride: int) -> None:
+    convolution, beside = nn.Conv3d(3, 5, 3, stride, 1, bias=False), nn.Conv3d(3, 5, 1, stride, bias=False)
+    x = torch.rand(2, 3, 8, 8, 8)
+    expected = convolution(x) + beside(x)
+    added = CentreSum(convolution.weight)
+    with torch.no_grad():
+        added.weight.copy_(beside.weight[..., 0, 0, 0])
+    add_sum(convolution, added)
+    assert torch.allclose(convolution(x), expected, atol=1e-6)
+
+
+# Training
+
+
+@pytest.mark.parametrize("method", FOR_A_UNET)
+def test_training_changes_what_learns_and_nothing_else(site: TuningSite, method: TuningMethod) -> None:
+    support = site.support()
+    settings = TuningSettings(method, **SHORT)
+    tuned = support.tuned(settings, [0, 1], SilentProgress())
+    fresh = TunedNetwork(site.bundle.network(), 2, settings)
+    before, after = fresh.state_dict(), tuned.network.state_dict()
+    learned = tuned.network.learned()
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= set(learned)
+    assert any(not torch.equal(before[name], after[name]) for name in learned if name.startswith("encoder."))
+    assert tuned.parameters == parameters_in(learned)
+
+
+def test_the_same_seed_gives_the_same_network_and_checkpointing_changes_nothing(
+    site: TuningSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    support = site.support()
+    settings = TuningSettings("full", **SHORT)
+    computed_again = count_calls(monkeypatch, "fseft_edge.runtime.encoder.networks.base.recomputed")
+    first, again, saving, other = (
+        support.tuned(each, [0, 1], SilentProgress()).network.learned()
+        for each in (settings, settings, replace(settings, checkpointing=True), replace(settings, seed=1))
+    )
+    assert computed_again
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.allclose(first[name], saving[name], atol=1e-6) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_step_in_portions_sees_the_same_crops(site: TuningSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one crop a portion, losses are means of single crops' instead of the loss of both; both begin alike."""
+    support = site.support()
+    settings = TuningSettings("affine", steps=1, crops=2, crop=32, bfloat16=False, rate=0.0)
+    seen: list[torch.Tensor] = []
+    forward = TunedNetwork.forward
+
+    def noted(network: TunedNetwork, windows: torch.Tensor) -> torch.Tensor:
+        seen.append(windows)
+        return forward(network, windows)
+
+    monkeypatch.setattr(TunedNetwork, "forward", noted)
+    whole = support.tuned(settings, [0, 1], SilentProgress()).losses
+    portions = support.tuned(replace(settings, accumulate=2), [0, 1], SilentProgress()).losses
+    assert [len(windows) for windows in seen] == [2, 1, 1]
+    assert torch.equal(seen[0], torch.cat(seen[1:]))
+    assert portions == pytest.approx(whole, rel=0.2)
+
+
+def test_two_like_portions_give_the_gradient_of_one(site: TuningSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same crop twice: its Dice is that of both, so that portions must add up to the very gradient of the whole."""
+    crop = random_crop(site.support().cases, 32, np.random.default_rng(3), spacing=SPACING)
+    monkeypatch.setattr("fseft_edge.finetuning.training.random_crop", lambda *_, **__: crop)
+    settings = TuningSettings("affine", steps=1, crops=2, crop=32, bfloat16=False, rate=0.0)
+    gradients = [
+        {
+            name: parameter.grad
+            for name, parameter in site.support().tuned(each, [0, 1], SilentProgress()).network.named_parameters()
+            if parameter.grad is not None
+        }
+        for each in (settings, replace(settings, accumulate=2))
+    ]
+    assert len(gradients[0]) > 4
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_statistics_are_held_but_for_those_of_a_new_decoder(site: TuningSite) -> None:
+    support = site.support()
+    for decoder, moves in (("tuned", False), ("new", True)):
+        settings = TuningSettings("affine", decoder, **SHORT)
+        tuned = support.tuned(settings, [0], SilentProgress()).network.encoder
+        name = "merge.0.first.norm.running_mean"
+        untouched = 0.0 if moves else site.bundle.network().state_dict()[name]
+        assert bool((tuned.state_dict()[name] == untouched).all()) is not moves
+        assert torch.equal(
+            tuned.state_dict()["down.0.first.norm.running_mean"],
+            site.bundle.network().state_dict()["down.0.first.norm.running_mean"],
+        )
+
+
+@pytest.mark.parametrize("reads", ["last", "pyramid"])
+def test_it_starts_as_the_zero_shot_segmenter(site: TuningSite, reads: Reads) -> None:
+    support = site.support()
+    rows = list(support.rows)
+    assert rows[0] is not None
+    rows[1] = None
+    network = TunedNetwork(site.bundle.network(), 2, TuningSettings("full", reads=reads)).eval()
+    windows = torch.rand(3, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    network.start_head(rows, windows.split(1))
+    with torch.no_grad():
+        levels = network.encoder(windows)
+        logits = network(windows)
+    weight, bias = rows[0]
+    assert torch.allclose(logits[:, 0], torch.einsum("c,ncxyz->nxyz", weight, levels[0]) + bias, atol=1e-4)
+    assert torch.equal(logits[:, 1], torch.full_like(logits[:, 1], UNKNOWN_ORGAN_BIAS))
+    for level, features in enumerate(levels if reads == "pyramid" else levels[:1]):
+        channels = features.transpose(0, 1).flatten(1)
+        assert torch.allclose(network.head.mean(level), channels.mean(1), atol=1e-5)
+        assert torch.allclose(network.head.scale(level), channels.std(1, correction=0), atol=1e-5)
+
+
+def test_a_head_starts_wherever_the_network_computes() -> None:
+    """The rows lie on the CPU; ``meta`` stands for a device of another kind."""
+    network = TunedNetwork(unet(), 2, TuningSettings("bitfit")).to("meta")
+    network.head.start_from_head([(torch.ones(CHANNELS[0]), 0.5), None])
+
+
+def test_the_classifier_reads_what_it_was_told(site: TuningSite) -> None:
+    support = site.support()
+    for reads in ("last", "pyramid"):
+        tuned = support.tuned(TuningSettings("bitfit", reads=reads, **SHORT), [0], SilentProgress())
+        learned = {name for name in tuned.network.learned() if name.startswith("head.coarse")}
+        assert bool(learned) is (reads == "pyramid")
+        assert all(tuned.network.learned()[name].any() for name in learned)
+
+
+def test_fine_tuning_lowers_the_loss(site: TuningSite) -> None:
+    support = site.support()
+    settings = TuningSettings("full", steps=40, crops=2, crop=32, bfloat16=False, rate=1e-2)
+    losses = support.tuned(settings, [0, 1], SilentProgress()).losses
+    assert len(losses) == 4
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_every_method_has_a_row_in_the_docs() -> None:
+    lines = (ROOT / "docs" / "finetune.md").read_text(encoding="utf-8").splitlines()
+    for method in TUNING_METHODS:
+        assert any(re.match(rf"\| `{method}` \|.*\|.*\| (folded|part of)", line) for line in lines), method
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_new_decoder_is_new_whatever_learns_beside_it(method: TuningMethod) -> None:
+    network, fresh = swin(), swin()
+    open_encoder(network, TuningSettings(method, "new", seed=5))
+    folded = folded_encoder(network).state_dict()
+    for name, value in fresh.state_dict().items():
+        renewed = name.startswith(("decoder", "encoder")) and name.endswith("conv.weight")
+        assert torch.equal(folded[name], value) is not renewed, name
+
+
+def test_an_encoder_that_is_a_graph_alone_is_refused(site: TuningSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EncoderBundle, "graph_only", True)
+    with pytest.raises(UsageError, match="cannot be fine-tuned"):
+        check_tunable(site.bundle, [LIVER], TuningSettings("full"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        (TuningSettings("lora"), ["encoder1", "decoder1"]),
+        (TuningSettings("decoder"), ["encoder1"]),
+        (TuningSettings("full", "frozen"), ["decoder1"]),
+        (TuningSettings("full"), []),
+        (TuningSettings("lora", "new"), []),
+    ],
+    ids=lambda value: value.name if isinstance(value, TuningSettings) else "",
+)
+def test_what_was_never_trained_may_not_stay_so(tmp_path: Path, settings: TuningSettings, left: list[str]) -> None:
+    network = swin()
+    parts = (*network.bridge_parts, *network.decoder_parts)
+    contents = small_contents(
+        network=network, architecture="swin_unetr", settings={"feature_size": 12}, untrained=parts
+    )
+    bundle = EncoderBundle.write(tmp_path / "s.encoder", contents)
+    if not left:
+        check_tunable(bundle, [LIVER], settings)
+        return
+    with pytest.raises(UsageError, match=rf"{', '.join(left[:1])}.* were never trained.*--decoder new") as caught:
+        check_tunable(bundle, [LIVER], settings)
+    named = caught.value.message.partition(" of this")[0].split(", ")
+    assert {"encoder1" in named, "decoder1" in named} == {"encoder1" in left, "decoder1" in left}
+
+
+def test_scans_that_annotate_nothing_teach_nothing(site: TuningSite) -> None:
+    support = site.support()
+    silent = replace(support.cases[1], task_mask=np.zeros(2, bool))
+    settings = TuningSettings("bitfit", **SHORT)
+    alone, beside = (
+        replace(support, cases=cases).tuned(settings, range(len(cases)), SilentProgress()).network.learned()
+        for cases in ([support.cases[0]], [support.cases[0], silent])
+    )
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
+
+
+@pytest.mark.parametrize("where", [(TunedNetwork, "forward"), (torch.optim.AdamW, "step"), (TunedNetwork, "to")])
+def test_running_out_of_memory_says_what_helps(
+    site: TuningSite, monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]
+) -> None:
+    def out_of_memory(*arguments: object, **named: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(*where, out_of_memory)
+    with pytest.raises(OutOfMemoryError) as raised:
+        site.support().tuned(TuningSettings("bitfit", **SHORT), [0], SilentProgress())
+    assert "--gradient-checkpointing" in raised.value.remedy
+
+
+def test_an_organ_too_thin_for_the_grid_is_not_taught_as_absent(site: TuningSite) -> None:
+    image = site.root / "images" / "case_1.nii.gz"
+    volume = read_ct(image)
+    sheet = np.zeros(volume.shape, np.uint8)
+    sheet[20, 5:30, 5:30] = 1
+    coarse = Preprocessing(spacing=(18.0, 18.0, 18.0))
+    case = prepare_case(volume, LabelMap(sheet, volume.affine), {"sheet": 1}, ["sheet"], coarse, partial=True)
+    assert case.task_mask.tolist() == [True]
+    assert case.organs.any()
+
+
+def test_networks_without_a_decoder_refuse_a_new_one() -> None:
+    class Bare(ResidualUNet):
+        decoder_parts = ()
+
+    with pytest.raises(UsageError, match="no decoder of its own"):
+        open_encoder(Bare(CHANNELS), TuningSettings("affine", "new"))

@@ -1,0 +1,239 @@
+"""What `doctor` says of machines, libraries and bundles, with every absence simulated."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from doubles.encoder import write_tiny_encoder
+from doubles.libraries import fake_library
+from rich.console import Console
+
+from fseft_edge.machine import doctor
+from fseft_edge.machine.doctor import Advice, Diagnosis, diagnose
+from fseft_edge.machine.doctor_page import diagnosis_tables
+from fseft_edge.runtime.encoder import session
+from fseft_edge.runtime.encoder.backend_choice import backend_choices
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.errors import EncoderBundleError
+from fseft_edge.runtime.system.libraries import Library
+from fseft_edge.runtime.system.machine import Gpu, Machine, this_machine
+
+A4000 = Gpu("NVIDIA RTX A4000", "8.6", 16 << 30, 15 << 30, "nvidia-smi")
+READY = {
+    name: Library(name, (name,), "1.0", "ready", None, offers)
+    for name, offers in {
+        "torch": ("CPU build",),
+        "onnxruntime": ("CPUExecutionProvider",),
+        "openvino": (),
+        "tensorrt": (),
+        "tensorrt_rtx": (),
+    }.items()
+}
+Simulate = Callable[..., Diagnosis]
+
+
+@pytest.fixture
+def simulate(monkeypatch: pytest.MonkeyPatch) -> Simulate:
+    """Diagnose a machine that has what the test says."""
+
+    def run(
+        *libraries: Library, gpus: tuple[Gpu, ...] = (), driver: str | None = None, cuda: str | None = "no GPU"
+    ) -> Diagnosis:
+        found = {**READY, **{library.module: library for library in libraries}}
+        machine: Machine = replace(this_machine(), gpus=gpus, driver=driver)
+        monkeypatch.setattr(doctor, "this_machine", lambda: machine)
+        monkeypatch.setattr(doctor, "library", found.__getitem__)
+        monkeypatch.setattr(doctor, "cuda_problem", lambda: cuda)
+        return diagnose()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> EncoderBundle:
+    folder = tmp_path_factory.mktemp("doctor")
+    (folder / "graph.onnx").touch()
+    return write_tiny_encoder(folder / "tiny.encoder", graph=folder / "graph.onnx")
+
+
+def shown(diagnosis: Diagnosis, width: int = 100) -> str:
+    console = Console(file=StringIO(), width=width)
+    for table in diagnosis_tables(diagnosis):
+        console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
+
+
+def run_doctor(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as its console script does, in a process of its own."""
+    return subprocess.run(  # noqa: S603 - the arguments are the tests'
+        [sys.executable, "-c", "from fseft_edge.cli.main import main; main()", "doctor", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, **environment},
+    )
+
+
+def test_nothing_is_advised_where_nothing_is_missing(simulate: Simulate) -> None:
+    assert simulate().advice == ()
+
+
+def test_a_driver_under_a_pytorch_without_cuda_is_diagnosed_as_such(simulate: Simulate) -> None:
+    diagnosis = simulate(driver="550.54.14", gpus=(A4000,), cuda="this PyTorch (2.13.0+cpu) was built without CUDA")
+    first, second = diagnosis.advice
+    assert first.problem == (
+        "The NVIDIA driver 550.54.14 is loaded, but this PyTorch (2.13.0+cpu) was built without CUDA."
+    )
+    assert first.remedy.startswith("pip uninstall torch; pip install torch")
+    assert second == Advice(
+        "The installed onnxruntime cannot use the NVIDIA GPU.",
+        "pip uninstall onnxruntime; pip install 'fseft-edge[gpu]'",
+    )
+    assert "compute capability 8.6, 15.0 GiB of 16.0 GiB free, PyTorch cannot use it" in " ".join(
+        shown(diagnosis, 160).split()
+    )
+
+
+def test_a_driver_that_is_too_old_is_to_be_updated(simulate: Simulate) -> None:
+    cuda = "PyTorch (2.13.0) cannot start CUDA: the driver is too old"
+    (advice, *_) = simulate(driver="470.1", gpus=(A4000,), cuda=cuda).advice
+    assert "too old" in advice.problem
+    assert "Update the driver" in advice.remedy
+
+
+def test_without_a_gpu_no_driver_is_missed(simulate: Simulate) -> None:
+    assert simulate(cuda="this PyTorch (2.13.0+cpu) was built without CUDA").advice == ()
+
+
+@pytest.mark.parametrize(
+    ("driver", "command"), [(None, "pip install 'fseft-edge[cpu]'"), ("550.1", "pip install 'fseft-edge[gpu]'")]
+)
+def test_a_missing_backend_comes_with_the_command_that_installs_it(
+    simulate: Simulate, driver: str | None, command: str
+) -> None:
+    missing = Library("onnxruntime", (), None, "missing", "not installed")
+    diagnosis = simulate(missing, driver=driver, cuda=None)
+    assert diagnosis.advice == (Advice("The backend onnxruntime is not installed.", command),)
+    assert command in shown(diagnosis)
+
+
+def test_a_broken_backend_says_why(simulate: Simulate) -> None:
+    broken = Library("onnxruntime", ("onnxruntime",), "1.31.1", "broken", "libonnx.so: not there")
+    (advice,) = simulate(broken).advice
+    assert advice.problem == "The backend onnxruntime cannot be imported (libonnx.so: not there)."
+
+
+def test_two_wheels_of_onnxruntime_are_a_mistake(simulate: Simulate) -> None:
+    both = Library("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "1.22", "ready", None, ("CPUExecutionProvider",))
+    (advice,) = simulate(both).advice
+    assert "overwrite one another" in advice.problem
+    assert advice.remedy == "pip uninstall onnxruntime onnxruntime-gpu; pip install 'fseft-edge[cpu]'"
+
+
+def test_a_backend_that_this_version_gets_is_advised_by_itself(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = [Library(name, (), None, "missing", "not installed") for name in ("openvino", "tensorrt_rtx")]
+    assert [advice.remedy for advice in simulate(*absent).advice] == ["pip install 'fseft-edge[openvino]'"]
+    monkeypatch.setitem(session._BACKENDS, "tensorrt_rtx", None)
+    assert [advice.remedy for advice in simulate(*absent).advice] == ["pip install 'fseft-edge[openvino]'"]
+    with_gpu = simulate(*absent, driver="550.1", cuda=None).advice
+    assert with_gpu[-1] == Advice("The backend tensorrt_rtx is not installed.", "pip install 'fseft-edge[rtx]'")
+
+
+def test_bundles_get_the_verdict_of_auto(bundle: EncoderBundle) -> None:
+    (encoder,) = diagnose([bundle.path]).encoders
+    choices = list(backend_choices(bundle, torch.device("cpu")))
+    on_cpu = [row for row in encoder.backends if row.device == "cpu"]
+    assert [(row.backend, row.precision, row.reason) for row in on_cpu] == [
+        (choice.backend, choice.precision, choice.obstacle) for choice in choices
+    ]
+    assert [row.backend for row in on_cpu if row.chosen] == ["torch"]
+    (other,) = (row for row in on_cpu if row.backend == "onnxruntime")
+    assert (other.reason, other.remedy) == (
+        "the bundle holds no parity report for it",
+        "export the encoder again where onnxruntime is installed",
+    )
+
+
+def test_a_bundle_without_a_graph_is_to_be_exported_again(tmp_path: Path) -> None:
+    plain = write_tiny_encoder(tmp_path / "plain.encoder")
+    (encoder,) = diagnose([plain.path]).encoders
+    (row,) = (row for row in encoder.backends if row.backend == "onnxruntime" and row.device == "cpu")
+    assert row.remedy == "export the encoder again with its ONNX graph"
+
+
+def test_a_bundle_for_which_a_library_is_broken_says_what_to_install(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_library(monkeypatch, tmp_path, "onnxruntime", "raise ImportError('libonnx.so: not there')")
+    (encoder,) = diagnose([bundle.path]).encoders
+    row = next(row for row in encoder.backends if row.backend == "onnxruntime")
+    assert row.reason == "broken: libonnx.so: not there"
+    assert str(row.remedy).startswith("pip install 'fseft-edge[")
+
+
+def test_a_bundle_that_may_not_be_read_is_bad_input(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> EncoderBundle:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(EncoderBundle, "open", refused)
+    with pytest.raises(EncoderBundleError, match="Permission denied") as caught:
+        diagnose([bundle.path])
+    assert caught.value.exit_code == 3
+
+
+def test_the_output_fits_100_columns(bundle: EncoderBundle) -> None:
+    text = shown(diagnose([bundle.path]))
+    assert max(map(len, text.splitlines())) <= 100
+    assert "yes, chosen by auto" in text
+
+
+def test_json_holds_everything_and_nothing_else_is_printed(bundle: EncoderBundle) -> None:
+    done = run_doctor(bundle.path, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["schema_version"] == 1
+    assert set(found) == {
+        *("schema_version", "version", "machine", "libraries", "cuda_problem", "encoders", "advice"),
+    }
+    assert found["machine"]["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
+    assert found["libraries"][0]["version"] == torch.__version__
+    assert found["encoders"][0]["encoder_id"] == bundle.encoder_id
+
+
+def test_a_broken_pytorch_does_not_break_the_doctor(bundle: EncoderBundle, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    done = run_doctor(bundle.path, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "libtorch_cpu.so: cannot open shared object file" in done.stdout
+    assert "nothing can be computed" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--colour"], 2), ([Path(__file__).parent], 3)])
+def test_wrong_use_and_unreadable_bundles_have_their_exit_codes(arguments: list[object], code: int) -> None:
+    done = run_doctor(*arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
+
+
+def test_monai_is_not_imported(bundle: EncoderBundle) -> None:
+    script = (
+        "import sys; from pathlib import Path; import fseft_edge; "
+        "fseft_edge.diagnose([Path(sys.argv[1])]); print('monai' in sys.modules)"
+    )
+    done = subprocess.run(  # noqa: S603 - a fixed script
+        [sys.executable, "-c", script, str(bundle.path)], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout == "False\n"

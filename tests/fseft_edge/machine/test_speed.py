@@ -1,0 +1,424 @@
+"""Speed and memory measured: what is counted, what is timed, who has a turn when, and what comes of a failure."""
+
+from __future__ import annotations
+
+import cProfile
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from doubles.encoder import WINDOW, write_case, write_random_adapter, write_tiny_encoder
+from rich.console import Console
+from torch import nn
+
+import fseft_edge.masks.prediction
+from fseft_edge.machine import arithmetic
+from fseft_edge.machine import speed as runs
+from fseft_edge.machine import speed_jobs as jobs
+from fseft_edge.machine import speed_stages as stages
+from fseft_edge.machine.arithmetic import flop_of, matrix_product_ceiling
+from fseft_edge.machine.speed import BATCHES, benchmark
+from fseft_edge.machine.speed_jobs import (
+    CeilingJob,
+    CeilingSample,
+    EncoderJob,
+    EncoderSample,
+    Peaks,
+    ScanJob,
+    ScanSample,
+    in_a_process,
+)
+from fseft_edge.machine.speed_results import SpeedReport, Spread
+from fseft_edge.machine.speed_stages import STAGES, encoded, segmented, stage_times
+from fseft_edge.machine.speed_tables import speed_tables
+from fseft_edge.runtime.encoder import feature_store
+from fseft_edge.runtime.encoder.backends.pytorch import TorchSession
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.remembered_speed import remembered_order, speeds_file
+from fseft_edge.runtime.errors import (
+    EncoderBundleError,
+    EnvironmentProblemError,
+    MissingBackendError,
+    OutOfMemoryError,
+    UsageError,
+)
+from fseft_edge.runtime.scans import nifti
+from fseft_edge.runtime.scans.grid import Grid
+
+CPU = torch.device("cpu")
+NO_VRAM = Peaks(ram_bytes=1 << 30, vram_bytes=None)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> EncoderBundle:
+    folder = tmp_path_factory.mktemp("benchmarking")
+    bundle = write_tiny_encoder(folder / "tiny.encoder")
+    write_random_adapter(folder / "a.adapter", bundle, ("liver", "spleen"))
+    write_case(folder, "case_1", 1)
+    return bundle
+
+
+@pytest.fixture
+def scan(bundle: EncoderBundle) -> Path:
+    return bundle.path.parent / "images" / "case_1.nii.gz"
+
+
+@pytest.fixture
+def adapter(bundle: EncoderBundle) -> Path:
+    return bundle.path.parent / "a.adapter"
+
+
+@pytest.mark.parametrize(
+    ("convolution", "multiplications"),
+    [
+        (nn.Conv3d(1, 8, 3, padding=1), 16 * 12 * 8 * 8 * 27),
+        (nn.Conv3d(1, 6, 2, stride=2), 8 * 6 * 4 * 6 * 8),
+        (nn.Sequential(nn.Conv3d(1, 4, 1), nn.ReLU(), nn.Conv3d(4, 5, 1)), 16 * 12 * 8 * (4 + 20)),
+    ],
+)
+def test_arithmetic_of_convolutions_is_that_of_the_closed_form(convolution: nn.Module, multiplications: int) -> None:
+    assert flop_of(convolution, (16, 12, 8)) == 2 * multiplications
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_ceiling_is_the_best_product_in_its_precision(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    seconds = iter([9.0, 0.5, 0.25, 0.5])
+    types = []
+
+    def fake(work: Callable[[], torch.Tensor], device: torch.device) -> float:
+        types.append(work().dtype)
+        return next(seconds)
+
+    monkeypatch.setattr(arithmetic, "_SIDE", {"cpu": 10})
+    monkeypatch.setattr(arithmetic, "timed", fake)
+    assert matrix_product_ceiling(CPU, precision) == 2 * 10**3 / 0.25
+    assert set(types) == {getattr(torch, precision)}
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    values = [5.0, 1.0, 2.0, 4.0, 8.0, 3.0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    assert Spread.of(values) == Spread(6, median, low, high)
+    assert Spread.of([2.0]) == Spread(1, 2.0, 2.0, 2.0)
+
+
+class VirtualClock:
+    """Time that passes only where the test says."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        return self.now
+
+    def slow(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, ticks: int, calls: list[str]) -> None:
+        """Let every call of a function take so many ticks."""
+        original = getattr(owner, name)
+
+        def taking_time(*arguments: object, **options: object) -> object:
+            self.now += ticks
+            calls.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, taking_time)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualClock:
+    clock = VirtualClock()
+    make = cProfile.Profile
+    monkeypatch.setattr(stages.cProfile, "Profile", lambda: make(clock, 1.0))
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: float(clock.now))
+    return clock
+
+
+def test_every_stage_gets_the_time_that_is_spent_in_it(
+    bundle: EncoderBundle, scan: Path, adapter: Path, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for owner, name, ticks in (
+        (nifti, "check_hounsfield", 3),
+        (Grid, "_interpolated", 5),
+        (TorchSession, "_encode_batch", 7),
+        (feature_store, "write_feature_map", 11),
+        (fseft_edge.masks.prediction, "_predict_block", 13),
+        (Grid, "_piece", 17),
+        (nifti, "_write", 19),
+        (fseft_edge.masks.prediction, "decide", 23),
+    ):
+        clock.slow(monkeypatch, owner, name, ticks, calls)
+    how = {"encoder": bundle.path, "backend": "torch", "precision": "float32", "device": "cpu"}
+    times = stage_times(lambda: segmented(scan, adapter=adapter, **how))
+    assert times.opening == 0
+    assert times.stages == {
+        "read": 3,
+        "grid": 5 * calls.count("_interpolated"),
+        "encode": 7 * calls.count("_encode_batch"),
+        "store": 11,
+        "adapter": 13 * calls.count("_predict_block"),
+        "back": 17 * calls.count("_piece"),
+        "write": 19,
+        "other": 23 * calls.count("decide"),
+    }
+    assert min(map(calls.count, ("_interpolated", "_encode_batch", "_predict_block", "_piece", "decide"))) > 0
+
+
+def test_a_scan_without_an_adapter_ends_with_its_features(bundle: EncoderBundle, scan: Path) -> None:
+    times = stage_times(lambda: encoded(scan, encoder=bundle.path, backend="torch", precision="float32", device="cpu"))
+    assert list(times.stages) == ["read", "grid", "encode", "blend", "store", "other"]
+    assert set(times.stages) < set(STAGES)
+    assert times.opening > 0
+
+
+def worker(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
+    """Let measuring processes run this instead."""
+    (folder / "another_worker.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setattr(jobs, "_WORKER", "another_worker")
+
+
+CEILING = CeilingJob(device="cpu", precision="float32")
+
+
+def test_an_error_of_a_measuring_process_is_the_same_here(bundle: EncoderBundle) -> None:
+    job = EncoderJob(encoder=bundle.path, backend="onnxruntime", precision="float32", device="cpu", batch=1, repeats=1)
+    with pytest.raises(EncoderBundleError, match="has no ONNX graph") as caught:
+        in_a_process(job, EncoderSample)
+    assert "--backend torch" in caught.value.remedy
+
+
+def test_a_process_that_the_system_kills_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker(monkeypatch, tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(OutOfMemoryError, match="killed"):
+        in_a_process(CEILING, CeilingSample)
+
+
+def test_a_process_that_crashes_is_a_problem_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worker(monkeypatch, tmp_path, "raise ImportError('libfoo.so: not there')")
+    with pytest.raises(EnvironmentProblemError, match=r"exit code 1: ImportError: libfoo\.so: not there"):
+        in_a_process(CEILING, CeilingSample)
+
+
+def test_what_a_process_leaves_behind_goes_with_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Features derive from patients' scans, and a killed process cannot remove its own."""
+    told = tmp_path / "where"
+    source = f"""
+import os, signal, tempfile
+from pathlib import Path
+Path({str(told)!r}).write_text(tempfile.mkdtemp())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    worker(monkeypatch, tmp_path, source)
+    with pytest.raises(OutOfMemoryError):
+        in_a_process(CEILING, CeilingSample)
+    assert not Path(told.read_text()).exists()
+
+
+def test_engines_warnings_on_stdout_do_not_disturb_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    worker(monkeypatch, tmp_path, """print('some engine: hello');print('{"flop_a_second": 2.5}')""")
+    assert in_a_process(CEILING, CeilingSample) == CeilingSample(flop_a_second=2.5)
+
+
+def test_peak_memory_is_the_measuring_processs_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = """
+import torch
+from fseft_edge.benchmarking.clock import peaks
+before = peaks(torch.device("cpu")).ram_bytes
+torch.ones(64 << 20)
+print(peaks(torch.device("cpu")).ram_bytes - before, before)
+"""
+    ballast = np.ones(1 << 27)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)  # noqa: S603 - as above
+    grown, before = map(int, done.stdout.split())
+    assert before < ballast.nbytes
+    assert grown == pytest.approx(256 << 20, rel=0.1)
+
+
+class Machinery:
+    """Measuring processes that were never started: each answers what the test says."""
+
+    def __init__(self) -> None:
+        self.jobs: list[EncoderJob | ScanJob | CeilingJob] = []
+        self.failing: dict[tuple[str, int | str], Exception] = {}
+
+    def __call__(
+        self, job: EncoderJob | ScanJob | CeilingJob, answer: type
+    ) -> EncoderSample | ScanSample | CeilingSample:
+        self.jobs.append(job)
+        if isinstance(job, CeilingJob):
+            return CeilingSample(flop_a_second=1e9 * len(self.jobs))
+        failure = self.failing.get((job.backend, job.batch if isinstance(job, EncoderJob) else job.scan.name))
+        if failure is not None:
+            raise failure
+        if isinstance(job, ScanJob):
+            return ScanSample(open_seconds=1.0, stages={"read": 1.0, "encode": 3.0}, peaks=NO_VRAM)
+        seconds = {"torch": 2.0, "onnxruntime": 1.0}[job.backend] * job.batch
+        return EncoderSample(open_seconds=0.5, first_seconds=9.0, seconds=(seconds,) * 3, peaks=NO_VRAM)
+
+    def turns(self) -> list[tuple[str, int | str]]:
+        return [
+            (job.backend, job.batch if isinstance(job, EncoderJob) else job.scan.name)
+            for job in self.jobs
+            if not isinstance(job, CeilingJob)
+        ]
+
+
+@pytest.fixture
+def machinery(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machinery]:
+    machinery = Machinery()
+    monkeypatch.setattr(runs, "in_a_process", machinery)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return machinery
+
+
+BOTH = ("torch", "onnxruntime")
+
+
+def test_competitors_have_their_turns_side_by_side_in_every_round(
+    bundle: EncoderBundle, scan: Path, machinery: Machinery
+) -> None:
+    benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=2)
+    once = [(backend, what) for what in (*BATCHES, scan.name) for backend in BOTH]
+    assert machinery.turns() == once * 2
+
+
+def test_figures_follow_from_the_samples(bundle: EncoderBundle, scan: Path, machinery: Machinery) -> None:
+    report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=2)
+    assert report.flop_a_window == flop_of(bundle.network(), WINDOW)
+    (first_ceiling, second_ceiling) = (
+        1e9 * (number + 1) for number, job in enumerate(machinery.jobs) if isinstance(job, CeilingJob)
+    )
+    assert report.ceilings == {"float32": max(first_ceiling, second_ceiling)}
+    row = next(row for row in report.encoder if (row.backend, row.batch) == ("torch", 2))
+    assert row.seconds == Spread(6, 4.0, 4.0, 4.0)
+    assert (row.first_seconds, row.open_seconds, row.windows_a_second) == (9.0, 0.5, 0.5)
+    assert row.share_of_ceiling == pytest.approx(0.5 * report.flop_a_window / second_ceiling)
+    (torch_scan, _) = report.scans
+    assert (torch_scan.scan, torch_scan.seconds, torch_scan.precision) == (
+        "case_1",
+        Spread(2, 4.0, 4.0, 4.0),
+        "float32",
+    )
+    assert report.remembered is None
+    assert not speeds_file().exists()
+
+
+def test_who_failed_has_no_further_turn_and_the_others_go_on(
+    bundle: EncoderBundle, scan: Path, machinery: Machinery
+) -> None:
+    machinery.failing[("torch", 2)] = OutOfMemoryError("No room.", remedy="Buy some.")
+    machinery.failing[("onnxruntime", scan.name)] = MissingBackendError("Gone.", remedy="Install it.")
+    report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=3)
+    assert machinery.turns().count(("torch", 2)) == 1
+    assert machinery.turns().count(("torch", 1)) == 3
+    assert [(failure.what, failure.message) for failure in report.failures] == [
+        ("torch float32, 2 windows at once", "No room."),
+        ("onnxruntime float32, case_1", "Gone."),
+    ]
+    assert [(row.backend, row.batch) for row in report.encoder] == [
+        ("torch", 1),
+        ("onnxruntime", 1),
+        ("onnxruntime", 2),
+    ]
+    assert [row.backend for row in report.scans] == ["torch"]
+
+
+def test_a_backend_that_encodes_nothing_gets_no_scan(bundle: EncoderBundle, scan: Path, machinery: Machinery) -> None:
+    for batch in BATCHES:
+        machinery.failing[("torch", batch)] = MissingBackendError("Gone.", remedy="Install it.")
+    benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1)
+    assert ("torch", scan.name) not in machinery.turns()
+    for batch in BATCHES:
+        machinery.failing[("onnxruntime", batch)] = MissingBackendError("Gone, too.", remedy="Install it.")
+    with pytest.raises(EnvironmentProblemError, match="Gone"):
+        benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1)
+
+
+def test_bad_input_ends_it(bundle: EncoderBundle, scan: Path, machinery: Machinery) -> None:
+    machinery.failing[("torch", scan.name)] = EncoderBundleError("Bad.", remedy="Mend it.")
+    with pytest.raises(EncoderBundleError):
+        benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu")
+
+
+def test_an_unknown_backend_is_wrong_use(bundle: EncoderBundle, machinery: Machinery) -> None:
+    with pytest.raises(UsageError, match="'abacus' is unknown"):
+        benchmark(bundle.path, backends=["abacus"], device="cpu")
+    assert machinery.jobs == []
+
+
+def test_without_a_choice_the_backends_are_those_of_auto(bundle: EncoderBundle, machinery: Machinery) -> None:
+    benchmark(bundle.path, device="cpu", rounds=1)
+    assert {backend for backend, _ in machinery.turns()} == {"torch"}  # the bundle has no graph
+    assert [name for _, name in machinery.turns()][-1] == "phantom.nii.gz"
+
+
+def test_the_order_is_remembered_when_asked_for(bundle: EncoderBundle, scan: Path, machinery: Machinery) -> None:
+    report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1, remember=True)
+    assert report.remembered == str(speeds_file())
+    assert remembered_order(bundle, CPU) == [("onnxruntime", "float32"), ("torch", "float32")]
+
+
+def test_tables_fit_100_columns(bundle: EncoderBundle, scan: Path, machinery: Machinery) -> None:
+    report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1)
+    text = shown(report)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "4.00 (4.00–4.00)" in text
+    assert "3.00  75%" in text
+
+
+@pytest.mark.parametrize(("load", "said"), [(0.1, False), (4.0, True)])
+def test_a_machine_that_was_busy_is_said_to_be(
+    bundle: EncoderBundle, scan: Path, machinery: Machinery, monkeypatch: pytest.MonkeyPatch, load: float, said: bool
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (load * cores, 9.0, 9.0))
+    report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1)
+    assert report.load_before == load
+    assert ("kept the processor busy" in shown(report)) == said
+
+
+def shown(report: SpeedReport) -> str:
+    console = Console(file=StringIO(), width=100)
+    for table in speed_tables(report):
+        console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
+
+
+def test_all_of_it_on_a_tiny_encoder(bundle: EncoderBundle, scan: Path, adapter: Path, tmp_path: Path) -> None:
+    """The command in a process of its own, nothing simulated."""
+    command = ["benchmark", bundle.path, "--scan", scan, "--adapter", adapter, "--backend", "torch", "--device", "cpu"]
+    command += ["--rounds", "1", "--json", tmp_path / "speed.json", "--remember"]
+    done = subprocess.run(  # noqa: S603 - the arguments are this test's
+        [sys.executable, "-c", "from fseft_edge.cli.main import main; main()", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Remembered for --backend auto: {tmp_path / 'fseft-edge/speeds.json'}" in done.stdout
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert report["schema_version"] == 1
+    assert set(report) == {"schema_version", *SpeedReport.__dataclass_fields__}
+    assert [(row["backend"], row["batch"], row["seconds"]["n"]) for row in report["encoder"]] == [
+        ("torch", 1, 3),
+        ("torch", 2, 3),
+    ]
+    (scan_row,) = report["scans"]
+    assert list(scan_row["stages"]) == ["read", "grid", "encode", "blend", "store", "adapter", "back", "write", "other"]
+    assert scan_row["seconds"]["n"] == 1
+    for row in (*report["encoder"], scan_row):
+        assert row["peak_ram_bytes"] > 100 << 20  # PyTorch alone
+        assert row["peak_vram_bytes"] is None
+    assert report["failures"] == []

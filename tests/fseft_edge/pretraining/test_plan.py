@@ -1,0 +1,179 @@
+"""What a plan may say, and the cases and crops that it asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from doubles.cohorts import PLAN, write_cohort
+from doubles.repository import ROOT
+
+from fseft_edge.phantom import ORGANS
+from fseft_edge.pretraining import PretrainingPlan, read_plan
+from fseft_edge.pretraining.cohort import TrainingCase, draw_batch, load_cohorts
+from fseft_edge.runtime.errors import InputError, UnreadableFileError
+from fseft_edge.runtime.system.progress import SilentProgress
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_cohort(root)
+    return root
+
+
+def planned(data: Path, *changes: tuple[str, str]) -> PretrainingPlan:
+    """Return the plan with some of its text replaced."""
+    text = PLAN
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = data / "changed.toml"
+    path.write_text(text)
+    return read_plan(path)
+
+
+def organ(case: TrainingCase, plan: PretrainingPlan, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return case.organs & (1 << plan.organs.index(name)) != 0
+
+
+SWIN = ('"residual_unet"\nchannels = [4, 8, 8]', '"swin_unetr"\nfeature_size = 12')
+PAIR = ('"spine", "spine_right", "spine_left"', '"right_kidney", "left_kidney"')
+KIDNEYS = (
+    'organs = { liver = 1, spine = 11 }\nhalves = { spine = ["spine_right", "spine_left"] }',
+    'organs = { liver = 1, kidneys = [3, 4] }\nhalves = { kidneys = ["right_kidney", "left_kidney"] }',
+)
+
+
+def test_an_organ_may_be_made_up_of_several_labels(data: Path) -> None:
+    plan = planned(data, ("liver = 1", "liver = [1, 2]"))
+    single = planned(data, ("spine = 11", "spine = 2"), ('"spine_right", "spine_left", ', ""), ("halves", "#"))
+    union, apart = (load_cohorts(each, data, SilentProgress())[0] for each in (plan, single))
+    liver, spleen = (organ(apart[0], single, name) for name in ("liver", "spine"))
+    assert spleen.any()
+    grown = organ(union[0], plan, "liver")
+    assert (grown >= (liver | spleen)).all()
+    assert grown.sum() < 1.01 * (liver | spleen).sum()  # a voxel that both fill by less than half each
+    assert union[1].task_mask[0]  # one of its labels is there
+
+
+def test_a_pair_under_one_label_is_learnt_as_right_and_left_alone(data: Path) -> None:
+    assert ORGANS[2:4] == ("right_kidney", "left_kidney")
+    pair = planned(data, PAIR, KIDNEYS)
+    single = planned(data, PAIR, (KIDNEYS[0], "organs = { liver = 1, right_kidney = 3, left_kidney = 4 }"))
+    split, drawn = (load_cohorts(plan, data, SilentProgress())[0][0] for plan in (pair, single))
+    assert pair.organs == ("liver", "right_kidney", "left_kidney", "spleen")
+    assert split.task_mask.tolist() == [True, True, True, False]
+    for name in ("right_kidney", "left_kidney"):
+        assert organ(drawn, single, name).any()
+        assert np.array_equal(organ(split, pair, name), organ(drawn, single, name))
+
+
+@pytest.mark.parametrize(("partial", "known"), [("true", False), ("false", True)])
+def test_one_kidney_is_not_cut_into_two(data: Path, partial: str, known: bool) -> None:
+    plan = planned(data, PAIR, KIDNEYS, ("[3, 4]", "4"), ("partial = true", f"partial = {partial}"))
+    case = load_cohorts(plan, data, SilentProgress())[0][0]
+    assert organ(case, plan, "left_kidney").any()
+    assert not organ(case, plan, "right_kidney").any()
+    assert case.task_mask[plan.organs.index("right_kidney")] == known
+
+
+def test_a_mirrored_crop_shows_pairs_on_the_other_side(data: Path) -> None:
+    change = ("steps = 6", 'steps = 6\nrandom = "crop"')
+    plain = planned(data, change)
+    mirrored = planned(data, (change[0], change[1] + '\nflips = ["x"]'))
+    cohorts = load_cohorts(plain, data, SilentProgress())
+    swapped = [0, 1, 3, 2, 4]
+    found = set()
+    for step in range(6):
+        one, two = draw_batch(plain, cohorts, step), draw_batch(mirrored, cohorts, step)
+        for crop, other, mask in zip(one.targets, two.targets, two.task_mask, strict=True):
+            flipped = torch.equal(other, crop.flip(1)[swapped])
+            assert flipped or torch.equal(other, crop)
+            found.add(flipped)
+            assert mask.tolist() in ([1, 1, 1, 1, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 1])
+    assert found == {True, False}
+
+
+def test_a_mirror_swaps_what_names_or_the_plan_call_a_pair(data: Path) -> None:
+    named = planned(data, ("steps = 6", 'steps = 6\nflips = ["x", "z"]'))
+    assert named.schedule.mirrored(named.organs) == [0, 1, 3, 2, 4]
+    declared = planned(data, ("steps = 6", 'steps = 6\nflips = ["x"]\npairs = [["liver", "spleen"]]'))
+    assert declared.schedule.mirrored(declared.organs) == [4, 1, 3, 2, 0]
+
+
+@pytest.mark.parametrize("random", ["step", "crop"])
+def test_processes_together_draw_what_one_draws(data: Path, random: str) -> None:
+    plan = planned(data, ("steps = 6", f'steps = 6\nrandom = "{random}"'), ("crops_per_step = 1", "crops_per_step = 2"))
+    cohorts = load_cohorts(plan, data, SilentProgress())
+    whole = draw_batch(plan, cohorts, 3)
+    for rank in range(3):
+        share = draw_batch(plan, cohorts, 3, slice(rank, None, 3))
+        assert torch.equal(share.image, whole.image[rank::3])
+        assert torch.equal(share.targets, whole.targets[rank::3])
+        assert torch.equal(share.task_mask, whole.task_mask[rank::3])
+
+
+def test_an_older_plan_keeps_its_identity(data: Path) -> None:
+    dump = planned(data).model_dump_json()
+    assert not any(key in dump for key in ("gradient_checkpointing", "random", "flips", "pairs"))
+    changed = planned(data, ("steps = 6", 'steps = 6\nflips = ["y"]')).model_dump_json()
+    assert '"flips":["y"]' in changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("steps = 6", "steps = 0"), "schedule.steps"),
+        (('"spleen"]\n[encoder]', '"spleen", "unseen"]\n[encoder]'), "no data set annotates"),
+        (("liver = 1", "lever = 1"), "lever"),
+        (("seed = 7", "seeds = 7"), "seed"),
+        (("liver = 1", "liver = []"), "organs.liver"),
+        (("organs = { liver = 1", "structures = { liver = 1"), "dataset.0.files.organs: Field required"),
+        (("crops_per_step = 1", "crops = 1"), "crops_per_step"),
+        (('"residual_unet"', '"unet"'), "'residual_unet', 'swin_unetr'"),
+        (('"residual_unet"', '"swin_unetr"'), "encoder.swin_unetr.channels"),
+        (SWIN, "multiples of 32, and at least 64"),
+        (("steps = 6", 'steps = 6\nflips = ["q"]'), "schedule.flips.0"),
+        (("steps = 6", 'steps = 6\nflips = ["x"]\npairs = [["liver", "lung"]]'), r"'pairs' has .*lung"),
+        (("deep_supervision = [0.5]", "deep_supervision = [0.5, 0.2]"), "coarser levels"),
+        (("spacing = [6.0, 6.0, 6.0]", 'spacing = [6.0, 6.0, 6.0]\naxcodes = "LPS"'), "patient's right"),
+    ],
+)
+def test_a_wrong_plan_is_refused_by_the_name_of_its_key(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.replace(*change))
+    with pytest.raises(InputError, match=message):
+        read_plan(path)
+
+
+def test_an_unreadable_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text("= nothing")
+    with pytest.raises(UnreadableFileError, match="no readable TOML"):
+        read_plan(tmp_path / "plan.toml")
+
+
+def test_a_mirror_needs_both_sides_of_an_organ(data: Path) -> None:
+    alone = ('"spine", "spine_right", "spine_left"', '"right_kidney"')
+    files = (KIDNEYS[0], "organs = { liver = 1, right_kidney = 3 }")
+    planned(data, alone, files)
+    with pytest.raises(InputError, match=r"lacks .*left_kidney"):
+        planned(data, alone, files, ("steps = 6", 'steps = 6\nflips = ["x"]'))
+
+
+def test_organ_names_of_phantom_plans_are_the_generators(data: Path) -> None:
+    assert set(planned(data).dataset[1].annotated()) <= set(ORGANS)
+
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["edge_base", "edge_base_continued", "swin_unetr"])
+def test_plans_of_encoders_leave_the_novel_organs_out(name: str) -> None:
+    plan = read_plan(BENCHMARKS / f"{name}.toml")
+    shown = {label for dataset in plan.dataset if dataset.kind == "files" for label in dataset.organs.values()}
+    assert not shown & {3, 4}  # the parotid glands of the head-and-neck annotations
+    assert not any("parotid" in organ for organ in plan.organs)

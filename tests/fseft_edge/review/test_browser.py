@@ -1,0 +1,257 @@
+"""The review's page in a real browser: Chromium without a window, WebGL computed by the processor."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from doubles.encoder import label_of, scan
+from doubles.reviewed import PATIENT, Batch, add_failure, run_batch
+from doubles.reviewer import served
+from numpy.typing import NDArray
+from PIL import Image
+
+from fseft_edge.outbox.records import CaseState, Decision
+from fseft_edge.outbox.store import Outcome
+from fseft_edge.review.server import open_review
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no page to test in")
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = os.environ.get("FSEFT_EDGE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+MILLISECONDS = 60_000
+SOFTWARE_WEBGL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+ORANGE, BLUE = np.array([255, 150, 0]), np.array([60, 185, 255])
+
+
+@dataclass
+class Tab:
+    """A page, and everything that it asked for or complained about."""
+
+    page: Any
+    requested: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def wait(self, selector: str) -> None:
+        self.page.wait_for_selector(selector, timeout=MILLISECONDS)
+
+    def shown(self, key: str) -> None:
+        """Wait until a case's mask can be decided on."""
+        self.wait(f'#cases button[aria-current="true"]:has-text("{key}")')
+        self.wait("#accept:not([disabled])")
+
+    def text(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+    def canvas(self) -> NDArray[np.int64]:
+        """Colours of the canvas as seen, ``[height, width, 3]``."""
+        picture = Image.open(io.BytesIO(self.page.locator("#canvas").screenshot()))
+        return np.asarray(picture.convert("RGB")).astype(np.int64)
+
+    def slices(self) -> list[int]:
+        """Numbers of the axial, coronal and sagittal slice."""
+        words = self.text("#position").replace(",", "").split()
+        return [int(words[words.index(plane) - 1]) for plane in ("axial", "coronal", "sagittal")]
+
+    def moved(self, action: Any) -> list[int]:
+        """Return by how many slices an action moved the cross, once it did."""
+        before, text = self.slices(), self.text("#position")
+        action()
+        self.wait(f'#position:not(:text-is("{text}"))')
+        return [now - then for now, then in zip(self.slices(), before, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium: install it, or name one by FSEFT_EDGE_CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        # Its own sandbox does not work for root, as which tests run in containers; it shows our own page alone.
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*SOFTWARE_WEBGL, *sandbox])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Tab]:
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    tab = Tab(page)
+    page.on("request", lambda request: tab.requested.append(request.url))
+    page.on("pageerror", lambda error: tab.complaints.append(str(error)))
+    page.on("console", lambda said: tab.complaints.append(said.text) if said.type in ("error", "warning") else None)
+    yield tab
+    context.close()
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    return run_batch(tmp_path)
+
+
+def test_a_night_is_gone_through(batch: Batch, tab: Tab) -> None:
+    """Open with the token, look, scroll, accept, reject with a note; nothing leaves this machine."""
+    plain, flagged = batch.keys
+    failed = add_failure(batch)
+    with served(batch.outbox) as reviewer:
+        tab.page.goto(reviewer.server.address)
+        tab.wait("#message:not([hidden])")
+        assert "token" not in tab.page.url
+        assert tab.text("#progress") == "0 of 2 decided"
+        assert "is not a NIfTI file" in tab.text("#message")
+        assert tab.text("#title") == failed
+        assert not tab.page.is_visible("#accept")
+
+        tab.page.keyboard.press("n")
+        tab.shown(flagged)
+        first = tab.canvas()
+        assert first.std() > 20  # a scan, not an empty canvas
+        assert "small" in tab.text("#organs")
+
+        assert tab.moved(lambda: tab.page.keyboard.press("ArrowUp")) == [1, 0, 0]
+        assert tab.moved(lambda: tab.page.keyboard.press("ArrowLeft")) == [0, 0, 1]
+        assert (tab.canvas() != first).any()
+        tab.page.mouse.move(500, 300)  # in the axial plane
+        before = tab.canvas()
+        steps = tab.moved(lambda: tab.page.mouse.wheel(0, 100))
+        assert [abs(step) for step in steps] == [1, 0, 0]
+        assert (tab.canvas() != before).any()
+
+        tab.page.keyboard.press("a")
+        tab.wait("#decided:has-text('accepted')")
+        assert tab.text("#progress") == "1 of 2 decided"
+        tab.page.keyboard.press("p")
+        tab.wait("#message:not([hidden])")
+        left = tab.canvas()[200:-20, 20:-20]  # below the message, without what frames the canvas
+        assert (left == left[0, 0]).all()  # nothing of the scan before
+        tab.page.keyboard.press("n")
+        tab.shown(flagged)
+        tab.page.keyboard.press("n")
+        tab.shown(plain)
+        note = "<b>an</b> <img src=x onerror=alert(1)> apron"
+        tab.page.fill("#note", note)  # its n, p, a and r are letters here
+        assert tab.text("#title") == plain
+        tab.page.keyboard.press("Escape")
+        tab.page.keyboard.press("r")
+        tab.wait("#decided:has-text('rejected')")
+        assert tab.text("#progress") == "2 of 2 decided"
+        assert tab.page.input_value("#note") == note
+        assert PATIENT not in tab.page.content()
+        hosts = {urlsplit(url).netloc for url in tab.requested if not url.startswith("data:")}
+        assert hosts == {reviewer.host}
+    with batch.store() as store:
+        assert store.case(flagged).review.decision == Decision.ACCEPTED
+        assert (store.case(plain).review.decision, store.case(plain).review.note) == (Decision.REJECTED, note)
+    assert tab.complaints == []
+
+
+@pytest.mark.parametrize("axes", ["RAS", "PLI"])
+def test_the_patients_right_is_on_the_left_and_every_organ_has_its_colour(tmp_path: Path, tab: Tab, axes: str) -> None:
+    """The phantom's liver (label 2, blue) is on the patient's right, the spleen (label 1, orange) on the left."""
+    patient = scan(1)
+    towards_right = patient.labels.affine[0, :3]
+    liver, spleen = (
+        np.argwhere(patient.labels.array == label_of(organ)).mean(0) @ towards_right for organ in ("liver", "spleen")
+    )
+    assert liver > spleen
+    batch = run_batch(tmp_path, (1,), axes=axes)
+    with served(batch.outbox) as reviewer:
+        tab.page.goto(reviewer.server.address)
+        tab.shown(batch.keys[0])
+        tab.page.select_option("#planes", "coronal")
+        tab.page.keyboard.press("0")
+        tab.page.wait_for_timeout(500)
+        seen = tab.canvas()
+    blue, orange = (np.argwhere(np.abs(seen - colour).sum(2) < 40) for colour in (BLUE, ORANGE))
+    assert min(len(blue), len(orange)) > 20
+    assert blue[:, 1].mean() < orange[:, 1].mean()
+
+
+def test_without_webgl_the_picture_is_shown_and_said_why(batch: Batch, tab: Tab) -> None:
+    tab.page.add_init_script(
+        "const get = HTMLCanvasElement.prototype.getContext;"
+        "HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {"
+        " return kind === 'webgl2' ? null : get.call(this, kind, ...rest); };"
+    )
+    with served(batch.outbox) as reviewer:
+        tab.page.goto(reviewer.server.address)
+        tab.shown(batch.keys[1])
+        assert "no WebGL2" in tab.text("#message")
+        assert tab.page.is_visible("#picture")
+        assert tab.page.evaluate("document.getElementById('picture').naturalWidth") == 60
+        batch.mask(batch.keys[0], ".png").unlink()
+        tab.page.keyboard.press("n")
+        tab.wait(f'#message:has-text("{batch.keys[0]} cannot be shown")')
+        assert tab.page.is_disabled("#accept")
+        assert not tab.page.is_visible("#picture")
+
+
+def test_what_cannot_be_shown_cannot_be_accepted(batch: Batch, tab: Tab) -> None:
+    batch.source(batch.keys[1]).unlink()
+    with served(batch.outbox) as reviewer:
+        tab.page.goto(reviewer.server.address)
+        tab.wait('#message:has-text("cannot be shown")')
+        assert tab.page.is_disabled("#accept")
+        tab.page.keyboard.press("a")
+        tab.page.keyboard.press("n")
+        tab.shown(batch.keys[0])
+    with batch.store() as store:
+        assert store.case(batch.keys[1]).review is None
+
+
+def test_a_wrong_token_shows_nothing(batch: Batch, tab: Tab) -> None:
+    with served(batch.outbox) as reviewer:
+        answer = tab.page.goto(reviewer.server.address + "x")
+        assert answer.status == 403
+        assert tab.page.goto(f"http://{reviewer.host}/").status == 403
+        assert "case-" not in tab.page.content()
+
+
+def test_a_page_elsewhere_can_neither_look_nor_decide(batch: Batch, tab: Tab) -> None:
+    """Another server on this machine, to which the browser would send the cookie, for it counts as the same site."""
+    with served(batch.outbox) as reviewer, open_review(batch.outbox) as other:
+        tab.page.goto(reviewer.server.address)
+        tab.shown(batch.keys[1])
+        tab.page.route(f"http://127.0.0.1:{other.access.port}/*", lambda route: route.fulfill(body="<p>elsewhere</p>"))
+        tab.page.goto(f"http://127.0.0.1:{other.access.port}/")
+        outcome = tab.page.evaluate(
+            """async ([host, key]) => {
+              const tried = [];
+              const decision = JSON.stringify({decision: "accepted", note: ""});
+              for (const mode of ["cors", "no-cors"]) {
+                try {
+                  const answer = await fetch(`http://${host}/cases`, {credentials: "include", mode});
+                  tried.push(await answer.text());
+                } catch (error) { tried.push(error.name); }
+              }
+              try { await fetch(`http://${host}/cases/${key}/decision`,
+                {method: "POST", mode: "no-cors", credentials: "include", body: decision}); }
+              catch (error) { tried.push(error.name); }
+              return tried;
+            }""",
+            [reviewer.host, batch.keys[0]],
+        )
+    assert not any("case-" in text for text in outcome)
+    with batch.store() as store:
+        assert store.case(batch.keys[0]).review is None
+
+
+def test_a_decision_that_was_not_stored_is_said_so(batch: Batch, tab: Tab) -> None:
+    with served(batch.outbox) as reviewer:
+        tab.page.goto(reviewer.server.address)
+        tab.shown(batch.keys[1])
+        with batch.store() as store:
+            store.end(batch.keys[1], Outcome(CaseState.FAILED))
+        tab.page.keyboard.press("a")
+        tab.wait('#message:has-text("was not stored")')
+        assert tab.text("#progress") == "0 of 2 decided"

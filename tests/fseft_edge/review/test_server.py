@@ -1,0 +1,245 @@
+"""What the review's server answers, over HTTP as a browser talks to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from doubles.dicom import Series, some_hu
+from doubles.encoder import label_of, scan
+from doubles.reviewed import PATIENT, Batch, add_failure, run_batch
+from doubles.reviewer import SECONDS, Reviewer, served
+
+from fseft_edge.outbox.content_key import content_key
+from fseft_edge.outbox.records import CaseState, Decision
+from fseft_edge.outbox.result_files import open_result
+from fseft_edge.outbox.store import Outcome
+from fseft_edge.review.cases import LONGEST_NOTE
+from fseft_edge.review.server import open_review
+from fseft_edge.runtime.errors import BatchStateError, UnreadableFileError, UsageError
+from fseft_edge.runtime.scans.nifti import read_ct, stream_hu, write_ct
+from fseft_edge.runtime.scans.volume import Volume
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Batch:
+    return run_batch(tmp_path)
+
+
+@pytest.fixture
+def reviewer(batch: Batch) -> Iterator[Reviewer]:
+    with served(batch.outbox) as someone:
+        yield someone
+
+
+def test_failures_come_first_then_flags_then_the_rest(batch: Batch) -> None:
+    failed = add_failure(batch)
+    waiting = "case-ffffffffffff"
+    with batch.store() as store:
+        store.add(batch.root / "inbox" / "later.nii.gz", "", waiting)
+    plain, flagged = batch.keys[:2]
+    with served(batch.outbox) as reviewer:
+        listed = reviewer.ask("/cases").json
+    assert [case["key"] for case in listed["cases"]] == [failed, flagged, plain, waiting]
+    assert [case["state"] for case in listed["cases"]] == ["failed", "done", "done", "waiting"]
+    assert (listed["decided"], listed["masks"]) == (0, 2)
+    organ = listed["cases"][1]["organs"][0]
+    assert (organ["name"], organ["label"], organ["flags"]) == ("spleen", 1, ["small"])
+    assert organ["volume_ml"] == pytest.approx(volume_ml(2, "spleen"))
+
+
+def volume_ml(seed: int, organ: str) -> float:
+    patient = scan(seed)
+    return float((patient.labels.array == label_of(organ)).sum() * 6.0**3 / 1000)
+
+
+def test_names_of_patients_are_shown_on_request_only(batch: Batch) -> None:
+    failed = add_failure(batch)
+    batch.source(batch.keys[0]).unlink()
+    asked = ["/cases", f"/cases/{batch.keys[0]}/scan.nii", f"/cases/{failed}/scan.nii", f"/cases/{failed}/mask.nii.gz"]
+    with served(batch.outbox) as reviewer:
+        assert not any(PATIENT.encode() in reviewer.ask(path).body for path in asked)
+    with served(batch.outbox, show_ids=True) as reviewer:
+        assert reviewer.ask("/cases").json["cases"][0]["name"] == f"{PATIENT}_failed.nii.gz"
+
+
+def test_the_scan_is_the_source_in_hu_on_its_own_lattice(batch: Batch, reviewer: Reviewer, tmp_path: Path) -> None:
+    answer = reviewer.ask(f"/cases/{batch.keys[0]}/scan.nii")
+    (tmp_path / "scan.nii").write_bytes(answer.body)
+    served_scan, source = nib.load(tmp_path / "scan.nii"), nib.load(batch.source(batch.keys[0]))
+    assert served_scan.get_data_dtype() == np.int16
+    np.testing.assert_array_equal(np.asarray(served_scan.dataobj), np.rint(source.get_fdata()))
+    np.testing.assert_allclose(served_scan.affine, source.affine, atol=1e-5)
+
+
+def test_a_dicom_series_is_shown_as_well(batch: Batch, reviewer: Reviewer, tmp_path: Path) -> None:
+    series = Series(some_hu())
+    source = series.write(batch.root / "inbox" / PATIENT)
+    key = content_key(source)
+    with batch.store() as store:
+        store.add(source, "", key)
+        store.start(key)
+        store.end(key, Outcome(CaseState.DONE))
+    (tmp_path / "scan.nii").write_bytes(reviewer.ask(f"/cases/{key}/scan.nii").body)
+    shown = nib.load(tmp_path / "scan.nii")
+    assert sorted(np.asarray(shown.dataobj).ravel()) == sorted(series.hu.ravel())
+    for index in np.ndindex(shown.shape):
+        distances = np.linalg.norm(series.world() - nib.affines.apply_affine(shown.affine, index), axis=-1)
+        nearest = np.unravel_index(distances.argmin(), distances.shape)
+        assert distances[nearest] < 1e-3
+        assert series.hu[nearest] == shown.dataobj[index]
+
+
+@pytest.mark.parametrize(
+    ("stored", "slope", "intercept", "hu"),
+    [
+        (np.array([0, 1024, 5095], np.uint16), 1.0, -1024.0, [-1024, 0, 4071]),
+        (np.array([-1000, 0, 3000], ">i2"), 1.0, 0.0, [-1000, 0, 3000]),
+        (np.array([-1000.4, 0.6, 99999.0], np.float32), 1.0, 0.0, [-1000, 1, 32767]),
+        (np.array([0, 100, 200], np.uint8), 10.0, -1000.0, [-1000, 0, 1000]),
+        (np.array([-2000, 0, 40000], np.int32), 1.0, 0.0, [-2000, 0, 32767]),
+        (np.array([0, 100, 65535], np.uint16), 1.0, 0.0, [0, 100, 32767]),
+    ],
+)
+def test_hu_are_streamed_whatever_a_scan_is_stored_as(
+    tmp_path: Path, stored: np.ndarray, slope: float, intercept: float, hu: list[int]
+) -> None:
+    array = np.zeros((3, 4, 5), stored.dtype)
+    array[:, 1, 2] = stored
+    affine = np.array([[0, -2.0, 0, 7], [1.5, 0, 0, -3], [0, 0, 3.0, 11], [0, 0, 0, 1]])
+    length, pieces = stream_hu(Volume(array, affine, slope, intercept))
+    (tmp_path / "scan.nii").write_bytes(b"".join(pieces))
+    assert (tmp_path / "scan.nii").stat().st_size == length
+    written = nib.load(tmp_path / "scan.nii")
+    np.testing.assert_array_equal(np.asarray(written.dataobj)[:, 1, 2], hu)
+    np.testing.assert_array_equal(written.affine, affine)
+
+
+def test_the_mask_and_the_picture_are_the_files_of_the_batch(batch: Batch, reviewer: Reviewer) -> None:
+    key = batch.keys[0]
+    assert reviewer.ask(f"/cases/{key}/mask.nii.gz").body == batch.mask(key).read_bytes()
+    picture = reviewer.ask(f"/cases/{key}/picture.png")
+    assert picture.headers["Content-Type"] == "image/png"
+    assert picture.body == batch.mask(key, ".png").read_bytes()
+
+
+def test_a_scan_that_has_changed_is_not_shown_with_an_old_mask(batch: Batch, reviewer: Reviewer) -> None:
+    source = batch.source(batch.keys[0])
+    volume = read_ct(source)
+    write_ct(source, Volume(np.asarray(volume.array) + 1, volume.affine))
+    answer = reviewer.ask(f"/cases/{batch.keys[0]}/scan.nii")
+    assert answer.status == 409
+    assert "has changed" in answer.json["error"]
+
+
+def as_link_to_folder(batch: Batch, key: str, elsewhere: Path) -> None:
+    (batch.outbox / key).rename(elsewhere / key)
+    (batch.outbox / key).symlink_to(elsewhere / key)
+
+
+def as_link_to_file(batch: Batch, key: str, elsewhere: Path) -> None:
+    batch.mask(key).rename(elsewhere / "mask.nii.gz")
+    batch.mask(key).symlink_to(elsewhere / "mask.nii.gz")
+
+
+def as_folder(batch: Batch, key: str, elsewhere: Path) -> None:
+    batch.mask(key).unlink()
+    batch.mask(key).mkdir()
+
+
+def as_pipe(batch: Batch, key: str, elsewhere: Path) -> None:
+    batch.mask(key).unlink()
+    os.mkfifo(batch.mask(key))
+
+
+def as_nothing(batch: Batch, key: str, elsewhere: Path) -> None:
+    batch.mask(key).unlink()
+
+
+@pytest.mark.parametrize("disguise", [as_link_to_folder, as_link_to_file, as_folder, as_pipe, as_nothing])
+def test_a_result_that_is_no_file_of_the_outbox_is_refused(
+    batch: Batch, reviewer: Reviewer, tmp_path_factory: pytest.TempPathFactory, disguise: Callable[..., None]
+) -> None:
+    disguise(batch, batch.keys[0], tmp_path_factory.mktemp("elsewhere"))
+    answer = reviewer.ask(f"/cases/{batch.keys[0]}/mask.nii.gz")
+    assert answer.status == 409
+    assert "cannot be read" in answer.json["error"]
+    assert reviewer.ask(f"/cases/{batch.keys[1]}/mask.nii.gz").status == 200
+
+
+@pytest.mark.parametrize("key", ["../outside", "..", ".", "outside/..", "", "outside/outside", "a" * 65])
+def test_a_key_in_the_state_that_is_a_path_opens_nothing(batch: Batch, key: str) -> None:
+    (batch.root / "outside").mkdir()
+    (batch.root / "outside" / "outside.nii.gz").write_bytes(b"secret")
+    with pytest.raises(UnreadableFileError, match="the key is no file name"):
+        open_result(batch.outbox, key, ".nii.gz")
+
+
+def test_a_decision_is_stored_with_its_note_as_it_was_written(batch: Batch, reviewer: Reviewer) -> None:
+    note = '<script>alert("1")</script> \u2264 3 mm\n"; DROP TABLE cases; --'
+    answer = reviewer.decide(batch.keys[1], json.dumps({"decision": "rejected", "note": note}))
+    assert answer.status == 200
+    assert answer.json["review"]["note"] == note
+    with batch.store() as store:
+        review = store.case(batch.keys[1]).review
+        assert (review.decision, review.note) == (Decision.REJECTED, note)
+    listed = reviewer.ask("/cases").json
+    assert listed["decided"] == 1
+    assert (
+        reviewer.decide(batch.keys[1], '{"decision": "accepted", "note": ""}').json["review"]["decision"] == "accepted"
+    )
+    assert str(reviewer.server.progress()) == "1 of 2 decided"
+
+
+def test_a_note_has_a_longest_length(batch: Batch, reviewer: Reviewer) -> None:
+    longest = json.dumps({"decision": "accepted", "note": "€" * LONGEST_NOTE})
+    assert reviewer.decide(batch.keys[0], longest.replace("€", "\\u20ac")).status == 200
+    too_long = reviewer.decide(batch.keys[0], json.dumps({"decision": "accepted", "note": "x" * (LONGEST_NOTE + 1)}))
+    assert too_long.status == 400
+    assert str(LONGEST_NOTE) in too_long.json["error"]
+
+
+def test_what_has_no_mask_cannot_be_decided(batch: Batch) -> None:
+    failed = add_failure(batch)
+    with served(batch.outbox) as reviewer:
+        assert reviewer.decide(failed, '{"decision": "accepted", "note": ""}').status == 400
+        assert reviewer.decide("case-000000000000", '{"decision": "accepted", "note": ""}').status == 404
+
+
+def test_several_ask_at_once(batch: Batch, reviewer: Reviewer) -> None:
+    statuses: list[int] = []
+
+    def decide_and_look(number: int) -> None:
+        key = batch.keys[number % 2]
+        statuses.append(reviewer.decide(key, json.dumps({"decision": "accepted", "note": str(number)})).status)
+        statuses.append(reviewer.ask(f"/cases/{key}/scan.nii").status)
+
+    threads = [threading.Thread(target=decide_and_look, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+    assert statuses == [200] * 16
+
+
+def test_without_a_batch_nothing_starts(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no folder"), open_review(tmp_path / "nowhere"):
+        pass
+    with pytest.raises(UsageError, match="no batch"), open_review(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "text").write_text("no state" * 1000)
+    with pytest.raises(BatchStateError), open_review(tmp_path, state=tmp_path / "text"):
+        pass
+
+
+def test_the_state_may_lie_elsewhere(batch: Batch, tmp_path: Path) -> None:
+    (batch.outbox / ".fseft-edge").rename(tmp_path / "state")
+    with served(batch.outbox, state=tmp_path / "state" / "state.sqlite") as reviewer:
+        assert reviewer.ask("/cases").json["masks"] == 2

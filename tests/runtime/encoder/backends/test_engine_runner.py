@@ -1,0 +1,161 @@
+"""How an engine is driven: a stand-in for the library computes on the CPU, at the addresses that it is given.
+
+It shows that the calls fit together. That the real libraries do as they are told, tests/gpu asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fseft_edge.runtime.encoder.backends.tensorrt import EngineRunner
+from fseft_edge.runtime.encoder.engine_files import EngineDescription, EngineFile, EngineTensor
+from fseft_edge.runtime.errors import EngineError
+
+SHAPES = {"level_1": (3, 2), "windows": (1, 4), "level_0": (2, 4)}
+"""In the order that the engine lists them in, which is not the graph's. Shapes are without the batch."""
+
+
+class Context:
+    """Fills level l with the sum of the windows plus l."""
+
+    def __init__(self, fails: bool) -> None:
+        self.addresses: dict[str, int] = {}
+        self.batch = 0
+        self.fails = fails
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.batch = shape[0]
+        return name == "windows" and shape[1:] == SHAPES[name]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return (self.batch, *SHAPES[name])
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.addresses[name] = address
+
+    def values(self, name: str) -> ctypes.Array[ctypes.c_float]:
+        size = self.batch * SHAPES[name][0] * SHAPES[name][1]
+        return (ctypes.c_float * size).from_address(self.addresses[name])
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == 7
+        total = sum(self.values("windows"))
+        for level in (0, 1):
+            values = self.values(f"level_{level}")
+            values[:] = [total + level] * len(values)
+        return not self.fails
+
+
+class Library:
+    """What the runner uses of TensorRT-RTX."""
+
+    def __init__(self, *, fails: bool = False, names: tuple[str, ...] = tuple(SHAPES), kernels: bytes = b"new") -> None:
+        self.cache = SimpleNamespace(
+            loaded=None, serialize=lambda: kernels, deserialize=lambda blob: blob.startswith(b"good")
+        )
+        self.ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0})
+        self.IRuntimeCache = object
+        config = SimpleNamespace(create_runtime_cache=lambda: self.cache, set_runtime_cache=lambda cache: True)
+        engine = SimpleNamespace(
+            num_io_tensors=len(names),
+            get_tensor_name=lambda index: names[index],
+            create_runtime_config=lambda: config,
+            create_execution_context=lambda config: Context(fails),
+        )
+        self.Runtime = lambda logger: SimpleNamespace(
+            deserialize_cuda_engine=lambda content: engine if content == b"engine" else None
+        )
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineFile:
+    """An engine, on a machine whose CPU is taken for a GPU."""
+    stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None)
+    gpu = SimpleNamespace(
+        device=lambda device: contextlib.nullcontext(),
+        synchronize=lambda device: None,
+        Stream=lambda device: stream,
+        current_stream=lambda device: stream,
+    )
+    monkeypatch.setattr("fseft_edge.runtime.encoder.backends.tensorrt.torch.cuda", gpu)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
+    path = tmp_path / "x.engine"
+    path.write_bytes(b"engine")
+    order = ("windows", "level_0", "level_1")
+    description = EngineDescription(
+        library="tensorrt_rtx",
+        version="1",
+        target="sm_86",
+        precision="mixed",
+        graph_sha256="0",
+        max_batch=2,
+        tensors=tuple(EngineTensor(name=name, number_format="float32", shape=(-1, *SHAPES[name])) for name in order),
+        engine_sha256=hashlib.sha256(b"engine").hexdigest(),
+    )
+    return EngineFile(path, description)
+
+
+def runner(library: Library, engine: EngineFile) -> EngineRunner:
+    return EngineRunner(library, engine, torch.device("cpu"))  # type: ignore[arg-type]  # it stands for a module
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_levels_come_finest_first_from_windows_of_any_memory_order(engine: EngineFile, count: int) -> None:
+    run = runner(Library(), engine)
+    windows = torch.arange(4.0 * count).reshape(4, 1, count).permute(2, 1, 0)
+    for _ in range(2):
+        pyramid = run(windows)
+        assert [tuple(level.shape) for level in pyramid] == [(count, 2, 4), (count, 3, 2)]
+        assert all(bool((level == windows.sum() + index).all()) for index, level in enumerate(pyramid))
+
+
+def test_an_engine_that_fails_is_an_error_with_a_remedy(engine: EngineFile) -> None:
+    with pytest.raises(EngineError, match=r"x\.engine cannot be used on this GPU: it gave no reason"):
+        runner(Library(fails=True), engine)(torch.zeros(1, 1, 4))
+
+
+def test_an_engine_with_other_outputs_is_refused(engine: EngineFile) -> None:
+    with pytest.raises(EngineError, match="inputs and outputs windows, logits"):
+        runner(Library(names=("windows", "logits")), engine)
+
+
+def test_an_engine_that_the_library_cannot_read_is_refused(engine: EngineFile) -> None:
+    engine.path.write_bytes(b"cut")
+    with pytest.raises(EngineError, match="cannot be used on this GPU"):
+        runner(Library(), engine)
+
+
+@pytest.mark.parametrize("before", [None, b"good", b"of another GPU"])
+def test_compiled_kernels_are_kept_beside_the_engine(engine: EngineFile, before: bytes | None) -> None:
+    if before is not None:
+        engine.runtime_cache.write_bytes(before)
+    run = runner(Library(kernels=b"good, and more"), engine)
+    run(torch.zeros(1, 1, 4))
+    run.close()
+    assert engine.runtime_cache.read_bytes() == b"good, and more"
+
+
+def test_kernels_that_did_not_change_are_not_written_again(engine: EngineFile) -> None:
+    engine.runtime_cache.write_bytes(b"good")
+    before = engine.runtime_cache.stat().st_mtime_ns
+    runner(Library(kernels=b"good"), engine).close()
+    assert engine.runtime_cache.stat().st_mtime_ns == before
+
+
+def test_a_bundle_that_cannot_be_written_to_is_no_trouble(engine: EngineFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = runner(Library(), engine)
+
+    def read_only(path: Path, content: bytes) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    run.close()
+    assert not engine.runtime_cache.exists()

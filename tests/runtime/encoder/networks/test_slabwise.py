@@ -1,0 +1,67 @@
+"""The compact encoder computed slab by slab equals the network as it was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.encoder.networks.slabwise import SlabwiseResidualUNet
+
+
+def trained_looking(channels: tuple[int, ...]) -> ResidualUNet:
+    """Return a network whose normalisations are no identities and whose biases are not nil."""
+    torch.manual_seed(7)
+    network = ResidualUNet(channels).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            for values in (module.running_mean, module.weight, module.bias):
+                assert values is not None
+                nn.init.normal_(values, std=0.5)
+            assert module.running_var is not None
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+        elif isinstance(module, nn.ConvTranspose3d) and module.bias is not None:
+            nn.init.normal_(module.bias)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("channels", "window"),
+    [
+        ((4, 8), (16, 12, 8)),
+        ((4, 8), (2, 6, 4)),
+        ((4, 6, 8), (12, 16, 20)),
+        ((4, 8, 8, 8), (24, 16, 32)),
+        ((3, 5, 7, 8, 9), (48, 16, 32)),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+@torch.no_grad()
+def test_equals_the_whole_network(channels: tuple[int, ...], window: tuple[int, int, int], count: int) -> None:
+    network = trained_looking(channels)
+    windows = torch.rand(count, 1, *window).to(memory_format=torch.channels_last_3d)
+    slabwise = SlabwiseResidualUNet(network.folded()).eval()
+    assert slabwise.levels == network.levels
+    for expected, features in zip(network(windows), slabwise(windows), strict=True):
+        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_windows_do_not_see_one_another() -> None:
+    slabwise = SlabwiseResidualUNet(trained_looking((4, 8, 8)).folded()).eval()
+    windows = torch.rand(3, 1, 16, 16, 16)
+    together = slabwise(windows)
+    for number in range(3):
+        for alone, level in zip(slabwise(windows[number : number + 1]), together, strict=True):
+            torch.testing.assert_close(level[number : number + 1], alone)
+
+
+@torch.no_grad()
+def test_returned_features_are_not_overwritten_by_the_next_window() -> None:
+    slabwise = SlabwiseResidualUNet(trained_looking((4, 8, 8)).folded()).eval()
+    first = slabwise(torch.rand(1, 1, 16, 16, 16))
+    copies = [level.clone() for level in first]
+    slabwise(torch.rand(1, 1, 16, 16, 16))
+    for level, copy in zip(first, copies, strict=True):
+        assert torch.equal(level, copy)

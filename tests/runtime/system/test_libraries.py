@@ -1,0 +1,115 @@
+"""Libraries that are there, missing or broken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from doubles.libraries import fake_library
+
+from fseft_edge.runtime.system import libraries
+from fseft_edge.runtime.system.libraries import cuda_problem, import_problem, installed_versions, library
+
+OPENVINO = """
+class Core:
+    def get_property(self, device, name):
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return {capabilities}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _own_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "openvino_core", libraries.openvino_core.__wrapped__)
+
+
+def test_a_library_that_works_has_its_version_and_what_it_offers() -> None:
+    found = library("onnxruntime")
+    assert (found.state, found.problem, import_problem("onnxruntime")) == ("ready", None, None)
+    assert found.version == onnxruntime.__version__
+    assert found.offers == tuple(onnxruntime.get_available_providers())
+    assert len(found.wheels) == 1
+
+
+def test_pytorch_says_for_what_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert library("torch").offers == ("CPU build",)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert library("torch").offers == ("CUDA 12.8 build",)
+
+
+def test_a_missing_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    found = library("tensorrt")
+    assert (found.state, found.problem, found.offers) == ("missing", "not installed", ())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open shared object file\\nmore')", "libcudart.so.12: cannot open"),
+        ("raise OSError('bad ELF')", "bad ELF"),
+        ("import a_dependency_that_is_not_there", "a_dependency_that_is_not_there"),
+        ("raise RuntimeError", "RuntimeError"),
+        ("syntax error", "syntax"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_broken_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, message: str
+) -> None:
+    fake_library(monkeypatch, tmp_path, "onnxruntime", source)
+    problem = import_problem("onnxruntime")
+    found = library("onnxruntime")
+    assert problem is not None
+    assert problem.startswith("broken: ")
+    assert found.state == "broken"
+    assert message in str(found.problem)
+    assert "\n" not in str(found.problem)
+
+
+def test_a_library_that_fails_when_asked_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_library(monkeypatch, tmp_path, "openvino", "class Core:\n    def __init__(self): raise RuntimeError('no CPU')")
+    assert (library("openvino").state, library("openvino").problem) == ("broken", "no CPU")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "said"),
+    [(["FP32", "BF16"], "bfloat16 on this CPU"), (["FP32", "INT8"], "no bfloat16 on this CPU")],
+)
+def test_openvino_says_whether_this_cpu_has_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capabilities: list[str], said: str
+) -> None:
+    fake_library(monkeypatch, tmp_path, "openvino", OPENVINO.format(capabilities=capabilities))
+    assert library("openvino").offers == (said,)
+
+
+def test_two_wheels_of_one_module_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "_version", lambda wheel: "1.22" if wheel.startswith("onnxruntime") else None)
+    assert library("onnxruntime").wheels == ("onnxruntime", "onnxruntime-gpu")
+
+
+def test_versions_are_those_of_the_installed_distributions() -> None:
+    versions = installed_versions()
+    assert {"torch", "fseft-edge"} <= set(versions)
+    assert all(importlib.metadata.version(name) == number for name, number in versions.items())
+
+
+def test_why_pytorch_cannot_use_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda_problem() == f"this PyTorch ({torch.__version__}) was built without CUDA"
+
+    def old_driver() -> None:
+        raise RuntimeError("The NVIDIA driver is too old (found version 11040).\nPlease update.")
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
+    assert str(cuda_problem()).endswith("cannot start CUDA: The NVIDIA driver is too old (found version 11040).")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cuda_problem() == "PyTorch sees no GPU"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cuda_problem() is None

@@ -1,0 +1,136 @@
+"""What a machine says of itself, simulated: /proc, cgroups, nvidia-smi, PyTorch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fseft_edge.runtime.system import machine
+from fseft_edge.runtime.system.machine import Gpu, this_machine
+
+CPUINFO = """processor\t: 0
+model name\t: Fast Chip 9000
+flags\t\t: fpu sse2 avx2 avx512f avx512_bf16 amx_bf16
+
+processor\t: 1
+model name\t: Slow Chip
+flags\t\t: fpu avx512_vnni
+"""
+VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC version: 12\n"
+OPEN_VERSION = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs)\n"
+
+
+@pytest.fixture
+def proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty /proc, no container limit, no nvidia-smi, no GPU for PyTorch."""
+    root = tmp_path / "proc"
+    root.mkdir()
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(machine, "_PROC", root)
+    monkeypatch.setattr(machine, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return root
+
+
+def write_nvidia_smi(proc: Path, script: str) -> None:
+    program = proc.parent / "bin" / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+
+
+def test_a_machine_that_tells_nothing_is_described_all_the_same(proc: Path) -> None:
+    found = this_machine()
+    assert (found.memory, found.driver, found.gpus, found.cpu.instructions) == (None, None, (), ())
+    assert found.cpu.cores >= found.cpu.usable_cores >= 1
+
+
+def test_processor_is_the_first_of_proc_with_the_instructions_that_matter(proc: Path) -> None:
+    (proc / "cpuinfo").write_text(CPUINFO)
+    cpu = this_machine().cpu
+    assert cpu.model == "Fast Chip 9000"
+    assert cpu.instructions == ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(None, (8000, 6000)), ("max", (8000, 6000)), ("4096000", (4000, 4000))]
+)
+def test_memory_is_the_machines_or_the_containers(proc: Path, limit: str | None, expected: tuple[int, int]) -> None:
+    (proc / "meminfo").write_text("MemTotal:  8000 kB\nMemFree:  100 kB\nMemAvailable:  6000 kB\n")
+    if limit is not None:
+        (proc.parent / "memory.max").write_text(f"{limit}\n")
+    memory = this_machine().memory
+    assert memory is not None
+    assert (memory.total_bytes, memory.free_bytes) == tuple(size * 1024 for size in expected)
+
+
+def test_room_on_disks_is_what_the_system_says(proc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    working, _ = this_machine().disks
+    assert (working.purpose, working.folder) == ("working folder", str(tmp_path))
+    assert working.free_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+
+
+@pytest.mark.parametrize(("text", "version"), [(VERSION, "550.54.14"), (OPEN_VERSION, "570.86.15")])
+def test_a_loaded_driver_is_found_without_any_program(proc: Path, text: str, version: str) -> None:
+    card = proc / "driver/nvidia/gpus/0000:01:00.0/information"
+    card.parent.mkdir(parents=True)
+    card.write_text("Model: \t\t NVIDIA RTX A2000\nIRQ:   \t\t 88\n")
+    (proc / "driver/nvidia/version").write_text(text)
+    found = this_machine()
+    assert found.driver == version
+    assert found.gpus == (Gpu("NVIDIA RTX A2000", None, None, None, "driver"),)
+
+
+def test_nvidia_smi_tells_driver_and_gpus(proc: Path) -> None:
+    write_nvidia_smi(
+        proc,
+        "echo 'NVIDIA RTX A4000, 535.183.01, 8.6, 16376, 15000'\necho 'NVIDIA T400, 535.183.01, [N/A], [N/A], [N/A]'",
+    )
+    found = this_machine()
+    assert found.driver == "535.183.01"
+    assert found.gpus == (
+        Gpu("NVIDIA RTX A4000", "8.6", 16376 << 20, 15000 << 20, "nvidia-smi"),
+        Gpu("NVIDIA T400", None, None, None, "nvidia-smi"),
+    )
+
+
+@pytest.mark.parametrize("script", ["echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'", "kill $$"])
+def test_a_failing_nvidia_smi_is_as_none(proc: Path, script: str) -> None:
+    write_nvidia_smi(proc, script)
+    assert (this_machine().driver, this_machine().gpus) == (None, ())
+
+
+def test_what_pytorch_sees_goes_before_what_others_tell(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvidia_smi(proc, "echo 'NVIDIA L4, 550.54.14, 8.9, 23034, 22000'")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    properties = SimpleNamespace(name="NVIDIA L4", major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5, 7))
+    found = this_machine()
+    assert found.gpus == (Gpu("NVIDIA L4", "8.9", 7, 5, "torch"),)
+    assert found.driver == "550.54.14"
+
+
+def test_a_pytorch_that_fails_on_the_gpu_leaves_it_to_others(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_nvidia_smi(proc, "echo 'NVIDIA L4, 550.54.14, 8.9, 23034, 22000'")
+
+    def failing() -> bool:
+        raise RuntimeError("CUDA is in a bad mood")
+
+    monkeypatch.setattr(torch.cuda, "is_available", failing)
+    assert [gpu.seen_by for gpu in this_machine().gpus] == ["nvidia-smi"]
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="no /proc here")
+def test_the_real_machine_agrees_with_the_c_library() -> None:
+    found = this_machine()
+    assert found.memory is not None
+    assert found.memory.total_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < found.memory.free_bytes < found.memory.total_bytes

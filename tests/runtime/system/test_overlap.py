@@ -1,0 +1,112 @@
+"""Stages of cases side by side: order, isolation of failures, and that they really overlap."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from fseft_edge.runtime.system.overlap import overlapped
+
+PATIENCE = 30.0  # seconds that a stage waits for another that must come
+
+
+def test_outcomes_are_those_of_the_stages_in_order() -> None:
+    outcomes = overlapped(range(5), lambda item: item + 1, lambda item: item * 10, str)
+    assert [outcome.result() for outcome in outcomes] == ["10", "20", "30", "40", "50"]
+    assert list(overlapped([], int, int, int)) == []
+
+
+def test_an_item_that_is_yet_to_come_holds_up_nothing_that_is_there() -> None:
+    """The second item comes only once the first is finished."""
+    finished = threading.Event()
+
+    def coming() -> Iterator[int]:
+        yield 0
+        assert finished.wait(PATIENCE)
+        yield 1
+
+    def finish(item: int) -> int:
+        finished.set()
+        return item
+
+    assert [outcome.result() for outcome in overlapped(coming(), int, int, finish)] == [0, 1]
+
+
+@pytest.mark.parametrize("stage", ["prepare", "work", "finish"])
+def test_a_case_that_fails_in_a_stage_leaves_the_others_alone(stage: str) -> None:
+    def through(name: str, item: int) -> int:
+        if name == stage and item == 1:
+            raise ValueError(f"{name} {item}")
+        return item
+
+    outcomes = list(
+        overlapped(range(3), *(lambda item, name=name: through(name, item) for name in ("prepare", "work", "finish")))
+    )
+    assert [outcome.exception() is None for outcome in outcomes] == [True, False, True]
+    with pytest.raises(ValueError, match=f"{stage} 1"):
+        outcomes[1].result()
+
+
+def test_the_next_is_prepared_and_the_last_finished_while_one_is_worked_on() -> None:
+    """Work on the second waits for the first to be in its last stage, and for the third to be prepared."""
+    prepared, finishing, worked = (threading.Event() for _ in range(3))
+
+    def prepare(item: int) -> int:
+        if item == 2:
+            prepared.set()
+        return item
+
+    def work(item: int) -> int:
+        if item == 1:
+            assert prepared.wait(PATIENCE)
+            assert finishing.wait(PATIENCE)
+            worked.set()
+        return item
+
+    def finish(item: int) -> int:
+        if item == 0:
+            finishing.set()
+            assert worked.wait(PATIENCE)
+        return item
+
+    assert [outcome.result() for outcome in overlapped(range(3), prepare, work, finish)] == [0, 1, 2]
+
+
+def test_at_most_one_case_is_in_a_stage_and_none_runs_ahead() -> None:
+    inside = {"prepare": 0, "finish": 0}
+    most = dict(inside)
+    ahead: list[int] = []
+    done: list[int] = []
+
+    def counted(name: str, item: int) -> int:
+        inside[name] += 1
+        most[name] = max(most[name], inside[name])
+        inside[name] -= 1
+        return item
+
+    def work(item: int) -> int:
+        ahead.append(item - len(done))
+        return item
+
+    for outcome in overlapped(
+        range(20), lambda item: counted("prepare", item), work, lambda item: counted("finish", item)
+    ):
+        done.append(outcome.result())
+    assert most == {"prepare": 1, "finish": 1}
+    assert max(ahead) <= 2
+    assert done == list(range(20))
+
+
+def test_an_interrupt_while_working_ends_it() -> None:
+    finished: list[int] = []
+
+    def work(item: int) -> int:
+        if item == 1:
+            raise KeyboardInterrupt
+        return item
+
+    with pytest.raises(KeyboardInterrupt):
+        list(overlapped(range(5), int, work, finished.append))
+    assert finished == [0]

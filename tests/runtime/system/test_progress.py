@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from fseft_edge.runtime.system.progress import BarProgress, PlainProgress, SilentProgress, open_progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def run(total: int, seconds_each: float) -> list[str]:
+    clock, stream = Clock(), io.StringIO()
+    with PlainProgress(stream, clock=clock).task("encode hn_002", total=total) as task:
+        for _ in range(total):
+            clock.now += seconds_each
+            task.advance()
+    return stream.getvalue().splitlines()
+
+
+def test_short_work_is_one_plain_line() -> None:
+    assert run(total=200, seconds_each=0.02) == ["encode hn_002: done (4.0 s)"]
+
+
+def test_long_work_says_each_tenth() -> None:
+    lines = run(total=1000, seconds_each=0.1)
+    assert lines[:2] == ["encode hn_002: 10 % (10.0 s)", "encode hn_002: 20 % (20.0 s)"]
+    assert len(lines) == 10
+    assert lines[-1] == "encode hn_002: done (100.0 s)"
+
+
+def test_plain_lines_are_at_least_five_seconds_apart() -> None:
+    assert len(run(total=20, seconds_each=1.0)) == 4  # at 5, 10 and 15 s, and at the end
+
+
+def test_very_long_work_is_never_silent_for_more_than_half_a_minute() -> None:
+    lines = run(total=100, seconds_each=10.0)
+    assert lines[0] == "encode hn_002: 3 % (30.0 s)"
+    assert len(lines) == 34
+
+
+def test_work_that_breaks_off_says_that_it_stopped() -> None:
+    stream = io.StringIO()
+    with pytest.raises(ZeroDivisionError), PlainProgress(stream).task("adapt", total=10) as task:
+        task.advance(1 / 0)
+    assert stream.getvalue().startswith("adapt: stopped")
+
+
+def test_display_fits_the_stream() -> None:
+    assert isinstance(open_progress(stream=Terminal()), BarProgress)
+    assert isinstance(open_progress(stream=io.StringIO()), PlainProgress)
+    assert isinstance(open_progress(quiet=True, stream=Terminal()), SilentProgress)
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
+def test_quiet_writes_nothing(stream: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_progress(quiet=True, stream=stream) as progress, progress.task("encode", total=2) as task:
+        task.advance(2)
+    assert stream.getvalue() == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_goes_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_progress() as progress, progress.task("encode", total=1) as task:
+        task.advance()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "encode: done" in err
+
+
+def test_bar_names_the_work_and_fills_when_it_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    with open_progress(stream=stream) as progress, progress.task("adapt [left]", total=200) as task:
+        task.advance(40)
+    assert "adapt [left]" in stream.getvalue()
+    assert "100 %" in stream.getvalue()
+
+
+def test_bar_of_work_that_breaks_off_stays_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+
+    def adapt() -> None:
+        with open_progress(stream=stream) as progress, progress.task("adapt", total=200) as task:
+            task.advance(40)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        adapt()
+    assert "20 %" in stream.getvalue()
+    assert "100 %" not in stream.getvalue()
