@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--method", choices=list(ADAPTERS), default="spatial pyramid")
+    parser.add_argument("--method", choices=list(ADAPTERS), default="spatial on all levels")
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "kshot")
     arguments = parser.parse_args()
     file = arguments.output / "expectation.jsonl"

@@ -27,8 +27,8 @@ from torch import nn
 from fseft_edge.adaptation.losses import adaptation_loss
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
+from fseft_edge.pretraining.config import FilesConfig, PretrainingConfig, ScheduleConfig
 from fseft_edge.pretraining.network import PretrainingNetwork
-from fseft_edge.pretraining.plan import FilesPlan, PretrainingPlan, SchedulePlan
 from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
 from fseft_edge.runtime.encoder.networks import build_network
@@ -109,17 +109,17 @@ def fine_tune(
     return FineTuned(tuned, sum(parameter.numel() for parameter in learned), seconds)
 
 
-def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: int, output: Path) -> PretrainingPlan:
+def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: int, output: Path) -> PretrainingConfig:
     name = f"{encoder.name}-{kind.replace(' ', '_')}-{len(cases)}-{seed}"
     has_batch_norm = encoder.architecture == "residual_unet"
     (output / f"{name}.json").write_text(json.dumps({"cases": list(cases)}))
-    return PretrainingPlan(
+    return PretrainingConfig(
         name=name,
         seed=seed,
         organs=tuple(organ.name for organ in headneck.ORGANS),
         encoder={"architecture": encoder.architecture, "window": encoder.window, **encoder.settings},
         preprocessing=encoder.preprocessing,
-        schedule=SchedulePlan(
+        schedule=ScheduleConfig(
             steps=STEPS,
             crop=64 if has_batch_norm else min(encoder.window),
             learning_rate=RATES[kind] if has_batch_norm else RATE_WITHOUT_BATCH_NORM,
@@ -128,7 +128,7 @@ def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: i
             inpainting=0.0,
         ),
         dataset=(
-            FilesPlan(
+            FilesConfig(
                 kind="files",
                 name="support",
                 images="headneck/ct",

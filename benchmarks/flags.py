@@ -29,9 +29,9 @@ from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
 
 KINDS: Final = {
-    "linear": AdapterSettings(method="linear", reads="pyramid"),
-    "softmax": AdapterSettings(method="linear", reads="pyramid", activation="softmax"),
-    "spatial": AdapterSettings(method="spatial", reads="pyramid"),
+    "linear": AdapterSettings(method="linear", levels="all"),
+    "softmax": AdapterSettings(method="linear", levels="all", activation="softmax"),
+    "spatial": AdapterSettings(method="spatial", levels="all"),
 }
 BAD: Final = 0.5
 Row = dict[str, Any]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import headneck
 import numpy as np
@@ -33,7 +33,7 @@ from fseft_edge.adaptation.size_priors import SizePrior
 from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adaptation.transduction import TransductionSettings, support_of, transduce
 from fseft_edge.adapters.file import AdapterFile, read_adapter, write_adapter
-from fseft_edge.adapters.network import AdapterSettings, Reads
+from fseft_edge.adapters.network import AdapterSettings, Levels, Method
 from fseft_edge.finetuning.finetune import describe_tuning, load_tuning_support
 from fseft_edge.finetuning.merging import merge
 from fseft_edge.finetuning.settings import TUNING_METHODS, Decoder, TuningSettings
@@ -45,24 +45,22 @@ from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.nifti import read_label_map
 from fseft_edge.runtime.system.progress import SilentProgress
 
+LEVELS: tuple[Levels, ...] = ("finest", "all")
 ADAPTERS = {
-    "linear last": AdapterSettings(method="linear", reads="last"),
-    "linear pyramid": AdapterSettings(method="linear", reads="pyramid"),
-    "pointwise last": AdapterSettings(method="pointwise", reads="last"),
-    "pointwise pyramid": AdapterSettings(method="pointwise", reads="pyramid"),
-    "spatial last": AdapterSettings(method="spatial", reads="last"),
-    "spatial pyramid": AdapterSettings(method="spatial", reads="pyramid"),
+    settings.name: settings
+    for method in get_args(Method)
+    for levels in LEVELS
+    for settings in [AdapterSettings(method, levels)]
 }
 TRANSDUCED = " + transduction"
 DECODERS: tuple[Decoder, ...] = ("frozen", "tuned")
-READS: tuple[Reads, ...] = ("pyramid", "last")
 TUNINGS = {
     settings.name: settings
     for method in TUNING_METHODS
     for decoder in DECODERS
-    for reads in READS
+    for levels in LEVELS
     if (method, decoder) != ("decoder", "frozen")
-    for settings in [TuningSettings(method, decoder, reads)]
+    for settings in [TuningSettings(method, decoder, levels)]
 }
 METHODS = (
     "zero-shot",
@@ -71,7 +69,14 @@ METHODS = (
     *RATES,
     *TUNINGS,
 )
-DEFAULT = ("zero-shot", "linear last", "linear pyramid", "pointwise pyramid", "spatial last", "spatial pyramid")
+DEFAULT = (
+    "zero-shot",
+    "linear on the finest level",
+    "linear on all levels",
+    "pointwise on all levels",
+    "spatial on the finest level",
+    "spatial on all levels",
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,11 @@ def main() -> None:
     plot(others, arguments.on, arguments.output / "kshot.png")
     if len(others) < len(results):
         print()
-        print(tuning_markdown(results, arguments.on, ("spatial last", "spatial pyramid", *RATES), tuple(TUNINGS)))
+        print(
+            tuning_markdown(
+                results, arguments.on, ("spatial on the finest level", "spatial on all levels", *RATES), tuple(TUNINGS)
+            )
+        )
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def layout_of(volume: Volume, bundle: EncoderBundle) -> WindowLayout:
 
 def spatial_adapter(bundle: EncoderBundle) -> Adapter:
     """Return the encoder's own classifiers in a spatial adapter that nothing was learned with."""
-    adapter = Adapter(AdapterSettings("spatial", "pyramid"), bundle.levels, len(ORGANS))
+    adapter = Adapter(AdapterSettings("spatial", "all"), bundle.levels, len(ORGANS))
     adapter.start_from_head(head_rows(bundle, ORGANS))
     return adapter.eval()
 

@@ -125,7 +125,7 @@ def _prepared(root: Path) -> Night:
             root / "labels",
             organs,
             made[-1],
-            settings=AdapterSettings(method="linear", reads="pyramid"),
+            settings=AdapterSettings(method="linear", levels="all"),
             training=TrainingSettings(seed=0),
             validate=False,
             cache=headneck.RUNS / "features",

@@ -58,7 +58,7 @@ class ReleasedLoop:
     ) -> None:
         self._network = bundle.network().eval()
         self._window, self._support, self._images = bundle.window, support, images
-        self.adapter = Adapter(AdapterSettings("spatial", "last"), bundle.levels, len(headneck.ORGANS))
+        self.adapter = Adapter(AdapterSettings("spatial", "finest"), bundle.levels, len(headneck.ORGANS))
         self.adapter.start_from_head(head_rows(bundle, headneck.ORGANS))
         self.adapter.train()
         self._optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, weight_decay=0.0)

@@ -63,15 +63,15 @@ def main() -> None:
         network = bundle.network().eval()
         with torch.no_grad():
             network_seconds = _seconds(lambda: network(crop))
-        adapter = Adapter(AdapterSettings("spatial", "last"), bundle.levels, len(headneck.ORGANS)).train()
+        adapter = Adapter(AdapterSettings("spatial", "finest"), bundle.levels, len(headneck.ORGANS)).train()
         crop_seconds = _seconds(lambda: _crop_step(adapter, bundle.window))
         training = TrainingSettings(blocks=_BLOCKS, epochs=_BLOCKS // TrainingSettings.blocks_per_epoch)
         block_seconds = {}
-        for reads in ("last", "pyramid"):
-            settings = replace(AdapterSettings(), reads=reads)
+        for levels in ("finest", "all"):
+            settings = replace(AdapterSettings(), levels=levels)
             started = time.monotonic()
             train_adapter(settings, [scan], head_rows=[None] * len(headneck.ORGANS), training=training)
-            block_seconds[reads] = (time.monotonic() - started) / _BLOCKS
+            block_seconds[levels] = (time.monotonic() - started) / _BLOCKS
     steps = _EPOCHS * arguments.shots
     loop = steps * _CROPS * (network_seconds + crop_seconds)
     encoding = windows * window_seconds

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fseft_edge.machine.doctor import diagnose
     from fseft_edge.machine.speed import benchmark
     from fseft_edge.outbox.accepted_masks import ReviewedBatch
-    from fseft_edge.pretraining import pretrain, read_plan
+    from fseft_edge.pretraining import pretrain, read_pretraining_config
     from fseft_edge.review.server import open_review
     from fseft_edge.runtime.scans.organs import OrganLabel
     from fseft_edge.segmentation.segment import segment
@@ -62,7 +62,7 @@ _HOMES = {
     "merge": "fseft_edge.finetuning.merging",
     "open_review": "fseft_edge.review.server",
     "pretrain": "fseft_edge.pretraining",
-    "read_plan": "fseft_edge.pretraining",
+    "read_pretraining_config": "fseft_edge.pretraining",
     "run_batch": "fseft_edge.batch.coordinator",
     "run_demo": "fseft_edge.demonstration",
     "segment": "fseft_edge.segmentation.segment",
@@ -90,7 +90,7 @@ __all__ = [
     "models",
     "open_review",
     "pretrain",
-    "read_plan",
+    "read_pretraining_config",
     "run_batch",
     "run_demo",
     "segment",

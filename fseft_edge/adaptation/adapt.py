@@ -27,7 +27,7 @@ from fseft_edge.adapters.file import (
     AdapterFile,
     AdapterOrgan,
     PostProcessing,
-    adapter_settings,
+    stored_settings,
     write_adapter,
 )
 from fseft_edge.adapters.network import AdapterSettings, zero_shot
@@ -79,7 +79,7 @@ def adapt(
         reviewed: a batch whose accepted masks are learned from too, their organs matched by name.
         settings: the kind of adapter; spatial on the pyramid by default.
         training: schedule and seed.
-        choose: take the method, and what it reads, that validates best; ``settings`` gives activation and width only.
+        choose: take the method and the levels that validate best; ``settings`` gives activation and width only.
         validate: leave every scan out once, so that the file says what to expect on new scans; takes as long as the
             training once a scan. Where no organ is annotated in two scans, nothing can be validated.
         cases: names of the cases of ``images`` to use; None takes all that have an annotation.
@@ -122,7 +122,7 @@ def adapt(
             progress=progress,
         )
         rows = head_rows(bundle, organs)
-        candidate = Candidate(f"{settings.method} on {settings.reads}", settings, training)
+        candidate = Candidate(settings.name, settings, training)
         validated: Validated | None = None
         if (choose or validate) and not can_validate(support):
             _LOG.warning("no organ is annotated in two scans, so nothing can be validated: %s it is", candidate.name)
@@ -187,7 +187,7 @@ def describe(
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
-        settings=adapter_settings(trained.adapter.settings),
+        settings=stored_settings(trained.adapter.settings),
         organs=describe_organs(
             organs,
             volumes,

@@ -49,7 +49,7 @@ class SupportScan:
     variations: tuple[SupportScan, ...] = ()
 
 
-def shown(support: Sequence[SupportScan]) -> list[SupportScan]:
+def with_variations(support: Sequence[SupportScan]) -> list[SupportScan]:
     """Return the scans of a support set, and behind them all their variations."""
     return [*support, *(variation for scan in support for variation in scan.variations)]
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fseft_edge.adaptation.block_sampling import SupportScan
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings, train_adapter
 from fseft_edge.adapters.file import PostProcessing
-from fseft_edge.adapters.network import AdapterSettings, HeadRows, Method, Reads, zero_shot
+from fseft_edge.adapters.network import AdapterSettings, HeadRows, Levels, Method, zero_shot
 from fseft_edge.evaluation.metrics import dice
 from fseft_edge.masks.post_processing import ALL, post_process
 from fseft_edge.masks.prediction import segment_encoded
@@ -19,7 +19,7 @@ from fseft_edge.runtime.encoder.encoding import EncodedScan
 from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
-_READS: tuple[Reads, ...] = ("last", "pyramid")
+_LEVELS: tuple[Levels, ...] = ("finest", "all")
 
 _MOST_FOLDS = 10
 
@@ -89,13 +89,13 @@ def candidates(training: TrainingSettings, settings: AdapterSettings, rows: Head
     """
     kinds: list[Candidate] = []
     if all(row is not None for row in rows) and settings.activation == "sigmoid":
-        kinds.append(Candidate("zero-shot", AdapterSettings(method="linear", reads="last"), None))
+        kinds.append(Candidate("zero-shot", AdapterSettings(method="linear", levels="finest"), None))
     methods: tuple[Method, ...] = ("linear", "pointwise", "spatial")
     for method in methods:
-        for reads in _READS:
-            kind = replace(settings, method=method, reads=reads)
-            name = f"{method} on {reads}"
-            if (method, reads) == ("linear", "pyramid"):
+        for levels in _LEVELS:
+            kind = replace(settings, method=method, levels=levels)
+            name = kind.name
+            if (method, levels) == ("linear", "all"):
                 for ridge in _RIDGES:
                     kinds.append(Candidate(f"{name}, ridge {ridge:g}", kind, replace(training, ridge=ridge)))
             else:

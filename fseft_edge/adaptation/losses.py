@@ -13,7 +13,7 @@ Total = Callable[[Tensor], Tensor]
 """Adds a tensor up over the processes that share a batch, gradients included."""
 
 
-def alone(tensor: Tensor) -> Tensor:
+def single_process(tensor: Tensor) -> Tensor:
     """Return the total over processes where there is but one."""
     return tensor
 
@@ -45,7 +45,7 @@ def cross_entropy_per_organ(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten(2).mean(2)
 
 
-def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor, *, total: Total = alone) -> Tensor:
+def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor, *, total: Total = single_process) -> Tensor:
     """Return Dice plus cross-entropy over annotated organs only (FSEFT, eq. 1).
 
     The loss of organ ``k`` counts for sample ``n`` only where the task mask ``w_{n,k}`` is 1 and the sum is divided by
@@ -74,7 +74,7 @@ def adaptation_loss(
     activation: Literal["sigmoid", "softmax"],
     *,
     dice_weight: float = 1.0,
-    total: Total = alone,
+    total: Total = single_process,
 ) -> Tensor:
     """Return cross-entropy plus ``dice_weight`` times soft Dice over a batch of blocks, or of single voxels.
 

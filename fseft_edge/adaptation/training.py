@@ -21,7 +21,7 @@ from fseft_edge.adaptation.block_sampling import (
     aligned_core,
     draw_centre,
     organ_positions,
-    shown,
+    with_variations,
 )
 from fseft_edge.adaptation.linear_solver import Voxels, gather_voxels, solve
 from fseft_edge.adaptation.losses import adaptation_loss
@@ -139,7 +139,7 @@ def train_adapter(
     anchor = _Anchor(adapter, head_rows, training.anchor)
     optimizer = _optimizer(adapter, training)
     generator = torch.Generator().manual_seed(training.seed)
-    scans = shown(support)
+    scans = with_variations(support)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(scans) / training.batch))
     bfloat16 = has_bfloat16(training.device) if training.bfloat16 is None else training.bfloat16
     epochs = training.epochs_for(len(support), len(scans))
@@ -217,7 +217,7 @@ def support_voxels(
     """
     random = np.random.default_rng(training.seed)
     generator = torch.Generator().manual_seed(training.seed)
-    sampler = BlockSampler(adapter, shown(support), block=training.block, batch=training.batch, random=random)
+    sampler = BlockSampler(adapter, with_variations(support), block=training.block, batch=training.batch, random=random)
     parts: list[Voxels] = []
     batches = math.ceil(blocks / training.batch)
     with progress.task(task, batches) as stage, torch.no_grad():
@@ -241,7 +241,7 @@ def untrained_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = Adapter(settings, support[0].features.levels, len(head_rows))
-        _fit_normalisation(adapter, shown(support), np.random.default_rng(seed))
+        _fit_normalisation(adapter, with_variations(support), np.random.default_rng(seed))
         adapter.start_from_head(head_rows)
     return adapter
 

@@ -1,4 +1,4 @@
-"""The transductive size constraint: an adapter is tuned to one query under size priors (FSEFT, eqs. 2-3).
+"""The transductive size constraint: an adapter is refitted to one query under size priors (FSEFT, eqs. 2-3).
 
 Minimised from where training ended is ``L(support) + λ Σ_k L_TI(Ŝ_k)``, plus a ridge towards the start. ``Ŝ_k`` is the
 sum of the query's probabilities of organ k, as a volume, and
@@ -8,8 +8,8 @@ sum of the query's probabilities of organ k, as a volume, and
 with ``low`` and ``high`` = (1 ∓ γ) times the mean support size. The authors' first release divides the error by the
 greater of the two sizes, so that one λ serves organs of all sizes; that form is the default here.
 
-What is tuned are the adapter's classifiers, in which the logits are linear; its convolutions stay. So the support set
-and the query are passed over once, what the classifiers see is kept at the voxels that matter, and the problem is
+What is refitted are the adapter's classifiers, in which the logits are linear; its convolutions stay. So the support
+set and the query are passed over once, what the classifiers see is kept at the voxels that matter, and the problem is
 solved there by L-BFGS (see :mod:`fseft_edge.adaptation.linear_solver`) in seconds. The query is never in memory as a
 whole.
 """
@@ -43,13 +43,13 @@ _TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class TransductionSettings:
-    """How an adapter is tuned to a query.
+    """How an adapter is refitted to a query.
 
     Attributes:
         weight: λ.
         form: of the penalty; ``absolute`` is in ml.
         ridge: strength of the pull of the classifiers towards where they start.
-        visible: voxels in which the probability of no organ that is tuned reaches this count as they are.
+        visible: voxels in which the probability of no organ that is refitted reaches this count as they are.
         voxels: of the query that are kept at most; of more, as many are drawn at random.
         blocks: of the support set that voxels are gathered from.
         iterations: of L-BFGS, at most.
@@ -89,7 +89,7 @@ class OrganOutcome:
 
 @dataclass(frozen=True)
 class Transduced:
-    """An adapter tuned to one query.
+    """An adapter refitted to one query.
 
     Attributes:
         adapter: in evaluation mode; the one given where nothing had to be done.
@@ -103,8 +103,8 @@ class Transduced:
 
 
 @dataclass(frozen=True)
-class TransductionPlan:
-    """What :func:`fseft_edge.segmentation.segment.segment` needs to tune adapters to each scan.
+class TransductionInputs:
+    """What :func:`fseft_edge.segmentation.segment.segment` needs to refit adapters to each scan.
 
     Attributes:
         images: folder of the annotated CTs that the adapters were trained on.
@@ -153,20 +153,20 @@ class TransductionPlan:
             _require_one(self.priors_for(file), [organ.name for organ in file.description.organs])
 
 
-def tuned_adapters(
+def refitted_adapters(
     files: Sequence[AdapterFile],
     query: EncodedScan,
     supports: Sequence[Voxels],
-    plan: TransductionPlan,
+    plan: TransductionInputs,
 ) -> tuple[list[Adapter], list[OrganOutcome]]:
-    """Return every adapter tuned to a query, and what became of every organ, in the adapters' order."""
-    tuned: list[Adapter] = []
+    """Return every adapter refitted to a query, and what became of every organ, in the adapters' order."""
+    refitted: list[Adapter] = []
     outcomes: list[OrganOutcome] = []
     for file, support in zip(files, supports, strict=True):
         done = transduce(file.adapter, query, support, plan.priors_for(file), settings=plan.settings)
-        tuned.append(done.adapter)
+        refitted.append(done.adapter)
         outcomes += done.organs
-    return tuned, outcomes
+    return refitted, outcomes
 
 
 def support_of(
@@ -194,7 +194,7 @@ def transduce(
     *,
     settings: TransductionSettings | None = None,
 ) -> Transduced:
-    """Return the adapter tuned to a query; the one given is left as it is.
+    """Return the adapter refitted to a query; the one given is left as it is.
 
     Args:
         adapter: trained on the support set.
@@ -213,7 +213,7 @@ def transduce(
     pulled = torch.tensor(
         [_outside(float(size), organ) for size, organ in zip(first.sizes, organs, strict=True)], dtype=torch.bool
     )
-    tuned, after, evaluations = adapter, first.sizes, 0
+    refitted, after, evaluations = adapter, first.sizes, 0
     if bool(pulled.any()):
         # With sigmoid every organ has a classifier of its own, and those of the others are left as they are.
         free = pulled if adapter.settings.activation == "sigmoid" else torch.ones_like(pulled)
@@ -226,10 +226,10 @@ def transduce(
             most=settings.voxels,
             seed=settings.training.seed,
         )
-        tuned = _copy(adapter)
-        evaluations = _solve(tuned, seen, support, [organs[k] for k in free.nonzero()[:, 0].tolist()], settings)
+        refitted = _copy(adapter)
+        evaluations = _solve(refitted, seen, support, [organs[k] for k in free.nonzero()[:, 0].tolist()], settings)
         after = first.sizes.clone()
-        after[free] = seen.sizes(tuned, *seen.classifiers(tuned))
+        after[free] = seen.sizes(refitted, *seen.classifiers(refitted))
     outcomes = tuple(
         OrganOutcome(
             before_ml=float(first.sizes[k]),
@@ -239,7 +239,7 @@ def transduce(
         )
         for k, (prior, organ) in enumerate(zip(priors, organs, strict=True))
     )
-    return Transduced(tuned, outcomes, evaluations)
+    return Transduced(refitted, outcomes, evaluations)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 
@@ -16,12 +17,14 @@ from fseft_edge.adapters.described_tensors import (
     read_described,
     write_described,
 )
-from fseft_edge.adapters.network import Adapter, AdapterSettings
+from fseft_edge.adapters.network import Adapter, AdapterSettings, Levels
 from fseft_edge.runtime.encoder.bundle import sha256_of_file
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 
+STORED_LEVELS: Final[dict[Levels, Literal["last", "pyramid"]]] = {"finest": "last", "all": "pyramid"}
+"""The words of the file format for the levels that a classifier uses."""
 _METADATA_KEY = "fseft_edge_adapter"
 
 
@@ -94,9 +97,7 @@ class AdapterDescription(SelfDescription):
     @property
     def kind(self) -> str:
         """What kind of adapter it is, for people."""
-        return (
-            f"{self.settings['method']} on {self.settings['reads']}" if self.steps else "the encoder's own classifiers"
-        )
+        return f"{settings_of(self.settings).name}" if self.steps else "the encoder's own classifiers"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +124,27 @@ class AdapterFile:
             )
 
 
-def adapter_settings(settings: AdapterSettings) -> dict[str, str | int]:
+def stored_settings(settings: AdapterSettings) -> dict[str, str | int]:
     """Return the settings as the description holds them."""
-    return asdict(settings)
+    return {
+        "method": settings.method,
+        "reads": STORED_LEVELS[settings.levels],
+        "activation": settings.activation,
+        "width": settings.width,
+    }
+
+
+def settings_of(stored: Mapping[str, str | int]) -> AdapterSettings:
+    """Return the settings that a description holds.
+
+    Raises:
+        ValueError: a setting has a value that this version does not know.
+    """
+    fields = dict(stored)
+    if "reads" in fields:
+        known = {str(word): levels for levels, word in STORED_LEVELS.items()}
+        fields["levels"] = known.get(str(fields["reads"]), "")
+    return TypeAdapter(AdapterSettings).validate_python(fields)
 
 
 def write_adapter(path: Path, file: AdapterFile) -> None:
@@ -143,7 +162,7 @@ def read_adapter(path: Path) -> AdapterFile:
     try:
         description = AdapterDescription.model_validate_json(header)
         levels = [FeatureLevel(stride, channels) for stride, channels in description.levels]
-        settings = TypeAdapter(AdapterSettings).validate_python(description.settings)
+        settings = settings_of(description.settings)
         adapter = Adapter(settings, levels, len(description.organs))
         adapter.load_state_dict(tensors)
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:

@@ -28,7 +28,7 @@ from fseft_edge.adapters.blocks import Box, surrounded, upsample_into
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 
 Method = Literal["linear", "pointwise", "spatial"]
-Reads = Literal["last", "pyramid"]
+Levels = Literal["finest", "all"]
 Activation = Literal["sigmoid", "softmax"]
 
 HeadRows = Sequence[tuple[Tensor, float] | None]
@@ -44,15 +44,21 @@ class AdapterSettings:
 
     Attributes:
         method: ``linear``, ``pointwise`` or ``spatial``.
-        reads: ``last`` (level 0 only, as in the paper) or ``pyramid`` (every level).
+        levels: of the feature pyramid, the levels that the adapter uses: ``finest`` (level 0 only, as in the paper) or
+            ``all``.
         activation: ``sigmoid`` per organ, or ``softmax`` with background.
         width: channels that each level is projected to (``pointwise`` and ``spatial`` on the pyramid).
     """
 
     method: Method = "spatial"
-    reads: Reads = "pyramid"
+    levels: Levels = "all"
     activation: Activation = "sigmoid"
     width: int = 16
+
+    @property
+    def name(self) -> str:
+        """A name for people, for example ``spatial on all levels``."""
+        return f"{self.method} on {'all levels' if self.levels == 'all' else 'the finest level'}"
 
 
 class ResidualStep(nn.Module):
@@ -89,7 +95,7 @@ class Adapter(nn.Module):
     def __init__(self, settings: AdapterSettings, levels: Sequence[FeatureLevel], organs: int) -> None:
         super().__init__()
         self.settings = settings
-        self.levels = tuple(levels if settings.reads == "pyramid" else levels[:1])
+        self.levels = tuple(levels if settings.levels == "all" else levels[:1])
         self.backgrounds = 1 if settings.activation == "softmax" else 0
         self.classes = organs + self.backgrounds
         for index, level in enumerate(self.levels):
@@ -102,7 +108,7 @@ class Adapter(nn.Module):
         if settings.method == "linear":
             return
         kernel = 3 if settings.method == "spatial" else 1
-        if settings.reads == "last":
+        if settings.levels == "finest":
             self.steps = nn.ModuleList([ResidualStep(finest, kernel)])
         else:
             self.project = nn.ModuleList(nn.Conv3d(x.channels, settings.width, 1) for x in self.levels)
@@ -131,7 +137,7 @@ class Adapter(nn.Module):
                 known, known_bias = row[0].to(bias.device), row[1]
                 self.direct.weight[k, :, 0, 0, 0] = known * self.scale(0)
                 bias[k] = (known @ self.mean(0)).double() + known_bias
-                if self.settings.reads == "pyramid":
+                if self.settings.levels == "all":
                     for extra in self._other_classifiers():
                         extra.weight[k] = 0.0
 
@@ -147,12 +153,12 @@ class Adapter(nn.Module):
     def _other_classifiers(self) -> list[nn.Conv3d]:
         """The classifiers beside ``direct``: one a coarser level, and that of the residual path."""
         linear = [module for module in self.coarse if isinstance(module, nn.Conv3d)]
-        has_residual_path = self.settings.method != "linear" and self.settings.reads == "pyramid"
+        has_residual_path = self.settings.method != "linear" and self.settings.levels == "all"
         return [*linear, self.classifier] if has_residual_path else linear
 
     def linear_parameters(self) -> list[nn.Parameter]:
         """Return the parameters beside the residual path, which logits are linear in; they bear a higher rate."""
-        if self.settings.reads == "last":
+        if self.settings.levels == "finest":
             return []
         return [*self.direct.parameters(), *self.coarse.parameters()]
 
@@ -208,7 +214,7 @@ class Adapter(nn.Module):
         boxes = self.boxes(core)
         if self.settings.method == "linear":
             return self._linear(normalised, boxes, core)
-        if self.settings.reads == "last":
+        if self.settings.levels == "finest":
             return self._classify(normalised[0], self.direct)
         context = self._context(normalised, boxes)
         return self._classify(context, self.classifier) + self._linear(normalised, boxes, core)
@@ -235,7 +241,7 @@ class Adapter(nn.Module):
         """
         normalised = [self._normalised(x, level) for level, x in enumerate(features)]
         boxes = self.boxes(core)
-        if self.settings.method != "linear" and self.settings.reads == "last":
+        if self.settings.method != "linear" and self.settings.levels == "finest":
             alone: Tensor = self.steps[0](normalised[0])
             return alone
         wanted = [core]
@@ -256,7 +262,7 @@ class Adapter(nn.Module):
         """Return a copy for inference alone that holds the fold of :meth:`_classify` instead of computing it."""
         adapter = copy.deepcopy(self).eval()
         if self.settings.method != "linear":
-            classifier = adapter.direct if self.settings.reads == "last" else adapter.classifier
+            classifier = adapter.direct if self.settings.levels == "finest" else adapter.classifier
             adapter.fold = adapter._folded_weight(classifier).detach()
         return adapter
 
@@ -318,7 +324,7 @@ class Adapter(nn.Module):
 
 def zero_shot(levels: Sequence[FeatureLevel], rows: HeadRows) -> Adapter:
     """Return the encoder's own classifiers as an adapter (see :meth:`Adapter.start_from_head`)."""
-    adapter = Adapter(AdapterSettings(method="linear", reads="last"), levels, len(rows))
+    adapter = Adapter(AdapterSettings(method="linear", levels="finest"), levels, len(rows))
     adapter.start_from_head(rows)
     return adapter.eval()
 

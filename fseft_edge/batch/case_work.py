@@ -63,12 +63,12 @@ class CaseWork:
     Attributes:
         segmenter: with which scans are segmented.
         outbox: folder of the results; each case gets a folder of its own there.
-        recipe: what all cases of the outbox are segmented with.
+        fingerprint: what all cases of the outbox are segmented with.
     """
 
     segmenter: Segmenter
     outbox: Path
-    recipe: str
+    fingerprint: str
 
     def read(self, task: CaseTask) -> CaseUnderWay:
         """Read the scan."""
@@ -104,7 +104,7 @@ class CaseWork:
             done = self.segmenter.finish(encoded, folder)
             seconds = StageSeconds(read, encode, time.monotonic() - started)
             outcome = Outcome(CaseState.DONE, done.organs, seconds)
-            write_record(folder, outcome, self.recipe)
+            write_record(folder, outcome, self.fingerprint)
         return outcome
 
     @staticmethod
@@ -142,23 +142,23 @@ def outcome_of(error: Exception, key: str, folder: Path) -> Outcome:
     )
 
 
-def write_record(folder: Path, outcome: Outcome, recipe: str) -> None:
+def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
     """Write into a case's folder what the state of the batch holds of it."""
     assert outcome.seconds is not None  # noqa: S101 - of a case that is done
     record = {
         "schema_version": _SCHEMA_VERSION,
-        "recipe": recipe,
+        "recipe": fingerprint,
         "organs": [asdict(organ) for organ in outcome.organs],
         "seconds": asdict(outcome.seconds),
     }
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def read_record(folder: Path, recipe: str) -> Outcome | None:
-    """Return the outcome of a case that is in the outbox already, or None where none of this recipe is."""
+def read_record(folder: Path, fingerprint: str) -> Outcome | None:
+    """Return the outcome of a case that is in the outbox already, or None where none of this fingerprint is."""
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if record["schema_version"] != _SCHEMA_VERSION or record["recipe"] != recipe:
+        if record["schema_version"] != _SCHEMA_VERSION or record["recipe"] != fingerprint:
             return None
         organs = tuple(SegmentedOrgan.from_json(organ) for organ in record["organs"])
         return Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]))

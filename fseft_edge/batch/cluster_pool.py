@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fseft_edge.batch.case_work import CaseTask
 from fseft_edge.batch.cluster_worker import do_case
-from fseft_edge.batch.messages import CrewEvent, Ended, Lost
+from fseft_edge.batch.messages import Ended, Lost, PoolEvent
 from fseft_edge.batch.worker import WorkerSettings
 from fseft_edge.outbox.records import Outcome
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, MissingBackendError
@@ -21,7 +21,7 @@ _ABSENCE: Final = 120.0  # seconds for a first worker, or another one, to come
 _PAUSE: Final = 0.1  # seconds between two looks at the cases
 
 
-class ClusterCrew:
+class ClusterWorkerPool:
     """The workers of a Dask scheduler, each of which does one case at a time.
 
     Adapters, encoder, inbox and outbox have to be at the same paths on all machines.
@@ -75,7 +75,7 @@ class ClusterCrew:
         """How many cases the workers have."""
         return len(self._cases)
 
-    def room(self, *, alone: bool) -> bool:  # noqa: ARG002 - here every case is alone in its worker
+    def room(self, *, exclusive: bool) -> bool:  # noqa: ARG002 - here every case is alone in its worker
         """Whether a worker is free."""
         count = self._count()
         now = time.monotonic()
@@ -88,12 +88,12 @@ class ClusterCrew:
             )
         return len(self._cases) < count
 
-    def hand_over(self, task: CaseTask, *, alone: bool) -> None:  # noqa: ARG002 - likewise
+    def hand_over(self, task: CaseTask, *, exclusive: bool) -> None:  # noqa: ARG002 - likewise
         """Give the workers a case."""
         future = self._client.submit(do_case, self._settings, task, pure=False)
         self._cases[task.key] = (future, time.monotonic())
 
-    def events(self, timeout: float) -> list[CrewEvent]:
+    def events(self, timeout: float) -> list[PoolEvent]:
         """Return what happened, waiting at most so many seconds for the first of it.
 
         Raises:
@@ -119,7 +119,7 @@ class ClusterCrew:
         self._client.close()
         return lost
 
-    def _ended(self, key: str, future: Future[Outcome]) -> CrewEvent:
+    def _ended(self, key: str, future: Future[Outcome]) -> PoolEvent:
         from distributed import KilledWorker  # noqa: PLC0415 - an extra
 
         if future.status == "finished":
@@ -137,7 +137,7 @@ class ClusterCrew:
             remedy="Install the same version of fseft-edge on every machine; the worker's own output says more.",
         )
 
-    def _late(self, key: str) -> CrewEvent:
+    def _late(self, key: str) -> PoolEvent:
         """End the worker that works on a case for too long; its nanny starts another."""
         future, _ = self._cases.pop(key)
         busy = [worker for worker, keys in self._client.processing().items() if future.key in keys]

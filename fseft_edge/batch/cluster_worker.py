@@ -39,7 +39,7 @@ def do_case(settings: WorkerSettings, task: CaseTask) -> Outcome:
         FseftEdgeError: this worker cannot segment at all.
     """
     segmenter = _segmenter(settings)
-    work = CaseWork(segmenter, settings.outbox, settings.recipe)
+    work = CaseWork(segmenter, settings.outbox, settings.fingerprint)
     try:
         return work.finish(work.encode(work.read(task)))
     except CaseError as error:

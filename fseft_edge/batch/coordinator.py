@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fseft_edge.batch.case_work import CaseTask, outcome_of, read_record
-from fseft_edge.batch.cluster_pool import ClusterCrew
+from fseft_edge.batch.cluster_pool import ClusterWorkerPool
 from fseft_edge.batch.inbox import Arrival, Inbox, signature_of
-from fseft_edge.batch.local_pool import LocalCrew
-from fseft_edge.batch.messages import CrewEvent, Lost
+from fseft_edge.batch.local_pool import LocalWorkerPool
+from fseft_edge.batch.messages import Lost, PoolEvent
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.worker import WorkerSettings
@@ -33,7 +33,7 @@ from fseft_edge.outbox.folders import (
 from fseft_edge.outbox.records import CaseState, Outcome
 from fseft_edge.outbox.store import GONE, UNREADABLE, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
-from fseft_edge.segmentation.segmenter import Ingredients, SegmentationSettings, read_ingredients
+from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings, load_models
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,20 +42,20 @@ _REPORT: Final = 60.0  # seconds between two reports while cases are done
 _LOOK: Final = 5.0  # seconds between two looks into the inbox
 
 
-class Crew(Protocol):
+class WorkerPool(Protocol):
     """Those who do the cases."""
 
     @property
     def in_hand(self) -> int:
         """How many cases they have."""
 
-    def room(self, *, alone: bool) -> bool:
+    def room(self, *, exclusive: bool) -> bool:
         """Whether another case can be handed over; one that has to be alone needs a worker without any."""
 
-    def hand_over(self, task: CaseTask, *, alone: bool) -> None:
+    def hand_over(self, task: CaseTask, *, exclusive: bool) -> None:
         """Give them a case."""
 
-    def events(self, timeout: float) -> list[CrewEvent]:
+    def events(self, timeout: float) -> list[PoolEvent]:
         """Return what happened, waiting at most so many seconds for the first of it."""
 
     def close(self, *, now: bool = False) -> list[str]:
@@ -81,9 +81,9 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
     """
     stop = stop or StopRequest()
     check_folders(settings.inbox, settings.outbox)
-    ingredients = read_ingredients(settings.segmentation)
-    settings = settings.absolute(ingredients.bundle.path)
-    recipe = _recipe(settings.segmentation, ingredients)
+    models = load_models(settings.segmentation)
+    settings = settings.absolute(models.bundle.path)
+    fingerprint = _fingerprint(settings.segmentation, models)
     state = place_of_state(settings.outbox, settings.state)
     with (
         only_one_run(settings.outbox, state),
@@ -92,17 +92,17 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
     ):
         _check_belongs(settings.outbox, store)
         before = store.noted("recipe")
-        if before not in (None, recipe):
+        if before not in (None, fingerprint):
             raise BatchStateError(
                 f"{settings.outbox} holds results of other adapters, or of other options.",
                 remedy="Use another OUTBOX, or the same adapters and options as before.",
             )
-        store.note("recipe", recipe)
+        store.note("recipe", fingerprint)
         store.put_back_all()
         store.forget_unreadable()
         clear_leftovers(settings.outbox)
         try:
-            return _Run(settings, store, recipe, scratch, stop).run()
+            return _Run(settings, store, fingerprint, scratch, stop).run()
         finally:
             clear_leftovers(settings.outbox)
 
@@ -111,17 +111,17 @@ class _Run:
     """One run of a batch, with what it holds open."""
 
     def __init__(
-        self, settings: BatchSettings, store: BatchStore, recipe: str, scratch: Path, stop: StopRequest
+        self, settings: BatchSettings, store: BatchStore, fingerprint: str, scratch: Path, stop: StopRequest
     ) -> None:
         self._settings = settings
         self._store = store
-        self._recipe = recipe
+        self._fingerprint = fingerprint
         self._scratch = scratch
         self._stop = stop
         self._inbox = Inbox(settings.inbox, settings.settle)
         self._done = self._failed = 0
         self._trouble: OutOfSpaceError | None = None
-        self._crew: Crew | None = None
+        self._pool: WorkerPool | None = None
         self._changed = True
         self._reported = float("-inf")
         self._report_seconds = 0.0
@@ -135,18 +135,18 @@ class _Run:
                     looked = time.monotonic()
                 if not self._ending:
                     self._hand_over()
-                in_hand = self._crew.in_hand if self._crew else 0
+                in_hand = self._pool.in_hand if self._pool else 0
                 if self._stop.now or (not in_hand and (self._ending or self._nothing_more)):
                     break
-                if self._crew is None:
+                if self._pool is None:
                     time.sleep(POLL)
                     continue
-                for event in self._crew.events(POLL):
+                for event in self._pool.events(POLL):
                     self._note(event)
                 self._report_when_due()
         finally:
-            if self._crew is not None:
-                for key in self._crew.close(now=self._stop.now or self._crew.in_hand > 0):
+            if self._pool is not None:
+                for key in self._pool.close(now=self._stop.now or self._pool.in_hand > 0):
                     self._store.put_back(key)
         if self._trouble is not None:
             raise self._trouble
@@ -180,7 +180,7 @@ class _Run:
 
     @property
     def _nothing_more(self) -> bool:
-        waiting = any(self._store.next_waiting(alone=alone) for alone in (True, False))
+        waiting = any(self._store.next_waiting(exclusive=exclusive) for exclusive in (True, False))
         return not (self._settings.watch or self._inbox.unsettled or waiting)
 
     def _look(self) -> None:
@@ -206,36 +206,39 @@ class _Run:
             return
         if not self._store.add(arrival.source, arrival.signature, key):
             return
-        outcome = read_record(self._settings.outbox / key, self._recipe)
+        outcome = read_record(self._settings.outbox / key, self._fingerprint)
         if outcome is not None:  # done in a run whose state is lost, or just before the machine went down
             self._store.end(key, outcome)
             self._changed = True
 
     def _hand_over(self) -> None:
-        for alone in (True, False):
-            while self._has_room(alone=alone) and (case := self._store.next_waiting(alone=alone)) is not None:
-                outcome = read_record(self._settings.outbox / case.key, self._recipe)
+        for exclusive in (True, False):
+            while (
+                self._has_room(exclusive=exclusive)
+                and (case := self._store.next_waiting(exclusive=exclusive)) is not None
+            ):
+                outcome = read_record(self._settings.outbox / case.key, self._fingerprint)
                 source = self._source(case.key)
                 if outcome is not None or source is None:
                     self._end(case.key, outcome or _gone(case.key))
                     continue
-                if self._crew is None:
-                    self._crew = self._new_crew()
-                    if not self._crew.room(alone=alone):
+                if self._pool is None:
+                    self._pool = self._new_pool()
+                    if not self._pool.room(exclusive=exclusive):
                         break
                 if self._store.start(case.key):
-                    self._crew.hand_over(CaseTask(case.key, source), alone=alone)
+                    self._pool.hand_over(CaseTask(case.key, source), exclusive=exclusive)
 
-    def _has_room(self, *, alone: bool) -> bool:
+    def _has_room(self, *, exclusive: bool) -> bool:
         """Whether looking at waiting cases is worth it; workers are started for the first that has to be done."""
-        return self._crew is None or self._crew.room(alone=alone)
+        return self._pool is None or self._pool.room(exclusive=exclusive)
 
     def _source(self, key: str) -> Path | None:
         """Return where a case lies unchanged."""
         places = self._store.sources_of(key)
         return next((place for place, signature in places.items() if signature_of(place) == signature), None)
 
-    def _note(self, event: CrewEvent) -> None:
+    def _note(self, event: PoolEvent) -> None:
         if isinstance(event, Lost):
             self._note_lost(event)
             return
@@ -255,7 +258,7 @@ class _Run:
         if self._trouble is not None:
             self._store.put_back(key)
             return True
-        return self._store.put_back(key, alone=True, attempted=True) < self._settings.attempts
+        return self._store.put_back(key, exclusive=True, attempted=True) < self._settings.attempts
 
     def _may_stand(self, key: str, outcome: Outcome) -> bool:
         """Whether an outcome holds although the scan does not lie where it lay, as it lay there."""
@@ -268,7 +271,7 @@ class _Run:
             return False
 
     def _note_lost(self, lost: Lost) -> None:
-        attempts = self._store.put_back(lost.key, alone=True, attempted=lost.blamed)
+        attempts = self._store.put_back(lost.key, exclusive=True, attempted=lost.blamed)
         if attempts >= self._settings.attempts:
             times = f"{attempts} times" if attempts > 1 else "once"
             self._end(
@@ -294,21 +297,21 @@ class _Run:
             self._failed += 1
             _LOG.warning("%s failed: %s %s", key, outcome.reason, outcome.remedy)
 
-    def _new_crew(self) -> Crew:
+    def _new_pool(self) -> WorkerPool:
         settings = self._settings
         workers = settings.workers or 1
         of_each = WorkerSettings(
             settings.segmentation,
             settings.outbox,
-            self._recipe,
+            self._fingerprint,
             self._scratch,
             max(1, (os.cpu_count() or 1) // workers),
             settings.pipeline,
         )
         limit = settings.limit_minutes * 60
         if settings.scheduler is not None:
-            return ClusterCrew(of_each, settings.scheduler, limit, _LOG.info)
-        return LocalCrew(of_each, workers, limit, _LOG.info)
+            return ClusterWorkerPool(of_each, settings.scheduler, limit, _LOG.info)
+        return LocalWorkerPool(of_each, workers, limit, _LOG.info)
 
 
 def _gone(key: str) -> Outcome:
@@ -321,12 +324,12 @@ def _gone(key: str) -> Outcome:
     )
 
 
-def _recipe(segmentation: SegmentationSettings, ingredients: Ingredients) -> str:
+def _fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> str:
     """Return what decides on the masks, as text."""
     return json.dumps(
         {
-            "encoder": ingredients.bundle.encoder_id,
-            "adapters": [file.sha256 for file in ingredients.adapters],
+            "encoder": models.bundle.encoder_id,
+            "adapters": [file.sha256 for file in models.adapters],
             "largest_component": segmentation.largest_component,
             "fill_holes": segmentation.fill_holes,
             "dicom": sorted(set(segmentation.dicom)),

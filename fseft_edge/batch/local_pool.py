@@ -13,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Final
 
 from fseft_edge.batch.case_work import CaseTask
-from fseft_edge.batch.messages import Broken, CrewEvent, Ended, Lost, Ready, StageBegun, StageEnded
+from fseft_edge.batch.messages import Broken, Ended, Lost, PoolEvent, Ready, StageBegun, StageEnded
 from fseft_edge.batch.worker import WorkerSettings, work
 from fseft_edge.runtime.errors import EnvironmentProblemError
 
@@ -45,11 +45,11 @@ class _Worker:
     mailbox: Connection
     started: float = field(default_factory=time.monotonic)
     ready: bool = False
-    alone: bool = False
+    exclusive: bool = False
     cases: dict[str, _Clock] = field(default_factory=dict)
 
 
-class LocalCrew:
+class LocalWorkerPool:
     """Worker processes on this machine.
 
     Args:
@@ -71,22 +71,22 @@ class LocalCrew:
         """How many cases the workers have."""
         return sum(len(worker.cases) for worker in self._workers)
 
-    def room(self, *, alone: bool) -> bool:
+    def room(self, *, exclusive: bool) -> bool:
         """Whether another case can be handed over; one that has to be alone needs a worker without any."""
-        return self._free(alone=alone) is not None
+        return self._free(exclusive=exclusive) is not None
 
-    def hand_over(self, task: CaseTask, *, alone: bool) -> None:
+    def hand_over(self, task: CaseTask, *, exclusive: bool) -> None:
         """Give a case to a worker that has room."""
-        worker = self._free(alone=alone)
+        worker = self._free(exclusive=exclusive)
         assert worker is not None  # noqa: S101 - room() was asked
         worker.cases[task.key] = _Clock()
-        worker.alone = alone
+        worker.exclusive = exclusive
         try:
             worker.mailbox.send(task)
         except OSError:  # it has just died, which the next look at it shows
             return
 
-    def events(self, timeout: float) -> list[CrewEvent]:
+    def events(self, timeout: float) -> list[PoolEvent]:
         """Return what happened, waiting at most so many seconds for the first of it.
 
         Raises:
@@ -94,7 +94,7 @@ class LocalCrew:
         """
         waited = [thing for worker in self._workers for thing in (worker.mailbox, worker.process.sentinel)]
         connection.wait(waited, timeout)
-        events: list[CrewEvent] = []
+        events: list[PoolEvent] = []
         for number, worker in enumerate(self._workers):
             events += self._received(worker)
             late = [key for key, clock in worker.cases.items() if clock.seconds() > self._limit]
@@ -143,13 +143,13 @@ class LocalCrew:
         theirs.close()
         return _Worker(process, ours)
 
-    def _free(self, *, alone: bool) -> _Worker | None:
-        room = 1 if alone or not self._settings.pipeline else IN_HAND
-        free = [worker for worker in self._workers if not worker.alone and len(worker.cases) < room]
+    def _free(self, *, exclusive: bool) -> _Worker | None:
+        room = 1 if exclusive or not self._settings.pipeline else IN_HAND
+        free = [worker for worker in self._workers if not worker.exclusive and len(worker.cases) < room]
         return min(free, key=lambda worker: len(worker.cases), default=None)
 
-    def _received(self, worker: _Worker) -> list[CrewEvent]:
-        events: list[CrewEvent] = []
+    def _received(self, worker: _Worker) -> list[PoolEvent]:
+        events: list[PoolEvent] = []
         while True:
             try:
                 if not worker.mailbox.poll():
@@ -171,10 +171,10 @@ class LocalCrew:
                     clock.spent, clock.since = clock.seconds(), None
                 case Ended(key):
                     del worker.cases[key]
-                    worker.alone = worker.alone and bool(worker.cases)
+                    worker.exclusive = worker.exclusive and bool(worker.cases)
                     events.append(message)
 
-    def _lost(self, worker: _Worker, late: list[str]) -> list[CrewEvent]:
+    def _lost(self, worker: _Worker, late: list[str]) -> list[PoolEvent]:
         """Return what a worker that is gone had in hand."""
         code = worker.process.exitcode
         worker.mailbox.close()

@@ -61,4 +61,4 @@ class Lost:
 
 
 WorkerMessage = Ready | Broken | StageBegun | StageEnded | Ended
-CrewEvent = Ended | Lost
+PoolEvent = Ended | Lost

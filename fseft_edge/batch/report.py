@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fseft_edge.batch.report_page import page
 from fseft_edge.batch.report_tables import csv_text, json_fields
-from fseft_edge.batch.statistics import ReportedCase, night_of, reported
+from fseft_edge.batch.statistics import ReportedCase, reported, statistics_of
 from fseft_edge.outbox.records import CaseState
 from fseft_edge.outbox.store import BatchStore
 from fseft_edge.runtime.system.atomic import atomic_path
@@ -37,12 +37,12 @@ def write_report(outbox: Path, store: BatchStore, *, show_ids: bool = False, tit
     """
     cases = sorted((reported(outbox, record) for record in store.cases()), key=_urgency)
     duplicates = store.duplicates()
-    night = night_of(cases, len(duplicates))
-    fields = json_fields(title, night, cases, duplicates, show_ids=show_ids)
+    statistics = statistics_of(cases, len(duplicates))
+    fields = json_fields(title, statistics, cases, duplicates, show_ids=show_ids)
     texts = {
         "report.csv": csv_text(cases, show_ids=show_ids),
         "report.json": json.dumps(fields, indent=2, ensure_ascii=False) + "\n",
-        "report.html": page(title, night, cases, duplicates, show_ids=show_ids),
+        "report.html": page(title, statistics, cases, duplicates, show_ids=show_ids),
     }
     for name, text in texts.items():
         with atomic_path(outbox / name) as temporary:

@@ -8,10 +8,10 @@ from html import escape
 from typing import Final
 
 from fseft_edge.batch.report_style import STYLE
-from fseft_edge.batch.statistics import Night, ReportedCase
+from fseft_edge.batch.statistics import BatchStatistics, ReportedCase
 from fseft_edge.masks.quality import MEANINGS, SIZE_MARGIN, in_words
 from fseft_edge.masks.result import SegmentedOrgan
-from fseft_edge.outbox.records import CaseState, Duplicate, Review, shown
+from fseft_edge.outbox.records import CaseState, Duplicate, Review, printable
 from fseft_edge.report.page import page_around
 from fseft_edge.report.range_bar import range_bar
 from fseft_edge.report.thumbnails import thumbnail
@@ -28,7 +28,12 @@ _STATES: Final = {
 
 
 def page(
-    title: str, night: Night, cases: Sequence[ReportedCase], duplicates: Sequence[Duplicate], *, show_ids: bool
+    title: str,
+    statistics: BatchStatistics,
+    cases: Sequence[ReportedCase],
+    duplicates: Sequence[Duplicate],
+    *,
+    show_ids: bool,
 ) -> str:
     """Return the page; ``cases`` are in the order in which they are shown."""
     failed = [case for case in cases if case.failed]
@@ -37,9 +42,9 @@ def page(
     rest = [case for case in cases if not case.done and not case.failed]
     body = [
         f"<header><h1>{escape(title)}</h1>",
-        f'<p class="summary">{escape(_in_one_sentence(night))}</p>',
-        _figures(night),
-        f'<p class="soft">{escape(_when(night))}</p></header>',
+        f'<p class="summary">{escape(_in_one_sentence(statistics))}</p>',
+        _figures(statistics),
+        f'<p class="soft">{escape(_when(statistics))}</p></header>',
     ]
     if failed:
         body.append(_section("failed", f"No mask: {len(failed)}", [_failures(failed, show_ids)]))
@@ -52,36 +57,36 @@ def page(
         body.append(_section("rest", f"Not done: {len(rest)}", [_listing(rest, show_ids)]))
     if duplicates:
         body.append(_section("again", f"Found more than once: {len(duplicates)}", [_again(duplicates, show_ids)]))
-    body.append(_section("legend", "How to read this", [_legend(night)]))
+    body.append(_section("legend", "How to read this", [_legend(statistics)]))
     return page_around("\n".join(body), title, style=STYLE)
 
 
-def _in_one_sentence(night: Night) -> str:
-    if not night.found:
+def _in_one_sentence(statistics: BatchStatistics) -> str:
+    if not statistics.found:
         return "No case was found."
-    parts = [f"{night.done} of {night.found} cases are segmented"]
-    missing = night.failed + night.set_aside
+    parts = [f"{statistics.done} of {statistics.found} cases are segmented"]
+    missing = statistics.failed + statistics.set_aside
     if missing:
         parts.append(f"{missing} could not be")
-    if night.flagged:
-        parts.append(f"{_count(night.flagged, 'mask')} should be looked at")
-    if night.waiting:
-        parts.append(f"{night.waiting} still to be done")
-    if len(parts) == 1 and night.done:
+    if statistics.flagged:
+        parts.append(f"{_count(statistics.flagged, 'mask')} should be looked at")
+    if statistics.waiting:
+        parts.append(f"{statistics.waiting} still to be done")
+    if len(parts) == 1 and statistics.done:
         return f"{parts[0]}, none with a remark."
     return f"{'; '.join(parts)}."
 
 
-def _figures(night: Night) -> str:
+def _figures(statistics: BatchStatistics) -> str:
     figures = [
-        ("found", night.found, None),
-        ("done", night.done, "plain" if night.done > night.flagged else None),
-        ("to look at", night.flagged, "look"),
-        ("failed", night.failed, "failed"),
-        ("set aside", night.set_aside, "failed"),
-        ("waiting", night.waiting, "rest"),
-        ("cancelled", night.cancelled, "rest"),
-        ("duplicates", night.duplicates, "again"),
+        ("found", statistics.found, None),
+        ("done", statistics.done, "plain" if statistics.done > statistics.flagged else None),
+        ("to look at", statistics.flagged, "look"),
+        ("failed", statistics.failed, "failed"),
+        ("set aside", statistics.set_aside, "failed"),
+        ("waiting", statistics.waiting, "rest"),
+        ("cancelled", statistics.cancelled, "rest"),
+        ("duplicates", statistics.duplicates, "again"),
     ]
     boxes = []
     for name, number, section in figures:
@@ -91,13 +96,13 @@ def _figures(night: Night) -> str:
     return f'<dl class="figures">{"".join(boxes)}</dl>'
 
 
-def _when(night: Night) -> str:
-    if night.began is None:
+def _when(statistics: BatchStatistics) -> str:
+    if statistics.began is None:
         return "No case has been begun."
-    until = f" to {_local(night.ended)}" if night.ended is not None else ""
-    text = f"{_local(night.began)}{until}; {_duration(night.busy_seconds)} at work"
-    if night.cases_per_hour is not None:
-        text += f", {_number(night.cases_per_hour)} cases an hour"
+    until = f" to {_local(statistics.ended)}" if statistics.ended is not None else ""
+    text = f"{_local(statistics.began)}{until}; {_duration(statistics.busy_seconds)} at work"
+    if statistics.cases_per_hour is not None:
+        text += f", {_number(statistics.cases_per_hour)} cases an hour"
     return f"{text}."
 
 
@@ -218,7 +223,7 @@ def _listing(cases: Sequence[ReportedCase], show_ids: bool) -> str:
 def _again(duplicates: Sequence[Duplicate], show_ids: bool) -> str:
     """How often each case lay there beside the first time, or, with names, where."""
     if show_ids:
-        lines = [f"{duplicate.key}: {shown(duplicate.source.name)}" for duplicate in duplicates]
+        lines = [f"{duplicate.key}: {printable(duplicate.source.name)}" for duplicate in duplicates]
     else:
         keys = [duplicate.key for duplicate in duplicates]
         lines = [f"{key}: {_count(keys.count(key), 'further copy', 'further copies')}" for key in dict.fromkeys(keys)]
@@ -230,12 +235,12 @@ def _again(duplicates: Sequence[Duplicate], show_ids: bool) -> str:
 _WHOSE = "Which file a case is says <code>fseft-edge batch status OUTBOX --show-ids</code> where the state lies."
 
 
-def _legend(night: Night) -> str:
+def _legend(statistics: BatchStatistics) -> str:
     flags = "".join(
         f'<dt id="flag-{flag}">{in_words(flag)}</dt><dd>{escape(meaning)}</dd>' for flag, meaning in MEANINGS.items()
     )
-    made = "".join(f'<p class="soft">{escape(line)}</p>' for line in night.made_with)
-    organs = f"<p>The adapters segment {escape(', '.join(night.organs))}.</p>" if night.organs else ""
+    made = "".join(f'<p class="soft">{escape(line)}</p>' for line in statistics.made_with)
+    organs = f"<p>The adapters segment {escape(', '.join(statistics.organs))}.</p>" if statistics.organs else ""
     return (
         "<p>Flags say where a person should look. They are no verdict, and a mask without any may be wrong too.</p>"
         f'<dl class="meanings">{flags}</dl>'

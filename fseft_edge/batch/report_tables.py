@@ -9,10 +9,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from fseft_edge.batch.statistics import Night, ReportedCase
+from fseft_edge.batch.statistics import BatchStatistics, ReportedCase
 from fseft_edge.masks.quality import MEANINGS
 from fseft_edge.masks.result import SegmentedOrgan
-from fseft_edge.outbox.records import Duplicate, shown
+from fseft_edge.outbox.records import Duplicate, printable
 
 SCHEMA_VERSION: Final = 1
 
@@ -61,22 +61,27 @@ def csv_text(cases: Sequence[ReportedCase], *, show_ids: bool) -> str:
 
 
 def json_fields(
-    title: str, night: Night, cases: Sequence[ReportedCase], duplicates: Sequence[Duplicate], *, show_ids: bool
+    title: str,
+    statistics: BatchStatistics,
+    cases: Sequence[ReportedCase],
+    duplicates: Sequence[Duplicate],
+    *,
+    show_ids: bool,
 ) -> dict[str, Any]:
     """Return what ``report.json`` holds."""
     return {
         "schema_version": SCHEMA_VERSION,
         "title": title,
         "summary": {
-            **asdict(night),
-            "began": _time(night.began),
-            "ended": _time(night.ended),
-            "busy_seconds": round(night.busy_seconds, 3),
-            "cases_per_hour": None if night.cases_per_hour is None else round(night.cases_per_hour, 2),
+            **asdict(statistics),
+            "began": _time(statistics.began),
+            "ended": _time(statistics.ended),
+            "busy_seconds": round(statistics.busy_seconds, 3),
+            "cases_per_hour": None if statistics.cases_per_hour is None else round(statistics.cases_per_hour, 2),
         },
         "cases": [_case_fields(case, show_ids=show_ids) for case in cases],
         "duplicates": [
-            {"case": duplicate.key, "source": shown(duplicate.source.name) if show_ids else None}
+            {"case": duplicate.key, "source": printable(duplicate.source.name) if show_ids else None}
             for duplicate in duplicates
         ],
         "flags": MEANINGS,

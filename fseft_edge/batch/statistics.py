@@ -45,7 +45,7 @@ class ReportedCase:
 
 
 @dataclass(frozen=True)
-class Night:
+class BatchStatistics:
     """A batch in figures.
 
     Attributes:
@@ -108,7 +108,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def night_of(cases: Sequence[ReportedCase], duplicates: int) -> Night:
+def statistics_of(cases: Sequence[ReportedCase], duplicates: int) -> BatchStatistics:
     """Return the figures of a batch."""
     states = Counter(case.record.state for case in cases)
     spans = [
@@ -117,7 +117,7 @@ def night_of(cases: Sequence[ReportedCase], duplicates: int) -> Night:
         if case.record.started_at is not None and case.record.finished_at is not None
     ]
     organs = dict.fromkeys(organ.name for case in cases for organ in case.record.organs)
-    return Night(
+    return BatchStatistics(
         found=len(cases),
         done=states[CaseState.DONE],
         flagged=sum(case.flagged for case in cases),

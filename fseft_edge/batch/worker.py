@@ -36,7 +36,7 @@ class WorkerSettings:
     Attributes:
         segmentation: with what cases are segmented.
         outbox: folder of the results.
-        recipe: see :class:`fseft_edge.batch.case_work.CaseWork`.
+        fingerprint: see :class:`fseft_edge.batch.case_work.CaseWork`.
         scratch: folder for temporary files, which the coordinator clears.
         threads: CPU threads.
         pipeline: whether stages of several cases overlap.
@@ -44,7 +44,7 @@ class WorkerSettings:
 
     segmentation: SegmentationSettings
     outbox: Path
-    recipe: str
+    fingerprint: str
     scratch: Path
     threads: int
     pipeline: bool
@@ -76,7 +76,7 @@ def work(connection: Connection, settings: WorkerSettings) -> None:
         with open_segmenter(settings.segmentation) as segmenter:
             session = segmenter.session
             mailbox.send(Ready(f"{session.backend} ({session.precision}) on {session.device}"))
-            stages = _Stages(CaseWork(segmenter, settings.outbox, settings.recipe), mailbox)
+            stages = _Stages(CaseWork(segmenter, settings.outbox, settings.fingerprint), mailbox)
             if settings.pipeline:
                 for outcome in overlapped(_tasks(connection), stages.read, stages.encode, stages.finish):
                     outcome.result()

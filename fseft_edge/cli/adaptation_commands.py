@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, talk_options
+from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, logging_options
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.organs import parse_organs
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _ADAPTERS = ("linear", "pointwise", "spatial")
 # As `fseft_edge.finetuning.settings.TUNING_METHODS`, for which torch would have to be imported.
 _TUNINGS = ("lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder")
-# Options of one kind of method alone are None where nothing was said: their defaults are those of the settings.
+# Options of one kind of method alone are None where nothing was given: their defaults are those of the settings.
 _OF_ADAPTERS = ("activation", "epochs", "variations", "cache", "memory", "vram")
 _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointing")
 
@@ -48,12 +48,12 @@ _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointin
     default="spatial",
     show_default=True,
     help="linear, pointwise and spatial are adapters on the encoder's features; auto takes the one that does best on "
-    "scans left out, and what it reads; the others fine-tune the encoder itself.",
+    "scans left out, and the levels to use; the others fine-tune the encoder itself.",
 )
 @click.option(
-    "--reads",
-    type=click.Choice(["last", "pyramid"]),
-    help="What classifiers read, the encoder's last level of features or all.  [default: pyramid; auto chooses]",
+    "--levels",
+    type=click.Choice(["finest", "all"]),
+    help="Use the finest level of the feature pyramid, or all levels.  [default: all; auto chooses]",
 )
 @click.option(
     "--validate/--no-validate",
@@ -83,7 +83,7 @@ _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointin
 )
 @click.option("--gradient-checkpointing", is_flag=True, default=None, help="Of fine-tuning: less memory, more time.")
 @click.option(
-    "--budget",
+    "--time-limit",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MINUTES",
     help="With --method auto: try fine-tuning too, for this long, where an adapter falls short on a new organ.",
@@ -104,7 +104,7 @@ def adapt(
     cases: tuple[str, ...],
     method: str,
     validate: bool | None,
-    budget: float | None,
+    time_limit: float | None,
     seed: int,
     as_json: bool,
     common: Common,
@@ -114,33 +114,33 @@ def adapt(
     wanted = parse_organs(organs)
     if from_reviewed is None and (corrected or state):
         raise UsageError("--corrected and --state serve --from-reviewed.", remedy="Add it, or leave them out.")
-    said = {**particular, "cache": common.cache, "memory": common.memory, "vram": common.vram}
-    _check_method(method, validate, budget, said)
+    given = {**particular, "cache": common.cache, "memory": common.memory, "vram": common.vram}
+    _check_method(method, validate, time_limit, given)
     scans = (encoder, images, labels, wanted)
     shared: dict[str, Any] = {
         "reviewed": _reviewed(from_reviewed, state, corrected),
         "cases": cases or None,
         "device": common.device,
     }
-    talk = _Talk(as_json=as_json, reviewed=from_reviewed is not None)
+    printer = _ResultPrinter(as_json=as_json, reviewed=from_reviewed is not None)
     with common.progress() as progress:
         if method in _TUNINGS:
             from fseft_edge.finetuning.finetune import finetune  # noqa: PLC0415 - brings in torch
 
             settings = _tuning_settings(method, seed, particular)
             tuning = finetune(*scans, output, settings=settings, validate=bool(validate), progress=progress, **shared)
-            talk.tell(tuning, output)
+            printer.print(tuning, output)
             return
         from fseft_edge.adaptation.adapt import adapt as run  # noqa: PLC0415 - brings in torch
         from fseft_edge.adaptation.training import TrainingSettings  # noqa: PLC0415 - likewise
         from fseft_edge.adapters.network import AdapterSettings  # noqa: PLC0415 - likewise
 
-        trial = _tuning_settings("full", seed, particular) if budget is not None else None
+        trial = _tuning_settings("full", seed, particular) if time_limit is not None else None
         if trial is not None:
             from fseft_edge.finetuning.choosing import check_trial  # noqa: PLC0415 - likewise
 
             check_trial(encoder, wanted, output, trial)
-        kind: dict[str, Any] = {} if method == "auto" else {"method": method, "reads": particular["reads"] or "pyramid"}
+        kind: dict[str, Any] = {} if method == "auto" else {"method": method, "levels": particular["levels"] or "all"}
         file = run(
             *scans,
             output,
@@ -157,16 +157,16 @@ def adapt(
             progress=progress,
             **shared,
         )
-        talk.tell(file, output)
-        if trial is not None and budget is not None:
+        printer.print(file, output)
+        if trial is not None and time_limit is not None:
             from fseft_edge.finetuning.choosing import try_finetuning, tuning_beside  # noqa: PLC0415 - likewise
 
             beside = tuning_beside(output)
             better = try_finetuning(
-                file, *scans, output=output, minutes=budget, settings=trial, progress=progress, **shared
+                file, *scans, output=output, minutes=time_limit, settings=trial, progress=progress, **shared
             )
             if better is not None:
-                talk.tell(better, beside)
+                printer.print(better, beside)
                 click.echo(f"It does better on scans left out: fseft-edge merge {beside} -o NAME.encoder", err=True)
 
 
@@ -178,7 +178,7 @@ def adapt(
 @click.option(
     "--parity-ct", type=PATH, multiple=True, help="A CT to compare backends with PyTorch on; may be repeated."
 )
-@talk_options
+@logging_options
 def merge(
     *, tuning: Path, output: Path, encoder: Path | None, onnx: bool, parity_ct: tuple[Path, ...], quiet: bool
 ) -> None:
@@ -190,27 +190,29 @@ def merge(
         click.echo(f"{merged.bundle.path}: id {merged.bundle.encoder_id[:12]}; segment with {merged.adapter}")
 
 
-def _check_method(method: str, validate: bool | None, budget: float | None, particular: dict[str, Any]) -> None:
+def _check_method(method: str, validate: bool | None, time_limit: float | None, particular: dict[str, Any]) -> None:
     """Refuse options that say nothing to a method."""
     if method == "auto" and validate is False:
         raise UsageError("--method auto chooses by validation.", remedy="Leave --no-validate out, or name a method.")
-    if method == "auto" and particular["reads"]:
-        raise UsageError("--method auto chooses what is read.", remedy="Leave --reads out, or name a method.")
-    if budget is not None and method != "auto":
-        raise UsageError("--budget serves --method auto.", remedy="Add it, or leave --budget out.")
-    if budget is not None and particular["activation"] == "softmax":
-        raise UsageError("Fine-tuning decides organs one by one (sigmoid).", remedy="Leave --budget or softmax out.")
+    if method == "auto" and particular["levels"]:
+        raise UsageError("--method auto chooses the levels.", remedy="Leave --levels out, or name a method.")
+    if time_limit is not None and method != "auto":
+        raise UsageError("--time-limit serves --method auto.", remedy="Add it, or leave --time-limit out.")
+    if time_limit is not None and particular["activation"] == "softmax":
+        raise UsageError(
+            "Fine-tuning decides organs one by one (sigmoid).", remedy="Leave --time-limit or softmax out."
+        )
     foreign: tuple[str, ...]
     if method in _TUNINGS:
         foreign, kind = _OF_ADAPTERS, "fine-tunes the encoder"
-    elif budget is None:
+    elif time_limit is None:
         foreign, kind = _OF_TUNINGS, "leaves the encoder as it is"
     else:
         foreign, kind = ("decoder",), "chooses what is fine-tuned"
-    said = [name for name in foreign if particular[name] is not None]
-    if said:
+    given = [name for name in foreign if particular[name] is not None]
+    if given:
         raise UsageError(
-            f"--method {method} {kind}, and --{said[0].replace('_', '-')} says nothing to it.", remedy="Leave it out."
+            f"--method {method} {kind}, and --{given[0].replace('_', '-')} says nothing to it.", remedy="Leave it out."
         )
 
 
@@ -223,23 +225,25 @@ def _reviewed(outbox: Path | None, state: Path | None, corrected: Path | None) -
 def _tuning_settings(method: str, seed: int, particular: dict[str, Any]) -> Any:  # noqa: ANN401 - a TuningSettings
     from fseft_edge.finetuning.settings import TuningSettings  # noqa: PLC0415 - brings in torch
 
-    said = {name: particular[name] for name in ("decoder", "reads", "steps", "crops", "accumulate") if particular[name]}
+    given = {
+        name: particular[name] for name in ("decoder", "levels", "steps", "crops", "accumulate") if particular[name]
+    }
     return TuningSettings(
         method,  # type: ignore[arg-type]  # click.Choice has checked it
         seed=seed,
         checkpointing=bool(particular["gradient_checkpointing"]),
-        **said,
+        **given,
     )
 
 
 @dataclass(frozen=True)
-class _Talk:
+class _ResultPrinter:
     """How is told what was learned, and what to expect of it."""
 
     as_json: bool
     reviewed: bool
 
-    def tell(self, file: AdapterFile | TuningFile, output: Path) -> None:
+    def print(self, file: AdapterFile | TuningFile, output: Path) -> None:
         """Print it; as JSON one line a file."""
         made = file.description
         if self.as_json:

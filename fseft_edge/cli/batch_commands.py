@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, talk_options
+from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, logging_options
 from fseft_edge.outbox.records import CaseRecord, CaseState
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.errors import SomeCasesFailedError
@@ -153,8 +153,8 @@ def run(
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
-@talk_options
-def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+@logging_options
+def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
     """Say where every case of OUTBOX stands."""
     with BatchStore(state_path(outbox, state)) as store:
         cases, duplicates = store.cases(), store.duplicates()
@@ -173,8 +173,8 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
 @click.argument("outbox", type=PATH)
 @click.argument("keys", nargs=-1, metavar="[CASE]...")
 @click.option("--state", type=PATH, help=_STATE_HELP)
-@talk_options
-def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+@logging_options
+def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
     """Let cases that failed, were set aside or cancelled wait again; all of them unless some are named."""
     with BatchStore(state_path(outbox, state)) as store:
         click.echo(f"{store.retry(keys)} cases wait again; `batch run` does them")
@@ -184,8 +184,8 @@ def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: boo
 @click.argument("outbox", type=PATH)
 @click.argument("keys", nargs=-1, metavar="[CASE]...")
 @click.option("--state", type=PATH, help=_STATE_HELP)
-@talk_options
-def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+@logging_options
+def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
     """Take waiting cases out, all of them unless some are named; failures that are named too. The rest goes on."""
     with BatchStore(state_path(outbox, state)) as store:
         click.echo(f"{store.cancel(keys)} cases cancelled")
@@ -202,7 +202,7 @@ def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bo
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @dicom_option
 @click.option("--units", type=PATH, help="Folder for the unit files.  [default: ~/.config/systemd/user]")
-@talk_options
+@logging_options
 def install_service(
     *,
     inbox: Path,
@@ -220,12 +220,12 @@ def install_service(
     """Write systemd units that run the batch every night; nothing is started."""
     from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
     from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
-    from fseft_edge.segmentation.segmenter import SegmentationSettings, read_ingredients  # noqa: PLC0415 - likewise
+    from fseft_edge.segmentation.segmenter import SegmentationSettings, load_models  # noqa: PLC0415 - likewise
 
     now = datetime.now().astimezone()
     begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))
     wanted = SegmentationSettings(adapters, encoder)
-    settings = wanted.absolute(read_ingredients(wanted).bundle.path)
+    settings = wanted.absolute(load_models(wanted).bundle.path)
     command = [str(Path(sys.executable).with_name("fseft-edge")), "batch", "run", str(inbox.absolute())]
     command += ["--output", str(outbox.absolute()), "--encoder", str(settings.encoder)]
     command += [word for adapter in settings.adapters for word in ("--adapter", str(adapter))]

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, dicom_option, talk_options
+from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, dicom_option, logging_options
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
 from fseft_edge.runtime.scans.organs import parse_organs
 from fseft_edge.runtime.system.progress import open_progress
 
 if TYPE_CHECKING:
-    from fseft_edge.adaptation.transduction import TransductionPlan
+    from fseft_edge.adaptation.transduction import TransductionInputs
     from fseft_edge.dicom_output import DicomKind
     from fseft_edge.masks.result import SegmentedCase
 
 
 @click.command()
 @click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder for the results.")
-@talk_options
+@logging_options
 def demo(output: Path, quiet: bool) -> None:
     """Run everything once on built-in data: export, adapt, segment, evaluate, with pictures."""
     from fseft_edge.demonstration import run_demo  # noqa: PLC0415 - only this command needs it
@@ -131,17 +131,17 @@ def segment(
 
 def _transduction_plan(
     images: Path | None, labels: Path | None, size_priors: Sequence[str], size_volumes: Path | None
-) -> TransductionPlan:
+) -> TransductionInputs:
     if images is None or labels is None:
         raise UsageError(
             "--transductive needs the annotated scans that the adapter was trained on.",
             remedy="Name their folders by --support-images and --support-labels.",
         )
     from fseft_edge.adaptation.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only this mode needs it
-    from fseft_edge.adaptation.transduction import TransductionPlan  # noqa: PLC0415 - brings in torch
+    from fseft_edge.adaptation.transduction import TransductionInputs  # noqa: PLC0415 - brings in torch
 
     table = read_size_priors(size_volumes) if size_volumes else {}
-    return TransductionPlan(images, labels, parse_size_priors(size_priors), table)
+    return TransductionInputs(images, labels, parse_size_priors(size_priors), table)
 
 
 def _segment_json(results: Sequence[SegmentedCase]) -> str:
@@ -164,7 +164,7 @@ def _segment_text(results: Sequence[SegmentedCase]) -> str:
 @click.argument("adapter", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, help="The graph to write, NAME.onnx.")
 @click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
-@talk_options
+@logging_options
 def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: bool) -> None:
     """Write the encoder and ADAPTER as one ONNX graph for other programs: window in, probabilities out."""
     from fseft_edge.adapters.onnx_export import export_adapter as run  # noqa: PLC0415 - brings in torch
@@ -192,7 +192,7 @@ def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: 
 )
 @click.option("--csv", "csv_file", type=PATH, help="Write the rows as CSV.")
 @click.option("--json", "json_file", type=PATH, help="Write the rows and the summary as JSON.")
-@talk_options
+@logging_options
 def evaluate(
     *,
     predictions: Path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fseft_edge.cli.options import PATH, talk_options
+from fseft_edge.cli.options import PATH, logging_options
 from fseft_edge.runtime.system.progress import open_progress
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _listed(values: tuple[str, ...]) -> list[str]:
     "--parity-ct", type=PATH, multiple=True, help="A CT to compare backends with PyTorch on; may be repeated."
 )
 @click.option("--target", "targets", multiple=True, help=_TARGET_HELP.format(otherwise=", none without one"))
-@talk_options
+@logging_options
 def export(
     *,
     checkpoint: Path | None,
@@ -90,8 +90,8 @@ def export(
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@talk_options
-def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+@logging_options
+def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
     """Say which encoders can be exported by name, which file each needs, and where it comes from."""
     from fseft_edge.export.model_list import model_entries, model_lines  # noqa: PLC0415 - only this command needs it
     from fseft_edge.export.zoo import models as known  # noqa: PLC0415 - brings in torch
@@ -127,7 +127,7 @@ def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_option
     "--parity-ct", type=PATH, multiple=True, help="A CT to compare this GPU's engine with PyTorch on; may be repeated."
 )
 @click.option("--adapter", type=PATH, help="Compare masks of this adapter.  [default: of the encoder's own classifier]")
-@talk_options
+@logging_options
 def build_engines(
     *,
     bundle: Path,
@@ -175,7 +175,7 @@ def build_engines(
     help="Where to train; auto takes a GPU where there is one.",
 )
 @click.option("--tensorboard", is_flag=True, help="Write events for TensorBoard, too.")
-@talk_options
+@logging_options
 def pretrain(
     *,
     plan: Path,
@@ -189,10 +189,10 @@ def pretrain(
     quiet: bool,
 ) -> None:
     """Train an encoder on the data sets that the TOML file PLAN lists; they may be annotated only in part."""
-    from fseft_edge.pretraining import open_processes, read_plan  # noqa: PLC0415 - brings in torch
+    from fseft_edge.pretraining import open_processes, read_pretraining_config  # noqa: PLC0415 - brings in torch
     from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - likewise
 
-    wanted = read_plan(plan)
+    wanted = read_pretraining_config(plan)
     with open_processes(device) as processes, open_progress(quiet=quiet or not processes.first) as progress:
         model = run(
             wanted,

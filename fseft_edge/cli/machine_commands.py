@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fseft_edge.cli.options import PATH, talk_options
+from fseft_edge.cli.options import PATH, logging_options
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.runtime.errors import SomeCasesFailedError
 from fseft_edge.runtime.system.progress import open_progress
@@ -16,8 +16,8 @@ from fseft_edge.runtime.system.progress import open_progress
 @click.command()
 @click.argument("encoders", metavar="[ENCODER]...", type=PATH, nargs=-1)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@talk_options
-def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - talk_options' signature
+@logging_options
+def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
     """Say what this machine can run, which backends can run each ENCODER bundle, and what to install."""
     from fseft_edge.machine.doctor import diagnose  # noqa: PLC0415 - only this command needs it
     from fseft_edge.machine.doctor_page import diagnosis_tables  # noqa: PLC0415 - likewise
@@ -50,7 +50,7 @@ def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each backend.")
 @click.option("--json", "json_file", type=PATH, help="Write everything as JSON.")
 @click.option("--remember", is_flag=True, help="Let `--backend auto` prefer what was fastest here.")
-@talk_options
+@logging_options
 def benchmark(
     *,
     encoder: Path,

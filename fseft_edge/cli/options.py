@@ -39,7 +39,7 @@ class Common:
         return open_progress(quiet=self.quiet)
 
 
-def talk_options(command: Callable[..., None]) -> Callable[..., None]:
+def logging_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``--quiet`` and ``--verbose``, and set up logging to stderr; the command receives ``quiet``."""
 
     @click.option("-q", "--quiet", is_flag=True, help="Show errors and results only.")
@@ -83,7 +83,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     )
     @click.option("--memory", type=_GB, metavar="GB", help="Memory to take at most.  [default: 90 % of what is free]")
     @click.option("--vram", type=_GB, metavar="GB", help="Memory of the GPU to take at most.  [default: likewise]")
-    @talk_options
+    @logging_options
     @functools.wraps(command)
     def wrapped(
         *,

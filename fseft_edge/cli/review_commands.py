@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from fseft_edge.cli.options import PATH, talk_options
+from fseft_edge.cli.options import PATH, logging_options
 
 
 @click.command()
@@ -23,7 +23,7 @@ from fseft_edge.cli.options import PATH, talk_options
 )
 @click.option("--show-ids", is_flag=True, help="Also show the names of the scans' files, which may be patients' names.")
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in this account's browser.")
-@talk_options
+@logging_options
 def review(*, outbox: Path, state: Path | None, port: int, show_ids: bool, open_browser: bool, quiet: bool) -> None:
     """Look through the masks of a batch in the browser; accept, reject, leave notes."""
     from fseft_edge.review.server import open_review  # noqa: PLC0415 - only this command needs it

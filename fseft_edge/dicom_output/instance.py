@@ -73,7 +73,7 @@ class SegmentationAlgorithm:
     Attributes:
         encoder_id: of the encoder bundle.
         adapters: of each organ, by name, the sha256 of the adapter file that it came from.
-        transductive: whether the adapters were tuned to the scan.
+        transductive: whether the adapters were refitted to the scan.
         version: of the toolkit.
     """
 

@@ -13,17 +13,17 @@ import numpy as np
 from fseft_edge.adaptation.adapt import describe_organs, head_rows
 from fseft_edge.adaptation.cross_validation import OrganScores, folds
 from fseft_edge.adaptation.support_set import annotated_volumes_ml, find_annotated
-from fseft_edge.adapters.file import PostProcessing
+from fseft_edge.adapters.file import STORED_LEVELS, PostProcessing
 from fseft_edge.adapters.network import AdapterSettings, HeadRows
 from fseft_edge.finetuning.merging import plain_bundle
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import FineTuned, fine_tune
 from fseft_edge.finetuning.tuning_file import SUFFIX, TuningDescription, TuningFile, write_tuning
-from fseft_edge.finetuning.unfreezing import open_encoder
+from fseft_edge.finetuning.unfreezing import unfreeze
 from fseft_edge.masks.prediction import segment_encoded
 from fseft_edge.outbox.accepted_masks import ReviewedBatch
 from fseft_edge.pretraining.cohort import TrainingCase, prepare_case
-from fseft_edge.pretraining.plan import MOST_ORGANS
+from fseft_edge.pretraining.config import MOST_ORGANS
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.encoder.feature_store import open_store
@@ -151,7 +151,7 @@ def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings:
             remedy="Fine-tune the network where its code is, and export it again.",
         )
     network = bundle.network()
-    open_encoder(network, settings)
+    unfreeze(network, settings)
     left = [
         part
         for part in bundle.manifest.untrained
@@ -244,7 +244,7 @@ def describe_tuning(
         encoder_name=support.bundle.manifest.name,
         method=settings.method,
         decoder=settings.of_decoder,
-        reads=settings.reads,
+        reads=STORED_LEVELS[settings.levels],
         rank=settings.rank,
         organs=describe_organs(
             support.organs,

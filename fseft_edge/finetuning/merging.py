@@ -14,7 +14,7 @@ from pydantic import JsonValue
 from torch import Tensor
 
 from fseft_edge.adapters.described_tensors import does_not_fit
-from fseft_edge.adapters.file import AdapterDescription, AdapterFile, adapter_settings, write_adapter
+from fseft_edge.adapters.file import AdapterDescription, AdapterFile, stored_settings, write_adapter
 from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile
@@ -124,7 +124,7 @@ def tuned_network(file: TuningFile, base: EncoderBundle, path: Path) -> TunedNet
     """
     described = file.description
     settings = TuningSettings(
-        described.method, described.decoder, described.reads, seed=described.seed, rank=described.rank
+        described.method, described.decoder, described.levels, seed=described.seed, rank=described.rank
     )
     network = TunedNetwork(base.network(), len(described.organs), settings)
     expected = {name: value.shape for name, value in network.learned().items()}
@@ -187,7 +187,7 @@ def _adapter(file: TuningFile, adapter: Adapter, bundle: EncoderBundle) -> Adapt
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
-        settings=adapter_settings(adapter.settings),
+        settings=stored_settings(adapter.settings),
         organs=tuned.organs,
         shots=tuned.shots,
         seed=tuned.seed,

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fseft_edge.adapters.network import Reads
+from fseft_edge.adapters.network import Levels
 
 TuningMethod = Literal[
     "lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder"
@@ -46,7 +46,7 @@ class TuningSettings:
     Attributes:
         method: what learns in the encoder.
         decoder: what the decoder does; None tunes it with ``full`` and ``decoder`` and freezes it with the others.
-        reads: what the classifier reads, ``pyramid`` (every level) or ``last`` (level 0 only, as in the paper).
+        levels: the levels that the classifier uses: ``all``, or ``finest`` (level 0 only, as in the paper).
         seed: of everything random.
         steps: of the optimiser.
         crops: crops of the support scans that the gradient of a step is taken over.
@@ -66,7 +66,7 @@ class TuningSettings:
 
     method: TuningMethod
     decoder: Decoder | None = None
-    reads: Reads = "pyramid"
+    levels: Levels = "all"
     seed: int = 0
     steps: int = 400
     crops: int = 2
@@ -95,4 +95,4 @@ class TuningSettings:
     def name(self) -> str:
         """For people, e.g. ``lora, decoder frozen``."""
         decoder = "" if self.decoder is None else f", decoder {self.decoder}"
-        return f"{self.method}{decoder}{' on last' if self.reads == 'last' else ''}"
+        return f"{self.method}{decoder}{', finest level' if self.levels == 'finest' else ''}"

@@ -17,7 +17,7 @@ from fseft_edge.adaptation.normalisation import FeatureStatistics
 from fseft_edge.adaptation.training import rate_share
 from fseft_edge.adapters.network import Adapter, AdapterSettings, HeadRows
 from fseft_edge.finetuning.settings import TuningSettings
-from fseft_edge.finetuning.unfreezing import open_encoder, renewed_parts
+from fseft_edge.finetuning.unfreezing import renewed_parts, unfreeze
 from fseft_edge.pretraining.cohort import Batch, TrainingCase, batch_of, random_crop
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
@@ -40,7 +40,7 @@ class TunedNetwork(nn.Module):
     """An encoder opened for fine-tuning, and the classifier of the organs to learn: a linear adapter.
 
     Args:
-        encoder: pre-trained; opened in place (:func:`fseft_edge.finetuning.unfreezing.open_encoder`).
+        encoder: pre-trained; opened in place (:func:`fseft_edge.finetuning.unfreezing.unfreeze`).
         organs: how many to learn.
         settings: which of the encoder's parameters learn, and what the classifier reads.
 
@@ -51,10 +51,10 @@ class TunedNetwork(nn.Module):
 
     def __init__(self, encoder: FeatureNetwork, organs: int, settings: TuningSettings) -> None:
         super().__init__()
-        self.added = open_encoder(encoder, settings)
+        self.added = unfreeze(encoder, settings)
         self.encoder = encoder
         self._renewed = renewed_parts(encoder) if settings.of_decoder == "new" else ()
-        self.head = Adapter(AdapterSettings(method="linear", reads=settings.reads), encoder.levels, organs)
+        self.head = Adapter(AdapterSettings(method="linear", levels=settings.levels), encoder.levels, organs)
 
     def forward(self, windows: Tensor) -> Tensor:
         """Return logits ``[n, K, X, Y, Z]`` of windows ``[n, 1, X, Y, Z]``."""

@@ -18,8 +18,8 @@ from fseft_edge.adapters.described_tensors import (
     read_described,
     write_described,
 )
-from fseft_edge.adapters.file import AdapterOrgan
-from fseft_edge.adapters.network import Reads
+from fseft_edge.adapters.file import STORED_LEVELS, AdapterOrgan
+from fseft_edge.adapters.network import Levels
 from fseft_edge.finetuning.settings import Decoder, TuningMethod
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.errors import AdapterError
@@ -33,7 +33,7 @@ class TuningDescription(SelfDescription):
     Attributes:
         encoder_id, encoder_name: of the encoder that it changes.
         method, decoder, rank: which of its parts learned, see :mod:`fseft_edge.finetuning.settings`.
-        reads: what the classifier reads, likewise.
+        reads: the levels that the classifier uses, in the words of the file format.
         organs: what the classifier's rows are for, in order.
         shots: number of annotated scans.
         seed: of everything random.
@@ -49,7 +49,7 @@ class TuningDescription(SelfDescription):
     encoder_name: str
     method: TuningMethod
     decoder: Decoder
-    reads: Reads
+    reads: Literal["last", "pyramid"]
     rank: int
     organs: tuple[AdapterOrgan, ...] = Field(min_length=1)
     shots: int
@@ -60,9 +60,15 @@ class TuningDescription(SelfDescription):
     bfloat16: bool
 
     @property
+    def levels(self) -> Levels:
+        """The levels that the classifier uses."""
+        return next(levels for levels, word in STORED_LEVELS.items() if word == self.reads)
+
+    @property
     def kind(self) -> str:
         """What kind of fine-tuning it is, for people."""
-        return f"{self.method}, decoder {self.decoder}, on {self.reads}, {self.parameters} parameters"
+        levels = "all levels" if self.levels == "all" else "the finest level"
+        return f"{self.method}, decoder {self.decoder}, classifier on {levels}, {self.parameters} parameters"
 
 
 @dataclass(frozen=True, eq=False)

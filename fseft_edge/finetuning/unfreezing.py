@@ -16,7 +16,7 @@ from fseft_edge.runtime.errors import UsageError
 _NORMS = (nn.LayerNorm, nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm)
 
 
-def open_encoder(network: FeatureNetwork, settings: TuningSettings) -> frozenset[str]:
+def unfreeze(network: FeatureNetwork, settings: TuningSettings) -> frozenset[str]:
     """Prepare an encoder for fine-tuning, in place: afterwards exactly the parameters with a gradient learn.
 
     With ``frozen`` and ``tuned`` decoders the network still computes what it did; a new decoder starts from weights

@@ -32,7 +32,7 @@ _BYTES_A_VOXEL_MEASURED = 4 + 4 + 1
 
 
 @dataclass(frozen=True)
-class SegmentationPlan:
+class MemoryPlan:
     """How a feature map is turned into a mask.
 
     Attributes:
@@ -46,14 +46,14 @@ class SegmentationPlan:
     footprint: Footprint
 
 
-AMPLE = SegmentationPlan(TILE, SLAB, Footprint(0))
+AMPLE = MemoryPlan(TILE, SLAB, Footprint(0))
 """How it is done where memory does not matter."""
 
-LEAST = SegmentationPlan(*_SIZES[-1], Footprint(0))
+LEAST = MemoryPlan(*_SIZES[-1], Footprint(0))
 """How it is done in the smallest pieces."""
 
 
-def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, held: int) -> SegmentationPlan:
+def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, held: int) -> MemoryPlan:
     """Return the fastest plan within a budget.
 
     Args:
@@ -69,7 +69,7 @@ def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, h
     return first_that_fits(list(plans(grid, adapters, held)), budget, adapters[0].device, "segmenting this scan")
 
 
-def in_smaller_pieces(plan: SegmentationPlan, work: Callable[[SegmentationPlan], _Result]) -> _Result:
+def in_smaller_pieces(plan: MemoryPlan, work: Callable[[MemoryPlan], _Result]) -> _Result:
     """Return the result of work by a plan, or in the smallest pieces where memory runs out, with a warning.
 
     Raises:
@@ -88,7 +88,7 @@ def in_smaller_pieces(plan: SegmentationPlan, work: Callable[[SegmentationPlan],
     )
 
 
-def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[SegmentationPlan]:
+def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[MemoryPlan]:
     """Yield every way to segment, the fastest first, each with what it takes.
 
     Args:
@@ -120,7 +120,7 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[Segmen
         probabilities = _FLOAT * classes * x * y * (2 * slab + slab // 2)
         predicting = probabilities + max(stored if on_gpu else adapting, deciding)
         ram = held + max(mask + predicting, measuring)
-        yield SegmentationPlan(tile, slab, Footprint(ram, adapting if on_gpu else 0))
+        yield MemoryPlan(tile, slab, Footprint(ram, adapting if on_gpu else 0))
 
 
 def adapter_bytes(adapter: Adapter, core: Box) -> int:
@@ -137,6 +137,6 @@ def adapter_bytes(adapter: Adapter, core: Box) -> int:
     features = [level.channels * math.prod(box.shape) for level, box in zip(adapter.levels, boxes, strict=True)]
     elements = 2 * sum(features) + features[0]
     if adapter.settings.method != "linear":
-        width = adapter.settings.width if adapter.settings.reads == "pyramid" else adapter.levels[0].channels
+        width = adapter.settings.width if adapter.settings.levels == "all" else adapter.levels[0].channels
         elements += 3 * width * math.prod(boxes[0].shape)
     return _FLOAT * (elements + 3 * adapter.classes * math.prod(core.shape))

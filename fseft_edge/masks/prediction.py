@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fseft_edge.adapters.blocks import Box, read_block, tiles
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.masks.decision import ConfidenceTally, decide, least_decisive
-from fseft_edge.masks.memory_plan import AMPLE, SegmentationPlan
+from fseft_edge.masks.memory_plan import AMPLE, MemoryPlan
 from fseft_edge.runtime.encoder.encoding import EncodedScan
 
 
@@ -30,13 +30,13 @@ class DecidedScan:
 
 
 def segment_encoded(
-    encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE
+    encoded: EncodedScan, adapters: Sequence[Adapter], plan: MemoryPlan = AMPLE
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
     """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
     return decide_encoded(encoded, adapters, plan).labels
 
 
-def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE) -> DecidedScan:
+def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: MemoryPlan = AMPLE) -> DecidedScan:
     """Return the same label map, and how sure the adapters are of each organ."""
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
     labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
@@ -51,7 +51,7 @@ def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: Segm
 
 
 def predict_sections(
-    encoded: EncodedScan, adapters: Sequence[Adapter], plan: SegmentationPlan = AMPLE
+    encoded: EncodedScan, adapters: Sequence[Adapter], plan: MemoryPlan = AMPLE
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Yield ``(z0, probabilities)`` of the grid slab by slab: float32 ``[Σ classes, X, Y, n]``, adapters in order."""
     classes = [adapter.classes for adapter in adapters]

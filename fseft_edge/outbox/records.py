@@ -102,7 +102,7 @@ class CaseRecord:
     @property
     def source_name(self) -> str:
         """The source's name as it can be shown: what is no text, or would break a line, is replaced."""
-        return shown(self.source.name)
+        return printable(self.source.name)
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,6 @@ class Duplicate:
     key: str
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """Return the name of a file as it can be shown and written: what is no text, or would break a line, is replaced."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)

@@ -159,12 +159,12 @@ class BatchStore:
         rows = self._execute("SELECT path, signature FROM sources WHERE key = ? ORDER BY path", key)
         return {_as_path(row["path"]): row["signature"] for row in rows}
 
-    def next_waiting(self, *, alone: bool) -> CaseRecord | None:
+    def next_waiting(self, *, exclusive: bool) -> CaseRecord | None:
         """Return the case that waits longest, of those that have to run alone or of the others."""
         rows = self._execute(
             "SELECT * FROM cases WHERE state = ? AND alone = ? ORDER BY found_at, key LIMIT 1",
             CaseState.WAITING,
-            int(alone),
+            int(exclusive),
         )
         return _record(rows[0]) if rows else None
 
@@ -245,19 +245,19 @@ class BatchStore:
             key,
         )
 
-    def put_back(self, key: str, *, alone: bool = False, attempted: bool = False) -> int:
+    def put_back(self, key: str, *, exclusive: bool = False, attempted: bool = False) -> int:
         """Let a case that was begun wait again; return how often it was attempted.
 
         Args:
             key: the case.
-            alone: from now on nothing else runs beside it in its worker.
+            exclusive: from now on nothing else runs beside it in its worker.
             attempted: the attempt counts against it.
         """
         with self._transaction():
             self._connection.execute(
                 "UPDATE cases SET state = ?, started_at = NULL, alone = alone | ?, attempts = attempts + ?"
                 " WHERE key = ? AND state = ?",
-                (CaseState.WAITING, int(alone), int(attempted), key, CaseState.RUNNING),
+                (CaseState.WAITING, int(exclusive), int(attempted), key, CaseState.RUNNING),
             )
         return self.case(key).attempts
 

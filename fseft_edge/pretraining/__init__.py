@@ -1,7 +1,7 @@
 """Pre-training of an encoder on several partially annotated data sets (FSEFT, section on pre-training, eq. 1)."""
 
-from fseft_edge.pretraining.plan import PretrainingPlan, read_plan
+from fseft_edge.pretraining.config import PretrainingConfig, read_pretraining_config
 from fseft_edge.pretraining.processes import Processes, open_processes
 from fseft_edge.pretraining.training import pretrain
 
-__all__ = ["PretrainingPlan", "Processes", "open_processes", "pretrain", "read_plan"]
+__all__ = ["PretrainingConfig", "Processes", "open_processes", "pretrain", "read_pretraining_config"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fseft_edge.adaptation.augmentation import random_turn, restyle
-from fseft_edge.pretraining.plan import FilesPlan, Labels, PhantomsPlan, PretrainingPlan, case_names
+from fseft_edge.pretraining.config import FilesConfig, Labels, PhantomsConfig, PretrainingConfig, case_names
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.nifti import case_name, list_cases, read_ct, read_label_map
@@ -67,16 +67,16 @@ class Batch:
         return Batch(*(part.to(device) for part in (self.image, self.clean, self.targets, self.task_mask)))
 
 
-def load_cohorts(plan: PretrainingPlan, root: Path, progress: Progress) -> list[list[TrainingCase]]:
+def load_cohorts(plan: PretrainingConfig, root: Path, progress: Progress) -> list[list[TrainingCase]]:
     """Return the cases of every data set of the plan, in the plan's order."""
     cohorts: list[list[TrainingCase]] = []
     for dataset in plan.dataset:
         cohort: list[TrainingCase] = []
-        scans = _phantom_scans(dataset) if isinstance(dataset, PhantomsPlan) else _file_scans(dataset, root)
+        scans = _phantom_scans(dataset) if isinstance(dataset, PhantomsConfig) else _file_scans(dataset, root)
         with progress.task(f"read {dataset.name}", len(scans)) as task:
             for volume, labels, ids in scans:
-                partial = isinstance(dataset, FilesPlan) and dataset.partial
-                halves = dataset.halves if isinstance(dataset, FilesPlan) else {}
+                partial = isinstance(dataset, FilesConfig) and dataset.partial
+                halves = dataset.halves if isinstance(dataset, FilesConfig) else {}
                 cohort.append(
                     prepare_case(volume, labels, ids, plan.organs, plan.preprocessing, partial=partial, halves=halves)
                 )
@@ -100,7 +100,7 @@ class _Scans:
         return self._make
 
 
-def _file_scans(plan: FilesPlan, root: Path) -> _Scans:
+def _file_scans(plan: FilesConfig, root: Path) -> _Scans:
     paths = list_cases(root / plan.images)
     wanted = case_names(plan, root)
     if wanted is not None:
@@ -121,7 +121,7 @@ def _file_scans(plan: FilesPlan, root: Path) -> _Scans:
     return _Scans(len(paths), read())
 
 
-def _phantom_scans(plan: PhantomsPlan) -> _Scans:
+def _phantom_scans(plan: PhantomsConfig) -> _Scans:
     from fseft_edge.phantom import ORGANS, SITES, phantom  # noqa: PLC0415 - needed for phantom plans only
 
     def make() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
@@ -210,7 +210,9 @@ def _some_positions(region: NDArray[np.bool_], random: np.random.Generator) -> N
     return np.stack(np.unravel_index(flat, region.shape), axis=1)
 
 
-def draw_batch(plan: PretrainingPlan, cohorts: list[list[TrainingCase]], step: int, own: slice = slice(None)) -> Batch:
+def draw_batch(
+    plan: PretrainingConfig, cohorts: list[list[TrainingCase]], step: int, own: slice = slice(None)
+) -> Batch:
     """Return the crops of a step; they depend on the plan's seed and the step alone, so a resumed run sees the same.
 
     Args:

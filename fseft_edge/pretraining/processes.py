@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.parallel import DistributedDataParallel
 
-from fseft_edge.adaptation.losses import alone
+from fseft_edge.adaptation.losses import single_process
 from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 
@@ -50,7 +50,7 @@ class Processes:
         their gradients, which :class:`DistributedDataParallel` forms, is then the gradient of that loss.
         """
         if self.count == 1:
-            return alone(tensor)
+            return single_process(tensor)
         summed: Tensor = _Total.apply(tensor)  # type: ignore[no-untyped-call]  # torch does not type it
         return summed
 

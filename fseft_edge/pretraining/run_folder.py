@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, write_model_file
+from fseft_edge.pretraining.config import PretrainingConfig
 from fseft_edge.pretraining.network import PretrainingNetwork
-from fseft_edge.pretraining.plan import PretrainingPlan
 from fseft_edge.runtime.errors import CheckpointError
 from fseft_edge.runtime.system.atomic import atomic_path
 
@@ -46,7 +46,7 @@ class TrainingState:
         return sum(recent) / max(1, len(recent))
 
 
-def save_checkpoint(state: TrainingState, path: Path, plan: PretrainingPlan) -> None:
+def save_checkpoint(state: TrainingState, path: Path, plan: PretrainingConfig) -> None:
     """Write a run's checkpoint.
 
     Raises:
@@ -67,7 +67,7 @@ def save_checkpoint(state: TrainingState, path: Path, plan: PretrainingPlan) -> 
         temporary.write_bytes(serialised.getbuffer())  # a full disk is an OSError here, in torch.save it is not
 
 
-def restore_checkpoint(state: TrainingState, path: Path, plan: PretrainingPlan) -> None:
+def restore_checkpoint(state: TrainingState, path: Path, plan: PretrainingConfig) -> None:
     """Bring a state to where its checkpoint was written, on whatever device it was.
 
     Raises:
@@ -93,7 +93,7 @@ def restore_checkpoint(state: TrainingState, path: Path, plan: PretrainingPlan) 
     state.step, state.seconds, state.losses = content["step"], content["seconds"], content["losses"]
 
 
-def write_trained(state: TrainingState, plan: PretrainingPlan, path: Path, cases: list[int]) -> None:
+def write_trained(state: TrainingState, plan: PretrainingConfig, path: Path, cases: list[int]) -> None:
     """Write the model file of a run.
 
     Args:
@@ -128,5 +128,5 @@ def write_trained(state: TrainingState, plan: PretrainingPlan, path: Path, cases
     write_model_file(path, ModelFile(description, network.encoder.state_dict(), weight, bias))
 
 
-def _plan_id(plan: PretrainingPlan) -> str:
+def _plan_id(plan: PretrainingConfig) -> str:
     return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()

@@ -18,9 +18,9 @@ from fseft_edge.adaptation.losses import adaptation_loss, partial_label_loss
 from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.zoo import CUSTOM, load_model
 from fseft_edge.pretraining.cohort import Batch, TrainingCase, draw_batch, load_cohorts
+from fseft_edge.pretraining.config import PretrainingConfig
 from fseft_edge.pretraining.metrics_log import MetricsLog, StepMetrics
 from fseft_edge.pretraining.network import PretrainingNetwork
-from fseft_edge.pretraining.plan import PretrainingPlan
 from fseft_edge.pretraining.processes import Processes
 from fseft_edge.pretraining.run_folder import (
     LOSS_WINDOW,
@@ -45,7 +45,7 @@ _LOG = logging.getLogger(__name__)
     remedy="Let the plan have smaller crops, fewer of them a step, or gradient_checkpointing.",
 )
 def pretrain(
-    plan: PretrainingPlan,
+    plan: PretrainingConfig,
     *,
     data_root: Path,
     output: Path,
@@ -122,7 +122,7 @@ def pretrain(
     return path
 
 
-def learning_rate(plan: PretrainingPlan, step: int) -> float:
+def learning_rate(plan: PretrainingConfig, step: int) -> float:
     """Return the rate of a step: linear warm-up, then a cosine that would be at zero after the last step."""
     schedule = plan.schedule
     if step < schedule.warmup_steps:
@@ -131,7 +131,7 @@ def learning_rate(plan: PretrainingPlan, step: int) -> float:
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _check_feasible(plan: PretrainingPlan, processes: Processes) -> None:
+def _check_feasible(plan: PretrainingConfig, processes: Processes) -> None:
     if processes.count > plan.crops_per_step:
         raise UsageError(
             f"{processes.count} processes cannot share the {plan.crops_per_step} crops of a step.",
@@ -140,7 +140,7 @@ def _check_feasible(plan: PretrainingPlan, processes: Processes) -> None:
 
 
 def _initial_state(
-    plan: PretrainingPlan, initial: Path | None, initial_model: str | None, processes: Processes
+    plan: PretrainingConfig, initial: Path | None, initial_model: str | None, processes: Processes
 ) -> TrainingState:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
@@ -156,7 +156,7 @@ def _initial_state(
     return TrainingState(network, optimizer, None if source is None else sha256_of_file(source))
 
 
-def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan: PretrainingPlan) -> Path:
+def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan: PretrainingConfig) -> Path:
     """Let the network start from a model of the zoo, and return the file that it was read from."""
     loaded = load_model(name, path)
     model = loaded.model
@@ -179,7 +179,7 @@ def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan:
 
 
 def _batches(
-    plan: PretrainingPlan, cohorts: list[list[TrainingCase]], steps: range, processes: Processes
+    plan: PretrainingConfig, cohorts: list[list[TrainingCase]], steps: range, processes: Processes
 ) -> Iterator[Batch]:
     """Yield this process's crops of every step; those of the next are made while a GPU computes."""
     if processes.device.type == "cpu":
@@ -197,7 +197,7 @@ def _batches(
 class _Step:
     """An optimiser step of all processes together."""
 
-    def __init__(self, state: TrainingState, plan: PretrainingPlan, processes: Processes) -> None:
+    def __init__(self, state: TrainingState, plan: PretrainingConfig, processes: Processes) -> None:
         self._state, self._plan, self._processes = state, plan, processes
         self._shared = processes.shared(state.network)
         self._bfloat16 = plan.schedule.bfloat16

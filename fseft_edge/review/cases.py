@@ -22,7 +22,7 @@ _FAILURES = (CaseState.FAILED, CaseState.SET_ASIDE)
 
 
 @dataclass(frozen=True)
-class Progress:
+class ReviewCount:
     """How many of the masks were decided on."""
 
     decided: int
@@ -115,7 +115,7 @@ def in_review_order(cases: Sequence[CaseRecord]) -> list[CaseRecord]:
     return sorted(cases, key=rank)
 
 
-def progress_of(cases: Sequence[CaseRecord]) -> Progress:
+def review_count(cases: Sequence[CaseRecord]) -> ReviewCount:
     """Return how many of the masks were decided on."""
     masks = [case for case in cases if case.state == CaseState.DONE]
-    return Progress(sum(case.review is not None for case in masks), len(masks))
+    return ReviewCount(sum(case.review is not None for case in masks), len(masks))

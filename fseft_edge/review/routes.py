@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any, BinaryIO, Final
 
 from fseft_edge.outbox.records import CaseRecord, Decision
-from fseft_edge.review.cases import LONGEST_NOTE, ReviewCases, progress_of
+from fseft_edge.review.cases import LONGEST_NOTE, ReviewCases, review_count
 from fseft_edge.runtime.errors import FseftEdgeError, InputError, UsageError
 from fseft_edge.runtime.scans.nifti import stream_hu
 
@@ -107,7 +107,7 @@ class Routes:
 
     def _list(self) -> Reply:
         cases = self._cases.listed()
-        progress = progress_of(cases)
+        progress = review_count(cases)
         return _json(
             HTTPStatus.OK,
             {

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.review.access import HOST, Access
-from fseft_edge.review.cases import Progress, ReviewCases, progress_of
+from fseft_edge.review.cases import ReviewCases, ReviewCount, review_count
 from fseft_edge.review.routes import LARGEST_BODY, Reply, Routes, text_reply
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 
@@ -61,9 +61,9 @@ class ReviewServer(ThreadingHTTPServer):
         """What to open in the browser; whoever has it may see and decide."""
         return self.access.address
 
-    def progress(self) -> Progress:
+    def progress(self) -> ReviewCount:
         """Return how many of the masks were decided on."""
-        return progress_of(self._cases.listed())
+        return review_count(self._cases.listed())
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of a browser that has gone away; anything else is a bug, shown as such."""

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fseft_edge.adaptation.transduction import TransductionPlan
+from fseft_edge.adaptation.transduction import TransductionInputs
 from fseft_edge.masks.result import SegmentedCase
 from fseft_edge.runtime.encoder.bundle import Precision
 from fseft_edge.runtime.errors import FseftEdgeError, SomeCasesFailedError
@@ -32,7 +32,7 @@ def segment(
     *,
     encoder: Path | None = None,
     series: str | None = None,
-    transduction: TransductionPlan | None = None,
+    transduction: TransductionInputs | None = None,
     largest_component: bool | None = None,
     fill_holes: bool | None = None,
     preview: bool = False,
@@ -56,7 +56,7 @@ def segment(
         output: folder, made if need be.
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
         series: which DICOM series of the only scan, by number or UID; None takes the CT series with most slices.
-        transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
+        transduction: refit the adapters to each scan under a prior on organ sizes; None uses them as they are.
         largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
             to help (see :mod:`fseft_edge.adaptation.cross_validation`).
         fill_holes: fill what an organ encloses on all sides; None likewise.

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 from fseft_edge._version import __version__
 from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
-from fseft_edge.adaptation.transduction import OrganOutcome, TransductionPlan, support_of, tuned_adapters
+from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs, refitted_adapters, support_of
 from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing, read_adapter
 from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.adapters.network import Adapter
-from fseft_edge.masks.memory_plan import SegmentationPlan, in_smaller_pieces, plan_segmentation
+from fseft_edge.masks.memory_plan import MemoryPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.masks.post_processing import post_process
 from fseft_edge.masks.prediction import decide_encoded
 from fseft_edge.masks.quality import quality_flags
@@ -53,7 +53,7 @@ class SegmentationSettings:
         adapters: adapter files, all trained on the same encoder.
         encoder: encoder bundle; None looks beside the first adapter and in the working folder.
         series: which DICOM series of a scan (see :func:`fseft_edge.runtime.scans.dicom.choose_series`).
-        transduction: tune the adapters to each scan under a prior on organ sizes; None uses them as they are.
+        transduction: refit the adapters to each scan under a prior on organ sizes; None uses them as they are.
         largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
             to help (see :mod:`fseft_edge.adaptation.cross_validation`).
         fill_holes: fill what an organ encloses on all sides; None likewise.
@@ -74,7 +74,7 @@ class SegmentationSettings:
     adapters: tuple[Path, ...]
     encoder: Path | None = None
     series: str | None = None
-    transduction: TransductionPlan | None = None
+    transduction: TransductionInputs | None = None
     largest_component: bool | None = None
     fill_holes: bool | None = None
     preview: bool = False
@@ -106,7 +106,7 @@ class SegmentationSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Ingredients:
+class LoadedModels:
     """The files that settings name, read and found to belong together."""
 
     adapters: tuple[AdapterFile, ...]
@@ -120,7 +120,7 @@ class OpenedCase:
     scan: Scan
     volume: Volume
     grid: Grid
-    plan: SegmentationPlan
+    plan: MemoryPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +132,7 @@ class EncodedCase:
     resources: ExitStack
 
 
-def read_ingredients(settings: SegmentationSettings) -> Ingredients:
+def load_models(settings: SegmentationSettings) -> LoadedModels:
     """Read adapters and encoder.
 
     Raises:
@@ -149,7 +149,7 @@ def read_ingredients(settings: SegmentationSettings) -> Ingredients:
     check_organs(files)
     if settings.transduction is not None:
         settings.transduction.check(files)
-    return Ingredients(files, bundle)
+    return LoadedModels(files, bundle)
 
 
 @contextlib.contextmanager
@@ -157,18 +157,18 @@ def open_segmenter(settings: SegmentationSettings, progress: Progress | None = N
     """Open the encoder and make ready what all cases share.
 
     Raises:
-        FseftEdgeError: see :func:`read_ingredients` and :func:`fseft_edge.runtime.encoder.session.open_session`.
+        FseftEdgeError: see :func:`load_models` and :func:`fseft_edge.runtime.encoder.session.open_session`.
     """
     progress = progress or SilentProgress()
-    ingredients = read_ingredients(settings)
-    files, bundle = ingredients.adapters, ingredients.bundle
+    models = load_models(settings)
+    files, bundle = models.adapters, models.bundle
     with open_session(bundle, settings.device, settings.backend, precision=settings.precision) as session:
         for file in files:
             file.adapter.to(session.device)
-        tune: _Tune = _unchanged
+        refit: _Refit = _unchanged
         if settings.transduction is not None:
             with open_store(settings.cache, settings.cache_gb) as store:
-                tune = _tuner(
+                refit = _refitter(
                     settings.transduction,
                     files,
                     bundle=bundle,
@@ -177,18 +177,18 @@ def open_segmenter(settings: SegmentationSettings, progress: Progress | None = N
                     budget=settings.budget,
                     progress=progress,
                 )
-        yield Segmenter(settings, files, bundle, session, tune)
+        yield Segmenter(settings, files, bundle, session, refit)
 
 
-_Tune = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]
+_Refit = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]
 
 
 def _unchanged(files: Sequence[AdapterFile], _: EncodedScan) -> tuple[Sequence[Adapter], Sequence[OrganOutcome]]:
     return [file.adapter for file in files], ()
 
 
-def _tuner(
-    plan: TransductionPlan,
+def _refitter(
+    plan: TransductionInputs,
     files: Sequence[AdapterFile],
     *,
     bundle: EncoderBundle,
@@ -196,7 +196,7 @@ def _tuner(
     store: FeatureStore,
     budget: Budget,
     progress: Progress,
-) -> _Tune:
+) -> _Refit:
     supports = []
     pairs = find_pairs(plan.images, plan.labels)
     for file in files:
@@ -209,7 +209,7 @@ def _tuner(
             annotated, organs, bundle=bundle, session=session, store=store, budget=budget, progress=progress
         )
         supports.append(support_of(file.adapter, support, plan.settings, progress))
-    return lambda adapters, encoded: tuned_adapters(adapters, encoded, supports, plan)
+    return lambda adapters, encoded: refitted_adapters(adapters, encoded, supports, plan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,7 +220,7 @@ class Segmenter:
     adapters: Sequence[AdapterFile]
     bundle: EncoderBundle
     session: EncoderSession
-    _tune: _Tune
+    _refit: _Refit
 
     def open(self, path: Path) -> OpenedCase:
         """Read a scan and plan its way to a mask."""
@@ -259,8 +259,8 @@ class Segmenter:
         """Decide every voxel and write mask, JSON and, where asked for, picture into ``output``."""
         opened = encoded.opened
         with encoded.resources:
-            tuned, outcomes = self._tune(self.adapters, encoded.scan)
-            found = in_smaller_pieces(opened.plan, lambda pieces: decide_encoded(encoded.scan, tuned, pieces))
+            refitted, outcomes = self._refit(self.adapters, encoded.scan)
+            found = in_smaller_pieces(opened.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
         labels = LabelMap(post_process(found.labels, self._treatment), opened.volume.affine)
         organs = tuple(_measured(opened.volume, labels, found.confidence, self.adapters, outcomes))
         name = scan_name(opened.scan.path)

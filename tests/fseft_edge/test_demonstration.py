@@ -47,7 +47,7 @@ def _tiny_export(checkpoint: Path | None, *, model: str, output: Path) -> Encode
 
 def _brief_adapt(*arguments: Any, training: TrainingSettings | None = None, **options: Any) -> AdapterFile:
     step = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1)
-    return adapt(*arguments, **options, settings=AdapterSettings("linear", "last"), training=step)
+    return adapt(*arguments, **options, settings=AdapterSettings("linear", "finest"), training=step)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,7 +28,7 @@ def _probability(adapter: Adapter, scan: SupportScan) -> torch.Tensor:
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["linear", "pointwise", "spatial"])
 def test_an_adapter_learns_on_the_gpu_and_says_the_same_on_the_cpu(method: str) -> None:
-    settings = AdapterSettings(method, "pyramid", width=4)  # type: ignore[arg-type]  # parametrised literals
+    settings = AdapterSettings(method, "all", width=4)  # type: ignore[arg-type]  # parametrised literals
     support, query = [scan_with_organ(1), scan_with_organ(2)], scan_with_organ(3)
     trained = train_adapter(settings, support, head_rows=[None], training=FAST)
     assert trained.adapter.device.type == "cuda"
@@ -42,7 +42,7 @@ def test_an_adapter_learns_on_the_gpu_and_says_the_same_on_the_cpu(method: str) 
 
 @pytest.mark.gpu
 def test_the_same_seed_gives_the_same_weights_on_one_gpu() -> None:
-    settings = AdapterSettings("spatial", "pyramid", width=4)
+    settings = AdapterSettings("spatial", "all", width=4)
     first, second = (train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST) for _ in range(2))
     for a, b in zip(first.adapter.state_dict().values(), second.adapter.state_dict().values(), strict=True):
         assert torch.equal(a, b)

@@ -40,8 +40,8 @@ from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 from fseft_edge.segmentation.segment import segment
 
-LINEAR = AdapterSettings(method="linear", reads="last")
-SPATIAL = AdapterSettings(method="spatial", reads="pyramid", width=4)
+LINEAR = AdapterSettings(method="linear", levels="finest")
+SPATIAL = AdapterSettings(method="spatial", levels="all", width=4)
 ONE_STEP = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1)
 UNTOUCHED = replace(ONE_STEP, linear_rate=0.0, residual_rate=0.0)
 LIVER, SPLEEN, LUNG = (OrganLabel(name, label_of(name)) for name in ("liver", "spleen", "left_lung"))
@@ -271,9 +271,9 @@ def test_scans_of_different_size_and_orientation_train_together(site: Site, tmp_
 
 
 @pytest.mark.parametrize("method", ["linear", "pointwise", "spatial"])
-@pytest.mark.parametrize("reads", ["last", "pyramid"])
+@pytest.mark.parametrize("levels", ["finest", "all"])
 def test_before_its_first_step_an_adapter_is_the_heads_classifier(
-    site: Site, tmp_path: Path, method: str, reads: str, monkeypatch: pytest.MonkeyPatch
+    site: Site, tmp_path: Path, method: str, levels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a learning rate of zero, or no iteration, the masks of known organs are those of the encoder's own head."""
     monkeypatch.setattr("fseft_edge.adaptation.training.solve", partial(solve, iterations=0))
@@ -281,7 +281,7 @@ def test_before_its_first_step_an_adapter_is_the_heads_classifier(
     site.adapt(
         known,
         tmp_path / "adapted.adapter",
-        settings=AdapterSettings(method, reads, width=4),  # type: ignore[arg-type]  # parametrised literals
+        settings=AdapterSettings(method, levels, width=4),  # type: ignore[arg-type]  # parametrised literals
         training=UNTOUCHED,
     )
     write_adapter(tmp_path / "head.adapter", zero_shot_adapter(site.bundle, known))

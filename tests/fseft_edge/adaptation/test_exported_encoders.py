@@ -100,7 +100,7 @@ def test_encoder_is_adapted_and_segments(export: Callable[[Path], EncoderBundle]
         tmp_path / "support" / "labels",
         [LIVER],
         tmp_path / "liver.adapter",
-        settings=AdapterSettings(method="linear", reads="pyramid"),
+        settings=AdapterSettings(method="linear", levels="all"),
         training=TrainingSettings(seed=0),
         device="cpu",
     )

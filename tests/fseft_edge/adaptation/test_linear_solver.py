@@ -80,7 +80,7 @@ def test_voxels_without_annotation_say_nothing() -> None:
 def test_voxels_near_an_organ_are_taken_more_often_and_all_stand_for_the_whole_block() -> None:
     generator = torch.Generator().manual_seed(0)
     features = MemoryFeatures((torch.randn(3, 32, 32, 32), torch.randn(4, 16, 16, 16)))
-    adapter = Adapter(AdapterSettings("linear", "pyramid"), features.levels, 2)
+    adapter = Adapter(AdapterSettings("linear", "all"), features.levels, 2)
     core = Box((0, 32), (0, 32), (0, 32))
     targets = torch.zeros(2, 32, 32, 32)
     targets[1, 10:14, 10:14, 10:14] = 1
@@ -101,7 +101,7 @@ def test_voxels_near_an_organ_are_taken_more_often_and_all_stand_for_the_whole_b
 
 def test_a_solution_is_put_back_where_it_came_from() -> None:
     features = MemoryFeatures((torch.randn(3, 8, 8, 8), torch.randn(4, 4, 4, 4)))
-    adapter = Adapter(AdapterSettings("linear", "pyramid"), features.levels, 2)
+    adapter = Adapter(AdapterSettings("linear", "all"), features.levels, 2)
     weight, bias = torch.randn(2, 7), torch.randn(2)
     adapter.set_linear(weight, bias)
     assert torch.equal(adapter.linear_weight(), weight)

@@ -21,10 +21,10 @@ from fseft_edge.runtime.encoder.feature_store import FeatureMap
 FAST = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.02, residual_rate=0.02)
 
 
-@pytest.mark.parametrize("reads", ["last", "pyramid"])
+@pytest.mark.parametrize("levels", ["finest", "all"])
 @pytest.mark.parametrize("method", ["linear", "spatial"])
-def test_training_finds_an_organ_that_the_features_show(method: str, reads: str) -> None:
-    settings = AdapterSettings(method, reads, width=4)  # type: ignore[arg-type]  # parametrised literals
+def test_training_finds_an_organ_that_the_features_show(method: str, levels: str) -> None:
+    settings = AdapterSettings(method, levels, width=4)  # type: ignore[arg-type]  # parametrised literals
     trained = train_adapter(settings, [scan_with_organ(1), scan_with_organ(2)], head_rows=[None], training=FAST)
     query = scan_with_organ(3)
     core = Box(*((0, size) for size in SHAPE))
@@ -44,7 +44,7 @@ def test_training_finds_an_organ_that_the_features_show(method: str, reads: str)
 @pytest.mark.parametrize("method", ["linear", "spatial"])
 def test_the_same_seed_gives_the_same_weights_to_the_bit(method: str, activation: str) -> None:
     """Whatever random numbers were drawn elsewhere, and without disturbing those."""
-    settings = AdapterSettings(method, "pyramid", activation, width=4)  # type: ignore[arg-type]  # parametrised literals
+    settings = AdapterSettings(method, "all", activation, width=4)  # type: ignore[arg-type]  # parametrised literals
     first = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
     torch.manual_seed(99)
     second = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(method: str, activation
 
 
 def test_another_seed_gives_other_weights() -> None:
-    settings = AdapterSettings("linear", "last")
+    settings = AdapterSettings("linear", "finest")
     first = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
     second = train_adapter(
         settings,
@@ -74,7 +74,7 @@ def test_normalisation_is_the_supports_mean_and_deviation() -> None:
     scan = SupportScan(
         cast("FeatureMap", features), (64, 64, 64), Occupancy([np.zeros((64, 64, 64))]), np.array([True]), (0.0,)
     )
-    adapter = untrained_adapter(AdapterSettings("linear", "pyramid"), [scan], head_rows=[None])
+    adapter = untrained_adapter(AdapterSettings("linear", "all"), [scan], head_rows=[None])
     assert float(adapter.mean(0)[0]) == pytest.approx(3)
     assert float(adapter.mean(0)[1]) == pytest.approx(7, abs=0.5)  # blocks at the border repeat its voxels
     assert float(adapter.scale(0)[1]) == pytest.approx(5, rel=0.1)
@@ -87,7 +87,7 @@ def test_training_ends_early_once_the_smoothed_loss_stands_still() -> None:
         block=16, batch=4, epochs=60, linear_rate=1e-9, residual_rate=1e-9, smoothing=2, patience=3, least_gain=1e-3
     )
     trained = train_adapter(
-        AdapterSettings("pointwise", "last"), [scan_with_organ(1)], head_rows=[None], training=training
+        AdapterSettings("pointwise", "finest"), [scan_with_organ(1)], head_rows=[None], training=training
     )
     # An epoch of 8 blocks tells little: 2 and 3 epochs stand for four times as many.
     assert 4 * (2 + 3) <= len(trained.losses) < 60
@@ -96,7 +96,7 @@ def test_training_ends_early_once_the_smoothed_loss_stands_still() -> None:
 def test_an_anchor_holds_the_classifiers_of_known_organs_only() -> None:
     rows = [(torch.tensor([1.0, 0.0, 0.0]), 0.0), None]
     scan = replace(scan_with_organ(1), occupancy=Occupancy([ball(1)] * 2), annotated=np.array([True, True]))
-    settings = AdapterSettings("spatial", "pyramid", width=4)
+    settings = AdapterSettings("spatial", "all", width=4)
     start = untrained_adapter(settings, [scan], head_rows=rows)
     before = start.linear_weight()
     moved = []
@@ -115,7 +115,7 @@ def test_an_organ_without_annotation_in_a_scan_teaches_nothing_there() -> None:
     silent = SupportScan(silent.features, SHAPE, silent.occupancy, np.array([False]), (0.0,))
     inverted = SupportScan(silent.features, SHAPE, Occupancy([1 - ball(7)]), np.array([False]), (0.0,))
     training = TrainingSettings(block=16, batch=1, epochs=1, blocks_per_epoch=4)
-    kinds = AdapterSettings("linear", "last")
+    kinds = AdapterSettings("linear", "finest")
     results = [train_adapter(kinds, [scan], head_rows=[None], training=training) for scan in (silent, inverted)]
     assert results[0].losses == results[1].losses == (0.0,)
 
@@ -135,7 +135,7 @@ def test_variations_lengthen_an_epoch_and_not_the_training() -> None:
 
 def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_only() -> None:
     scan = scan_with_organ(1)
-    adapter = untrained_adapter(AdapterSettings("linear", "pyramid"), [scan], head_rows=[None])
+    adapter = untrained_adapter(AdapterSettings("linear", "all"), [scan], head_rows=[None])
     features = [torch.full((200, level.channels, 1, 1, 1), 5.0) for level in adapter.levels]
     generator = torch.Generator().manual_seed(0)
     training = TrainingSettings(feature_shift=0.5, channel_dropout=0.5)
@@ -155,6 +155,6 @@ def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_onl
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 def test_a_linear_adapter_is_held_to_zero_where_nothing_is_known(activation: str) -> None:
-    settings = AdapterSettings("linear", "pyramid", activation)  # type: ignore[arg-type]  # parametrised literal
+    settings = AdapterSettings("linear", "all", activation)  # type: ignore[arg-type]  # parametrised literal
     start = untrained_adapter(settings, [scan_with_organ(1)], head_rows=[None])
     assert not bool(start.linear_weight().any())

@@ -65,7 +65,7 @@ def scans() -> list[SupportScan]:
 @pytest.fixture(scope="module")
 def adapter(scans: list[SupportScan]) -> Adapter:
     """The exact segmenter of these maps: a voxel is the organ's where the first channel exceeds 1."""
-    settings = AdapterSettings("spatial", "pyramid", width=4)
+    settings = AdapterSettings("spatial", "all", width=4)
     row = torch.tensor([20.0, 0.0, 0.0]), -20.0
     return untrained_adapter(settings, scans, head_rows=[row]).eval()
 
@@ -227,10 +227,10 @@ def test_what_is_minimised_is_support_loss_ridge_and_penalty(adapter: Adapter, s
     seen = visible_voxels(
         adapter, query, survey, torch.tensor([True]), visible=settings.visible, most=settings.voxels, seed=0
     )
-    tuned = transduce(adapter, query, support, [PRIOR], settings=settings)
-    assert tuned.organs[0].notes == ("outside_prior",)
-    weight = tuned.adapter.linear_weight().requires_grad_()
-    bias = tuned.adapter.linear_bias()
+    refitted = transduce(adapter, query, support, [PRIOR], settings=settings)
+    assert refitted.organs[0].notes == ("outside_prior",)
+    weight = refitted.adapter.linear_weight().requires_grad_()
+    bias = refitted.adapter.linear_bias()
     logits = (support.features @ weight.T + bias)[..., None, None, None]
     loss = adaptation_loss(logits, support.targets[..., None, None, None], support.weight, "sigmoid")
     sizes = seen.sizes(adapter, weight, bias)
@@ -251,7 +251,7 @@ def test_the_penalty_is_that_of_the_paper(size: float, relative: float, absolute
 
 
 def test_with_softmax_the_background_gives_way_too(scans: list[SupportScan]) -> None:
-    settings = AdapterSettings("linear", "pyramid", activation="softmax")
+    settings = AdapterSettings("linear", "all", activation="softmax")
     softmax = untrained_adapter(settings, scans, head_rows=[(torch.tensor([20.0, 0.0, 0.0]), -20.0)]).eval()
     support = support_of(softmax, scans, SETTINGS)
     done = transduce(softmax, _query(3, strength=0.7), support, [PRIOR], settings=SETTINGS)
@@ -262,16 +262,16 @@ def test_with_softmax_the_background_gives_way_too(scans: list[SupportScan]) -> 
 
 def test_an_organ_inside_its_prior_keeps_its_classifier(scans: list[SupportScan]) -> None:
     """Of two organs, one well found and one too small, the one is left as it is, to the bit."""
-    settings = AdapterSettings("linear", "last")
+    settings = AdapterSettings("linear", "finest")
     rows = [(torch.tensor([20.0, 0.0, 0.0]), -20.0)] * 2
     adapter = untrained_adapter(settings, scans, head_rows=rows).eval()
     both = [replace(scan, occupancy=_twice(scan), annotated=np.array([True, True])) for scan in scans]
     support = support_of(adapter, both, SETTINGS)
     size = float(survey_of(adapter, _query(3)).sizes[0])
     priors = [SizePrior(0.9 * size, 1.1 * size), SizePrior(1.5 * size, 2 * size)]
-    tuned = transduce(adapter, _query(3), support, priors, settings=SETTINGS).adapter
-    assert torch.equal(tuned.linear_weight()[0], adapter.linear_weight()[0])
-    assert not torch.equal(tuned.linear_weight()[1], adapter.linear_weight()[1])
+    refitted = transduce(adapter, _query(3), support, priors, settings=SETTINGS).adapter
+    assert torch.equal(refitted.linear_weight()[0], adapter.linear_weight()[0])
+    assert not torch.equal(refitted.linear_weight()[1], adapter.linear_weight()[1])
 
 
 def _twice(scan: SupportScan) -> Occupancy:

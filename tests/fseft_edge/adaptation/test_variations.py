@@ -10,7 +10,7 @@ import pytest
 from doubles.encoder import label_of, write_case, write_tiny_encoder
 
 from fseft_edge.adaptation.augmentation import Variation, default_variations, vary
-from fseft_edge.adaptation.block_sampling import SupportScan, shown
+from fseft_edge.adaptation.block_sampling import SupportScan, with_variations
 from fseft_edge.adaptation.cross_validation import Candidate, leave_one_out
 from fseft_edge.adaptation.support_set import load_support
 from fseft_edge.adaptation.training import TrainingSettings, train_adapter
@@ -118,7 +118,7 @@ def load(root: Path, *, variations: int | None, seed: int = 0, cases: Sequence[i
 
 def test_each_scan_brings_its_variations_with_its_own_annotation(support: list[SupportScan]) -> None:
     assert [len(one.variations) for one in support] == [2, 2]
-    assert len(shown(support)) == 6
+    assert len(with_variations(support)) == 6
     for one in support:
         for variation in one.variations:
             assert variation.features.meta.grid_shape == variation.shape
@@ -144,7 +144,7 @@ def test_what_is_left_out_is_left_out_with_its_variations(
     seen: list[list[SupportScan]] = []
 
     def noted(settings: object, scans: list[SupportScan], **more: object) -> object:
-        seen.append(shown(scans))
+        seen.append(with_variations(scans))
         return train_adapter(settings, scans, **more)  # type: ignore[arg-type]  # passed on as they came
 
     monkeypatch.setattr("fseft_edge.adaptation.cross_validation.train_adapter", noted)

@@ -18,8 +18,8 @@ from fseft_edge.adapters.file import (
     AdapterFile,
     AdapterOrgan,
     PostProcessing,
-    adapter_settings,
     read_adapter,
+    stored_settings,
     write_adapter,
 )
 from fseft_edge.adapters.network import Adapter, AdapterSettings
@@ -32,7 +32,7 @@ from fseft_edge.runtime.system import atomic
 LEVELS = (FeatureLevel(1, 3), FeatureLevel(2, 4), FeatureLevel(4, 5))
 KINDS = [
     AdapterSettings(*kind, width=6)  # type: ignore[arg-type]  # products of the literals
-    for kind in itertools.product(("linear", "pointwise", "spatial"), ("last", "pyramid"), ("sigmoid", "softmax"))
+    for kind in itertools.product(("linear", "pointwise", "spatial"), ("finest", "all"), ("sigmoid", "softmax"))
 ]
 KEY = "fseft_edge_adapter"
 
@@ -47,7 +47,7 @@ def made(settings: AdapterSettings = KINDS[0]) -> AdapterFile:
         encoder_id="ab" * 32,
         encoder_name="tiny",
         levels=tuple((level.stride, level.channels) for level in LEVELS),
-        settings=adapter_settings(settings),
+        settings=stored_settings(settings),
         organs=(
             AdapterOrgan(
                 name="liver",
@@ -156,7 +156,7 @@ def test_a_file_from_before_hu_were_kept_is_read_and_keeps_its_checksum(tmp_path
         "encoder_id": "ab" * 32,
         "encoder_name": "tiny",
         "levels": [[level.stride, level.channels] for level in LEVELS],
-        "settings": adapter_settings(file.adapter.settings),
+        "settings": stored_settings(file.adapter.settings),
         "organs": organs,
         "shots": 1,
         "seed": 0,

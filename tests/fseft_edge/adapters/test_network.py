@@ -12,9 +12,9 @@ from fseft_edge.adapters.network import Adapter, AdapterSettings
 
 SHAPE = (32, 24, 40)
 KINDS = [
-    AdapterSettings(method, reads, activation, width=6)
-    for method, reads, activation in itertools.product(
-        ("linear", "pointwise", "spatial"), ("last", "pyramid"), ("sigmoid", "softmax")
+    AdapterSettings(method, levels, activation, width=6)
+    for method, levels, activation in itertools.product(
+        ("linear", "pointwise", "spatial"), ("finest", "all"), ("sigmoid", "softmax")
     )
 ]
 
@@ -79,7 +79,7 @@ def test_an_untrained_adapter_is_the_zero_shot_classifier_for_organs_the_head_kn
 def test_the_spatial_adapter_on_the_last_level_is_the_papers_formula() -> None:
     """``V(x + C3(ReLU(C3(x))))``, computed by plain convolutions on a map whose border is out of reach."""
     features = random_features((16, 16, 16), (4,))
-    adapter = _trained_like(AdapterSettings("spatial", "last"), features)
+    adapter = _trained_like(AdapterSettings("spatial", "finest"), features)
     x = (features.tensors[0][None] - adapter.mean(0)[:, None, None, None]) / adapter.scale(0)[:, None, None, None]
     step = adapter.steps[0]
     residual = nn.functional.conv3d(x, step.first.weight, padding=1).relu()
@@ -92,8 +92,8 @@ def test_the_spatial_adapter_on_the_last_level_is_the_papers_formula() -> None:
 def test_parameter_counts_on_48_channels_are_the_published_ones() -> None:
     """The released code counts 124,416 for the spatial adapter and 49 for one organ's classifier."""
     features = random_features((8, 8, 8), (48,))
-    spatial = Adapter(AdapterSettings("spatial", "last"), features.levels, 1)
-    linear = Adapter(AdapterSettings("linear", "last"), features.levels, 1)
+    spatial = Adapter(AdapterSettings("spatial", "finest"), features.levels, 1)
+    linear = Adapter(AdapterSettings("linear", "finest"), features.levels, 1)
     assert sum(p.numel() for p in linear.parameters()) == 49
     assert sum(p.numel() for p in spatial.parameters()) == 124_416 + 49
 
@@ -101,8 +101,8 @@ def test_parameter_counts_on_48_channels_are_the_published_ones() -> None:
 def test_probabilities_sum_to_one_with_softmax_only() -> None:
     features = _features()
     logits = torch.randn(1, 3, 4, 4, 4)
-    softmax = Adapter(AdapterSettings("linear", "last", "softmax"), features.levels, 2)
-    sigmoid = Adapter(AdapterSettings("linear", "last", "sigmoid"), features.levels, 3)
+    softmax = Adapter(AdapterSettings("linear", "finest", "softmax"), features.levels, 2)
+    sigmoid = Adapter(AdapterSettings("linear", "finest", "sigmoid"), features.levels, 3)
     torch.testing.assert_close(softmax.probabilities(logits).sum(1), torch.ones(1, 4, 4, 4))
     torch.testing.assert_close(sigmoid.probabilities(logits), torch.sigmoid(logits))
 

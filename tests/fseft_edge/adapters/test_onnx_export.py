@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fseft_edge._version import __version__
 from fseft_edge.adaptation.adapt import head_rows, zero_shot_adapter
-from fseft_edge.adapters.file import AdapterFile, adapter_settings, read_adapter
+from fseft_edge.adapters.file import AdapterFile, read_adapter, stored_settings
 from fseft_edge.adapters.file import write_adapter as save_adapter
-from fseft_edge.adapters.network import Activation, Adapter, AdapterSettings, Method, Reads
+from fseft_edge.adapters.network import Activation, Adapter, AdapterSettings, Levels, Method
 from fseft_edge.adapters.onnx_export import GATE, export_adapter
 from fseft_edge.evaluation.metrics import dice
 from fseft_edge.export.export import export_encoder
@@ -42,16 +42,16 @@ from fseft_edge.runtime.scans.volume import Volume
 
 ORGANS = ("liver", "spleen")
 # Every method and every set of levels with either activation, which is the graph's last step.
-KINDS: list[tuple[Method, Reads, Activation]] = [
-    ("linear", "last", "sigmoid"),
-    ("linear", "pyramid", "softmax"),
-    ("pointwise", "last", "softmax"),
-    ("pointwise", "pyramid", "sigmoid"),
-    ("spatial", "last", "softmax"),
-    ("spatial", "pyramid", "sigmoid"),
-    ("spatial", "pyramid", "softmax"),
+KINDS: list[tuple[Method, Levels, Activation]] = [
+    ("linear", "finest", "sigmoid"),
+    ("linear", "all", "softmax"),
+    ("pointwise", "finest", "softmax"),
+    ("pointwise", "all", "sigmoid"),
+    ("spatial", "finest", "softmax"),
+    ("spatial", "all", "sigmoid"),
+    ("spatial", "all", "softmax"),
 ]
-SPATIAL = AdapterSettings("spatial", "pyramid", "softmax", width=4)
+SPATIAL = AdapterSettings("spatial", "all", "softmax", width=4)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,11 @@ def run(graph: Path, windows: Tensor) -> Tensor:
     return probabilities
 
 
-@pytest.mark.parametrize(("method", "reads", "activation"), KINDS)
+@pytest.mark.parametrize(("method", "levels", "activation"), KINDS)
 def test_a_scan_of_one_window_gives_what_the_toolkit_gives(
-    bundle: EncoderBundle, tmp_path: Path, method: Method, reads: Reads, activation: Activation
+    bundle: EncoderBundle, tmp_path: Path, method: Method, levels: Levels, activation: Activation
 ) -> None:
-    settings = AdapterSettings(method, reads, activation, width=4)
+    settings = AdapterSettings(method, levels, activation, width=4)
     file = write_adapter(tmp_path / "a.adapter", bundle, settings)
     graph = export_adapter(tmp_path / "a.adapter", tmp_path / "a.onnx", encoder=bundle.path)
     assert graph.organs == ORGANS
@@ -280,7 +280,7 @@ def test_on_a_real_ct_the_example_in_the_docs_gives_the_toolkits_mask(real_ct: P
     for step in adapter.steps:
         torch.nn.init.normal_(step.second.weight, std=0.02)
     known = zero_shot_adapter(bundle, organs).description
-    description = known.model_copy(update={"settings": adapter_settings(adapter.settings)})
+    description = known.model_copy(update={"settings": stored_settings(adapter.settings)})
     save_adapter(tmp_path / "a.adapter", AdapterFile(description, adapter.eval()))
     export_adapter(tmp_path / "a.adapter", tmp_path / "a.onnx")
 

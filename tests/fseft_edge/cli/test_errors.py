@@ -146,8 +146,8 @@ ERRORS: dict[str, Case] = {
     ),
     "auto told what to read": (
         2,
-        ["--method auto chooses what is read", "--reads"],
-        lambda s, t: s.adapt("--organ", LIVER, "--method", "auto", "--reads", "last", output=t / "out"),
+        ["--method auto chooses what is read", "--levels"],
+        lambda s, t: s.adapt("--organ", LIVER, "--method", "auto", "--levels", "finest", output=t / "out"),
     ),
     "auto without validation": (
         2,

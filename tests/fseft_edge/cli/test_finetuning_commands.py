@@ -20,7 +20,7 @@ from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning
 from fseft_edge.runtime.errors import UsageError
 
 LIVER = f"liver={label_of('liver')}"
-CHEAP = Candidate("linear on last", AdapterSettings("linear", "last"), TrainingSettings())
+CHEAP = Candidate("linear on last", AdapterSettings("linear", "finest"), TrainingSettings())
 SHORT = ("--steps", 2, "--crops", 1, "--device", "cpu")
 
 
@@ -63,7 +63,7 @@ def test_fine_tune_merge_segment(site: Path, tmp_path: Path) -> None:
 
 
 def test_the_description_is_printed_as_json(site: Path, tmp_path: Path) -> None:
-    tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", "--reads", "last", *SHORT, "--json")
+    tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", "--levels", "finest", *SHORT, "--json")
     described = json.loads(tuned.stdout)
     assert (described["method"], described["reads"]) == ("bitfit", "last")
     assert "content_sha256" not in described
@@ -98,7 +98,7 @@ def test_auto_with_a_budget_leaves_the_adapter_and_adds_what_does_better(
 
     monkeypatch.setattr("fseft_edge.finetuning.choosing.try_finetuning", tried)
     monkeypatch.setattr("fseft_edge.adaptation.adapt.candidates", lambda training, settings, rows: [CHEAP])
-    chosen = adapt(site, tmp_path / "a.adapter", "--method", "auto", "--budget", 7, "--device", "cpu", "--json")
+    chosen = adapt(site, tmp_path / "a.adapter", "--method", "auto", "--time-limit", 7, "--device", "cpu", "--json")
     assert chosen.exit_code == 0, chosen.output
     first, second = (json.loads(line) for line in chosen.stdout.splitlines())
     assert first["settings"]["method"] == "linear"
@@ -109,7 +109,7 @@ def test_auto_with_a_budget_leaves_the_adapter_and_adds_what_does_better(
 
 
 def test_a_budget_is_refused_before_any_work_where_the_tuning_has_no_place(site: Path, tmp_path: Path) -> None:
-    refused = adapt(site, tmp_path / "a.tuning", "--method", "auto", "--budget", 7)
+    refused = adapt(site, tmp_path / "a.tuning", "--method", "auto", "--time-limit", 7)
     assert isinstance(refused.exception, UsageError)
     assert "does not end in .adapter" in str(refused.exception)
 
@@ -123,9 +123,9 @@ def test_a_budget_is_refused_before_any_work_where_the_tuning_has_no_place(site:
         (("--method", "linear", "--decoder", "tuned"), "--decoder says nothing"),
         (("--method", "spatial", "--steps", 3), "--steps says nothing"),
         (("--method", "spatial", "--gradient-checkpointing"), "--gradient-checkpointing says nothing"),
-        (("--method", "spatial", "--budget", 3), "--budget serves --method auto"),
-        (("--method", "auto", "--budget", 3, "--activation", "softmax"), "sigmoid"),
-        (("--method", "auto", "--budget", 3, "--decoder", "new"), "--decoder says nothing"),
+        (("--method", "spatial", "--time-limit", 3), "--time-limit serves --method auto"),
+        (("--method", "auto", "--time-limit", 3, "--activation", "softmax"), "sigmoid"),
+        (("--method", "auto", "--time-limit", 3, "--decoder", "new"), "--decoder says nothing"),
         (("--method", "lora", "--memory", 3), "--memory says nothing"),
         (("--method", "adaptformer"), "no place for adaptformer"),
         (("--method", "decoder", "--decoder", "frozen"), "nothing of this encoder would learn"),

@@ -76,7 +76,7 @@ def test_an_adapter_is_made_from_what_was_accepted(batch: Batch, tmp_path: Path)
     write_tiny_encoder(tmp_path / "tiny.encoder")
     batch.decide(batch.keys[0], Decision.ACCEPTED)
     adapt = ["adapt", "--encoder", tmp_path / "tiny.encoder", "-o", tmp_path / "a.adapter"]
-    cheap = ["--organ", f"liver={label_of('liver')}", "--method", "linear", "--reads", "last", "--no-validate"]
+    cheap = ["--organ", f"liver={label_of('liver')}", "--method", "linear", "--levels", "finest", "--no-validate"]
     for wrong in (["--corrected", tmp_path], ["--state", tmp_path / "s"], [], ["--images", tmp_path]):
         ended = run(*adapt, *cheap, *wrong)
         assert (ended.returncode, "--from-reviewed" in ended.stderr) == (2, True)

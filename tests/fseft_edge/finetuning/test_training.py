@@ -16,13 +16,13 @@ from doubles.repository import ROOT
 from doubles.tuning_site import FOR_A_UNET, LIVER, SHORT, TuningSite, parameters_in, tuning_site
 from torch import nn
 
-from fseft_edge.adapters.network import UNKNOWN_ORGAN_BIAS, Reads
+from fseft_edge.adapters.network import UNKNOWN_ORGAN_BIAS, Levels
 from fseft_edge.finetuning.finetune import check_tunable
 from fseft_edge.finetuning.folding import CentreSum, LowRankSum, add_sum, fold_sums
 from fseft_edge.finetuning.merging import folded_encoder
 from fseft_edge.finetuning.settings import TUNING_METHODS, TuningMethod, TuningSettings
 from fseft_edge.finetuning.training import TunedNetwork, _optimizer, crop_edge
-from fseft_edge.finetuning.unfreezing import open_encoder
+from fseft_edge.finetuning.unfreezing import unfreeze
 from fseft_edge.pretraining.cohort import prepare_case, random_crop
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.networks import build_network
@@ -76,7 +76,7 @@ def test_what_is_opened_computes_what_it_did(method: TuningMethod) -> None:
     network, windows = unet(), torch.rand(1, 1, 32, 32, 32)
     with torch.no_grad():
         before = network(windows)
-        open_encoder(network, TuningSettings(method))
+        unfreeze(network, TuningSettings(method))
         after = network.eval()(windows)
     for one, other in zip(before, after, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
@@ -86,7 +86,7 @@ def test_only_what_a_method_names_learns() -> None:
     opened = {}
     for method in FOR_A_UNET:
         network = unet()
-        open_encoder(network, TuningSettings(method))
+        unfreeze(network, TuningSettings(method))
         opened[method] = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert all(name.startswith(("up.", "merge.")) for name in opened["decoder"])
     assert opened["full"] == {name for name, _ in unet().named_parameters()}
@@ -98,9 +98,9 @@ def test_only_what_a_method_names_learns() -> None:
 
 def test_a_decoder_that_is_tuned_or_new_learns_beside_the_method() -> None:
     frozen, tuned, new = unet(), unet(), unet()
-    open_encoder(frozen, TuningSettings("affine"))
-    open_encoder(tuned, TuningSettings("affine", "tuned"))
-    added = open_encoder(new, TuningSettings("affine", "new"))
+    unfreeze(frozen, TuningSettings("affine"))
+    unfreeze(tuned, TuningSettings("affine", "tuned"))
+    added = unfreeze(new, TuningSettings("affine", "new"))
     decoder = sum(p.numel() for part in (tuned.up, tuned.merge) for p in part.parameters())
     assert learning(tuned) == learning(frozen) + decoder == learning(new)
     assert {name.split(".")[0] for name in added} == {"up", "merge"}
@@ -110,7 +110,7 @@ def test_a_decoder_that_is_tuned_or_new_learns_beside_the_method() -> None:
 
 def test_a_new_decoder_of_a_swin_unetr_renews_the_bridges_too() -> None:
     network = swin()
-    open_encoder(network, TuningSettings("lora", "new"))
+    unfreeze(network, TuningSettings("lora", "new"))
     parts = {name.split(".")[0] for name, parameter in network.named_parameters() if parameter.requires_grad}
     assert parts == {"swinViT", "encoder1", "encoder2", "encoder3", "encoder4", "encoder10"} | {
         f"decoder{level}" for level in range(1, 6)
@@ -146,31 +146,31 @@ def med_adapter_count(width: int, before: int | None) -> int:
 )
 def test_so_many_parameters_learn_on_a_swin_unetr(method: TuningMethod, count: int) -> None:
     network = build_network("swin_unetr", feature_size=48)
-    open_encoder(network, TuningSettings(method))
+    unfreeze(network, TuningSettings(method))
     assert learning(network) == count
 
 
 def test_convolutions_beside_others_are_as_many_as_the_released_code_has_on_the_genesis_unet() -> None:
     network = build_network("genesis_unet")
-    open_encoder(network, TuningSettings("conv-adapter"))
+    unfreeze(network, TuningSettings("conv-adapter"))
     assert learning(network) == 260_128
 
 
 @pytest.mark.parametrize("method", ["adaptformer", "compacter"])
 def test_a_method_for_transformers_is_refused_for_a_unet(method: TuningMethod) -> None:
     with pytest.raises(UsageError, match="no place"):
-        open_encoder(unet(), TuningSettings(method))
+        unfreeze(unet(), TuningSettings(method))
 
 
 def test_nothing_to_learn_is_refused() -> None:
     with pytest.raises(UsageError, match="nothing of this encoder would learn"):
-        open_encoder(unet(), TuningSettings("decoder", "frozen"))
+        unfreeze(unet(), TuningSettings("decoder", "frozen"))
 
 
 def test_a_method_that_finds_nothing_beside_a_new_decoder_is_refused() -> None:
     """The only 3x3x3 convolutions of a SwinUNETR outside its decoder are those that are renewed with it."""
     with pytest.raises(UsageError, match="conv-adapter and --decoder new nothing"):
-        open_encoder(swin(), TuningSettings("conv-adapter", "new"))
+        unfreeze(swin(), TuningSettings("conv-adapter", "new"))
 
 
 def peak_rates(network: FeatureNetwork, settings: TuningSettings) -> dict[float, int]:
@@ -313,13 +313,13 @@ def test_statistics_are_held_but_for_those_of_a_new_decoder(site: TuningSite) ->
         )
 
 
-@pytest.mark.parametrize("reads", ["last", "pyramid"])
-def test_it_starts_as_the_zero_shot_segmenter(site: TuningSite, reads: Reads) -> None:
+@pytest.mark.parametrize("used", ["finest", "all"])
+def test_it_starts_as_the_zero_shot_segmenter(site: TuningSite, used: Levels) -> None:
     support = site.support()
     rows = list(support.rows)
     assert rows[0] is not None
     rows[1] = None
-    network = TunedNetwork(site.bundle.network(), 2, TuningSettings("full", reads=reads)).eval()
+    network = TunedNetwork(site.bundle.network(), 2, TuningSettings("full", levels=used)).eval()
     windows = torch.rand(3, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
     network.start_head(rows, windows.split(1))
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_it_starts_as_the_zero_shot_segmenter(site: TuningSite, reads: Reads) ->
     weight, bias = rows[0]
     assert torch.allclose(logits[:, 0], torch.einsum("c,ncxyz->nxyz", weight, levels[0]) + bias, atol=1e-4)
     assert torch.equal(logits[:, 1], torch.full_like(logits[:, 1], UNKNOWN_ORGAN_BIAS))
-    for level, features in enumerate(levels if reads == "pyramid" else levels[:1]):
+    for level, features in enumerate(levels if used == "all" else levels[:1]):
         channels = features.transpose(0, 1).flatten(1)
         assert torch.allclose(network.head.mean(level), channels.mean(1), atol=1e-5)
         assert torch.allclose(network.head.scale(level), channels.std(1, correction=0), atol=1e-5)
@@ -342,10 +342,10 @@ def test_a_head_starts_wherever_the_network_computes() -> None:
 
 def test_the_classifier_reads_what_it_was_told(site: TuningSite) -> None:
     support = site.support()
-    for reads in ("last", "pyramid"):
-        tuned = support.tuned(TuningSettings("bitfit", reads=reads, **SHORT), [0], SilentProgress())
+    for levels in ("finest", "all"):
+        tuned = support.tuned(TuningSettings("bitfit", levels=levels, **SHORT), [0], SilentProgress())
         learned = {name for name in tuned.network.learned() if name.startswith("head.coarse")}
-        assert bool(learned) is (reads == "pyramid")
+        assert bool(learned) is (levels == "all")
         assert all(tuned.network.learned()[name].any() for name in learned)
 
 
@@ -366,7 +366,7 @@ def test_every_method_has_a_row_in_the_docs() -> None:
 @pytest.mark.parametrize("method", ["lora", "bitfit"])
 def test_a_new_decoder_is_new_whatever_learns_beside_it(method: TuningMethod) -> None:
     network, fresh = swin(), swin()
-    open_encoder(network, TuningSettings(method, "new", seed=5))
+    unfreeze(network, TuningSettings(method, "new", seed=5))
     folded = folded_encoder(network).state_dict()
     for name, value in fresh.state_dict().items():
         renewed = name.startswith(("decoder", "encoder")) and name.endswith("conv.weight")
@@ -446,4 +446,4 @@ def test_networks_without_a_decoder_refuse_a_new_one() -> None:
         decoder_parts = ()
 
     with pytest.raises(UsageError, match="no decoder of its own"):
-        open_encoder(Bare(CHANNELS), TuningSettings("affine", "new"))
+        unfreeze(Bare(CHANNELS), TuningSettings("affine", "new"))

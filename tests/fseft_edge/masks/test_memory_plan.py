@@ -34,7 +34,7 @@ from fseft_edge.segmentation.segment import segment
 
 LEVELS = tuple(FeatureLevel(2**level, channels) for level, channels in enumerate((16, 32, 64, 128)))
 HELD = 400_000_000
-METHODS = [(method, reads) for method in ("linear", "pointwise", "spatial") for reads in ("last", "pyramid")]
+METHODS = [(method, levels) for method in ("linear", "pointwise", "spatial") for levels in ("finest", "all")]
 
 
 def grid_of(shape: tuple[int, int, int], spacing: float = 1.5) -> Grid:
@@ -42,10 +42,10 @@ def grid_of(shape: tuple[int, int, int], spacing: float = 1.5) -> Grid:
     return Grid.of(Volume(np.zeros(shape, np.int16), affine), Preprocessing())
 
 
-@pytest.mark.parametrize(("method", "reads"), METHODS)
+@pytest.mark.parametrize(("method", "levels"), METHODS)
 @pytest.mark.parametrize("organs", [1, 5])
-def test_an_adapter_takes_what_is_said_or_a_little_less(method: Any, reads: Any, organs: int) -> None:
-    adapter = Adapter(AdapterSettings(method, reads), LEVELS, organs).eval()
+def test_an_adapter_takes_what_is_said_or_a_little_less(method: Any, levels: Any, organs: int) -> None:
+    adapter = Adapter(AdapterSettings(method, levels), LEVELS, organs).eval()
     features: Any = random_features((64, 64, 64), tuple(level.channels for level in LEVELS))
     core = Box((8, 56), (8, 56), (16, 48))
     with torch.inference_mode(), LiveStorage() as live:
@@ -61,7 +61,7 @@ def test_a_plan_never_exceeds_the_budget_by_its_own_prediction(
 ) -> None:
     array = np.broadcast_to(np.int16(0), shape)
     grid = Grid.of(Volume(array, np.diag([1.0, 1.0, 2.0, 1.0])), Preprocessing())
-    adapters = [Adapter(AdapterSettings("linear", "last"), LEVELS, organs)]
+    adapters = [Adapter(AdapterSettings("linear", "finest"), LEVELS, organs)]
     try:
         plan = plan_segmentation(grid, adapters, Budget(ram), HELD)
     except OutOfMemoryError:
@@ -81,7 +81,7 @@ def test_plans_take_less_and_less_and_the_first_is_the_usual_one() -> None:
 
 def test_the_mask_is_the_same_from_ample_memory_to_the_smallest_plan(tmp_path: Path) -> None:
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
-    settings = AdapterSettings("spatial", "pyramid", width=4)
+    settings = AdapterSettings("spatial", "all", width=4)
     adapter = write_random_adapter(tmp_path / "a.adapter", bundle, ("liver", "spleen"), settings=settings).adapter
     with open_session(bundle, device="cpu", backend="torch") as session:
         store = FeatureStore(tmp_path / "store")

@@ -22,7 +22,7 @@ from fseft_edge.runtime.scans.nifti import read_label_map, write_ct, write_label
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
-LINEAR = AdapterSettings(method="linear", reads="last")
+LINEAR = AdapterSettings(method="linear", levels="finest")
 LIVER, SPLEEN = OrganLabel("liver", 6), OrganLabel("spleen", 300)
 """The batch numbers the spleen 1 and the liver 2; the site's annotations are numbered in another way."""
 

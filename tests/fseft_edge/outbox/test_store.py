@@ -25,10 +25,10 @@ def store_of(folder: Path, *keys: str) -> BatchStore:
 
 def test_a_case_waits_runs_and_is_done_with_all_that_was_said_of_it(tmp_path: Path) -> None:
     with store_of(tmp_path, "case-1") as store:
-        waiting = store.next_waiting(alone=False)
+        waiting = store.next_waiting(exclusive=False)
         assert waiting is not None
         assert store.start(waiting.key)
-        assert store.next_waiting(alone=False) is None
+        assert store.next_waiting(exclusive=False) is None
         assert store.case("case-1").state == CaseState.RUNNING
         store.end("case-1", DONE)
     with BatchStore(state_path(tmp_path)) as store:
@@ -81,11 +81,11 @@ def test_cases_that_were_begun_wait_again_after_a_restart_and_nothing_counts_aga
 def test_a_case_that_has_to_be_alone_is_not_offered_with_the_others(tmp_path: Path) -> None:
     with store_of(tmp_path, "case-1", "case-2") as store:
         store.start("case-1")
-        assert store.put_back("case-1", alone=True) == 0
+        assert store.put_back("case-1", exclusive=True) == 0
         store.start("case-2")
-        assert store.put_back("case-2", alone=True, attempted=True) == 1
-        assert store.next_waiting(alone=False) is None
-        alone = store.next_waiting(alone=True)
+        assert store.put_back("case-2", exclusive=True, attempted=True) == 1
+        assert store.next_waiting(exclusive=False) is None
+        alone = store.next_waiting(exclusive=True)
         assert alone is not None
         assert alone.key == "case-1"
 

@@ -17,7 +17,7 @@ from torch import distributed, nn
 
 from fseft_edge.adaptation.losses import adaptation_loss, partial_label_loss
 from fseft_edge.export.checkpoints import read_model_file
-from fseft_edge.pretraining import Processes, open_processes, pretrain, read_plan
+from fseft_edge.pretraining import Processes, open_processes, pretrain, read_pretraining_config
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def curve(folder: Path) -> torch.Tensor:
 def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     """With statistics held from the start, there is nothing but the order of additions to tell them apart."""
     path = plan_file(data, ("frozen_norm_fraction = 0.34", "frozen_norm_fraction = 1.0"))
-    alone = pretrain(read_plan(path), data_root=data, output=tmp_path / "one", processes=Processes(CPU))
+    alone = pretrain(read_pretraining_config(path), data_root=data, output=tmp_path / "one", processes=Processes(CPU))
     command = Path(sys.executable).with_name("fseft-edge")
     arguments = ["pretrain", path, "--data-root", data, "--output", tmp_path / "two", "--device", "cpu"]
     torchrun("--no-python", command, *arguments)
@@ -78,7 +78,7 @@ def test_two_processes_share_batch_statistics_and_dice_and_resume_to_the_same_by
         ("checkpoint_every = 3", 'checkpoint_every = 3\ndice = "batch"\nrandom = "crop"'),
         ("steps = 6", "steps = 4"),
     )
-    alone = pretrain(read_plan(path), data_root=data, output=tmp_path / "one", processes=Processes(CPU))
+    alone = pretrain(read_pretraining_config(path), data_root=data, output=tmp_path / "one", processes=Processes(CPU))
     torchrun(training_process.__file__, path, data, tmp_path)
     straight, broken = (tmp_path / run / "tiny.safetensors" for run in ("straight", "broken"))
     assert broken.read_bytes() == straight.read_bytes()
@@ -172,5 +172,10 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_more_processes_than_crops_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="4 processes cannot share the 3 crops"):
-        pretrain(read_plan(plan_file(data)), data_root=data, output=tmp_path / "run", processes=Processes(CPU, 0, 4))
+        pretrain(
+            read_pretraining_config(plan_file(data)),
+            data_root=data,
+            output=tmp_path / "run",
+            processes=Processes(CPU, 0, 4),
+        )
     assert not (tmp_path / "run").exists()

@@ -16,9 +16,9 @@ from doubles.cohorts import write_cohort
 from fseft_edge.adaptation.losses import partial_label_loss
 from fseft_edge.export.checkpoints import read_model_file
 from fseft_edge.export.zoo import MODELS
-from fseft_edge.pretraining import PretrainingPlan, Processes, pretrain, read_plan, training
+from fseft_edge.pretraining import PretrainingConfig, Processes, pretrain, read_pretraining_config, training
 from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
-from fseft_edge.pretraining.plan import SwinUnetrPlan
+from fseft_edge.pretraining.config import SwinUnetrConfig
 from fseft_edge.pretraining.training import learning_rate
 from fseft_edge.runtime.encoder.bundle import sha256_of_file
 from fseft_edge.runtime.encoder.networks.swin_unetr import SwinUnetrFeatures
@@ -39,11 +39,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def plan(data: Path) -> PretrainingPlan:
-    return read_plan(data / "plan.toml")
+def plan(data: Path) -> PretrainingConfig:
+    return read_pretraining_config(data / "plan.toml")
 
 
-def test_cases_follow_the_split_and_only_annotated_organs_count(data: Path, plan: PretrainingPlan) -> None:
+def test_cases_follow_the_split_and_only_annotated_organs_count(data: Path, plan: PretrainingConfig) -> None:
     files, phantoms = load_cohorts(plan, data, SilentProgress())
     assert len(files) == 2
     assert files[0].task_mask.tolist() == [True, True, True, True, False]
@@ -51,7 +51,7 @@ def test_cases_follow_the_split_and_only_annotated_organs_count(data: Path, plan
     assert phantoms[0].task_mask.tolist() == [False, False, False, False, True]
 
 
-def test_halves_divide_an_organ_into_the_patients_right_and_left(data: Path, plan: PretrainingPlan) -> None:
+def test_halves_divide_an_organ_into_the_patients_right_and_left(data: Path, plan: PretrainingConfig) -> None:
     case = load_cohorts(plan, data, SilentProgress())[0][0]
     spine, right, left = (case.organs & (1 << bit) != 0 for bit in (1, 2, 3))
     assert np.array_equal(right | left, spine)
@@ -59,7 +59,7 @@ def test_halves_divide_an_organ_into_the_patients_right_and_left(data: Path, pla
     assert np.flatnonzero(right.any((1, 2))).min() > np.flatnonzero(left.any((1, 2))).max()
 
 
-def test_a_step_always_shows_the_same_crops(data: Path, plan: PretrainingPlan) -> None:
+def test_a_step_always_shows_the_same_crops(data: Path, plan: PretrainingConfig) -> None:
     cohorts = load_cohorts(plan, data, SilentProgress())
     first, second, other = draw_batch(plan, cohorts, 4), draw_batch(plan, cohorts, 4), draw_batch(plan, cohorts, 5)
     assert torch.equal(first.image, second.image)
@@ -71,7 +71,7 @@ def test_a_step_always_shows_the_same_crops(data: Path, plan: PretrainingPlan) -
 
 @pytest.mark.parametrize("dice", ["crop", "batch"])
 def test_an_interrupted_run_resumes_to_the_same_bytes(
-    data: Path, plan: PretrainingPlan, tmp_path: Path, dice: str
+    data: Path, plan: PretrainingConfig, tmp_path: Path, dice: str
 ) -> None:
     plan = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"dice": dice})})
     straight = pretrain(plan, data_root=data, output=tmp_path / "straight")
@@ -84,7 +84,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert [{key: value for key, value in row.items() if key != "seconds"} for row in others] == rows
 
 
-def test_metrics_name_the_loss_its_parts_and_the_rate(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+def test_metrics_name_the_loss_its_parts_and_the_rate(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
     pretrain(plan, data_root=data, output=tmp_path, stop_after=3)
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -93,7 +93,7 @@ def test_metrics_name_the_loss_its_parts_and_the_rate(data: Path, plan: Pretrain
         assert row["learning_rate"] == learning_rate(plan, int(row["step"]) - 1)
 
 
-def test_rows_beyond_the_checkpoint_are_dropped(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+def test_rows_beyond_the_checkpoint_are_dropped(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
     pretrain(plan, data_root=data, output=tmp_path, stop_after=3)
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("4,0,0,0,0,0,0\n5,0,")  # a run that was cut off while it wrote
@@ -103,7 +103,7 @@ def test_rows_beyond_the_checkpoint_are_dropped(data: Path, plan: PretrainingPla
     assert rows[3]["loss"] > 0
 
 
-def test_tensorboard_reads_what_the_table_says(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+def test_tensorboard_reads_what_the_table_says(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     pretrain(plan, data_root=data, output=tmp_path, stop_after=4, tensorboard=True)
     pretrain(plan, data_root=data, output=tmp_path, resume=True, tensorboard=True)
@@ -115,7 +115,7 @@ def test_tensorboard_reads_what_the_table_says(data: Path, plan: PretrainingPlan
 
 
 def test_tensorboard_that_is_not_installed_is_named_before_the_work(
-    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, plan: PretrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingBackendError, match=r"fseft-edge\[tensorboard\]"):
@@ -124,7 +124,7 @@ def test_tensorboard_that_is_not_installed_is_named_before_the_work(
 
 
 def test_a_full_disk_is_named(
-    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, plan: PretrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -135,7 +135,7 @@ def test_a_full_disk_is_named(
 
 
 def test_an_earlier_run_is_not_overwritten_and_not_mixed_with_another_plan(
-    data: Path, plan: PretrainingPlan, tmp_path: Path
+    data: Path, plan: PretrainingConfig, tmp_path: Path
 ) -> None:
     pretrain(plan, data_root=data, output=tmp_path, stop_after=1)
     with pytest.raises(CheckpointError, match="--resume"):
@@ -144,7 +144,7 @@ def test_an_earlier_run_is_not_overwritten_and_not_mixed_with_another_plan(
         pretrain(plan.model_copy(update={"seed": 8}), data_root=data, output=tmp_path, resume=True)
 
 
-def test_training_can_start_from_a_model_file(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+def test_training_can_start_from_a_model_file(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
     first = pretrain(plan, data_root=data, output=tmp_path / "first", stop_after=1)
     still = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"learning_rate": 1e-12})})
     second = pretrain(still, data_root=data, output=tmp_path / "second", initial=first, stop_after=1)
@@ -155,7 +155,7 @@ def test_training_can_start_from_a_model_file(data: Path, plan: PretrainingPlan,
 
 
 def test_training_can_start_from_a_published_checkpoint(
-    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, plan: PretrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = MODELS["fseft"].published
     assert published is not None
@@ -165,7 +165,7 @@ def test_training_can_start_from_a_published_checkpoint(
     head = {"classifier.weight": torch.rand(2, 12, 1, 1, 1), "classifier.bias": torch.rand(2)}
     checkpoint = tmp_path / "fseft.pth"
     torch.save({"net": {f"module.{key}": value for key, value in (weights | head).items()}}, checkpoint)
-    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
+    swin = SwinUnetrConfig(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
     plan = plan.model_copy(update={"encoder": swin})
     started = pretrain(
         plan, data_root=data, output=tmp_path / "run", initial=checkpoint, initial_model="fseft", stop_after=0
@@ -180,7 +180,7 @@ def test_training_can_start_from_a_published_checkpoint(
 
 
 def test_training_can_start_from_a_self_supervised_transformer(
-    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, plan: PretrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The transformer is the file's; the decoder, which it does not hold, is drawn by the plan's seed."""
     published = MODELS["selfsup"].published
@@ -189,7 +189,7 @@ def test_training_can_start_from_a_self_supervised_transformer(
     monkeypatch.setitem(MODELS, "selfsup", dataclasses.replace(MODELS["selfsup"], published=small))
     transformer = {k: v for k, v in SwinUnetrFeatures(12).state_dict().items() if k.startswith("swinViT.")}
     torch.save({"state_dict": transformer}, tmp_path / "model_swinvit.pt")
-    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
+    swin = SwinUnetrConfig(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
     started = [
         read_model_file(
             pretrain(
@@ -211,13 +211,13 @@ def test_training_can_start_from_a_self_supervised_transformer(
             assert torch.equal(started[1][key], started[2][key]), key
 
 
-def test_weights_of_another_architecture_are_refused(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
-    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
+def test_weights_of_another_architecture_are_refused(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
+    swin = SwinUnetrConfig(architecture="swin_unetr", feature_size=12, window=(64, 64, 64))
     with pytest.raises(CheckpointError, match="is a residual_unet, the plan trains a swin_unetr"):
         pretrain(plan.model_copy(update={"encoder": swin}), data_root=data, output=tmp_path, initial_model="edge_base")
 
 
-def test_a_run_that_goes_on_remembers_what_it_began_from(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_remembers_what_it_began_from(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
     first, other = (
         pretrain(plan.model_copy(update={"seed": seed}), data_root=data, output=tmp_path / f"{seed}", stop_after=1)
         for seed in (1, 2)
@@ -231,7 +231,7 @@ def test_a_run_that_goes_on_remembers_what_it_began_from(data: Path, plan: Pretr
 
 
 def test_a_run_that_diverges_stops_there(
-    data: Path, plan: PretrainingPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, plan: PretrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretrain(plan, data_root=data, output=tmp_path, stop_after=1)
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -242,7 +242,7 @@ def test_a_run_that_diverges_stops_there(
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
-def test_crops_made_ahead_are_those_of_their_steps(data: Path, plan: PretrainingPlan) -> None:
+def test_crops_made_ahead_are_those_of_their_steps(data: Path, plan: PretrainingConfig) -> None:
     cohorts = load_cohorts(plan, data, SilentProgress())
     gpu = Processes(torch.device("cuda"), rank=1, count=2)
     ahead = list(training._batches(plan, cohorts, range(2, 5), gpu))
@@ -254,7 +254,7 @@ def test_crops_made_ahead_are_those_of_their_steps(data: Path, plan: Pretraining
 
 @pytest.mark.parametrize("has", [True, False])
 def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(
-    plan: PretrainingPlan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
+    plan: PretrainingConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
 ) -> None:
     plan = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"bfloat16": True})})
     monkeypatch.setattr(training, "has_bfloat16", lambda device: has)
@@ -265,13 +265,13 @@ def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(
     assert ("no bfloat16" in caplog.text) == (not has)
 
 
-def test_a_model_that_needs_its_checkpoint_says_so(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
+def test_a_model_that_needs_its_checkpoint_says_so(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs its checkpoint"):
         pretrain(plan, data_root=data, output=tmp_path, initial_model="fseft")
 
 
-def test_a_swin_unetr_takes_a_step_in_little_memory(data: Path, plan: PretrainingPlan, tmp_path: Path) -> None:
-    swin = SwinUnetrPlan(architecture="swin_unetr", feature_size=12, window=(64, 64, 64), gradient_checkpointing=True)
+def test_a_swin_unetr_takes_a_step_in_little_memory(data: Path, plan: PretrainingConfig, tmp_path: Path) -> None:
+    swin = SwinUnetrConfig(architecture="swin_unetr", feature_size=12, window=(64, 64, 64), gradient_checkpointing=True)
     schedule = plan.schedule.model_copy(update={"crop": 64, "steps": 1, "deep_supervision": ()})
     alone = plan.model_copy(update={"encoder": swin, "schedule": schedule, "dataset": plan.dataset[1:]})
     path = pretrain(alone, data_root=data, output=tmp_path)
@@ -281,7 +281,7 @@ def test_a_swin_unetr_takes_a_step_in_little_memory(data: Path, plan: Pretrainin
     assert row["deep_supervision"] == 0
 
 
-def test_the_rate_warms_up_and_falls_to_nothing(plan: PretrainingPlan) -> None:
+def test_the_rate_warms_up_and_falls_to_nothing(plan: PretrainingConfig) -> None:
     rates = [learning_rate(plan, step) for step in range(plan.schedule.steps)]
     assert rates[0] == pytest.approx(0.005)
     assert max(rates) == pytest.approx(0.01)

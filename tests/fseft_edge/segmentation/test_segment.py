@@ -24,7 +24,7 @@ from PIL import Image
 from fseft_edge.adaptation.adapt import adapt
 from fseft_edge.adaptation.size_priors import SizePrior
 from fseft_edge.adaptation.training import TrainingSettings
-from fseft_edge.adaptation.transduction import OrganOutcome, Transduced, TransductionPlan, TransductionSettings
+from fseft_edge.adaptation.transduction import OrganOutcome, Transduced, TransductionInputs, TransductionSettings
 from fseft_edge.adapters.file import AdapterFile, PostProcessing, read_adapter, write_adapter
 from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.masks.post_processing import post_process
@@ -51,8 +51,8 @@ from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.volume import Volume
 from fseft_edge.segmentation.segment import segment
 
-SOFTMAX = AdapterSettings(method="linear", reads="pyramid", activation="softmax")
-SPATIAL = AdapterSettings(method="spatial", reads="pyramid", width=4)
+SOFTMAX = AdapterSettings(method="linear", levels="all", activation="softmax")
+SPATIAL = AdapterSettings(method="spatial", levels="all", width=4)
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def test_hu_unlike_those_of_the_support_set_are_flagged(site: Site, tmp_path: Pa
         site.root / "labels" / "case_1.nii.gz",
         [OrganLabel("liver", label_of("liver"))],
         tmp_path / "a.adapter",
-        settings=AdapterSettings("linear", "pyramid"),
+        settings=AdapterSettings("linear", "all"),
         cache=site.cache,
         device="cpu",
         backend="torch",
@@ -517,7 +517,7 @@ def test_a_transductive_run_says_what_became_of_every_organ(
         device="cpu",
         backend="torch",
     )
-    plan = TransductionPlan(
+    plan = TransductionInputs(
         site.root / "images",
         site.root / "labels",
         {"spleen": SizePrior(1.0, 2.0)},
@@ -545,19 +545,19 @@ def test_the_mask_is_that_of_the_tuned_adapter(site: Site, tmp_path: Path, monke
     write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
 
     def emptied(adapter: Adapter, _: EncodedScan, __: object, priors: Sequence[SizePrior], **___: object) -> Transduced:
-        tuned = copy.deepcopy(adapter)
+        refitted = copy.deepcopy(adapter)
         with torch.no_grad():
-            tuned.linear_bias().fill_(-1e4)
-        return Transduced(tuned, (OrganOutcome(9.0, 0.0, priors[0], ("outside_prior",)),), evaluations=1)
+            refitted.linear_bias().fill_(-1e4)
+        return Transduced(refitted, (OrganOutcome(9.0, 0.0, priors[0], ("outside_prior",)),), evaluations=1)
 
-    plan = TransductionPlan(site.root / "images", site.root / "labels")
+    plan = TransductionInputs(site.root / "images", site.root / "labels")
     scans = [site.image("case_1"), site.image("case_2")]
     plain = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "plain")
     monkeypatch.setattr("fseft_edge.adaptation.transduction.transduce", emptied)
-    tuned = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "out", transduction=plan)
+    refitted = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "out", transduction=plan)
     assert all(labels_in(case).any() for case in plain)
-    assert not any(labels_in(case).any() for case in tuned)
-    assert all("outside_prior" in case.organs[0].flags for case in tuned)
+    assert not any(labels_in(case).any() for case in refitted)
+    assert all("outside_prior" in case.organs[0].flags for case in refitted)
 
 
 def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Site, tmp_path: Path) -> None:
@@ -569,13 +569,13 @@ def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Sit
     ]
     file = replace(file, description=file.description.model_copy(update={"organs": tuple(organs)}))
     by_hand, table = SizePrior(1, 2), SizePrior(3, 4)
-    plan = TransductionPlan(tmp_path, tmp_path, {"liver": by_hand}, {"liver": table, "spleen": table})
+    plan = TransductionInputs(tmp_path, tmp_path, {"liver": by_hand}, {"liver": table, "spleen": table})
     assert plan.priors_for(file) == [by_hand, table, SizePrior.from_volumes([100.0])]
 
 
 def test_a_table_of_other_organs_alone_is_refused(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
-    plan = TransductionPlan(tmp_path, tmp_path, table={"heart": SizePrior(1, 2)})
+    plan = TransductionInputs(tmp_path, tmp_path, table={"heart": SizePrior(1, 2)})
     with pytest.raises(UsageError, match="holds heart, none of them"):
         plan.check([read_adapter(tmp_path / "a.adapter")])
 

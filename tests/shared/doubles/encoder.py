@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fseft_edge.adapters.file import AdapterDescription, AdapterFile, AdapterOrgan, adapter_settings, write_adapter
+from fseft_edge.adapters.file import AdapterDescription, AdapterFile, AdapterOrgan, stored_settings, write_adapter
 from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.phantom import ORGANS, Phantom, phantom
 from fseft_edge.runtime.encoder.bundle import BundleContents, EncoderBundle
@@ -80,7 +80,7 @@ def write_random_adapter(
 
     The smaller the weights' ``deviation``, the less do residual steps magnify rounding errors.
     """
-    settings = settings or AdapterSettings(method="linear", reads="last")
+    settings = settings or AdapterSettings(method="linear", levels="finest")
     generator = torch.Generator().manual_seed(seed)
     adapter = Adapter(settings, bundle.levels, len(organs))
     with torch.no_grad():
@@ -96,7 +96,7 @@ def write_random_adapter(
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
-        settings=adapter_settings(settings),
+        settings=stored_settings(settings),
         organs=tuple(
             AdapterOrgan(name=organ, label=number, support_volumes_ml=support_volumes_ml)
             for number, organ in enumerate(organs, start=1)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fseft_edge.pretraining import open_processes, pretrain, read_plan
+from fseft_edge.pretraining import open_processes, pretrain, read_pretraining_config
 
 if __name__ == "__main__":
     plan, data, output = (Path(argument) for argument in sys.argv[1:])
     with open_processes("cpu") as processes:
         run = {"data_root": data, "processes": processes}
-        pretrain(read_plan(plan), output=output / "straight", **run)
-        pretrain(read_plan(plan), output=output / "broken", stop_after=2, **run)
-        pretrain(read_plan(plan), output=output / "broken", resume=True, **run)
+        pretrain(read_pretraining_config(plan), output=output / "straight", **run)
+        pretrain(read_pretraining_config(plan), output=output / "broken", stop_after=2, **run)
+        pretrain(read_pretraining_config(plan), output=output / "broken", resume=True, **run)

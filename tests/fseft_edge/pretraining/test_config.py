@@ -12,7 +12,7 @@ from doubles.cohorts import PLAN, write_cohort
 from doubles.repository import ROOT
 
 from fseft_edge.phantom import ORGANS
-from fseft_edge.pretraining import PretrainingPlan, read_plan
+from fseft_edge.pretraining import PretrainingConfig, read_pretraining_config
 from fseft_edge.pretraining.cohort import TrainingCase, draw_batch, load_cohorts
 from fseft_edge.runtime.errors import InputError, UnreadableFileError
 from fseft_edge.runtime.system.progress import SilentProgress
@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def planned(data: Path, *changes: tuple[str, str]) -> PretrainingPlan:
+def planned(data: Path, *changes: tuple[str, str]) -> PretrainingConfig:
     """Return the plan with some of its text replaced."""
     text = PLAN
     for old, new in changes:
@@ -33,10 +33,10 @@ def planned(data: Path, *changes: tuple[str, str]) -> PretrainingPlan:
         text = text.replace(old, new)
     path = data / "changed.toml"
     path.write_text(text)
-    return read_plan(path)
+    return read_pretraining_config(path)
 
 
-def organ(case: TrainingCase, plan: PretrainingPlan, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def organ(case: TrainingCase, plan: PretrainingConfig, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return case.organs & (1 << plan.organs.index(name)) != 0
 
 
@@ -147,13 +147,13 @@ def test_a_wrong_plan_is_refused_by_the_name_of_its_key(tmp_path: Path, change: 
     path = tmp_path / "plan.toml"
     path.write_text(PLAN.replace(*change))
     with pytest.raises(InputError, match=message):
-        read_plan(path)
+        read_pretraining_config(path)
 
 
 def test_an_unreadable_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text("= nothing")
     with pytest.raises(UnreadableFileError, match="no readable TOML"):
-        read_plan(tmp_path / "plan.toml")
+        read_pretraining_config(tmp_path / "plan.toml")
 
 
 def test_a_mirror_needs_both_sides_of_an_organ(data: Path) -> None:
@@ -173,7 +173,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 @pytest.mark.parametrize("name", ["edge_base", "edge_base_continued", "swin_unetr"])
 def test_plans_of_encoders_leave_the_novel_organs_out(name: str) -> None:
-    plan = read_plan(BENCHMARKS / f"{name}.toml")
+    plan = read_pretraining_config(BENCHMARKS / f"{name}.toml")
     shown = {label for dataset in plan.dataset if dataset.kind == "files" for label in dataset.organs.values()}
     assert not shown & {3, 4}  # the parotid glands of the head-and-neck annotations
     assert not any("parotid" in organ for organ in plan.organs)

@@ -45,7 +45,7 @@ class _Strict(BaseModel):
         }
 
 
-class ResidualUNetPlan(_Strict):
+class ResidualUNetConfig(_Strict):
     """The compact encoder (:class:`fseft_edge.runtime.encoder.networks.residual_unet.ResidualUNet`) is trained."""
 
     architecture: Literal["residual_unet"]
@@ -78,7 +78,7 @@ class ResidualUNetPlan(_Strict):
             )
 
 
-class SwinUnetrPlan(_Strict):
+class SwinUnetrConfig(_Strict):
     """A SwinUNETR (:class:`fseft_edge.runtime.encoder.networks.swin_unetr.SwinUnetrFeatures`) is trained."""
 
     architecture: Literal["swin_unetr"]
@@ -112,7 +112,7 @@ class SwinUnetrPlan(_Strict):
             raise ValueError("window and crop of a swin_unetr must be multiples of 32, and at least 64")
 
 
-EncoderPlan = Annotated[ResidualUNetPlan | SwinUnetrPlan, Field(discriminator="architecture")]
+EncoderConfig = Annotated[ResidualUNetConfig | SwinUnetrConfig, Field(discriminator="architecture")]
 
 
 Axis = Literal["x", "y", "z"]
@@ -120,7 +120,7 @@ _Label = Annotated[int, Field(ge=1)]
 Labels = _Label | Annotated[tuple[_Label, ...], Field(min_length=1)]
 
 
-class SchedulePlan(_Strict):
+class ScheduleConfig(_Strict):
     """Optimisation: AdamW, linear warm-up, cosine decay to zero.
 
     Attributes:
@@ -172,7 +172,7 @@ class SchedulePlan(_Strict):
         return [list(organs).index(other) for other in others]
 
 
-class FilesPlan(_Strict):
+class FilesConfig(_Strict):
     """A data set of NIfTI files.
 
     Attributes:
@@ -209,7 +209,7 @@ class FilesPlan(_Strict):
         return [*self.organs, *(half for pair in self.halves.values() for half in pair)]
 
 
-class PhantomsPlan(_Strict):
+class PhantomsConfig(_Strict):
     """A procedural cohort: ``count`` phantoms from ``first_seed`` on, sites taken in turn; ``organs`` are annotated."""
 
     kind: Literal["phantoms"]
@@ -235,10 +235,10 @@ class PhantomsPlan(_Strict):
         return list(self.organs)
 
 
-DataSetPlan = Annotated[FilesPlan | PhantomsPlan, Field(discriminator="kind")]
+DataSetConfig = Annotated[FilesConfig | PhantomsConfig, Field(discriminator="kind")]
 
 
-class PretrainingPlan(_Strict):
+class PretrainingConfig(_Strict):
     """Everything that determines a pre-trained encoder.
 
     Attributes:
@@ -248,10 +248,10 @@ class PretrainingPlan(_Strict):
     name: str
     seed: int
     organs: tuple[str, ...] = Field(min_length=1, max_length=MOST_ORGANS)
-    encoder: EncoderPlan
+    encoder: EncoderConfig
     preprocessing: Preprocessing
-    schedule: SchedulePlan
-    dataset: tuple[DataSetPlan, ...] = Field(min_length=1)
+    schedule: ScheduleConfig
+    dataset: tuple[DataSetConfig, ...] = Field(min_length=1)
 
     @property
     def crops_per_step(self) -> int:
@@ -261,7 +261,7 @@ class PretrainingPlan(_Strict):
     @model_validator(mode="after")
     def _organs_are_consistent(self) -> Self:
         for dataset in self.dataset:
-            split = dataset.halves if isinstance(dataset, FilesPlan) else {}
+            split = dataset.halves if isinstance(dataset, FilesConfig) else {}
             unknown = sorted(set(dataset.annotated()) - set(self.organs) - set(split))
             if unknown:
                 raise ValueError(f"data set {dataset.name!r} has organs that 'organs' does not list: {unknown}")
@@ -291,14 +291,14 @@ class PretrainingPlan(_Strict):
         return self
 
 
-def read_plan(path: Path) -> PretrainingPlan:
+def read_pretraining_config(path: Path) -> PretrainingConfig:
     """Read and check a plan.
 
     Raises:
         UnreadableFileError: the file is missing or no TOML.
         InputError: a key is missing, unknown or of the wrong type.
     """
-    return read_toml(path, PretrainingPlan, remedy="See docs/pretrain.md for the keys of a plan.")
+    return read_toml(path, PretrainingConfig, remedy="See docs/pretrain.md for the keys of a plan.")
 
 
 def _other_side(organ: str) -> str:
@@ -307,7 +307,7 @@ def _other_side(organ: str) -> str:
     return "_".join(swapped.get(word, word) for word in organ.split("_"))
 
 
-def case_names(plan: FilesPlan, root: Path) -> list[str] | None:
+def case_names(plan: FilesConfig, root: Path) -> list[str] | None:
     """Return the case names that ``plan.cases`` points to, or None for all."""
     if plan.cases is None:
         return None
