@@ -1,1 +1,1 @@
-"""From a checkpoint to an encoder bundle: networks that return feature pyramids, ONNX export, parity."""
+"""Export of a checkpoint to an encoder bundle: weights, ONNX graphs, compiled engines, parity reports."""

@@ -1,6 +1,7 @@
-"""Engines: a bundle's graph compiled for NVIDIA GPUs by TensorRT-RTX or TensorRT.
+"""Build engines: TensorRT-RTX or TensorRT compiles a bundle's ONNX graph for NVIDIA GPUs.
 
-TensorRT-RTX builds for any GPU it knows, on a machine without one. TensorRT builds for the GPU that it finds.
+TensorRT-RTX builds an engine for any GPU type that it supports, also on a machine without a GPU. TensorRT builds only
+for the GPU of the machine that builds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fseft_edge.runtime.errors import EncoderBundleError, EngineError, MissingBa
 from fseft_edge.runtime.system.atomic import atomic_path
 
 _TARGET = re.compile(r"sm_\d{2,3}|portable")
-_MAX_BATCH = 2  # attention of SwinUNETR-48 at 96^3 alone takes 1.5 GB a window in float32
+_MAX_BATCH = 2  # the attention of SwinUNETR-48 takes 1.5 GB per window of 96^3 voxels in float32
 
 _log = logging.getLogger(__name__)
 
@@ -52,34 +53,37 @@ def build_engines(
     parity_volumes: Sequence[Path] = (),
     classify: Classifier | None = None,
 ) -> list[EngineFile]:
-    """Build what is missing or stale of a bundle's engines, and return them; the twin of ``fseft-edge build-engines``.
+    """Build the engines of a bundle that are missing or out of date, and return all requested engines.
 
-    An engine for this machine's GPU is compared with PyTorch too; without that ``auto`` does not take it.
+    This function does the work of ``fseft-edge build-engines``. An engine for this machine's GPU is also compared with
+    PyTorch. The backend choice ``auto`` never uses an engine without this comparison.
 
     Args:
-        bundle: the encoder bundle whose graph to compile; the engines appear in its folder.
-        targets: ``sm_75``, ``sm_86``, ... (compute capability 7.5, 8.6, ...) or ``portable``; none means this machine's
-            GPU.
-        library: ``None`` takes the first of TensorRT-RTX and TensorRT that is installed.
-        precision: of the graph; ``None`` takes ``mixed`` where the bundle has it, else ``float32``.
-        max_batch: an engine takes 1 to this many windows at once.
-        parity_volumes: CTs to compare on; without any, seeded noise, which ``auto`` does not trust below float32.
-        classify: whose masks are compared; None takes the encoder's own classifier.
+        bundle: encoder bundle whose graph is compiled; the engines are written into the folder of the bundle.
+        targets: GPU types to build for: ``sm_75``, ``sm_86``, ... (compute capability 7.5, 8.6, ...) or ``portable``.
+            An empty sequence means this machine's GPU.
+        library: library that builds the engines; ``None`` means TensorRT-RTX if it is installed, else TensorRT.
+        precision: precision of the graph; ``None`` means ``mixed`` if the bundle contains a mixed-precision graph,
+            else ``float32``.
+        max_batch: largest number of windows that an engine accepts at once.
+        parity_volumes: CTs used for the comparison. Without CTs, seeded noise is used; ``auto`` does not accept a
+            comparison on noise below float32.
+        classify: classifier whose masks are compared; None means the encoder's head.
 
     Raises:
-        UsageError: when a target is unknown, or none is named and there is no GPU.
-        MissingBackendError: when the library is not installed.
-        EncoderBundleError: when the bundle is damaged, or has no graph in that precision.
-        EngineError: when the library does not build for a target.
-        OutOfSpaceError: when the disk is full or not writable.
+        UsageError: a target is unknown, or no target is given and the machine has no GPU.
+        MissingBackendError: the library is not installed.
+        EncoderBundleError: the bundle is damaged, or contains no graph in the requested precision.
+        EngineError: the library cannot build for a target.
+        OutOfSpaceError: the disk is full or not writable.
     """
     opened = EncoderBundle.open(bundle)
     precision = precision or ("float32" if opened.mixed_graph is None else "mixed")
     graph = opened.graph_in(precision)
     if precision == "bfloat16" or graph is None:
         raise EncoderBundleError(
-            f"The encoder bundle {bundle} has no ONNX graph in {precision}.",
-            remedy="Export or merge it again without --no-onnx, or choose another precision.",
+            f"The encoder bundle {bundle} contains no ONNX graph in {precision} precision.",
+            remedy="Export or merge the encoder again without --no-onnx, or choose another precision.",
         )
     wanted = list(dict.fromkeys(targets)) or [_own_target()]
     name = library or installed_library()
@@ -90,29 +94,33 @@ def build_engines(
 
 
 def installed_library() -> EngineLibrary:
-    """Return the first library that is installed.
+    """Return TensorRT-RTX if it is installed, else TensorRT.
 
     Raises:
-        MissingBackendError: when none is.
+        MissingBackendError: no library is installed.
     """
     for name in LIBRARIES:
         if find_spec(name) is not None:
             return name
     raise MissingBackendError(
-        "Neither TensorRT-RTX nor TensorRT is installed.", remedy="Install one with `pip install 'fseft-edge[rtx]'`."
+        "Neither TensorRT-RTX nor TensorRT is installed.",
+        remedy="Install TensorRT-RTX with `pip install 'fseft-edge[rtx]'`.",
     )
 
 
 def check_targets(targets: Sequence[str], library: EngineLibrary) -> None:
-    """Make sure, before long work, that a library builds for all these targets here.
+    """Check, before the export starts, that a library can build for all targets on this machine.
 
     Raises:
-        UsageError, MissingBackendError, EngineError: see :func:`build_engines`.
+        UsageError: a target is unknown.
+        MissingBackendError: the library is not installed.
+        EngineError: the library cannot build for a target.
     """
     for target in targets:
         if not _TARGET.fullmatch(target):
             raise UsageError(
-                f"The target {target!r} is unknown.", remedy="Write sm_86 for compute capability 8.6, or portable."
+                f"The target {target!r} is unknown.",
+                remedy="Give portable or a compute capability, for example sm_86 for compute capability 8.6.",
             )
     for target in targets:
         _target_setter(import_library(library), target)
@@ -120,7 +128,7 @@ def check_targets(targets: Sequence[str], library: EngineLibrary) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What all engines of one call share."""
+    """Settings shared by all engines of one call."""
 
     bundle: EncoderBundle
     graph: Path
@@ -138,14 +146,14 @@ class _Job:
 def _own_target() -> str:
     if not torch.cuda.is_available():
         raise UsageError(
-            "No target is named, and PyTorch sees no NVIDIA GPU to build for.",
-            remedy="Name targets, e.g. --target sm_86 or --target portable.",
+            "No --target is given, and PyTorch finds no NVIDIA GPU on this machine.",
+            remedy="Give a target, for example --target sm_86 or --target portable.",
         )
     return target_of(torch.cuda.get_device_capability())
 
 
 def _current_or_built(job: _Job, target: str) -> EngineFile:
-    """Return the engine that is there, or a new one in its place, saying why."""
+    """Return the existing engine if it is current, else build a new engine and log the reason."""
     path = engine_path(job.bundle, job.name, job.precision, target)
     try:
         found = read_engine(job.bundle, job.name, job.version, job.precision, target)
@@ -153,9 +161,14 @@ def _current_or_built(job: _Job, target: str) -> EngineFile:
         _log.log(logging.WARNING if path.exists() else logging.INFO, "building %s: %s", path.name, error.message)
     else:
         if found.description.max_batch == job.max_batch:
-            _log.info("keeping %s: it is current", path.name)
+            _log.info("keeping %s: this engine is current", path.name)
             return found
-        _log.info("building %s: it takes %d windows at once", path.name, found.description.max_batch)
+        _log.info(
+            "building %s again: the existing engine accepts %d windows at once, but %d are requested",
+            path.name,
+            found.description.max_batch,
+            job.max_batch,
+        )
     return _built(job, target, path)
 
 
@@ -179,30 +192,30 @@ def _built(job: _Job, target: str, path: Path) -> EngineFile:
 def compile_graph(
     library: ModuleType, graph: Path, target: str, max_batch: int
 ) -> tuple[bytes, tuple[EngineTensor, ...]]:
-    """Return an engine, and its inputs and outputs.
+    """Return the bytes of an engine, and its inputs and outputs.
 
     Args:
         library: TensorRT-RTX or TensorRT, imported.
-        graph: ONNX file; the engine computes in the types that it names.
+        graph: ONNX file; the engine computes in the number formats of this graph.
         target: ``sm_NN`` or ``portable``.
-        max_batch: the engine takes 1 to this many windows, and is tuned for this many.
+        max_batch: largest number of windows that the engine accepts; the engine is optimised for this number.
 
     Raises:
-        EngineError: when the library does not take the graph, or does not build for the target.
+        EngineError: the library cannot read the graph, or cannot build for the target.
     """
     build = prepare_build(library, graph, target, max_batch)
     content = build.builder.build_serialized_network(build.network, build.config)
     if content is None:
         raise EngineError(
             f"The engine for {target} could not be built: {last_error(build.logger)}.",
-            remedy="Name another target, or encode with --backend torch.",
+            remedy="Give another --target, or encode with --backend torch.",
         )
     return bytes(content), build.tensors
 
 
 @dataclass(frozen=True, eq=False)
 class Build:
-    """A parsed graph and how it is to be built; the library's own objects."""
+    """The library's objects for a parsed graph and its build settings."""
 
     logger: Any
     builder: Any
@@ -213,7 +226,11 @@ class Build:
 
 
 def prepare_build(library: ModuleType, graph: Path, target: str, max_batch: int) -> Build:
-    """Return everything up to the build itself; see :func:`compile_graph`."""
+    """Parse a graph and return the objects for a build; the arguments are those of :func:`compile_graph`.
+
+    Raises:
+        EngineError: the library cannot read the graph, or cannot build for the target.
+    """
     logger = fresh_logger(library)
     set_target = _target_setter(library, target)
     builder = library.Builder(logger)
@@ -225,7 +242,7 @@ def prepare_build(library: ModuleType, graph: Path, target: str, max_batch: int)
             remedy="Export the encoder again with this version of fseft-edge, or encode with --backend torch.",
         )
     config = builder.create_builder_config()
-    config.clear_flag(library.BuilderFlag.TF32)  # float32 means float32
+    config.clear_flag(library.BuilderFlag.TF32)  # otherwise float32 graphs would compute in TF32
     set_target(config)
     windows = network.get_input(0)
     profile = builder.create_optimization_profile()
@@ -243,22 +260,23 @@ def prepare_build(library: ModuleType, graph: Path, target: str, max_batch: int)
 
 
 def _target_setter(library: ModuleType, target: str) -> Callable[[Any], None]:
-    """Return what tells a builder's configuration the target.
+    """Return a function that sets the target in a builder's configuration.
 
     Raises:
-        EngineError: when the library does not build for it here.
+        EngineError: the library cannot build for the target on this machine.
     """
     if library.__name__ == "tensorrt_rtx":
         return _rtx_target_setter(library, target)
     if not torch.cuda.is_available():
         raise EngineError(
-            f"{library.__name__} builds on a machine with the GPU alone, and PyTorch sees none here.",
-            remedy="Build there, or install TensorRT-RTX (`pip install 'fseft-edge[rtx]'`), which needs none.",
+            f"{library.__name__} needs a GPU to build engines, and PyTorch finds no NVIDIA GPU on this machine.",
+            remedy="Build on the machine with the GPU, or install TensorRT-RTX (`pip install 'fseft-edge[rtx]'`), "
+            "which builds without a GPU.",
         )
     if target not in (PORTABLE, _own_target()):
         raise EngineError(
-            f"{library.__name__} builds for this machine's GPU, {_own_target()}, and not for {target}.",
-            remedy="Build on the other machine, or use TensorRT-RTX.",
+            f"{library.__name__} only builds for this machine's GPU ({_own_target()}), not for {target}.",
+            remedy="Build on the machine with that GPU, or use TensorRT-RTX.",
         )
 
     def portable(config: Any) -> None:  # noqa: ANN401 - the library comes without types
@@ -277,22 +295,23 @@ def _rtx_target_setter(library: ModuleType, target: str) -> Callable[[Any], None
     if target != PORTABLE and target not in known:
         raise EngineError(
             f"{library.__name__} {library.__version__} does not build for {target}.",
-            remedy=f"It does for {', '.join(known)}, and {PORTABLE}, which is {target_of(PORTABLE_FROM)} and later.",
+            remedy=f"Choose one of {', '.join(known)}, or {PORTABLE} (all GPUs from {target_of(PORTABLE_FROM)} on).",
         )
 
     def one_capability(config: Any) -> None:  # noqa: ANN401 - the library comes without types
-        if target != PORTABLE:  # which is the library's default
+        if target != PORTABLE:  # the library builds portable engines by default
             config.num_compute_capabilities = 1
             if not config.set_compute_capability(known[target], 0):
-                raise RuntimeError(f"{library.__name__} did not take the target {target}")
+                raise RuntimeError(f"{library.__name__} did not accept the target {target}")
 
     return one_capability
 
 
 def _with_parity(engine: EngineFile, job: _Job, volumes: Sequence[Path]) -> EngineFile:
-    """Return the engine with a report of this machine's GPU, where it runs on it and has none on a CT yet.
+    """Return the engine with a parity report from this machine's GPU.
 
-    A bundle that holds a graph alone has no network to compare with.
+    The engine is returned unchanged if it already has a report on CTs (or on noise, and no CTs are given), if it does
+    not run on this machine's GPU, or if the bundle contains only a graph, so that there is no network to compare with.
     """
     known = engine.description.parity
     enough = known is not None and (known.source == "ct" or not volumes)

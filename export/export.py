@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes an encoder bundle, once."""
+"""Export a checkpoint to an encoder bundle."""
 
 from __future__ import annotations
 
@@ -36,30 +36,34 @@ def export_encoder(
     targets: Sequence[str] = (),
     description: Path | None = None,
 ) -> EncoderBundle:
-    """Write the encoder of a checkpoint as a bundle, and return it; the twin of ``fseft-edge export``.
+    """Write the encoder of a checkpoint as an encoder bundle, and return the bundle.
+
+    This function does the work of ``fseft-edge export``.
 
     Args:
-        checkpoint: a published checkpoint, or a model file of ``pretrain``; ``None`` for a built-in model.
-        model: name in :data:`fseft_edge.export.zoo.MODELS`.
-        output: the bundle's folder, which must not exist yet.
-        onnx: also write the ONNX graphs, in float32 and in mixed precision, and compare every engine installed here
-            with PyTorch on them.
-        parity_volumes: CTs to compare on; without any, seeded noise.
-        targets: GPUs to build engines for, see :func:`fseft_edge.export.engines.build_engines`; without any, this
-            machine's GPU where there is one and a library that builds for it.
-        description: TOML file about a network of the user's own, whose code it names and this **runs**
-            (:mod:`fseft_edge.export.imported`); ``model`` is ``custom`` then and ``checkpoint`` holds the weights.
+        checkpoint: published checkpoint, or model file of ``fseft-edge pretrain``; ``None`` for a built-in model.
+        model: name of the model in :data:`fseft_edge.export.zoo.MODELS`.
+        output: folder of the bundle; must not exist yet.
+        onnx: whether to write the ONNX graphs (float32 and mixed precision) and to compare every engine that is
+            installed on this machine with PyTorch.
+        parity_volumes: CTs used for the comparison; without CTs, seeded noise is used.
+        targets: GPU types to build engines for (:func:`fseft_edge.export.engines.build_engines`). Without targets, an
+            engine is built for this machine's GPU if there is a GPU and a library that can build for it.
+        description: TOML file that describes a network of the user's own code (:mod:`fseft_edge.export.imported`).
+            This function **runs that code**. ``model`` must be ``custom``, and ``checkpoint`` contains the weights.
 
     Raises:
-        UsageError: when options contradict one another, or ``output`` exists.
-        EngineError: when an engine that was asked for cannot be built; the bundle is there then, without it.
-        CheckpointError: when the checkpoint is not one of that model.
-        InputError: when a CT to compare on cannot be read, or the description or the code that it names is unusable.
-        OutOfSpaceError: when the disk is full or not writable.
+        UsageError: options contradict one another, or ``output`` exists.
+        EngineError: a requested engine cannot be built; in this case the bundle exists, without the engine.
+        CheckpointError: the checkpoint does not belong to the model.
+        InputError: a CT in ``parity_volumes`` cannot be read, or the description or its code is not usable.
+        OutOfSpaceError: the disk is full or not writable.
     """
     _check_output(output, onnx=onnx, parity_volumes=parity_volumes)
     if targets and not onnx:
-        raise UsageError("Engines are built from an ONNX graph.", remedy="Leave out one of the two options.")
+        raise UsageError(
+            "--target needs the ONNX graph, but --no-onnx is given.", remedy="Leave out --target or --no-onnx."
+        )
     if targets:
         check_targets(targets, installed_library())
     loaded = load_model(model, checkpoint) if description is None else _imported(model, checkpoint, description, onnx)
@@ -75,18 +79,24 @@ def write_encoder(
     targets: Sequence[str] = (),
     classify: Classifier | None = None,
 ) -> EncoderBundle:
-    """Write a model as a bundle, and return it.
+    """Write a model as an encoder bundle, and return the bundle.
 
     Args:
-        loaded: the model and the file that it came from.
-        output: as for :func:`export_encoder`, like the rest.
-        onnx: likewise.
-        parity_volumes: likewise.
-        targets: likewise; can be built here, as :func:`fseft_edge.export.engines.check_targets` says.
-        classify: whose masks say whether a lower precision is good enough; None takes the model's own classifier.
+        loaded: model, and the file from which it was read.
+        output: folder of the bundle; must not exist yet.
+        onnx: whether to write the ONNX graphs and to compare every installed engine with PyTorch.
+        parity_volumes: CTs used for the comparison; without CTs, seeded noise is used.
+        targets: GPU types to build engines for; :func:`fseft_edge.export.engines.check_targets` must have accepted
+            them.
+        classify: classifier whose masks decide whether a lower precision is accurate enough; None means the model's
+            head.
 
     Raises:
-        UsageError, EngineError, CheckpointError, InputError, OutOfSpaceError: as :func:`export_encoder`.
+        UsageError: options contradict one another, or ``output`` exists.
+        EngineError: a requested engine cannot be built; in this case the bundle exists, without the engine.
+        CheckpointError: the weights do not match the architecture.
+        InputError: a CT in ``parity_volumes`` cannot be read.
+        OutOfSpaceError: the disk is full or not writable.
     """
     _check_output(output, onnx=onnx, parity_volumes=parity_volumes)
     network = loaded.network or _built(loaded)
@@ -94,7 +104,8 @@ def write_encoder(
     settings = described.settings
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
         graph = Path(folder) / "encoder.onnx"
-        # Where a network of the user's own adds many numbers up is not known here, so it stays in float32.
+        # Mixed precision keeps long sums in float32. The positions of such sums in a user's network are unknown, so
+        # this network is only exported in float32.
         mixed_graph = Path(folder) / "encoder.mixed.onnx" if loaded.network is None else None
         parity: dict[str, ParityReport] = {}
         if onnx:
@@ -146,44 +157,54 @@ def write_encoder(
 
 def _check_output(output: Path, *, onnx: bool, parity_volumes: Sequence[Path]) -> None:
     if output.exists():
-        raise UsageError(f"{output} already exists.", remedy="Choose another name, or remove it first.")
+        raise UsageError(f"The output {output} already exists.", remedy="Choose another name, or delete it first.")
     if parity_volumes and not onnx:
         raise UsageError(
-            "Without an ONNX graph there is nothing to compare.", remedy="Leave out one of the two options."
+            "--parity-ct needs the ONNX graph, but --no-onnx is given.", remedy="Leave out --parity-ct or --no-onnx."
         )
 
 
 def _imported(model: str, checkpoint: Path | None, description: Path, onnx: bool) -> LoadedModel:
-    """Return the network of a description, after checking that nothing contradicts it."""
+    """Return the network of a description, after checking that the other options do not contradict it."""
     if model != CUSTOM:
         raise UsageError(
-            f"A description is of a network of your own, and {model} is a model that is known.",
-            remedy=f"Say --model {CUSTOM}, or leave --description out.",
+            f"--description can only be used with --model {CUSTOM}, not with --model {model}.",
+            remedy=f"Write --model {CUSTOM}, or leave out --description.",
         )
     if checkpoint is None:
-        raise UsageError("A network of your own needs its weights.", remedy="Name the file with its state dict.")
+        raise UsageError(
+            f"The network of the description {description} needs a checkpoint with its weights.",
+            remedy="Give the file that contains the state dict of the network.",
+        )
     if not onnx:
-        raise UsageError("A network of your own runs from its ONNX graph alone.", remedy="Leave --no-onnx out.")
+        raise UsageError(
+            "A network of your own runs only from its ONNX graph, but --no-onnx is given.",
+            remedy="Leave out --no-onnx.",
+        )
     return import_model(description, checkpoint)
 
 
 def _built(loaded: LoadedModel) -> FeatureNetwork:
-    """Return the network of a model file, its head checked to fit."""
+    """Return the network of a model file.
+
+    Raises:
+        CheckpointError: the weights or the head do not match the architecture.
+    """
     description, source = loaded.model.description, loaded.source
     network = build_network(description.architecture, **description.settings).eval()
     load_weights(network, loaded.model.encoder, source=str(source))
     channels = network.levels[0].channels
     if loaded.model.head_weight.shape != (len(description.organs), channels):
         raise CheckpointError(
-            f"The classifier in {source} is {list(loaded.model.head_weight.shape)}, "
-            f"not [{len(description.organs)}, {channels}].",
-            remedy="Check that --model names the network that the checkpoint was made for.",
+            f"The classifier in {source} has weights of shape {list(loaded.model.head_weight.shape)}; expected is "
+            f"[{len(description.organs)}, {channels}].",
+            remedy="Check that --model names the network of this checkpoint (`fseft-edge models` lists all names).",
         )
     return network
 
 
 def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path], classify: Classifier | None) -> None:
-    """Build what was not asked for: where it does not work, other backends do."""
+    """Try to build an engine for this machine's GPU. A failure is only logged, because other backends can be used."""
     try:
         build_engines(bundle.path, parity_volumes=parity_volumes, classify=classify)
     except EnvironmentProblemError as error:
@@ -191,15 +212,15 @@ def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path], c
 
 
 def _log_parity(report: ParityReport) -> None:
-    # That a lower precision was not shown to be good enough is no trouble: float32 is taken.
+    # A shortcoming of a lower precision is not a problem, because float32 is used instead.
     level = logging.WARNING if report.shortcoming and report.precision == "float32" else logging.INFO
-    masks = "" if report.mask_dsc is None else f", its masks have a DSC of {report.mask_dsc:.4f}"
+    masks = "" if report.mask_dsc is None else f", mask DSC {report.mask_dsc:.4f}"
     _log.log(
         level,
-        "%s in %s differs from PyTorch by at most %.1e of a level's largest feature%s: %s",
+        "%s in %s: largest difference from PyTorch %.1e, relative to the largest feature of the level%s: %s",
         report.backend,
         report.precision,
         max(report.relative_error),
         masks,
-        f"it will not be chosen by itself, {report.shortcoming}" if report.shortcoming else "passed",
+        f"--backend auto will not use it, because {report.shortcoming}" if report.shortcoming else "passed",
     )

@@ -1,4 +1,4 @@
-"""The encoders that can be exported by name, as text for a terminal and as plain data."""
+"""List of the models that can be exported, as text for a terminal and as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
     from fseft_edge.export.zoo import ModelSpec
 
-_UNKNOWN_SHA = "not known here; the bundle records that of the file that was used"
+_UNKNOWN_SHA = "unknown; the bundle records the sha256 of the file that you export"
 
 
 def model_lines(models: Sequence[ModelSpec]) -> Iterator[str]:
-    """Yield a paragraph for each model: what it is, what to fetch, and how to export it."""
+    """Yield the lines of one paragraph per model: description, file to download, command for the export."""
     for number, model in enumerate(models):
         if number:
             yield ""
@@ -25,7 +25,7 @@ def model_lines(models: Sequence[ModelSpec]) -> Iterator[str]:
 
 
 def model_entries(models: Sequence[ModelSpec]) -> list[dict[str, JsonValue]]:
-    """Return the same as plain data; what is not known, or does not apply, is None."""
+    """Return the list of models as plain data; None means that a value is unknown or does not apply."""
     return [
         {
             "name": model.name,
@@ -42,7 +42,7 @@ def model_entries(models: Sequence[ModelSpec]) -> list[dict[str, JsonValue]]:
 
 
 def _wrapped(word: str, text: str) -> list[str]:
-    """Return a fact as lines; a command stays on one, to be copied."""
+    """Return the wrapped lines of one entry; a command stays on one line, so that it can be copied."""
     start = f"    {word:<9} "
     if word == "export":
         return [start + text]
@@ -50,16 +50,16 @@ def _wrapped(word: str, text: str) -> list[str]:
 
 
 def _organs(model: ModelSpec) -> str:
-    """Return what the head knows; some releases are to be had with and without one that can be used."""
+    """Return the organs that the head classifies. Some releases exist with and without a usable head."""
     organs = model.published.organs if model.published is not None else ()
     if not organs:
-        return "none by itself: adapt it"
+        return "none: train an adapter for each organ"
     always = model.layout is None or model.layout.needs_classifier
     listed = ", ".join(organs)
     return (
         listed
         if always
-        else f"none by itself, as the authors' file makes its head from texts; with a 1x1x1 one: {listed}"
+        else f"none if the file computes its head from texts, as the authors' file does; with a 1x1x1 head: {listed}"
     )
 
 
@@ -72,7 +72,7 @@ def _facts(model: ModelSpec) -> Iterator[tuple[str, str]]:
         yield "network", f"{published.architecture}, {window} voxels of {spacing} mm, HU {low:g} to {high:g}"
         yield "organs", _organs(model)
         yield "authors", model.repository
-        yield "file", f"{model.file}; fetch it from the authors and keep it where you like"
+        yield "file", f"{model.file}; download it from the authors into any folder"
         yield "sha256", model.sha256 or _UNKNOWN_SHA
     if model.licence:
         yield "licence", model.licence

@@ -1,4 +1,4 @@
-"""From a network to an ONNX file: float32 or mixed precision, dynamic batch, static window."""
+"""Write a network as an ONNX file: float32 or mixed precision, dynamic batch size, fixed window size."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ def write_graph(
     path: Path,
     precision: Literal["float32", "mixed"] = "float32",
 ) -> None:
-    """Write a network as one ONNX file; the same network gives the same bytes.
+    """Write a network as one ONNX file; the same network always gives the same bytes.
 
     The input ``windows`` is float32 ``[n, 1, X, Y, Z]`` with any n; the outputs are ``level_0`` (finest), ``level_1``,
-    ... Batch normalisations are folded, instance normalisations written out (:class:`_StagedInstanceNorm`). The
-    exporter's notes on where in the source an operator comes from are left out: they name folders of the machine that
-    exported.
+    ... Batch normalisations are folded into convolutions. Instance normalisations are written as several elementary
+    operators (:class:`_StagedInstanceNorm`). The exporter's metadata about source files is removed, because it
+    contains folder names of the exporting machine.
 
     Args:
-        network: what to export; it stays as it is.
-        window: ``[X, Y, Z]``, the one size that the graph takes. Dynamic sizes export, but the graphs fail.
-        path: where to.
-        precision: ``float32``, or ``mixed``: weights and features within the graph are float16, with casts around what
-            stays float32 (:class:`MixedPrecision`).
+        network: network to export; it is not changed.
+        window: only window size that the graph accepts, ``[X, Y, Z]``. An export with dynamic sizes works, but the
+            resulting graphs fail.
+        path: ONNX file to write.
+        precision: ``float32``, or ``mixed``: weights and features in the graph are float16, and casts surround the
+            operations that stay in float32 (:class:`MixedPrecision`).
     """
     outputs = [f"level_{level}" for level in range(len(network.levels))]
     prepared = inference_network(network)
@@ -48,14 +49,14 @@ def write_graph(
 
 
 def graph_of(network: nn.Module, window: tuple[int, int, int], outputs: Sequence[str]) -> onnx.ModelProto:
-    """Return a network as a graph, under the conditions of :func:`write_graph`.
+    """Return a network as an ONNX graph with the properties that :func:`write_graph` describes.
 
     Args:
-        network: in its form for inference; takes windows ``[n, 1, X, Y, Z]``.
-        window: ``[X, Y, Z]``.
-        outputs: what the network's outputs are called, in order.
+        network: network in its form for inference; its input is windows ``[n, 1, X, Y, Z]``.
+        window: size of the window, ``[X, Y, Z]`` in voxels.
+        outputs: names of the network's outputs, in order.
     """
-    example = torch.zeros(2, 1, *window)  # a batch of 1 would be taken for a constant
+    example = torch.zeros(2, 1, *window)  # the exporter would treat a batch size of 1 as a constant
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
             _with_staged_statistics(network),
@@ -67,23 +68,24 @@ def graph_of(network: nn.Module, window: tuple[int, int, int], outputs: Sequence
             dynamic_shapes=({0: torch.export.Dim("n")},),
             verbose=False,
         )
-    assert program is not None  # noqa: S101 - what dynamo=True returns
+    assert program is not None  # noqa: S101 - dynamo=True always returns a program
     model = program.model_proto
     _drop_notes(model)
     return model
 
 
 def write_model(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph as one file; the same graph gives the same bytes."""
+    """Write a graph as one file; the same graph always gives the same bytes."""
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 class _StagedInstanceNorm(nn.Module):
-    """An instance normalisation whose means are taken along one axis after another.
+    """Instance normalisation that computes means along one axis after another.
 
-    ONNX Runtime's own operator adds a whole window up in float32. A CT window is constant over large parts (air, and
-    whatever the HU window clips), so that the rounding errors of the sum all have one sign: on 96^3 voxels of a real
-    abdomen the normalised features were wrong by 2e-4 of their largest, twice the parity gate; written out, by 1e-7.
+    ONNX Runtime's own operator sums a whole window in float32. A CT window is constant in large regions (air, and
+    intensities clipped by the HU window), so all rounding errors of the sum have the same sign. For 96^3 voxels of a
+    real abdomen, the largest error of ONNX Runtime's operator was 2e-4 of the largest feature, twice the parity gate;
+    the largest error of this module was 1e-7.
     """
 
     def __init__(self, norm: nn.InstanceNorm3d) -> None:
@@ -102,16 +104,17 @@ class _StagedInstanceNorm(nn.Module):
 def _staged_mean(x: Tensor) -> Tensor:
     """Return the mean over X, Y, Z of ``[n, C, X, Y, Z]``, as ``[n, C, 1, 1, 1]``.
 
-    OpenVINO makes neighbouring means that keep, or drop, their axes alike into one again, with the errors that the
-    stages are there to avoid: on 96^3 voxels 1.3e-3 of the largest feature, in one normalisation. So they alternate.
+    OpenVINO merges consecutive means if all of them keep their axes or all of them drop their axes. The merged mean
+    has the rounding errors that the stages avoid: for 96^3 voxels, 1.3e-3 of the largest feature in one normalisation.
+    Therefore the stages alternate between keeping and dropping axes.
     """
     return x.mean(4).mean(3, keepdim=True).mean(2)[..., None, None]
 
 
 def _with_staged_statistics(network: nn.Module) -> nn.Module:
-    """Return a copy whose instance normalisations are written out, or the network itself where it has none.
+    """Return a copy that computes instance normalisations in stages; without such layers, the network itself.
 
-    Those that keep running statistics use them in evaluation, and stay.
+    Instance normalisations with running statistics compute no means in evaluation mode, so they stay unchanged.
     """
     names = [
         name
@@ -123,13 +126,13 @@ def _with_staged_statistics(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
     for name in names:
         norm = network.get_submodule(name)
-        assert isinstance(norm, nn.InstanceNorm3d)  # noqa: S101 - chosen so
+        assert isinstance(norm, nn.InstanceNorm3d)  # noqa: S101 - narrows the type for the checker
         network.set_submodule(name, _StagedInstanceNorm(norm))
     return network
 
 
 def _drop_notes(model: onnx.ModelProto) -> None:
-    """Remove the exporter's metadata, in place."""
+    """Remove the exporter's metadata from a graph, in place."""
     graph = model.graph
     for holder in (model, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
         del holder.metadata_props[:]
@@ -137,7 +140,7 @@ def _drop_notes(model: onnx.ModelProto) -> None:
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Keep back what the exporter says about itself: that torchvision is missing, and a deprecated check it makes."""
+    """Suppress two messages of the exporter: torchvision is missing, and a check inside PyTorch is deprecated."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)

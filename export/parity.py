@@ -1,4 +1,4 @@
-"""Parity: how far the features of an exported graph are from PyTorch's."""
+"""Parity reports: differences between the features of an exported graph and the features of PyTorch."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.system.libraries import import_library
 
 GATES: dict[Precision, float] = {"float32": 1e-4, "mixed": 5e-3, "bfloat16": 3e-2}
-"""The largest relative error that passes. Below float32 the masks have to agree too (:data:`LEAST_DSC`): an error that
-a few features bear counts less than one that the head turns into voxels."""
+"""Largest relative error that passes, for each precision. Below float32, the masks must also agree
+(:data:`LEAST_DSC`), because errors in masks matter more than errors of a few features."""
 
-_WINDOWS_A_CT = 2
+_WINDOWS_PER_CT = 2
 _NOISE_WINDOWS = 2
 _NOISE_SEED = 0
 
-# An organ that a CT does not show draws a haze of probabilities near one half, whose mask any rounding moves. It counts
-# where the reference mask has this many voxels and the head is sure of this share of them.
-_SEEN = 500
-_SURE_SHARE = 0.75
-_SURE = math.log(0.9 / 0.1)
+# For an organ outside the CT, the head may return many probabilities near 0.5, and rounding changes such a mask. An
+# organ is only compared if its reference mask has at least this many voxels, and if at least this fraction of the
+# voxels has a logit above this limit (a probability above 0.9).
+_LEAST_VOXELS = 500
+_LEAST_CONFIDENT_FRACTION = 0.75
+_CONFIDENT_LOGIT = math.log(0.9 / 0.1)
 
 Classifier = Callable[[Sequence[Tensor]], Tensor]
-"""Returns logits ``[n, K, X, Y, Z]`` of feature pyramids, ``[n, C_l, ...]`` a level."""
+"""Function that returns logits ``[n, K, X, Y, Z]`` from a feature pyramid with levels ``[n, C_l, ...]``."""
 
 _CPU = torch.device("cpu")
 
@@ -51,10 +52,10 @@ class Engine:
     """A way to compute an exported graph on this machine.
 
     Attributes:
-        backend: its name.
-        precision: what it computes in.
-        version: of its library.
-        load: returns what computes the pyramid of windows.
+        backend: name of the backend.
+        precision: precision of the computation.
+        version: version of the backend's library.
+        load: function that loads the graph and returns a function from windows to their feature pyramid.
     """
 
     backend: str
@@ -64,12 +65,12 @@ class Engine:
 
 
 def cpu_engines(graph: Path, mixed_graph: Path | None) -> list[Engine]:
-    """Return the engines that are installed here and run on a CPU, each with the precisions that this one computes in.
+    """Return the installed engines that run on a CPU, once for each precision that this CPU supports.
 
     Args:
         graph: ONNX file in float32.
-        mixed_graph: the same in mixed precision; on a CPU it is slow, and says what its arithmetic costs in accuracy.
-            ``None`` where there is none.
+        mixed_graph: ONNX file in mixed precision, or ``None`` if there is no such file. This graph is slow on a CPU; it
+            is compared to measure the accuracy of its arithmetic.
     """
     threads = torch.get_num_threads()
     found = []
@@ -79,7 +80,7 @@ def cpu_engines(graph: Path, mixed_graph: Path | None) -> list[Engine]:
         if mixed_graph is not None:
             found.append(Engine("onnxruntime", "mixed", release, lambda: GraphRunner(mixed_graph, _CPU, threads)))
     if find_spec("openvino") is not None:
-        release = str(import_library("openvino").__version__).partition("-")[0]  # the rest names its build
+        release = str(import_library("openvino").__version__).partition("-")[0]  # without the build number
         found.append(Engine("openvino", "float32", release, lambda: CompiledGraph(graph, threads, "float32")))
         if has_bfloat16(_CPU):
             found.append(Engine("openvino", "bfloat16", release, lambda: CompiledGraph(graph, threads, "bfloat16")))
@@ -87,7 +88,7 @@ def cpu_engines(graph: Path, mixed_graph: Path | None) -> list[Engine]:
 
 
 def gpu_engines(network: FeatureNetwork) -> list[Engine]:
-    """Return PyTorch in mixed precision where there is a GPU; it was never run so far, there was none."""
+    """Return PyTorch in mixed precision if there is a GPU, else an empty list."""
     if not torch.cuda.is_available():
         return []
 
@@ -107,19 +108,19 @@ def parity_reports(
     preprocessing: Preprocessing,
     volumes: Sequence[Path],
 ) -> list[ParityReport]:
-    """Return how far engines are from PyTorch's plain forward pass on the CPU.
+    """Return one report per engine on the difference from PyTorch's plain forward pass on the CPU.
 
     Args:
-        network: the reference, in evaluation mode.
-        engines: what computes an exported graph of it.
-        classify: whose masks are compared.
-        window: ``[X, Y, Z]``.
-        preprocessing: how a CT becomes windows.
-        volumes: CTs to compare on, two windows each; without any, windows of seeded noise are compared, of which masks
-            say nothing.
+        network: reference network, in evaluation mode.
+        engines: engines that compute an exported graph of the network.
+        classify: classifier whose masks are compared.
+        window: size of the window, ``[X, Y, Z]`` in voxels.
+        preprocessing: conversion of a CT into windows.
+        volumes: CTs used for the comparison, two windows each. Without CTs, windows of seeded noise are used; on
+            noise, masks are not compared.
 
     Raises:
-        InputError: when a CT cannot be read.
+        InputError: a CT cannot be read.
     """
     comparisons = [_Comparison(engine, engine.load(), classify, len(network.levels)) for engine in engines]
     if not comparisons:
@@ -133,7 +134,7 @@ def parity_reports(
 
 
 class _Comparison:
-    """One engine against the reference, window by window."""
+    """Comparison of one engine with the reference, window by window."""
 
     def __init__(
         self, engine: Engine, run: Callable[[Tensor], Sequence[Tensor]], classify: Classifier, levels: int
@@ -141,24 +142,28 @@ class _Comparison:
         self._engine, self._run, self._classify = engine, run, classify
         self._windows = 0
         self._errors = [0.0] * levels
-        # One count an organ from the first windows on, which say how many organs there are.
-        self._mine, self._reference, self._both, self._sure = torch.zeros(4, 1, dtype=torch.int64)
+        # Voxel counts. The first addition broadcasts them to one count per organ.
+        self._engine_voxels, self._reference_voxels, self._common_voxels, self._confident_voxels = torch.zeros(
+            4, 1, dtype=torch.int64
+        )
 
     def add(self, windows: Tensor, expected: Sequence[Tensor]) -> None:
         with torch.no_grad():
             features = [level.cpu() for level in self._run(windows)]
-            logits, mine = self._classify(expected), self._classify(features) > 0
+            logits, mask = self._classify(expected), self._classify(features) > 0
         self._windows += 1
         self._errors = [max(pair) for pair in zip(self._errors, relative_errors(expected, features), strict=True)]
         reference = logits > 0
-        self._mine = self._mine + _voxels(mine)
-        self._reference = self._reference + _voxels(reference)
-        self._both = self._both + _voxels(mine & reference)
-        self._sure = self._sure + _voxels(logits > _SURE)
+        self._engine_voxels = self._engine_voxels + _voxels(mask)
+        self._reference_voxels = self._reference_voxels + _voxels(reference)
+        self._common_voxels = self._common_voxels + _voxels(mask & reference)
+        self._confident_voxels = self._confident_voxels + _voxels(logits > _CONFIDENT_LOGIT)
 
     def report(self, source: Literal["ct", "noise"]) -> ParityReport:
-        seen = (self._reference >= _SEEN) & (self._sure >= _SURE_SHARE * self._reference)
-        dsc = 2 * self._both[seen] / (self._mine[seen] + self._reference[seen])
+        compared = (self._reference_voxels >= _LEAST_VOXELS) & (
+            self._confident_voxels >= _LEAST_CONFIDENT_FRACTION * self._reference_voxels
+        )
+        dsc = 2 * self._common_voxels[compared] / (self._engine_voxels[compared] + self._reference_voxels[compared])
         return ParityReport(
             backend=self._engine.backend,
             precision=self._engine.precision,
@@ -172,22 +177,22 @@ class _Comparison:
 
 
 def head_of(weight: Tensor, bias: Tensor) -> Classifier:
-    """Return an encoder's own classifier.
+    """Return the classifier of an encoder's head.
 
     Args:
-        weight: ``[K, C_0]``.
-        bias: ``[K]``.
+        weight: weights of the head, ``[K, C_0]``.
+        bias: biases of the head, ``[K]``.
     """
     return lambda levels: torch.einsum("kc,ncxyz->nkxyz", weight, levels[0]) + bias[:, None, None, None]
 
 
 def _voxels(masks: Tensor) -> Tensor:
-    """Return how many voxels masks ``[n, K, X, Y, Z]`` have of each organ, ``[K]``."""
+    """Return the number of voxels of each organ, ``[K]``, in masks ``[n, K, X, Y, Z]``."""
     return masks.sum((0, 2, 3, 4))
 
 
 def relative_errors(expected: Sequence[Tensor], features: Sequence[Tensor]) -> list[float]:
-    """Return per level ``max|a - b| / max|a|``; infinite where a feature is not finite."""
+    """Return ``max|a - b| / max|a|`` for each level; infinity for a level with a feature that is not finite."""
     errors = []
     for a, b in zip(expected, features, strict=True):
         error = float((a - b).abs().max() / a.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
@@ -198,13 +203,13 @@ def relative_errors(expected: Sequence[Tensor], features: Sequence[Tensor]) -> l
 def _ct_windows(
     volumes: Sequence[Path], preprocessing: Preprocessing, window: tuple[int, int, int]
 ) -> Iterator[Tensor]:
-    """Yield windows ``[1, 1, X, Y, Z]`` at a third and two thirds of every scan's length, in its middle in plane."""
+    """Yield windows ``[1, 1, X, Y, Z]`` at one third and two thirds of each scan's length, centred in plane."""
     for path in volumes:
         volume = read_ct(path)
         grid = Grid.of(volume, preprocessing)
         corner_x, corner_y = (max(0, (size - side) // 2) for size, side in zip(grid.shape[:2], window[:2], strict=True))
-        for part in range(_WINDOWS_A_CT):
-            centre = grid.shape[2] * (part + 1) // (_WINDOWS_A_CT + 1)
+        for part in range(_WINDOWS_PER_CT):
+            centre = grid.shape[2] * (part + 1) // (_WINDOWS_PER_CT + 1)
             start = min(max(0, centre - window[2] // 2), max(0, grid.shape[2] - window[2]))
             section = torch.from_numpy(grid.section(volume, start, min(start + window[2], grid.shape[2])))
             content = section[corner_x : corner_x + window[0], corner_y : corner_y + window[1]]
@@ -213,7 +218,7 @@ def _ct_windows(
 
 
 def noise_windows(window: tuple[int, int, int]) -> Iterator[Tensor]:
-    """Yield windows ``[1, 1, X, Y, Z]`` of noise on smooth shapes; half is exactly 0 and some is 1, as in a CT."""
+    """Yield windows ``[1, 1, X, Y, Z]`` of noise on smooth shapes; as in a CT, half of the voxels are 0, some are 1."""
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     coarse_size = [max(2, side // 16) for side in window]
     for _ in range(_NOISE_WINDOWS):

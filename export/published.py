@@ -1,7 +1,8 @@
-"""Published checkpoints: their key names become ours, their classifier the head, and nothing else is let through.
+"""Read published checkpoints: translate their key names to ours, and their classifier to the head.
 
-A :class:`Layout` says what a release's file looks like. What it holds besides the encoder and its classifier has to be
-named there, so that a checkpoint of another network is refused with the keys that show it, and never half loaded.
+A :class:`Layout` describes the file of a release. It must list every part of the file that is neither encoder nor
+classifier. Therefore a checkpoint of another network is refused with the names of its unexpected keys, and is never
+loaded partially.
 """
 
 from __future__ import annotations
@@ -20,32 +21,33 @@ from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError
 
-_WRAPPERS = ("module.", "backbone.")  # of data-parallel training, and of a network within another
+_WRAPPERS = ("module.", "backbone.")  # prefixes from data-parallel training, and from a network inside another network
 _TRANSFORMER = "swinViT"
-_CONSTANT = "relative_position_index"  # follows from the window of attention; not every release of MONAI stores it
+_CONSTANT = "relative_position_index"  # computed from the attention window; only some releases of MONAI store it
 _SEED = 0
 
 _NEVER_READ = tuple(f"encoder{number}.layer.conv3.conv.weight" for number in (2, 3, 4, 10))
-"""MONAI before 0.9 gave residual blocks of equal widths a convolution for their skip too, and did not use it."""
+"""Unused weights: MONAI before 0.9 created a skip convolution in residual blocks of equal widths, but never used it."""
 
 _TEXT_HEAD = ("organ_embedding", "text_to_vision", "controller", "GAP", "precls_conv")
-"""The head of the CLIP-driven universal model, whose classifier is computed from the scan and from texts."""
+"""Parts of the CLIP-driven universal model's head, which computes its classifier from the scan and from texts."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a release's state dict looks like, once the prefixes of wrappers are gone.
+    """Layout of a release's state dict, after the prefixes of wrappers are removed.
 
     Attributes:
-        classifiers: names that the 1x1x1 convolution behind the encoder may have.
-        needs_classifier: whether a file without one is refused; else it gives an encoder without organs.
-        background: whether the classifier's first row is the background of a softmax.
-        transformer_only: whether the file holds a Swin transformer alone, not the network around it.
-        dropped: parts that are neither encoder nor classifier, by the first word of their keys.
-        unread: keys, or last words of keys, that a release may store and its network never reads.
-        sized_by: the setting that says how wide the network is, and the key whose first dimension shows it.
+        classifiers: possible names of the 1x1x1 convolution after the encoder.
+        needs_classifier: whether a file without a classifier is refused; if not, such a file gives an encoder without
+            organs.
+        background: whether the classifier's first row is the background class of a softmax.
+        transformer_only: whether the file contains only a Swin transformer, without the rest of the network.
+        dropped: parts that are neither encoder nor classifier, given as the first component of their keys.
+        unread: keys, or last components of keys, that a release may contain but the network never uses.
+        sized_by: setting that determines the width of the network, and the key whose first dimension is this width.
     """
 
     classifiers: tuple[str, ...] = ()
@@ -74,20 +76,22 @@ UNIVERSAL_UNET = Layout(
 
 
 def read_published(description: ModelDescription, layout: Layout, path: Path) -> ModelFile:
-    """Return a published checkpoint as a model of ours; its encoder's state dict is complete.
+    """Return the model of a published checkpoint, with a complete state dict of the encoder.
 
-    Parts that the file does not hold (``layout.transformer_only``) are freshly initialised from a fixed seed. A head
-    behind a softmax with background becomes rows ``w_k - w_0``, whose logit is that of organ k against background
-    alone; the largest of them, where it is above 0, is the softmax's own decision.
+    If the file contains only a transformer (``layout.transformer_only``), the other parts are initialised from a fixed
+    seed. If the head is followed by a softmax with a background class, its rows become ``w_k - w_0``: the logit of
+    organ k against only the background. The softmax assigns a voxel to the organ with the largest of these logits if
+    this logit is above 0, else to the background.
 
     Args:
-        description: what a checkpoint does not say about itself; a file without a classifier leaves its organs out.
-        layout: of the release.
-        path: the checkpoint.
+        description: metadata that the checkpoint does not contain; ``organs`` becomes empty if the file has no usable
+            classifier.
+        layout: layout of the release.
+        path: checkpoint file.
 
     Raises:
-        CheckpointError: when the file cannot be read safely, is of another network or size, or has keys that are
-            missing, unexpected or of another shape.
+        CheckpointError: the file cannot be read safely, belongs to another network or another network size, or has
+            keys that are missing, unexpected or of another shape.
     """
     weights = _translated(read_checkpoint(path), layout, path)
     network = _fresh_network(description)
@@ -100,7 +104,8 @@ def read_published(description: ModelDescription, layout: Layout, path: Path) ->
     for key, value in expected.items():
         if key.endswith(_CONSTANT) and not torch.equal(weights.setdefault(key, value), value):
             raise CheckpointError(
-                f"{path} has another {key}: its attention windows are not {description.name}'s.",
+                f"The value of {key} in {path} differs: the attention windows are not the windows of the model "
+                f"{description.name}.",
                 remedy=_OTHER_NETWORK,
             )
         if layout.transformer_only and _part(key) != _TRANSFORMER:
@@ -119,13 +124,13 @@ def read_published(description: ModelDescription, layout: Layout, path: Path) ->
 
 
 _OTHER_NETWORK = (
-    "Check that --model names the network that the checkpoint was made for (`fseft-edge models`); a network that is "
-    "not listed is described by --model custom --description FILE."
+    "Check that --model names the network of this checkpoint (`fseft-edge models` lists all names). Describe a network "
+    "that is not listed with --model custom --description FILE."
 )
 
 
 def _translated(weights: Mapping[str, Tensor], layout: Layout, path: Path) -> dict[str, Tensor]:
-    """Return the tensors under our names: wrappers' prefixes off, newer and older names of MONAI's parts made one."""
+    """Return the tensors under our names: without wrappers' prefixes, with equal names for all MONAI releases."""
     named: list[tuple[str, Tensor]] = []
     for key, value in weights.items():
         name = key
@@ -139,14 +144,14 @@ def _translated(weights: Mapping[str, Tensor], layout: Layout, path: Path) -> di
     twice = [name for name, count in Counter(name for name, _ in named).items() if count > 1]
     if twice:
         raise CheckpointError(
-            f"{path} holds {first_names(twice)} more than once, under different prefixes.",
-            remedy="Give a file with the weights of one network.",
+            f"{path} contains {first_names(twice)} more than once, under different prefixes.",
+            remedy="Give a file with the weights of only one network.",
         )
     return dict(named)
 
 
 def _fresh_network(description: ModelDescription) -> FeatureNetwork:
-    """Return the architecture, initialised the same every time."""
+    """Return the network, initialised from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         return build_network(description.architecture, **description.settings)
@@ -156,14 +161,14 @@ def _check_layout(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     parts = sorted({_part(key) for key in weights})
     if not weights.keys() & expected.keys():
         raise CheckpointError(
-            f"{path} has none of this network's weights; it has {len(weights)} tensors ({first_names(weights)}) "
-            f"of the parts {first_names(parts)}.",
+            f"{path} contains no weights of this network. The file contains {len(weights)} tensors "
+            f"({first_names(weights)}) of the parts {first_names(parts)}.",
             remedy=_OTHER_NETWORK,
         )
     if layout.transformer_only and any(part.startswith("decoder") for part in parts):
         raise CheckpointError(
-            f"{path} has a decoder: it is a network that was fine-tuned, not the self-supervised transformer alone.",
-            remedy="Export the one that was fine-tuned on BTCV with --model btcv.",
+            f"{path} contains a decoder, so the file is a fine-tuned network and not the self-supervised transformer.",
+            remedy="If the network was fine-tuned on BTCV, export the file with --model btcv.",
         )
 
 
@@ -172,40 +177,45 @@ def _check_size(weights: Mapping[str, Tensor], description: ModelDescription, la
     wanted, found = description.settings[setting], weights[key].shape[0] if key in weights else None
     if found not in (None, wanted):
         raise CheckpointError(
-            f"{path} is a network of {setting.replace('_', ' ')} {found}; {description.name} has {wanted}.",
-            remedy=f"Fetch the release's file of {setting.replace('_', ' ')} {wanted}, or describe a network of your "
-            "own with --model custom --description FILE.",
+            f"{path} contains a network with {setting.replace('_', ' ')} {found}; the model {description.name} has "
+            f"{wanted}.",
+            remedy=f"Download the release's file with {setting.replace('_', ' ')} {wanted}, or describe your network "
+            "with --model custom --description FILE.",
         )
 
 
 def _take_head(
     weights: dict[str, Tensor], layout: Layout, path: Path, *, conditioned: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """Take the classifier out of the weights; return its weight ``[K, C_0]`` and bias ``[K]``, or None."""
+    """Remove the classifier from the weights, and return its weight ``[K, C_0]`` and bias ``[K]``, or None."""
     found = [name for name in layout.classifiers if f"{name}.weight" in weights and f"{name}.bias" in weights]
     if not found and layout.needs_classifier:
         raise CheckpointError(
-            f"{path} has no classifier {' or '.join(map(repr, layout.classifiers))} behind the encoder.",
+            f"{path} contains no classifier {' or '.join(map(repr, layout.classifiers))}.",
             remedy=_OTHER_NETWORK,
         )
     heads = [(weights.pop(f"{name}.weight"), weights.pop(f"{name}.bias")) for name in found]
     if not heads or conditioned:
-        # Beside a head that is computed from texts, the backbone's own classifier was never trained.
-        _log.info("%s: no classifier of fixed rows, so the encoder knows no organ by itself", path)
+        # If the release computes its head from texts, the classifier of the backbone was never trained.
+        _log.info("%s contains no usable classifier; the encoder bundle will contain no organs", path)
         return None
     weight, bias = heads[0]
     return weight.float().flatten(1), bias.float()
 
 
 def _fits(weight: Tensor, description: ModelDescription, layout: Layout, path: Path) -> bool:
-    """Return whether a classifier has the release's rows; one that has others is refused where it is needed."""
+    """Return whether a classifier has the number of rows of the release.
+
+    Raises:
+        CheckpointError: the number of rows differs, and the layout needs the classifier.
+    """
     rows = len(description.organs) + layout.background
     if weight.shape[0] == rows:
         return True
-    found = f"The classifier in {path} has {weight.shape[0]} rows, not the {rows} of {description.name}"
+    found = f"The classifier in {path} has {weight.shape[0]} rows; the model {description.name} has {rows} rows"
     if layout.needs_classifier:
         raise CheckpointError(f"{found}.", remedy=_OTHER_NETWORK)
-    _log.warning("%s: it is left out, and the encoder knows no organ by itself", found)
+    _log.warning("%s. The classifier is not used; the encoder bundle will contain no organs.", found)
     return False
 
 

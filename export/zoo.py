@@ -1,4 +1,4 @@
-"""The encoders that can be exported: the built-in one, published ones, and whatever ``pretrain`` made."""
+"""Models that can be exported: the built-in model, published models, and model files of ``fseft-edge pretrain``."""
 
 from __future__ import annotations
 
@@ -57,18 +57,19 @@ _BTCV_ORGANS = _UNIVERSAL_ORGANS[:13]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model that has a name here.
+    """A model that ``--model`` can name.
 
     Attributes:
-        name: what ``--model`` calls it.
-        origin: what it is and the paper that it comes from, for people.
-        repository: the authors' project.
-        file: what the authors call the checkpoint; empty where none is fetched.
-        licence: of the weights, as far as known here; the authors' own word counts.
-        sha256: of the checkpoint, where known.
-        built_in: the model file within the package, or ``None`` when a checkpoint must be given.
-        published: what a published checkpoint does not say about itself; ``None`` for a model file, which does.
-        layout: of a published checkpoint.
+        name: name of the model for ``--model``.
+        origin: description for the user, with the paper.
+        repository: repository of the authors' project.
+        file: name of the checkpoint file in the authors' release; empty if no file needs to be downloaded.
+        licence: licence of the weights as far as known; the statement of the authors is decisive.
+        sha256: sha256 of the checkpoint, or ``None`` if it is unknown.
+        built_in: path of the model file inside the package, or ``None`` if the user must give a checkpoint.
+        published: metadata that a published checkpoint does not contain; ``None`` for a model file, which contains its
+            metadata.
+        layout: layout of a published checkpoint; ``None`` for a model file.
     """
 
     name: str
@@ -83,7 +84,7 @@ class ModelSpec:
 
 
 def _as_fseft(name: str, organs: tuple[str, ...], architecture: str = "swin_unetr") -> ModelDescription:
-    """Return a network under the preprocessing that FSEFT's ``models/configs.py`` gives all published ones."""
+    """Return metadata with the preprocessing that FSEFT's ``models/configs.py`` uses for all published networks."""
     return ModelDescription(
         name=name,
         architecture=architecture,
@@ -94,8 +95,8 @@ def _as_fseft(name: str, organs: tuple[str, ...], architecture: str = "swin_unet
     )
 
 
-_UNKNOWN_LICENCE = "not known here: read what the authors say"
-_SUPREM_LICENCE = "the authors' terms differ from place to place (Apache-2.0, CC BY-NC-ND 4.0): ask them"
+_UNKNOWN_LICENCE = "unknown: read the terms of the authors"
+_SUPREM_LICENCE = "the authors state two different licences (Apache-2.0, CC BY-NC-ND 4.0): ask the authors"
 _MONAI = "Project-MONAI/research-contributions, SwinUNETR"
 _TANG = "Tang et al., Self-Supervised Pre-Training of Swin Transformers, CVPR 2022"
 _LI = "Li et al., How Well Do Supervised 3D Models Transfer to Medical Imaging Tasks?, ICLR 2024"
@@ -106,7 +107,7 @@ MODELS: dict[str, ModelSpec] = {
         ModelSpec(
             "edge_base",
             "compact residual U-Net, part of fseft-edge",
-            licence="as fseft-edge",
+            licence="the licence of fseft-edge (Apache-2.0)",
             built_in="encoders/edge_base.safetensors",
         ),
         ModelSpec(
@@ -140,7 +141,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         ModelSpec(
             "clipdriven",
-            "SwinUNETR-48 without its head, made from texts: Liu et al., CLIP-Driven Universal Model, ICCV 2023",
+            "SwinUNETR-48 without its text-based head: Liu et al., CLIP-Driven Universal Model, ICCV 2023",
             repository="ljwztc/CLIP-Driven-Universal-Model",
             file="supervised_clip_driven_universal_swin_unetr_2100.pth",
             licence=_UNKNOWN_LICENCE,
@@ -152,38 +153,38 @@ MODELS: dict[str, ModelSpec] = {
             f"SwinUNETR-48 fine-tuned on BTCV: {_TANG}",
             repository=_MONAI,
             file="swin_unetr.base_5000ep_f48_lr2e-4_pretrained.pt",
-            licence="Apache-2.0, as the project says of itself",
+            licence="Apache-2.0, as stated by the project",
             published=_as_fseft("btcv", _BTCV_ORGANS),
             layout=published.BTCV,
         ),
         ModelSpec(
             "selfsup",
-            f"the transformer of a SwinUNETR-48, self-supervised; its decoder is new and to be trained: {_TANG}",
+            f"self-supervised transformer of a SwinUNETR-48, with an untrained decoder: {_TANG}",
             repository=_MONAI,
             file="model_swinvit.pt",
-            licence="Apache-2.0, as the project says of itself",
+            licence="Apache-2.0, as stated by the project",
             published=_as_fseft("selfsup", ()),
             layout=published.SELF_SUPERVISED,
         ),
-        ModelSpec(CUSTOM, "a model file that `fseft-edge pretrain` wrote, or a network of your own (--description)"),
+        ModelSpec(CUSTOM, "a model file of `fseft-edge pretrain`, or a network of your own (--description)"),
     )
 }
 
 
 def models() -> tuple[ModelSpec, ...]:
-    """Return every model that has a name, with where it comes from; the twin of ``fseft-edge models``."""
+    """Return all models that ``--model`` can name; ``fseft-edge models`` prints this list."""
     return tuple(MODELS.values())
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model and the file it was read from.
+    """A model and the file from which it was read.
 
     Attributes:
         model: encoder and head.
-        source: the file.
-        network: the encoder itself, where its architecture is none that
-            :func:`fseft_edge.runtime.encoder.networks.build_network` knows.
+        source: path of the file.
+        network: encoder as a PyTorch network, if :func:`fseft_edge.runtime.encoder.networks.build_network` cannot build
+            it; else ``None``.
     """
 
     model: ModelFile
@@ -192,43 +193,46 @@ class LoadedModel:
 
 
 def load_model(name: str, checkpoint: Path | None) -> LoadedModel:
-    """Return a model of the zoo.
+    """Return a model with its weights.
 
     Args:
-        name: one of :data:`MODELS`.
-        checkpoint: its file; ``None`` for a built-in model.
+        name: name of the model in :data:`MODELS`.
+        checkpoint: checkpoint file; ``None`` for a built-in model.
 
     Raises:
-        UsageError: when the name is unknown, or a checkpoint is missing or too much.
-        CheckpointError: when the file is not a checkpoint of that model.
+        UsageError: the name is unknown, the checkpoint is missing, or a checkpoint is given for a built-in model.
+        CheckpointError: the file is not a checkpoint of the model.
     """
     spec = MODELS.get(name)
     if spec is None:
-        raise UsageError(f"The model {name!r} is unknown.", remedy=f"Choose one of {', '.join(MODELS)}.")
+        raise UsageError(f"The model {name!r} is unknown.", remedy=f"Choose one of these models: {', '.join(MODELS)}.")
     if spec.built_in is not None:
         if checkpoint is not None:
             raise UsageError(
-                f"The model {name} is built in and takes no checkpoint.",
-                remedy=f"Leave {checkpoint} out, or say --model {CUSTOM} for a model file of your own.",
+                f"The model {name} is built in, but the checkpoint {checkpoint} is given.",
+                remedy=f"Leave out the checkpoint, or write --model {CUSTOM} to export a model file of your own.",
             )
         checkpoint = Path(str(resources.files("fseft_edge").joinpath(spec.built_in)))
     if checkpoint is None:
         named = f"{spec.file}, {spec.origin}" if spec.file else spec.origin
-        raise UsageError(f"The model {name} needs its checkpoint ({named}).", remedy="Name the file.")
+        raise UsageError(
+            f"The model {name} needs a checkpoint ({named}), but no file is given.",
+            remedy="Give the path of the checkpoint file.",
+        )
     if spec.published is None or spec.layout is None:
         return LoadedModel(read_model_file(checkpoint), checkpoint)
     model = read_published(spec.published, spec.layout, checkpoint)
     if spec.sha256 is not None and sha256_of_file(checkpoint) != spec.sha256:
         _log.warning(
-            "%s is not the file that was known as %s when this version was made (its sha256 differs): it may be "
-            "another release of it. Its weights are those of the expected network.",
+            "The sha256 of %s is not the sha256 of the known file %s. The file may be another release. The weights "
+            "match the expected network.",
             checkpoint,
             spec.file,
         )
     if spec.layout.transformer_only:
         _log.warning(
-            "%s holds a transformer alone: the decoder is new, with random weights, and features mean little until it "
-            "is trained (`fseft-edge pretrain`).",
+            "%s contains only a transformer. The decoder has random weights, so the features are not useful until the "
+            "decoder is trained (`fseft-edge pretrain`).",
             checkpoint,
         )
     return LoadedModel(model, checkpoint)

@@ -1,1 +1,1 @@
-"""The frozen encoder: its bundle, its backends, and the feature map of a scan."""
+"""Frozen encoder: bundles, backends, and feature maps of scans."""

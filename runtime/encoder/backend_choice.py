@@ -1,4 +1,4 @@
-"""Which engines can run an encoder on a device, fastest first, and why others cannot."""
+"""List the backends that can run an encoder on a device, fastest first, and the reasons why others cannot."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ BackendName = Literal["torch", "onnxruntime", "openvino", "tensorrt_rtx", "tenso
 
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
-# Fastest first, by `benchmarks/encoder_backends.py`. In float32, convolutions alone run as fast in PyTorch with oneDNN
-# (channels last) as in OpenVINO, in two thirds of the memory. Attention runs faster where operators are fused, so that
-# less is written to memory and read again.
+# Fastest first, measured with `benchmarks/encoder_backends.py`. In float32, PyTorch with oneDNN (channels last)
+# computes a network of only convolutions as fast as OpenVINO, and needs two thirds of the memory. Attention is faster
+# in engines that fuse operators, because fewer intermediate tensors are written to memory and read again.
 _ON_CPU: dict[str, tuple[tuple[BackendName, Precision], ...]] = {
     "residual_unet": (
         ("openvino", "bfloat16"),
@@ -49,7 +49,7 @@ _ON_CPU: dict[str, tuple[tuple[BackendName, Precision], ...]] = {
         ("torch", "float32"),
     ),
 }
-# By what the engines do with float16 and with fused operators; not measured, there was no GPU.
+# Not measured: the order follows from the engines' support of float16 and of fused operators.
 _ON_CUDA: tuple[tuple[BackendName, Precision], ...] = (
     ("tensorrt_rtx", "mixed"),
     ("tensorrt", "mixed"),
@@ -60,20 +60,20 @@ _ON_CUDA: tuple[tuple[BackendName, Precision], ...] = (
     ("onnxruntime", "float32"),
 )
 
-_NO_NETWORK = "the encoder's network is code that no bundle holds: only its ONNX graph is there"
+_NO_NETWORK = "the bundle contains only an ONNX graph, because the encoder's network is your own code"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """A way to run an encoder.
+    """A backend and precision for an encoder.
 
     Attributes:
-        backend: the engine's name.
-        precision: what it computes in.
-        obstacle: why ``auto`` does not take it, or None.
-        suits_device: whether the engine computes on such a device at all.
+        backend: name of the backend.
+        precision: precision of the computation.
+        obstacle: reason why ``auto`` does not use this choice, or None.
+        suits_device: whether the backend can compute on this type of device.
     """
 
     backend: BackendName
@@ -83,22 +83,23 @@ class BackendChoice:
 
     @property
     def usable(self) -> bool:
-        """Whether ``auto`` may take it."""
+        """Whether ``auto`` may use this choice."""
         return self.obstacle is None
 
 
 def backend_choices(
     bundle: EncoderBundle, device: torch.device, backend: str = "auto", precision: str = "auto"
 ) -> Iterator[BackendChoice]:
-    """Yield the ways to run an encoder, in the order in which ``auto`` asks: it takes the first that is usable.
+    """Yield backends and precisions for an encoder, in the order of preference of ``auto``.
 
-    A library is imported to find out whether it works, when its turn comes.
+    ``auto`` uses the first usable choice. The function imports a backend's library to check that the library works,
+    but only when it yields this backend.
 
     Args:
-        bundle: the encoder.
-        device: where.
-        backend: this one alone, or ``auto`` for all.
-        precision: this one alone, or ``auto``.
+        bundle: encoder bundle.
+        device: device of the computation.
+        backend: yield only choices with this backend; ``auto`` means all backends.
+        precision: yield only choices with this precision; ``auto`` means all precisions.
     """
 
     def wanted(way: tuple[BackendName, Precision]) -> bool:
@@ -114,7 +115,7 @@ def backend_choices(
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 itself; where it does not, it is emulated slowly or not at all."""
+    """Return whether a device has instructions for bfloat16; without them, bfloat16 is slow or not supported."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -122,39 +123,42 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def _order(bundle: EncoderBundle, device: torch.device) -> list[tuple[BackendName, Precision]]:
-    """Return the ways to compute on a device, fastest first: as measured on this machine, else as listed above."""
+    """Return backends and precisions for a device, fastest first.
+
+    The order is that of the speeds measured on this machine, else that of the tables above.
+    """
     on_cpu = _ON_CPU.get(bundle.manifest.architecture, _ON_CPU["residual_unet"])
     order = list(on_cpu if device.type == "cpu" else _ON_CUDA)
     remembered = remembered_order(bundle, device)
     if remembered is None:
         return order
     measured = [way for way in remembered if way in order]
-    _log.info("backends by their speed on this machine, as remembered: %s", ", ".join(map(" ".join, measured)))
+    _log.info("order of backends by their measured speed on this machine: %s", ", ".join(map(" ".join, measured)))
     ranked = sorted((way for way in order if way in measured), key=measured.index)
     return ranked + [way for way in order if way not in measured]
 
 
 def _obstacle(backend: BackendName, precision: Precision, bundle: EncoderBundle, device: torch.device) -> str | None:
     if bundle.manifest.architecture not in _ON_CPU:
-        return "this version does not know the encoder's architecture"
+        return "this version of fseft-edge does not know the encoder's architecture"
     if backend == "torch" and (bundle.graph_only or precision == "float32"):
         return _NO_NETWORK if bundle.graph_only else None
     if backend != "torch" and bundle.graph_in(precision) is None:
-        return "the bundle was exported without an ONNX graph for it"
+        return "the bundle was exported without an ONNX graph in this precision"
     problem = _library_obstacle(backend, precision, device)
     if problem is not None:
         return problem
     if backend in ("tensorrt_rtx", "tensorrt"):
         return _engine_obstacle(backend, precision, bundle, device)
     report = bundle.parity(backend, precision)
-    return "the bundle holds no parity report for it" if report is None else report.shortcoming
+    return "the bundle contains no parity report for this backend" if report is None else report.shortcoming
 
 
 def _library_obstacle(backend: BackendName, precision: Precision, device: torch.device) -> str | None:
     problem = import_problem(backend)
     if problem is None and backend == "onnxruntime" and device.type == "cuda":
         providers = import_library(backend).get_available_providers()
-        return None if "CUDAExecutionProvider" in providers else "the installed onnxruntime cannot use the GPU"
+        return None if "CUDAExecutionProvider" in providers else "the installed ONNX Runtime does not support GPUs"
     if problem is None and precision == "bfloat16" and not has_bfloat16(device):
         return "this CPU has no bfloat16 instructions"
     return problem
@@ -163,7 +167,11 @@ def _library_obstacle(backend: BackendName, precision: Precision, device: torch.
 def _engine_obstacle(
     library: EngineLibrary, precision: Precision, bundle: EncoderBundle, device: torch.device
 ) -> str | None:
-    """An engine's features are those of a GPU, so that its own report counts, not one that the bundle could hold."""
+    """Return the reason why ``auto`` does not use an engine, or None.
+
+    The parity report is read from the engine's file and not from the bundle, because features of an engine depend on
+    the GPU.
+    """
     version = str(import_library(library).__version__)
     try:
         engine = engine_for_gpu(bundle, library, version, precision, torch.cuda.get_device_capability(device))
@@ -172,7 +180,7 @@ def _engine_obstacle(
     report = engine.description.parity
     if report is None:
         return (
-            f"{engine.path.name} was not compared with PyTorch on this machine "
-            f"(fseft-edge build-engines {bundle.path} --parity-ct CT)"
+            f"{engine.path.name} was not compared with PyTorch on this machine: "
+            f"run fseft-edge build-engines {bundle.path} --parity-ct CT"
         )
     return report.shortcoming

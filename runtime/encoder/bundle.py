@@ -1,17 +1,17 @@
-"""EncoderBundle: a frozen encoder on disk, verified whenever it is opened.
+"""EncoderBundle: a frozen encoder on disk. All files are verified when the bundle is opened.
 
-A folder ``NAME.encoder/``:
+An encoder bundle is a folder ``NAME.encoder/``:
 
 =======================  ===========================================================================
 ``manifest.json``        :class:`BundleManifest`; its last entry is the sha256 of the manifest itself
-``encoder.safetensors``  the network's weights, for the torch backend
-``head.safetensors``     the pre-trained classifier, ``weight`` ``[K, C_0]`` and ``bias`` ``[K]``
-``encoder.onnx``         the graph for the other backends, in float32; may be missing
-``encoder.mixed.onnx``   the same with float16 arithmetic where that is safe; may be missing
-``engines/``             graphs compiled for GPUs, made later (:mod:`fseft_edge.runtime.encoder.engine_files`)
+``encoder.safetensors``  weights of the network, for the torch backend
+``head.safetensors``     pre-trained classifier, ``weight`` ``[K, C_0]`` and ``bias`` ``[K]``
+``encoder.onnx``         ONNX graph in float32, for the other backends; optional
+``encoder.mixed.onnx``   ONNX graph in mixed precision (float16 where that is safe); optional
+``engines/``             graphs compiled for GPUs, added later (:mod:`fseft_edge.runtime.encoder.engine_files`)
 =======================  ===========================================================================
 
-The manifest lists every file but those in ``engines/``, which vouch for themselves.
+The manifest lists all files except the files in ``engines/``, which have their own checksums.
 """
 
 from __future__ import annotations
@@ -43,31 +43,34 @@ GRAPH = "encoder.onnx"
 MIXED_GRAPH = "encoder.mixed.onnx"
 
 Precision = Literal["float32", "mixed", "bfloat16"]
-"""What features are computed in: ``mixed`` is float16 with norms, softmax and sums in float32; ``bfloat16`` is the
-engine's own choice of where."""
+"""Precision of the computation. ``mixed``: float16, with normalisations, softmax and sums in float32. ``bfloat16``: the
+engine chooses which operations compute in bfloat16."""
 
 LEAST_DSC = 0.998
-"""Below this agreement of the head's masks, a precision below float32 is not chosen by itself."""
+"""Least DSC between the head's masks in float32 and in a lower precision; below it, ``auto`` does not use the lower
+precision."""
 
 _SCHEMA_VERSIONS = (1, 2)
 _SELF = "manifest_sha256"
 _NO_DIGEST = "0" * 64
-_EXPORT_AGAIN = "Export the encoder again (a fine-tuned one: merge), or copy the whole folder again from its source."
+_EXPORT_AGAIN = (
+    "Export the encoder again (merge a fine-tuned encoder again), or copy the whole folder again from its source."
+)
 
 
 class ParityReport(BaseModel):
-    """How far a backend's features are from PyTorch's.
+    """Result of the comparison between a backend's features and PyTorch's features.
 
     Attributes:
-        backend: which one was compared, e.g. ``onnxruntime``.
-        precision: what it computed in.
-        version: of that backend.
-        source: what the windows held, parts of real CTs or seeded noise.
-        windows: how many were compared.
-        gate: the largest relative error that passes.
-        relative_error: per level, finest first: ``max|a - b| / max|a|`` with PyTorch's features a.
-        mask_dsc: least DSC between the masks that the head makes of both, over the organs that it is sure to see; None
-            where no CT was compared, or it is sure of none.
+        backend: name of the compared backend, e.g. ``onnxruntime``.
+        precision: precision of the backend's computation.
+        version: version of the backend's library.
+        source: content of the compared windows: parts of CTs, or seeded noise.
+        windows: number of compared windows.
+        gate: largest relative error that passes.
+        relative_error: ``max|a - b| / max|a|`` for each level, finest first; a are PyTorch's features, b the backend's.
+        mask_dsc: least DSC between the head's masks from both features, over the organs that the head finds with high
+            confidence; None if no CT was compared, or the head finds no organ with high confidence.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,38 +86,41 @@ class ParityReport(BaseModel):
 
     @property
     def shortcoming(self) -> str | None:
-        """Why the backend is not chosen by itself at this precision; None where it may be."""
+        """Reason why ``auto`` does not use the backend at this precision; None if ``auto`` may use it."""
         if not all(error <= self.gate for error in self.relative_error):
             return f"relative error {max(self.relative_error):.1e} exceeds the gate {self.gate:.0e}"
         if self.precision == "float32":
             return None
         if self.mask_dsc is None:
-            return f"{self.precision} was not compared on a CT that shows the classifier's organs (--parity-ct)"
+            return f"{self.precision} was not compared on a CT that contains the classifier's organs (--parity-ct)"
         if self.mask_dsc < LEAST_DSC:
-            return f"masks in {self.precision} agree with float32 to a DSC of {self.mask_dsc:.4f}, below {LEAST_DSC}"
+            return (
+                f"the DSC between its masks in {self.precision} and the masks in float32 is {self.mask_dsc:.4f}, "
+                f"below {LEAST_DSC}"
+            )
         return None
 
 
 class BundleManifest(BaseModel):
-    """What an encoder bundle holds and where it came from.
+    """Contents and origin of an encoder bundle.
 
     Attributes:
-        schema_version: of this manifest.
-        name: of the model, e.g. ``edge_base``.
-        architecture: a name that :func:`fseft_edge.runtime.encoder.networks.build_network` knows, or
+        schema_version: version of the format of this manifest.
+        name: name of the model, e.g. ``edge_base``.
+        architecture: architecture name for :func:`fseft_edge.runtime.encoder.networks.build_network`, or
             :data:`fseft_edge.runtime.encoder.networks.IMPORTED`.
-        settings: keyword arguments of that architecture.
-        precision: number format that the features are computed in.
-        preprocessing: how a CT becomes the encoder's input.
-        window: ``[X, Y, Z]`` voxels of the encoder's input.
-        levels: the feature pyramid, finest first.
+        settings: keyword arguments of the architecture.
+        precision: number format of the features.
+        preprocessing: conversion of a CT into the encoder's input.
+        window: size of the encoder's input window, ``[X, Y, Z]`` in voxels.
+        levels: levels of the feature pyramid, finest first.
         organs: names of the head's rows, in order.
-        untrained: submodules of the network that the checkpoint had no weights for: theirs are random.
-        checkpoint_sha256: of the file that the weights came from.
-        weights_sha256: of names, types, shapes and values of the weights, whatever file they are in.
-        files: name to sha256 of every other file of the bundle.
-        tools: name to version of what made the bundle.
-        parity: by :func:`parity_key`, how far a backend's features are from PyTorch's.
+        untrained: names of the submodules whose weights are random because the checkpoint contains no weights for them.
+        checkpoint_sha256: sha256 of the file from which the weights were read.
+        weights_sha256: sha256 of the names, types, shapes and values of the weights, independent of the file format.
+        files: sha256 of every other file of the bundle, by file name.
+        tools: version of every package that wrote the bundle, by package name.
+        parity: parity reports, by :func:`parity_key`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -138,17 +144,16 @@ class BundleManifest(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class BundleContents:
-    """What an encoder bundle is written from.
+    """Data from which an encoder bundle is written.
 
     Attributes:
-        name, architecture, settings, preprocessing, window, organs, checkpoint_sha256, tools, parity: see
-            :class:`BundleManifest`.
-        network: of that architecture, with its weights.
-        head_weight: ``[K, C_0]``.
-        head_bias: ``[K]``.
-        graph: the network as an ONNX file, or ``None``.
-        mixed_graph: the same in mixed precision, or ``None``.
-        untrained: see :class:`BundleManifest`.
+        name, architecture, settings, preprocessing, window, organs, untrained, checkpoint_sha256, tools, parity:
+            entries of :class:`BundleManifest`.
+        network: network of the architecture, with its weights.
+        head_weight: weights of the head, ``[K, C_0]``.
+        head_bias: biases of the head, ``[K]``.
+        graph: ONNX file of the network in float32, or ``None``.
+        mixed_graph: ONNX file of the network in mixed precision, or ``None``.
     """
 
     name: str
@@ -170,11 +175,11 @@ class BundleContents:
 
 @dataclass(frozen=True, eq=False)
 class EncoderBundle:
-    """An encoder bundle whose files are all there and unchanged.
+    """An encoder bundle whose files are complete and unchanged.
 
     Attributes:
-        path: its folder.
-        manifest: what it holds.
+        path: folder of the bundle.
+        manifest: contents and origin of the bundle.
     """
 
     path: Path
@@ -185,30 +190,33 @@ class EncoderBundle:
         """Return the bundle at ``path`` after checking every file's sha256.
 
         Raises:
-            EncoderBundleError: naming the file that is missing or changed, or the schema that is unknown.
+            EncoderBundleError: a file is missing or has changed, or the schema version is unknown.
         """
         manifest = _read_manifest(path)
         for name, expected in sorted(manifest.files.items()):
             file = path / name
             if not file.is_file():
-                raise EncoderBundleError(f"The encoder bundle lacks {file}.", remedy=_EXPORT_AGAIN)
+                raise EncoderBundleError(f"The file {file} of the encoder bundle is missing.", remedy=_EXPORT_AGAIN)
             if sha256_of_file(file) != expected:
                 raise EncoderBundleError(f"{file} has changed since the encoder was exported.", remedy=_EXPORT_AGAIN)
         return cls(path, manifest)
 
     @classmethod
     def write(cls, path: Path, contents: BundleContents) -> EncoderBundle:
-        """Write a bundle, complete or not at all, and return it. The same contents give the same bytes.
+        """Write a bundle and return it. The bundle appears complete or not at all.
+
+        The same contents always give the same bytes.
 
         Raises:
-            UsageError: when something is at ``path`` already.
-            OutOfSpaceError: when the disk is full or not writable.
+            UsageError: ``path`` already exists.
+            OutOfSpaceError: the disk is full or not writable.
         """
         state = {key: value.detach().cpu().contiguous() for key, value in contents.network.state_dict().items()}
         head = {"weight": contents.head_weight.float().contiguous(), "bias": contents.head_bias.float().contiguous()}
         with atomic_folder(path) as folder:
             for file, tensors in ((WEIGHTS, state), (HEAD, head)):
-                (folder / file).write_bytes(save(tensors))  # save_file reports a full disk as a SafetensorError
+                # save_file is not used, because it reports a full disk as a SafetensorError and not as an OSError.
+                (folder / file).write_bytes(save(tensors))
             for graph, name in ((contents.graph, GRAPH), (contents.mixed_graph, MIXED_GRAPH)):
                 if graph is not None:
                     shutil.copyfile(graph, folder / name)
@@ -232,45 +240,45 @@ class EncoderBundle:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How a CT becomes the encoder's input."""
+        """Conversion of a CT into the encoder's input."""
         return self.manifest.preprocessing
 
     @property
     def window(self) -> tuple[int, int, int]:
-        """``[X, Y, Z]`` voxels of the encoder's input."""
+        """Size of the encoder's input window, ``[X, Y, Z]`` in voxels."""
         return self.manifest.window
 
     @property
     def levels(self) -> tuple[FeatureLevel, ...]:
-        """The feature pyramid, finest level first."""
+        """Levels of the feature pyramid, finest level first."""
         return self.manifest.levels
 
     @property
     def graph_only(self) -> bool:
-        """Whether the encoder's network is code that the bundle does not hold, so that only its graph can be run."""
+        """Whether the bundle contains only a graph, because the network is user code that no bundle contains."""
         return self.manifest.architecture == IMPORTED
 
     @property
     def graph(self) -> Path | None:
-        """The ONNX file, or ``None`` where the bundle was made without."""
+        """ONNX file in float32, or ``None`` if the bundle contains no such file."""
         return self.path / GRAPH if GRAPH in self.manifest.files else None
 
     @property
     def mixed_graph(self) -> Path | None:
-        """The ONNX file in mixed precision, or ``None`` where the bundle was made without."""
+        """ONNX file in mixed precision, or ``None`` if the bundle contains no such file."""
         return self.path / MIXED_GRAPH if MIXED_GRAPH in self.manifest.files else None
 
     def graph_in(self, precision: Precision) -> Path | None:
-        """Return the ONNX file whose types are those of a precision; engines choose bfloat16 in the float32 one."""
+        """Return the ONNX file for a precision; for bfloat16, engines convert the float32 graph."""
         return self.mixed_graph if precision == "mixed" else self.graph
 
     def parity(self, backend: str, precision: Precision) -> ParityReport | None:
-        """Return how far a backend's features are from PyTorch's, or ``None`` where that was not measured."""
+        """Return the parity report of a backend and precision, or ``None`` if they were not compared."""
         return self.manifest.parity.get(parity_key(backend, precision))
 
     @cached_property
     def encoder_id(self) -> str:
-        """The sha256 of what determines the features; the same for every backend."""
+        """The sha256 of everything that determines the features; equal for all backends."""
         manifest = self.manifest
         identity = {
             "architecture": manifest.architecture,
@@ -287,30 +295,30 @@ class EncoderBundle:
         """Return the encoder as a PyTorch network in evaluation mode, on the CPU.
 
         Raises:
-            EncoderBundleError: when the architecture is unknown, the weights are not its own, or the bundle is
-                :attr:`graph_only`.
+            EncoderBundleError: the architecture is unknown, the weights do not match the architecture, or the bundle
+                contains only a graph (:attr:`graph_only`).
         """
         network = build_network(self.manifest.architecture, **self.manifest.settings)
         try:
             network.load_state_dict(load_file(self.path / WEIGHTS))
         except RuntimeError as error:
             raise EncoderBundleError(
-                f"The weights in {self.path / WEIGHTS} are not those of {self.manifest.architecture}.",
+                f"The weights in {self.path / WEIGHTS} do not match the architecture {self.manifest.architecture}.",
                 remedy=_EXPORT_AGAIN,
             ) from error
         return network.eval()
 
     def head_weight(self) -> Tensor:
-        """Return the pre-trained classifier, float32 ``[K, C_0]``; row k is for the organ ``manifest.organs[k]``."""
+        """Return the head's weights, float32 ``[K, C_0]``; row k belongs to the organ ``manifest.organs[k]``."""
         return load_file(self.path / HEAD)["weight"]
 
     def head_bias(self) -> Tensor:
-        """Return the pre-trained classifier's bias, float32 ``[K]``."""
+        """Return the head's biases, float32 ``[K]``."""
         return load_file(self.path / HEAD)["bias"]
 
 
 def parity_key(backend: str, precision: Precision) -> str:
-    """Return the name of a parity report in the manifest: ``openvino``, or ``openvino-bfloat16``."""
+    """Return the key of a parity report in the manifest, e.g. ``openvino`` or ``openvino-bfloat16``."""
     return backend if precision == "float32" else f"{backend}-{precision}"
 
 
@@ -330,7 +338,7 @@ def sha256_of_weights(state: Mapping[str, Tensor]) -> str:
 
 
 def _render(manifest: BundleManifest) -> bytes:
-    """Return the manifest's file: JSON that ends with the sha256 of itself, taken with zeros in that place."""
+    """Return the bytes of ``manifest.json``. Its last entry is the sha256 of these bytes with zeros in its place."""
     entries = {**manifest.model_dump(mode="json"), _SELF: _NO_DIGEST}
     text = f"{json.dumps(entries, indent=2, ensure_ascii=False)}\n".encode()
     before, _, after = text.rpartition(_NO_DIGEST.encode())
@@ -341,7 +349,7 @@ def _read_manifest(path: Path) -> BundleManifest:
     file = path / MANIFEST
     if not file.is_file():
         raise EncoderBundleError(
-            f"{path} is no encoder bundle: it has no {MANIFEST}.",
+            f"{path} is not an encoder bundle: the file {MANIFEST} is missing.",
             remedy="Give a folder that `fseft-edge export` wrote.",
         )
     content = file.read_bytes()
@@ -349,7 +357,7 @@ def _read_manifest(path: Path) -> BundleManifest:
         entries = json.loads(content)
         version, digest = entries.pop("schema_version"), str(entries.pop(_SELF))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise EncoderBundleError(f"{file} is damaged.", remedy=_EXPORT_AGAIN) from error
+        raise EncoderBundleError(f"{file} is damaged: it is not a valid manifest.", remedy=_EXPORT_AGAIN) from error
     if version not in _SCHEMA_VERSIONS:
         raise EncoderBundleError(
             f"{file} has schema version {version}; this version of fseft-edge reads 1 and 2.",
@@ -361,4 +369,4 @@ def _read_manifest(path: Path) -> BundleManifest:
     try:
         return BundleManifest.model_validate_json(json.dumps({"schema_version": version, **entries}))
     except ValidationError as error:
-        raise EncoderBundleError(f"{file} is not a manifest that this version reads.", remedy=_EXPORT_AGAIN) from error
+        raise EncoderBundleError(f"This version of fseft-edge cannot read {file}.", remedy=_EXPORT_AGAIN) from error

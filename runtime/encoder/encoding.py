@@ -1,4 +1,4 @@
-"""From a CT to its cached feature map: grid, windows, session and store put together."""
+"""Encode a CT and store its feature map in the cache; combines grid, windows, session and store."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class EncodedScan:
 
 
 def layout_of(grid: Grid, bundle: EncoderBundle) -> WindowLayout:
-    """Return where the encoder's windows lie on a grid."""
+    """Return the layout of the encoder's windows on a grid."""
     coarsest = max(level.stride for level in bundle.levels)
     return WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
 
@@ -48,19 +48,20 @@ def encode_scan(
     grid: Grid | None = None,
     budget: Budget = AS_MUCH_AS_IS_FREE,
 ) -> EncodedScan:
-    """Return the scan's feature map, from the store if it is there.
+    """Return the feature map of a scan, from the store if the store contains it.
 
     Args:
         volume: the CT.
-        bundle: the encoder.
-        session: the same encoder, opened.
-        store: where feature maps are kept.
+        bundle: encoder bundle.
+        session: open session of the same encoder.
+        store: cache of feature maps.
         storage: number format on disk.
-        grid: of the scan, if it is there already.
-        budget: memory that may be taken.
+        grid: grid of the scan; ``None`` computes the grid.
+        budget: memory that may be used.
 
     Raises:
-        OutOfMemoryError: the budget is too small, or memory ran out in the smallest pieces too.
+        OutOfMemoryError: the budget is too small, or memory ran out even with the smallest batches and sections.
+        OutOfSpaceError: the feature cache or a temporary file cannot be written.
     """
     grid = grid or Grid.of(volume, bundle.preprocessing)
     key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage, precision=session.precision)
@@ -76,7 +77,7 @@ def encode_scan(
         )
         plan = plan_encoding(layout, bundle, session, budget, stored_bytes=np.dtype(storage).itemsize)
         _log.info(
-            "encoding %d window%s at a time, sums: %s, %.2f GB of memory predicted",
+            "encoding %d window%s at a time, place of the sums: %s, predicted memory: %.2f GB",
             plan.batch,
             "s" if plan.batch > 1 else "",
             plan.place,
@@ -91,8 +92,8 @@ def encode_scan(
             section_slices=plan.section_slices,
         )
         with memory_explained(
-            "Memory ran out while a scan's features were stored.",
-            remedy="Give less by --memory, so that smaller pieces are made, or close other programs.",
+            "Memory ran out while the features of a scan were stored.",
+            remedy="Give a smaller --memory, so that the scan is processed in smaller pieces, or close other programs.",
         ):
             features = store.build(key, meta, sections)
     return EncodedScan(grid, features)

@@ -1,8 +1,8 @@
-"""How much memory encoding a scan will take, predicted from shapes, and the plan that fits a budget.
+"""Predict from shapes the memory that encoding a scan takes, and choose the plan that fits a budget.
 
-The largest things are, each in its formula below: what the process holds before it starts (measured then), the blend
-over one window's depth, what the network's tensors take for one batch of windows
-(:mod:`fseft_edge.runtime.encoder.networks.activations`), and one section of the map on its way to disk.
+The formulas below add the largest amounts: the memory of the process before encoding (measured), the blend over the
+depth of one window, the network's tensors for one batch of windows
+(:mod:`fseft_edge.runtime.encoder.networks.activations`), and the section of the feature map that is being written.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ from fseft_edge.runtime.system.memory import Budget, Footprint, first_that_fits
 _MIB = 1 << 20
 _FLOAT = 4
 
-# Code of PyTorch, oneDNN and Blosc2 that becomes resident when it is first used. Measured, as are the factors below.
+# Code of PyTorch, oneDNN and Blosc2 that is loaded into memory at its first use. This value and the factors below are
+# measured.
 _FIRST_USE = 40 * _MIB
-# What an engine takes for every byte of the network's tensors: ONNX Runtime's arena keeps pieces of former windows,
-# OpenVINO all that a compiled graph needs.
+# Bytes that an engine takes per byte of the network's tensors: ONNX Runtime's memory pool keeps parts of earlier
+# windows, and OpenVINO keeps all memory that a compiled graph needs.
 _ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.36, "openvino": 1.1}
 _OTHER_ENGINES = 2.0
 _KEPT_BY_ENGINE = {"onnxruntime": 0.6, "openvino": 1.1}
-# On a GPU convolutions want room to work in besides. Never measured: no GPU was at hand.
-_ON_A_GPU = 1.25
-# A section's frame is built in pieces and then joined: two times what LZ4 leaves of float16, at least.
+# Convolutions on a GPU need additional workspace. This factor is an estimate.
+_GPU_WORKSPACE_FACTOR = 1.25
+# A section's frame is built in pieces that are then joined, so the compressed data exist twice.
 _FRAME_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """How a scan is encoded.
+    """Settings for encoding a scan, with the predicted memory.
 
     Attributes:
-        batch: windows at a time.
-        place: where the blend's sums lie.
-        section_slices: slices handed on at a time.
-        footprint: the most that encoding is predicted to take.
+        batch: number of windows that are encoded at a time.
+        place: place of the blend's sums.
+        section_slices: number of slices of a section.
+        footprint: predicted peak memory.
     """
 
     batch: int
@@ -56,17 +57,17 @@ class EncodingPlan:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What an encoding's memory depends on; made by :func:`encoding_of`.
+    """Quantities that determine the memory for encoding a scan; created by :func:`encoding_of`.
 
     Attributes:
-        layout: where the windows lie.
+        layout: positions of the windows.
         levels: stride and channels of each level, finest first.
-        activations: bytes that one window takes in the engine, its features included.
-        max_batch: windows at a time where memory does not matter.
+        activations: bytes that the engine takes for one window, including its features.
+        max_batch: number of windows that are encoded at a time if memory is sufficient.
         on_gpu: whether the engine computes on a GPU.
-        stored: bytes of a stored feature.
-        held_ram: what the process holds before.
-        held_vram: what it holds of the GPU before.
+        stored: bytes of one stored feature value.
+        held_ram: main memory of the process before encoding, in bytes.
+        held_vram: GPU memory of the process before encoding, in bytes.
     """
 
     layout: WindowLayout
@@ -79,7 +80,7 @@ class Encoding:
     held_vram: int
 
     def plans(self) -> Iterator[EncodingPlan]:
-        """Yield every way to encode, the fastest first, each with what it takes."""
+        """Yield all plans with their predicted memory, the fastest first."""
         batches = sorted({max(self.max_batch >> halved, 1) for halved in range(8)}, reverse=True)
         for place in PLACES if self.on_gpu else PLACES[1:]:
             for section_slices in (SECTION_SLICES, 1):
@@ -96,7 +97,7 @@ class Encoding:
         thickness = max(section_slices // self.layout.lattice, 1) * self.layout.lattice
         section = self._features((x, y, thickness))
         stored = int(_FRAME_FACTOR * self.stored * self._features((x, y, thickness), finest_only=True) / _FLOAT)
-        # The weights of a level's section, and what of the sums in a file is resident at a time: those under a window.
+        # The blend's weights for one level of a section.
         section += _FLOAT * x * y * thickness
         encoding, handing_on = windows + batch * self.activations, section + stored
         ram = self.held_ram + image
@@ -120,17 +121,17 @@ class Encoding:
 def plan_encoding(
     layout: WindowLayout, bundle: EncoderBundle, session: EncoderSession, budget: Budget, *, stored_bytes: int = 2
 ) -> EncodingPlan:
-    """Return the fastest plan within a budget.
+    """Return the fastest plan within a memory budget.
 
     Args:
-        layout: where the windows of the scan lie.
-        bundle: the encoder.
-        session: the same encoder, opened.
-        budget: what may be taken.
-        stored_bytes: bytes of a stored feature.
+        layout: positions of the windows of the scan.
+        bundle: encoder bundle.
+        session: open session of the same encoder.
+        budget: memory that may be used.
+        stored_bytes: bytes of one stored feature value.
 
     Raises:
-        OutOfMemoryError: the budget is too small; the message says the smallest that works.
+        OutOfMemoryError: the budget is too small; the message contains the smallest sufficient budget.
     """
     plans = list(encoding_of(layout, bundle, session, stored_bytes=stored_bytes).plans())
     return first_that_fits(plans, budget, session.device, "encoding this scan")
@@ -139,9 +140,12 @@ def plan_encoding(
 def encoding_of(
     layout: WindowLayout, bundle: EncoderBundle, session: EncoderSession, *, stored_bytes: int = 2
 ) -> Encoding:
-    """Return what the encoding of a scan will depend on, with what the process holds now."""
+    """Return the quantities that determine the memory for encoding a scan.
+
+    The memory of the process before encoding is measured when this function is called.
+    """
     on_gpu = session.device.type == "cuda"
-    factor = _ENGINE_FACTOR.get(session.backend, _OTHER_ENGINES) * (_ON_A_GPU if on_gpu else 1.0)
+    factor = _ENGINE_FACTOR.get(session.backend, _OTHER_ENGINES) * (_GPU_WORKSPACE_FACTOR if on_gpu else 1.0)
     return Encoding(
         layout=layout,
         levels=tuple((level.stride, level.channels) for level in session.levels),
@@ -155,7 +159,7 @@ def encoding_of(
 
 
 def held_after_encoding(bundle: EncoderBundle, session: EncoderSession) -> int:
-    """Return what the process is predicted to hold once it has encoded a scan, the session still open."""
+    """Return the predicted memory of the process after encoding a scan, with the session still open, in bytes."""
     kept = 0 if session.device.type == "cuda" else _KEPT_BY_ENGINE.get(session.backend, 0.0)
     return session.held_before + _FIRST_USE + int(kept * _activations(bundle, session))
 

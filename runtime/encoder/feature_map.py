@@ -1,13 +1,14 @@
-"""A feature pyramid on disk: written once as a stream of sections, then read in arbitrary boxes.
+"""Feature maps: a feature pyramid on disk, written once as a stream of sections and then read in boxes of any position.
 
-A folder holds ``index.json``, one file per level and ``SHA256SUMS``. A level file is a sequence of Blosc2 frames, one
-per section, each an array ``[C, X, Y, n]``. Frames are compressed in memory and written by ordinary file writes: a full
-disk is an ``OSError`` at once, and the checksums are those of what was meant, not of what the disk made of it.
+A feature map is a folder with ``index.json``, one file per level, and ``SHA256SUMS``. A level file is a sequence of
+Blosc2 frames, one per section; each frame is an array ``[C, X, Y, n]``. Frames are compressed in memory and written
+with ordinary file writes. Therefore a full disk immediately gives an ``OSError``, and the checksums are computed from
+the data in memory, not from the data on the disk.
 
-Codec and block shape are measured, on float16 ReLU features ``[16, 168, 160, 96]`` of an abdominal CT and one core: a
-random 36x36x36 box takes 1.7 ms with LZ4 behind a byte shuffle and 4.2 ms with Zstandard; they compress 1.6 and 2.3
-times. Blocks hold all channels of a small cube, since every reader wants all channels: one channel a block is two to
-three times slower. The size of the chunks above them makes no difference.
+Codec and block shape are chosen from measurements on float16 ReLU features ``[16, 168, 160, 96]`` of an abdominal CT,
+on one core. Reading a random box of 36x36x36 voxels takes 1.7 ms with LZ4 and byte shuffle, and 4.2 ms with Zstandard;
+the compression ratios are 1.6 and 2.3. A block contains all channels of a small cube, because all readers need all
+channels: blocks of one channel are two to three times slower. The chunk size has no measurable effect.
 """
 
 from __future__ import annotations
@@ -40,24 +41,24 @@ StorageType = Literal["float16", "float32"]
 _INDEX = "index.json"
 _CHECKSUMS = "SHA256SUMS"
 _CHUNK_SIDE = 32
-# Blosc2 decompresses whole blocks. 64 KiB keeps one within a core's level-2 cache and a small box cheap.
+# Blosc2 decompresses whole blocks. A block of 64 KiB fits into a core's level-2 cache, and small boxes stay fast.
 _BLOCK_SIDES = (8, 4, 2)
 _BLOCK_BYTES = 64 << 10
 
 
 class DamagedFeatureMapError(Exception):
-    """A stored feature map is incomplete, changed, or of an unknown schema; the store rebuilds it."""
+    """A stored feature map is incomplete, has changed, or has an unknown schema version; the store builds it again."""
 
 
 class FeatureMapMeta(BaseModel):
-    """What a feature map is, without a word about whose scan it came from.
+    """Metadata of a feature map; contains nothing that identifies the scan or the patient.
 
     Attributes:
-        grid_shape: voxels of the grid that was encoded.
-        padded_shape: voxels of the padded grid that the features cover; a multiple of the coarsest stride.
-        levels: the pyramid, finest level first.
-        dtype: stored precision. Features beyond float16's range are refused, not clamped.
-        encoder_id: sha256 of what determines the features.
+        grid_shape: shape of the encoded grid, in voxels.
+        padded_shape: shape of the padded grid that the features cover, in voxels; a multiple of the coarsest stride.
+        levels: levels of the feature pyramid, finest first.
+        dtype: stored number format. Features beyond the range of float16 are refused, not clamped.
+        encoder_id: sha256 of everything in the encoder that determines the features.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,13 +70,13 @@ class FeatureMapMeta(BaseModel):
     encoder_id: str
 
     def level_shape(self, level: int) -> tuple[int, int, int]:
-        """Voxels of a level along x, y, z."""
+        """Return the shape of a level along x, y, z, in the level's own voxels."""
         x, y, z = (size // self.levels[level].stride for size in self.padded_shape)
         return x, y, z
 
 
 class _Frame(BaseModel):
-    """Where slices ``z0:z1`` of a level (in its own voxels) lie in the level's file."""
+    """Position of the slices ``z0:z1`` of a level (in the level's own voxels) in the level's file, in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -95,10 +96,11 @@ class _Index(BaseModel):
 
 
 class FeatureMap:
-    """A feature pyramid on disk. Made by :meth:`open`, usually through the store.
+    """A feature pyramid on disk. :meth:`open` creates the object; usually the store calls :meth:`open`.
 
-    Files are memory-mapped: a map that is open stays readable when another process evicts its entry. Reading is safe
-    from several threads, which take turns; with one decompression thread (the default) also after a fork.
+    Files are memory-mapped, so that an open map stays readable when another process deletes its cache entry. Several
+    threads may read; their reads run one after the other. With one decompression thread (the default), reading also
+    works in a forked process.
     """
 
     def __init__(self, meta: FeatureMapMeta, levels: list[_LevelReader]) -> None:
@@ -107,15 +109,15 @@ class FeatureMap:
 
     @classmethod
     def open(cls, folder: Path, key: str, *, threads: int = 1) -> FeatureMap:
-        """Open a stored map after comparing every file with its checksum (about 1 s per 1.5 GB).
+        """Open a stored feature map after comparing every file with its checksum (about 1 s per 1.5 GB).
 
         Args:
-            folder: what :func:`write_feature_map` wrote.
-            key: the key it must have been stored under.
-            threads: decompression threads per read.
+            folder: folder that :func:`write_feature_map` wrote.
+            key: expected key of the map.
+            threads: number of decompression threads per read.
 
         Raises:
-            DamagedFeatureMapError: a file is missing or changed, or the map has another schema or key.
+            DamagedFeatureMapError: a file is missing or has changed, or the map has another schema version or key.
         """
         try:
             checksums = dict(line.split("  ")[::-1] for line in (folder / _CHECKSUMS).read_text().splitlines())
@@ -125,42 +127,42 @@ class FeatureMap:
                         raise DamagedFeatureMapError(f"{name} differs from its checksum")
             index = _Index.model_validate_json((folder / _INDEX).read_bytes())
             if index.key != key:
-                raise DamagedFeatureMapError("it belongs to another key")
+                raise DamagedFeatureMapError(f"{_INDEX} contains another key")
             names = [_level_file(level) for level in range(len(index.meta.levels))]
             if set(checksums) != {_INDEX, *names}:
-                raise DamagedFeatureMapError("its files are not those of its index")
+                raise DamagedFeatureMapError(f"{_CHECKSUMS} does not list the files of {_INDEX}")
             levels = [
                 _LevelReader(folder / name, frames, threads) for name, frames in zip(names, index.frames, strict=True)
             ]
         except ValidationError as error:
-            raise DamagedFeatureMapError("its schema is unknown") from error
-        except (OSError, ValueError, RuntimeError) as error:  # Blosc2 raises RuntimeError for what is no frame
+            raise DamagedFeatureMapError(f"{_INDEX} has an unknown schema") from error
+        except (OSError, ValueError, RuntimeError) as error:  # Blosc2 raises RuntimeError if the bytes are not a frame
             raise DamagedFeatureMapError(str(error)) from error
         return cls(index.meta, levels)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Voxels of the grid that was encoded."""
+        """Shape of the encoded grid, in voxels."""
         return self.meta.grid_shape
 
     @property
     def padded_shape(self) -> tuple[int, int, int]:
-        """Voxels of the padded grid that level 0 covers."""
+        """Shape of the padded grid, which level 0 covers, in voxels."""
         return self.meta.padded_shape
 
     @property
     def levels(self) -> tuple[FeatureLevel, ...]:
-        """The pyramid, finest level first."""
+        """Levels of the feature pyramid, finest first."""
         return self.meta.levels
 
     def read(self, level: int, x: tuple[int, int], y: tuple[int, int], z: tuple[int, int]) -> torch.Tensor:
-        """Return the features of a box, ``[C_l, x1 - x0, y1 - y0, z1 - z0]`` in the stored precision.
+        """Return the features of a box, ``[C_l, x1 - x0, y1 - y0, z1 - z0]`` in the stored number format.
 
         Args:
             level: index into ``levels``.
-            x: first voxel and one past the last, in the level's own voxels.
-            y: as ``x``.
-            z: as ``x``.
+            x: first voxel and one past the last along x, in the level's own voxels.
+            y: first voxel and one past the last along y, in the level's own voxels.
+            z: first voxel and one past the last along z, in the level's own voxels.
 
         Raises:
             ValueError: the box is empty or not inside the level.
@@ -175,7 +177,7 @@ class FeatureMap:
 
 
 class _LevelReader:
-    """One level's file, mapped, and the frames in it."""
+    """Memory-mapped file of one level, with the frames of this file."""
 
     def __init__(self, path: Path, frames: tuple[_Frame, ...], threads: int) -> None:
         with path.open("rb") as file:
@@ -193,26 +195,27 @@ class _LevelReader:
                 break
             inside = slice(start - self._starts[number], stop - self._starts[number])
             box[..., start - z[0] : stop - z[0]] = self._arrays[number][:, x, y, inside]
-        # The pages stay in the system's file cache; without this, reading a map through would count as resident memory.
+        # Without this call, all pages that were ever read would count as memory of the process. The pages stay in the
+        # operating system's file cache.
         self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def write_feature_map(
     folder: Path, key: str, meta: FeatureMapMeta, sections: Iterable[FeatureSection], *, threads: int = 1
 ) -> None:
-    """Write a feature map into an existing, empty folder while its sections arrive.
+    """Write a feature map into an existing, empty folder, section by section.
 
     Args:
-        folder: where to write; the caller makes its appearance atomic.
-        key: what the map is stored under.
-        meta: what it is.
-        sections: contiguous, ascending from slice 0 to the padded grid's end.
-        threads: compression threads.
+        folder: folder to write into; the caller is responsible for making the folder appear atomically.
+        key: key of the map.
+        meta: metadata of the map.
+        sections: contiguous sections in ascending order, from slice 0 to the end of the padded grid.
+        threads: number of compression threads.
 
     Raises:
-        EncoderBundleError: a feature is not finite, or beyond the range of ``meta.dtype``.
-        ValueError: the sections are not those of ``meta``.
-        OSError: the disk refuses.
+        EncoderBundleError: a feature is not finite, or is beyond the range of ``meta.dtype``.
+        ValueError: the shapes of the sections do not match ``meta``.
+        OSError: the disk is full or not writable.
     """
     with contextlib.ExitStack() as files:
         writers = [
@@ -230,7 +233,7 @@ def write_feature_map(
                 expected = _section_shape(meta, number, section)
                 if section.levels[0].shape != expected:
                     raise ValueError(f"level {number} has shape {tuple(section.levels[0].shape)} instead of {expected}")
-                # Taken out of the section, so that each level's memory is free as soon as it is converted.
+                # pop() removes the level from the section, so that its memory is freed as soon as it is converted.
                 writer.append(_stored(section.levels.pop(0), meta.dtype))
     if reached != meta.padded_shape[2]:
         raise ValueError(f"sections end at slice {reached} of {meta.padded_shape[2]}")
@@ -243,7 +246,7 @@ def write_feature_map(
 
 
 class _LevelWriter:
-    """Appends frames to one level's file and keeps count of them."""
+    """Writer that appends frames to one level's file and records their positions."""
 
     def __init__(self, file: BinaryIO, threads: int) -> None:
         self._file = file
@@ -252,7 +255,7 @@ class _LevelWriter:
         self.checksum = hashlib.sha256()
 
     def append(self, features: NDArray[np.floating[Any]]) -> None:
-        """Compress and write features ``[C, X, Y, n]`` of the next ``n`` slices."""
+        """Compress and write the features ``[C, X, Y, n]`` of the next ``n`` slices."""
         channels, *size = features.shape
         bytes_per_voxel = channels * features.itemsize
         side = next((side for side in _BLOCK_SIDES if bytes_per_voxel * side**3 <= _BLOCK_BYTES), _BLOCK_SIDES[-1])
@@ -288,21 +291,22 @@ def _section_shape(meta: FeatureMapMeta, level: int, section: FeatureSection) ->
 
 
 def _stored(features: torch.Tensor, dtype: StorageType) -> NDArray[np.floating[Any]]:
-    """Return features in the stored precision, on the host.
+    """Return features in the stored number format, in main memory.
 
     Raises:
-        EncoderBundleError: a feature is not finite, or beyond the range of ``dtype``.
+        EncoderBundleError: a feature is not finite, or is beyond the range of ``dtype``.
     """
     precision = {"float16": torch.float16, "float32": torch.float32}[dtype]
     lowest, highest = (bound.item() for bound in torch.aminmax(features))
     if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise EncoderBundleError(
-            "The encoder returned features that are not finite.",
-            remedy="Export it again at float32 precision; if that does not help, its checkpoint is damaged.",
+            "The encoder returned features that are infinite or NaN.",
+            remedy="Use --backend torch. If the error remains, the checkpoint is damaged: export the encoder again "
+            "from a new copy of the checkpoint.",
         )
     if max(-lowest, highest) > torch.finfo(precision).max:
         raise EncoderBundleError(
-            f"The encoder's features reach {max(-lowest, highest):.3g}, beyond what {dtype} can hold.",
-            remedy="Store its features as float32.",
+            f"The largest feature of the encoder is {max(-lowest, highest):.3g}, beyond the range of {dtype}.",
+            remedy="Store the features as float32.",
         )
     return features.to(precision).cpu().contiguous().numpy()

@@ -1,8 +1,8 @@
-"""The cache of feature maps: a scan is encoded once, whatever is learned on it afterwards.
+"""Cache of feature maps: each scan is encoded only once, and all adapters use the same feature map.
 
-Layout: ``ROOT/<key>/entry/`` holds a feature map (see :mod:`fseft_edge.runtime.encoder.feature_map`) and an empty file
-``used`` whose modification time is that of the last use; ``ROOT/<key>/lock`` serialises everything that changes the
-entry. Keys are hashes, and nothing in an entry tells whose scan it is or where it lies.
+Layout: ``ROOT/<key>/entry/`` contains a feature map (:mod:`fseft_edge.runtime.encoder.feature_map`) and an empty file
+``used``, whose modification time is the time of the last use. ``ROOT/<key>/lock`` is the lock for all changes of the
+entry. Keys are hashes. An entry does not contain the patient's identity or the path of the scan.
 """
 
 from __future__ import annotations
@@ -41,36 +41,40 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Maps that this process holds open, by entry folder: verified once, and never evicted by this process.
+# Maps that are open in this process, by entry folder. They are verified only once, and this process never deletes them.
 _open_maps: weakref.WeakValueDictionary[Path, FeatureMap] = weakref.WeakValueDictionary()
 
 
 @contextlib.contextmanager
 def open_store(folder: Path | None, max_gb: float | None = None) -> Iterator[FeatureStore]:
-    """Yield the store in a folder, or for None one that is removed at the end.
+    """Yield the store in a folder, or a temporary store that is deleted at the end.
 
     Args:
-        folder: of the cache.
-        max_gb: size that a kept cache is held to, in units of 1e9 bytes; None: no limit.
+        folder: folder of the cache; None means a temporary store.
+        max_gb: size limit of the cache, in units of 1e9 bytes; None means no limit.
     """
     if folder is not None:
         yield FeatureStore(folder, None if max_gb is None else int(max_gb * 1e9))
         return
-    with tempfile.TemporaryDirectory(prefix="fseft-edge-") as passing:
-        yield FeatureStore(Path(passing))
+    with tempfile.TemporaryDirectory(prefix="fseft-edge-") as temporary:
+        yield FeatureStore(Path(temporary))
 
 
 class FeatureStore:
-    """Feature maps on disk, safe for several processes and threads, least recently used goes first.
+    """Cache of feature maps on disk, safe for several processes and threads.
+
+    If the cache exceeds its size limit, the least recently used entries are deleted.
 
     Args:
-        root: folder of the cache; made when missing. What interrupted processes left half-written there is removed.
-        max_bytes: size to keep to after each build. Entries that this process has open stay even beyond it; those of
-            other processes may go, which they do not notice (an open map stays readable). ``None``: no limit.
-        threads: threads that compress and decompress. With more than one, do not read in a forked child.
+        root: folder of the cache; created if missing. Incomplete entries of interrupted processes are deleted.
+        max_bytes: size limit in bytes, enforced after each build; ``None`` means no limit. Entries that are open in
+            this process are never deleted. Entries that are open in other processes may be deleted; their maps stay
+            readable.
+        threads: number of threads for compression and decompression. With more than one thread, do not read in a
+            forked process.
 
     Raises:
-        OutOfSpaceError: the folder cannot be made or written to.
+        OutOfSpaceError: the folder cannot be created or written.
     """
 
     def __init__(self, root: Path, max_bytes: int | None = None, *, threads: int = 1) -> None:
@@ -91,15 +95,15 @@ class FeatureStore:
         *,
         precision: Precision = "float32",
     ) -> str:
-        """Return the key of a scan's features: sha256 of all that determines them, and of how they are stored.
+        """Return the key of a scan's features: the sha256 of everything that determines the stored features.
 
         Args:
-            volume: the scan; its voxels are hashed piece by piece, its source is not part of the key.
-            preprocessing: how it is put on the grid.
-            encoder_id: sha256 of what determines an encoder's features.
-            overlap: of the encoder's windows, 0 to below 1.
-            dtype: stored precision.
-            precision: what the features are computed in.
+            volume: the scan; its voxels are hashed piece by piece. The path of the scan is not part of the key.
+            preprocessing: conversion of the scan into the grid.
+            encoder_id: sha256 of everything in the encoder that determines the features.
+            overlap: overlap of the encoder's windows, from 0 to below 1.
+            dtype: stored number format.
+            precision: precision of the computation.
         """
         header: dict[str, object] = {
             "storage": SCHEMA_VERSION,
@@ -110,7 +114,7 @@ class FeatureStore:
             "shape": list(volume.shape),
             "voxels": volume.array.dtype.newbyteorder("<").str,
             "rescale": [float(volume.slope), float(volume.intercept)],
-            "affine": (np.asarray(volume.affine, dtype=np.float64) + 0.0).tolist(),  # + 0.0: -0 and 0 are one lattice
+            "affine": (np.asarray(volume.affine, dtype=np.float64) + 0.0).tolist(),  # + 0.0 turns -0 into 0
         }
         if precision != "float32":
             header["precision"] = precision
@@ -120,10 +124,10 @@ class FeatureStore:
         return digest.hexdigest()
 
     def get(self, key: str) -> FeatureMap | None:
-        """Return the stored map, or ``None`` where there is none.
+        """Return the stored feature map, or ``None`` if the store does not contain the key.
 
-        Every file is compared with its checksum, once per process as long as the map stays open. A damaged entry, or
-        one of another key or schema, is dropped with a warning.
+        Every file is compared with its checksum when the map is opened. An entry that is damaged, or has another key
+        or schema version, is deleted with a warning.
         """
         if not self._entry(key).exists():
             return None
@@ -131,20 +135,21 @@ class FeatureStore:
             return self._opened(key)
 
     def build(self, key: str, meta: FeatureMapMeta, sections: Iterable[FeatureSection]) -> FeatureMap:
-        """Store a map while its sections arrive, and return it.
+        """Write a feature map section by section, and return the map.
 
-        Where several processes build the same key, one does the work; the others wait and use its entry, without
-        taking a single section. An entry appears complete or not at all. Afterwards the size limit is enforced.
+        If several processes build the same key, only one process does the work. The other processes wait, do not
+        iterate over their sections, and use the finished entry. An entry appears complete or not at all. After the
+        build, the size limit is enforced.
 
         Args:
-            key: from :meth:`key`.
-            meta: what the map is.
-            sections: contiguous, ascending, from slice 0 to the end of the padded grid.
+            key: key of the map, from :meth:`key`.
+            meta: metadata of the map.
+            sections: contiguous sections in ascending order, from slice 0 to the end of the padded grid.
 
         Raises:
-            EncoderBundleError: a feature is not finite or beyond the range of ``meta.dtype``.
+            EncoderBundleError: a feature is not finite, or is beyond the range of ``meta.dtype``.
             OutOfSpaceError: the disk is full or not writable.
-            EnvironmentProblemError: what was written reads back differently.
+            EnvironmentProblemError: the written files differ from the data in memory.
         """
         with self._lock(key):
             feature_map = self._opened(key)
@@ -155,8 +160,8 @@ class FeatureStore:
                 feature_map = self._opened(key)
                 if feature_map is None:
                     raise EnvironmentProblemError(
-                        f"The features just written to {entry} read back differently.",
-                        remedy="Check that disk, or put the cache on another one.",
+                        f"The features that were written to {entry} are different when they are read again.",
+                        remedy="Check the disk, or move the cache to another disk.",
                     )
         self._enforce_limit(keep=key)
         return feature_map
@@ -165,7 +170,7 @@ class FeatureStore:
         return self._root / key / "entry"
 
     def _opened(self, key: str) -> FeatureMap | None:
-        """Open and mark as used, or drop, under the key's lock."""
+        """Open an entry and mark it as used, or delete the entry if it is damaged. The caller has the key's lock."""
         entry = self._entry(key)
         if not entry.exists():
             return None
@@ -174,17 +179,17 @@ class FeatureStore:
             try:
                 feature_map = FeatureMap.open(entry, key, threads=self._threads)
             except DamagedFeatureMapError as error:
-                _log.warning("Dropping the cached features %s: %s.", entry, error)
+                _log.warning("The cached features %s are deleted because they are damaged: %s.", entry, error)
                 _remove(entry)
                 return None
             _open_maps[entry] = feature_map
-        with contextlib.suppress(OSError):  # a disk that refuses this can still be read from
+        with contextlib.suppress(OSError):  # the entry can be read even if the disk is not writable
             (entry / "used").touch()
         return feature_map
 
     @contextlib.contextmanager
     def _lock(self, key: str) -> Iterator[None]:
-        """Hold the key's lock, waiting for it as long as another process builds this entry."""
+        """Hold the key's lock; wait if another process builds the entry."""
         folder = self._root / key
         with _writing(folder):
             folder.mkdir(exist_ok=True)
@@ -192,7 +197,7 @@ class FeatureStore:
             try:
                 lock.acquire(blocking=False)
             except Timeout:
-                _log.info("Waiting for another process that works on the cached features %s.", folder)
+                _log.info("Waiting for another process that uses the cached features %s.", folder)
                 lock.acquire()
         try:
             yield
@@ -201,7 +206,7 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _lock_if_free(self, folder: Path) -> Iterator[bool]:
-        """Hold a key's lock and say so, or say that another holds it."""
+        """Hold a key's lock and yield True, or yield False if another process holds the lock."""
         lock = FileLock(folder / "lock")
         try:
             lock.acquire(blocking=False)
@@ -214,14 +219,14 @@ class FeatureStore:
             lock.release()
 
     def _remove_leftovers(self) -> None:
-        """Remove the temporary folders of processes that died while writing."""
+        """Delete the temporary folders of processes that ended while writing."""
         for leftover in list(self._root.glob("*/.*.partial")):
             with self._lock_if_free(leftover.parent) as free:
                 if free:
                     shutil.rmtree(leftover, ignore_errors=True)
 
     def _enforce_limit(self, *, keep: str) -> None:
-        """Remove the least recently used entries until the store keeps to its size limit."""
+        """Delete the least recently used entries until the store is within its size limit."""
         if self._max_bytes is None:
             return
         entries = sorted((_last_use(entry), _size(entry), entry) for entry in self._root.glob("*/entry"))
@@ -236,11 +241,13 @@ class FeatureStore:
                     _remove(entry)
                     total -= size
         if total > self._max_bytes:
-            _log.warning("The feature cache takes %d MB, more than its limit: its entries are in use.", total >> 20)
+            _log.warning(
+                "The feature cache takes %d MiB, more than its limit, because its entries are in use.", total >> 20
+            )
 
 
 def _remove(entry: Path) -> None:
-    """Remove an entry so that it is gone under its name at once; under its key's lock."""
+    """Rename an entry, so that its name disappears at once, and delete the entry. The caller has the key's lock."""
     doomed = entry.with_name(f".{secrets.token_hex(8)}.partial")
     entry.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -254,7 +261,7 @@ def _last_use(entry: Path) -> int:
 
 
 def _size(entry: Path) -> int:
-    """Bytes of an entry; 0 for what another process removes meanwhile."""
+    """Return the bytes of an entry; files that another process deletes meanwhile count as 0."""
     size = 0
     for path in entry.glob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -264,11 +271,11 @@ def _size(entry: Path) -> int:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Turn a refusal of the cache's disk into an error with a remedy."""
+    """Convert an OSError while writing the cache to an error with a remedy."""
     try:
         yield
     except OSError as error:
         raise OutOfSpaceError(
             f"The feature cache {folder} cannot be written: {error.strerror}.",
-            remedy="Free some space, or name another cache folder.",
+            remedy="Free disk space, or give another cache folder.",
         ) from error

@@ -1,8 +1,8 @@
-"""What `fseft-edge benchmark` found to be fast on this machine, remembered for ``auto``.
+"""Remember the speeds of backends that `fseft-edge benchmark` measured on this machine; ``auto`` uses these speeds.
 
-One small file of the user's, ``$XDG_CACHE_HOME/fseft-edge/speeds.json`` (without the variable, ``~/.cache``). It holds
-names of processors and GPUs, versions, encoder ids and seconds; nothing of scans. A record counts as long as encoder,
-device and every installed version are those that it was made with. Removing the file is safe.
+The speeds are in one small file of the user, ``$XDG_CACHE_HOME/fseft-edge/speeds.json`` (``~/.cache`` if the variable
+is not set). The file contains names of processors and GPUs, versions, encoder ids and seconds, but no data of scans. A
+record is valid only for the same encoder, the same device and the same installed versions. The file may be deleted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Record(BaseModel):
-    """Seconds a window of each ``BACKEND PRECISION``; a competitor that was not measured is not there."""
+    """Seconds per window for each ``BACKEND PRECISION`` that was measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,33 +48,34 @@ class _Records(BaseModel):
 
 
 def speeds_file() -> Path:
-    """Return where speeds are remembered.
+    """Return the path of the file of measured speeds.
 
     Raises:
         EnvironmentProblemError: the account has no home folder.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not root.is_absolute():  # a relative path is ignored, as the XDG Base Directory Specification says
+    if not root.is_absolute():  # the XDG Base Directory Specification requires that relative paths are ignored
         try:
             root = Path.home() / ".cache"
         except RuntimeError as error:
             raise EnvironmentProblemError(
-                "This account has no home folder to remember speeds in.", remedy="Set XDG_CACHE_HOME to a folder."
+                "This account has no home folder, so the measured speeds cannot be stored.",
+                remedy="Set the environment variable XDG_CACHE_HOME to a folder.",
             ) from error
     return root / "fseft-edge" / "speeds.json"
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device's model; of a CPU also the number of threads, which its speed depends on."""
+    """Return the model name of a device; for a CPU also the number of threads, because the speed depends on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu().model}, {torch.get_num_threads()} threads"
 
 
 def remembered_order(bundle: EncoderBundle, device: torch.device) -> list[tuple[str, str]] | None:
-    """Return backends and precisions in the order of their speed here, or ``None`` where nothing valid is known.
+    """Return backends and precisions in the order of their measured speed, or ``None`` if there is no valid record.
 
-    A file that cannot be read is no reason to fail: it is passed over with a warning.
+    A file that cannot be read is skipped with a warning.
     """
     records = [record for record in _read().records if record.encoder_id == bundle.encoder_id]
     here = device_name(device) if records else ""
@@ -82,14 +83,17 @@ def remembered_order(bundle: EncoderBundle, device: torch.device) -> list[tuple[
     if record is None:
         return None
     if record.versions != installed_versions():
-        _log.info("the remembered speeds of backends are of other versions; measure again")
+        _log.info(
+            "the measured speeds of backends are not used, because they belong to other versions: run fseft-edge "
+            "benchmark again"
+        )
         return None
     fastest_first = sorted(record.seconds_a_window, key=record.seconds_a_window.__getitem__)
     return [(backend, precision) for backend, _, precision in (way.partition(" ") for way in fastest_first)]
 
 
 def remember(bundle: EncoderBundle, device: torch.device, seconds_a_window: Mapping[tuple[str, str], float]) -> Path:
-    """Keep what was measured, in place of an earlier record of this encoder and device; return the file.
+    """Store measured speeds, and return the path of the file. An earlier record of the encoder and device is replaced.
 
     Raises:
         OutOfSpaceError: the file cannot be written.
@@ -117,5 +121,5 @@ def _read() -> _Records:
     except EnvironmentProblemError:
         return _Records()
     except (OSError, ValidationError) as error:
-        _log.warning("the remembered speeds of backends in %s cannot be read: %s", file, str(error).splitlines()[0])
+        _log.warning("the measured speeds of backends in %s cannot be read: %s", file, str(error).splitlines()[0])
         return _Records()

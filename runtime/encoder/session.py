@@ -1,4 +1,4 @@
-"""Opening an encoder: the backend, the device and the precision that compute its features."""
+"""Open an encoder session: choose the backend, the device and the precision that compute the features."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ def open_session(
     threads: int | None = None,
     precision: Precision | Literal["auto"] = "auto",
 ) -> EncoderSession:
-    """Return a session for an encoder; nothing is built or converted here.
+    """Return an open session for an encoder. This function does not build or convert anything.
 
     Args:
-        bundle: the encoder.
-        device: ``auto`` (the first NVIDIA GPU that PyTorch sees, else the CPU), ``cpu``, ``cuda`` or ``cuda:n``.
-        backend: ``auto`` (the fastest that is installed, runs on the device and passes the bundle's parity gate; why
-            others were passed over is logged, and one that turns out not to open is passed over too), ``torch``,
-            ``onnxruntime``, ``openvino``, ``tensorrt_rtx`` or ``tensorrt``.
-        threads: CPU threads of the engine; ``None`` leaves it the number that PyTorch uses.
-        precision: ``auto`` (the fastest that passes the parity gate, else float32), or one that is taken as it is, with
-            a warning where the gate says nothing for it.
+        bundle: encoder bundle.
+        device: ``auto`` (the first NVIDIA GPU that PyTorch finds, else the CPU), ``cpu``, ``cuda`` or ``cuda:n``.
+        backend: ``torch``, ``onnxruntime``, ``openvino``, ``tensorrt_rtx``, ``tensorrt``, or ``auto``. ``auto`` uses
+            the fastest backend that is installed, runs on the device and passes the bundle's parity gate. Skipped
+            backends are logged with a reason; a backend that cannot be opened is also skipped.
+        threads: number of CPU threads of the engine; ``None`` means the number that PyTorch uses.
+        precision: ``auto`` (the fastest precision that passes the parity gate, else float32), or one precision. A named
+            precision is always used; a warning is logged if it did not pass the parity gate.
 
     Raises:
-        UsageError: when device, backend or precision is unknown, or the backend does not compute in that precision.
-        EnvironmentProblemError: when the device is not there.
-        MissingBackendError: when the backend is not installed or does not run on the device.
-        EncoderBundleError: when the bundle lacks what the backend needs.
-        EngineError: when the backend has no engine that this GPU can use.
+        UsageError: device, backend or precision is unknown, or the backend does not compute in the precision.
+        EnvironmentProblemError: the device does not exist.
+        MissingBackendError: the backend is not installed or does not run on the device.
+        EncoderBundleError: the bundle does not contain the files that the backend needs.
+        EngineError: the backend has no engine that this GPU can use.
     """
     target = resolve_device(device)
     if backend != "auto" and backend not in _BACKENDS:
-        raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose auto, {', '.join(_BACKENDS)}.")
+        raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose one of auto, {', '.join(_BACKENDS)}.")
     refused: list[BackendChoice] = []
     for choice in backend_choices(bundle, target, backend, precision):
         if not choice.usable:
-            _log.info("backend %s in %s passed over: %s", choice.backend, choice.precision, choice.obstacle)
+            _log.info("backend %s in %s skipped: %s", choice.backend, choice.precision, choice.obstacle)
             refused.append(choice)
             continue
         try:
@@ -56,7 +56,7 @@ def open_session(
         except EnvironmentProblemError as error:
             if backend != "auto" or choice.backend == "torch":
                 raise
-            _log.warning("backend %s in %s passed over: %s", choice.backend, choice.precision, error)
+            _log.warning("backend %s in %s skipped: %s", choice.backend, choice.precision, error)
     return _opened(_last_resort(refused, backend, precision), bundle, target, threads)
 
 
@@ -67,80 +67,83 @@ def _opened(choice: BackendChoice, bundle: EncoderBundle, device: torch.device, 
 
 
 def backend_names() -> tuple[str, ...]:
-    """Return the names of all backends that this version has."""
+    """Return the names of all backends of this version."""
     return tuple(_BACKENDS)
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a user's word means, checked to be there.
+    """Return the device for a name given by the user, after checking that the device exists.
 
     Raises:
-        UsageError: when the word is unknown.
-        EnvironmentProblemError: when the device is not there.
+        UsageError: the name is unknown.
+        EnvironmentProblemError: the device does not exist.
     """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, number = name.partition(":")
     if name != "cpu" and (kind != "cuda" or (number and not number.isdecimal()) or name.endswith(":")):
-        raise UsageError(f"The device {name!r} is unknown.", remedy="Choose auto, cpu, cuda or cuda:n.")
+        raise UsageError(f"The device {name!r} is unknown.", remedy="Choose one of auto, cpu, cuda or cuda:n.")
     if name == "cpu":
         return torch.device("cpu")
     index, count = int(number or 0), torch.cuda.device_count()
     if index >= count:
         raise EnvironmentProblemError(
-            f"The device {name} was asked for, but PyTorch sees {count} NVIDIA GPUs.",
-            remedy="Check the driver and that PyTorch was built for CUDA, or use --device cpu.",
+            f"The device {name} does not exist: PyTorch finds {count} NVIDIA GPUs.",
+            remedy="Check the NVIDIA driver and that PyTorch was built for CUDA, or use --device cpu.",
         )
     return torch.device("cuda", index)
 
 
 def _last_resort(refused: Sequence[BackendChoice], backend: str, precision: str) -> BackendChoice:
-    """Return what is tried where every choice has an obstacle: what was asked for by name, and else float32.
+    """Return the choice to try if all choices have an obstacle: the requested backend and precision, else float32.
 
-    A session that cannot be opened says why itself.
+    If the session cannot be opened, opening raises an error with the reason.
+
+    Raises:
+        UsageError: no choice can compute on this type of device.
     """
     fitting = [choice for choice in refused if choice.suits_device]
     if not fitting:
-        who = "No backend computes" if backend == "auto" else f"The backend {backend} does not compute"
-        how = "" if precision == "auto" else f" in {precision}"
+        subject = "No backend can compute" if backend == "auto" else f"The backend {backend} cannot compute"
+        in_precision = "" if precision == "auto" else f" in {precision}"
         raise UsageError(
-            f"{who}{how} on this device.",
-            remedy="Leave the choice to fseft-edge; `fseft-edge doctor` says what can be used.",
+            f"{subject}{in_precision} on this device.",
+            remedy="Leave out --backend and --precision; `fseft-edge doctor` lists the backends that can be used.",
         )
     if precision == "auto":
         exact = "torch" if backend == "auto" else backend
         fitting = [choice for choice in fitting if (choice.backend, choice.precision) == (exact, "float32")] or fitting
     elif precision != "float32":
-        _log.warning("%s in %s was asked for, though %s", fitting[0].backend, precision, fitting[0].obstacle)
+        _log.warning("%s in %s is used as requested, although %s", fitting[0].backend, precision, fitting[0].obstacle)
     return fitting[0]
 
 
 def _open_torch(bundle: EncoderBundle, device: torch.device, threads: int, precision: Precision) -> EncoderSession:
-    from fseft_edge.runtime.encoder.backends.pytorch import TorchSession  # noqa: PLC0415 - backends import this module
+    from fseft_edge.runtime.encoder.backends.pytorch import TorchSession  # noqa: PLC0415 - loaded on use
 
     return TorchSession(bundle, device, threads, precision)
 
 
 def _open_onnxruntime(bundle: EncoderBundle, device: torch.device, threads: int, _: Precision) -> EncoderSession:
-    from fseft_edge.runtime.encoder.backends.onnxruntime import OnnxRuntimeSession  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.encoder.backends.onnxruntime import OnnxRuntimeSession  # noqa: PLC0415 - loaded on use
 
     return OnnxRuntimeSession(bundle, device, threads)
 
 
 def _open_openvino(bundle: EncoderBundle, device: torch.device, threads: int, precision: Precision) -> EncoderSession:
-    from fseft_edge.runtime.encoder.backends.openvino import OpenVinoSession  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.encoder.backends.openvino import OpenVinoSession  # noqa: PLC0415 - loaded on use
 
     return OpenVinoSession(bundle, device, threads, precision)
 
 
 def _open_tensorrt_rtx(bundle: EncoderBundle, device: torch.device, _: int, precision: Precision) -> EncoderSession:
-    from fseft_edge.runtime.encoder.backends.tensorrt import TensorRtRtxSession  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.encoder.backends.tensorrt import TensorRtRtxSession  # noqa: PLC0415 - loaded on use
 
     return TensorRtRtxSession(bundle, device, precision)
 
 
 def _open_tensorrt(bundle: EncoderBundle, device: torch.device, _: int, precision: Precision) -> EncoderSession:
-    from fseft_edge.runtime.encoder.backends.tensorrt import TensorRtSession  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.encoder.backends.tensorrt import TensorRtSession  # noqa: PLC0415 - loaded on use
 
     return TensorRtSession(bundle, device, precision)
 

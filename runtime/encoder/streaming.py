@@ -1,10 +1,11 @@
-"""Encoding a grid window by window, and handing on its blended features section by section.
+"""Encode a grid window by window, and yield its blended features section by section.
 
-The blend streams along Z. Windows of one Z origin form a *row*; once a row is added, the slices below the next row's
-origin are final. Only one window depth of ``Σ w f`` is ever held, whatever the length of the scan.
+The blend streams along z. Windows with the same z origin form a *row*. After a row is added, the slices below the
+origin of the next row are final. Therefore the sums ``Σ w f`` only cover the depth of one window, for scans of any
+length.
 
-Two things are done for the machine's sake and change no feature: windows of nothing but air are encoded once, and where
-memory runs out, the same work goes on with less of it.
+Two optimisations do not change the features: windows that contain only air are encoded only once, and if memory runs
+out, encoding continues with smaller batches or with the sums in a slower place.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SECTION_SLICES = 16
-"""Slices handed on at a time: bounds what a consumer holds next to the one window depth of the blend itself."""
+"""Number of slices of a section. It limits the memory of the consumer, in addition to the sums of the blend."""
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class FeatureSection:
-    """Blended features of some slices, final.
+    """Final blended features of some slices.
 
     Attributes:
         z0: first slice, in voxels of the padded grid; a multiple of the layout's lattice.
-        z1: one past the last slice; a multiple of the lattice.
-        levels: per level, finest first, float32 ``[C_l, X / s, Y / s, (z1 - z0) / s]`` of the padded grid, contiguous,
-            where the sums lie (on a GPU, or on the CPU), owned by the receiver.
+        z1: one past the last slice, in voxels of the padded grid; a multiple of the layout's lattice.
+        levels: features of each level, finest first, float32 ``[C_l, X / s, Y / s, (z1 - z0) / s]`` over the padded
+            grid; contiguous, on the device of the sums. The receiver may change these tensors.
     """
 
     z0: int
@@ -61,27 +62,30 @@ def stream_features(
     place: Place = "device",
     section_slices: int = SECTION_SLICES,
 ) -> Iterator[FeatureSection]:
-    """Encode a grid window by window and yield its blended feature pyramid slab by slab.
+    """Encode a grid window by window, and yield its blended feature pyramid section by section.
 
-    The sections are contiguous, ascend from 0 and end at ``layout.padded_shape[2]``; in-plane they span the padded
-    grid. Beyond the grid the encoder sees 0, which is the lower end of the HU window (air). Every grid slice is read
-    once, in order.
+    The sections are contiguous, in ascending order, and cover the padded grid from slice 0 to
+    ``layout.padded_shape[2]``. Outside the grid, the input of the encoder is 0, the lower end of the HU window (air).
+    Every slice of the grid is read once, in order.
 
-    Memory: one window depth of each level (``4 Σ C_l X Y depth / s_l^3`` bytes), one section, one batch of windows; see
-    :mod:`fseft_edge.runtime.encoder.encoding_plan`. Where it runs out, fewer windows are encoded at a time, then the
-    sums move from the GPU to the machine's memory and from there into a file. A warning at the end says so.
+    Memory: the sums of each level over the depth of one window (``4 Σ C_l X Y depth / s_l^3`` bytes), one section, and
+    one batch of windows; see :mod:`fseft_edge.runtime.encoder.encoding_plan`. If memory runs out, fewer windows are
+    encoded at a time. If that is not sufficient, the sums move from the GPU to main memory, and from there to a file. A
+    warning at the end reports these changes.
 
     Args:
-        read_section: ``(z0, z1)`` to the grid's slices ``z0:z1``, float32 ``[X, Y, z1 - z0]`` scaled to 0..1.
-        layout: made for the session's window and coarsest stride.
-        session: open.
-        batch: windows to encode at a time; None takes as many as the session does.
-        place: where the sums lie.
-        section_slices: slices of a section, rounded down to the layout's lattice but at least that.
+        read_section: function that returns the grid's slices ``z0:z1`` for ``(z0, z1)``, float32 ``[X, Y, z1 - z0]``
+            scaled to 0..1.
+        layout: layout for the session's window and coarsest stride.
+        session: open session.
+        batch: number of windows to encode at a time; None means the session's ``max_batch``.
+        place: place of the sums.
+        section_slices: number of slices of a section, rounded down to a multiple of the layout's lattice, but at least
+            one lattice step.
 
     Raises:
-        OutOfMemoryError: memory ran out and nothing can be reduced any further.
-        OutOfSpaceError: there is no room for a temporary file.
+        OutOfMemoryError: memory ran out, and the work cannot be reduced further.
+        OutOfSpaceError: there is not enough free disk space for a temporary file.
     """
     grid_x, grid_y, grid_z = layout.grid_shape
     padded_x, padded_y, padded_z = layout.padded_shape
@@ -110,7 +114,7 @@ def stream_features(
 
 
 class _RowEncoder:
-    """Encodes rows of windows into a blend, in the order of their corners, and makes do with less where it has to."""
+    """Encoder of rows of windows into a blend. It reduces its memory if memory runs out."""
 
     def __init__(self, layout: WindowLayout, session: EncoderSession, batch: int, place: Place) -> None:
         self._layout = layout
@@ -119,7 +123,7 @@ class _RowEncoder:
         self._batch = batch
         self._places = list(PLACES[PLACES.index(place) :])
         if self._device.type == "cpu" and place == "device":
-            self._places.remove("memory")  # which is the same
+            self._places.remove("memory")  # on a CPU, "device" already means main memory
         self._windows = self._air_windows = 0
         self._air: list[FileTensor] = []
         self._reduced = False
@@ -139,46 +143,46 @@ class _RowEncoder:
                 for level in self._air:
                     level.release()
             del windows[: len(encoded)]
-            del encoded, pyramid  # not needed while the next windows are encoded, which is when memory peaks
+            del encoded, pyramid  # freed before the next windows are encoded, because memory peaks there
 
     def blended(self, row: int, z0: int, z1: int) -> list[Tensor]:
-        """See :meth:`Blend.blended`."""
+        """Return the blended features of final slices (arguments as in :meth:`Blend.blended`)."""
         return self.within_memory(self._sums.blended, row, z0, z1)
 
     def advance(self, slices: int) -> None:
-        """See :meth:`Blend.advance`."""
+        """Go to the next row of windows (arguments as in :meth:`Blend.advance`)."""
         self._sums.advance(slices)
 
     def report(self) -> None:
-        """Log what was spared, and, as a warning, what had to be reduced."""
-        _log.info("%d of %d windows held only air", self._air_windows, self._windows)
+        """Log the number of windows that contain only air and, as a warning, a reduction of memory."""
+        _log.info("%d of %d windows contained only air", self._air_windows, self._windows)
         if self._reduced:
             _log.warning(
-                "Memory ran out while encoding; it went on with %d window%s at a time and the sums %s.",
+                "Memory ran out while encoding. Encoding continued with %d window%s at a time and with the sums %s.",
                 self._batch,
                 "s" if self._batch > 1 else "",
-                {"device": "where they were", "memory": "in the machine's memory", "disk": "in a temporary file"}[
+                {"device": "on the same device", "memory": "in main memory", "disk": "in a temporary file"}[
                     self._places[0]
                 ],
             )
 
     @property
     def _sums(self) -> Blend:
-        assert self._blend is not None  # noqa: S101 - made by the constructor
+        assert self._blend is not None  # noqa: S101 - set by the constructor
         return self._blend
 
     def _new_blend(self) -> Blend:
         return Blend(self._session.levels, self._layout, self._device, self._places[0])
 
     def _encode(self, windows: Sequence[_Window]) -> list[list[Tensor]]:
-        """Return the pyramids of the first windows, with up to a batch of them to encode, and air in between."""
+        """Return the pyramids of the first windows: at most one batch of windows to encode, and any windows of air."""
         stop, full = 0, 0
         while stop < len(windows) and (windows[stop].is_air or full < self._batch):
             full += not windows[stop].is_air
             stop += 1
         first = windows[:stop]
         if any(window.is_air for window in first):
-            self._air_pyramid()  # now, not beside the features of others
+            self._air_pyramid()  # encoded now, so that its memory and that of the batch are not needed together
         features = []
         if full:
             batch = torch.stack([window.voxels for window in first if not window.is_air])
@@ -187,7 +191,10 @@ class _RowEncoder:
         return [self._air_pyramid() if window.is_air else next(encoded) for window in first]
 
     def _air_pyramid(self) -> list[Tensor]:
-        """Return the features of a window of zeros: encoded once, in a batch as others are, and kept in a file."""
+        """Return the features of a window of zeros. They are encoded once and stored in a temporary file.
+
+        The window is encoded in a batch of the same size as other windows, because features may depend on this size.
+        """
         if not self._air:
             pyramid = self._session.encode(torch.zeros(self._batch, 1, *self._layout.window))
             for features in pyramid:
@@ -199,7 +206,11 @@ class _RowEncoder:
         return [file.tensor.movedim(-1, 0) for file in self._air]
 
     def within_memory(self, work: Callable[..., _Result], *arguments: object) -> _Result:
-        """Return the result of work, done with less memory where it runs out."""
+        """Return the result of a function. If memory runs out, reduce the memory and call the function again.
+
+        Raises:
+            OutOfMemoryError: memory ran out, and the work cannot be reduced further.
+        """
         while True:
             try:
                 return work(*arguments)
@@ -208,16 +219,17 @@ class _RowEncoder:
                     raise
                 if not self._can_reduce(work):
                     raise OutOfMemoryError(
-                        "Memory ran out while encoding, at one window at a time.",
-                        remedy="Close other programs, use an encoder of a smaller window, or a larger machine.",
+                        "Memory ran out while encoding, although only one window was encoded at a time.",
+                        remedy="Close other programs, use an encoder with a smaller window, or use a machine with more "
+                        "memory.",
                     ) from error
-            self._reduce(work)  # here and not in the handler: what the attempt held is free by now
+            self._reduce(work)  # outside the handler, so that the memory of the failed attempt is already freed
 
     def _can_reduce(self, work: Callable[..., object]) -> bool:
         return len(self._places) > 1 or (self._batch > 1 and work == self._encode)
 
     def _reduce(self, work: Callable[..., object]) -> None:
-        """Take fewer windows at a time if that helps the work, else move the sums to the next place."""
+        """Halve the batch if the work depends on the batch, else move the sums to the next slower place."""
         self._reduced = True
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -236,9 +248,9 @@ class _Window(NamedTuple):
     """A window of a row.
 
     Attributes:
-        corner: its in-plane origin, in voxels of the grid.
-        voxels: what it shows, ``[x, y, depth]``.
-        is_air: whether that is 0 throughout.
+        corner: in-plane origin of the window, in voxels of the grid.
+        voxels: content of the window, ``[x, y, depth]``.
+        is_air: whether all voxels are 0.
     """
 
     corner: tuple[int, int]
@@ -247,7 +259,7 @@ class _Window(NamedTuple):
 
 
 def _row_of_windows(image: Tensor, layout: WindowLayout) -> list[_Window]:
-    """Return the windows over an image ``[X, Y, depth]``, in the order in which they are blended."""
+    """Return the windows of an image ``[X, Y, depth]``, in the order of blending."""
     size_x, size_y, _ = layout.window
     windows = []
     for x, y in itertools.product(*layout.origins[:2]):

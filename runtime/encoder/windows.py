@@ -1,7 +1,8 @@
-"""Where encoder windows lie on a grid, and how much each of their voxels counts in the blend of their features.
+"""Positions of encoder windows on a grid, and the weights of their voxels in the blend of their features.
 
 Windows are blended in feature space, ``F = Σ w f / Σ w`` with a Gaussian importance ``w``. The sum is linear, so for a
-1x1x1 head this equals blending the logits; for everything with a larger receptive field it removes window borders.
+1x1x1 head this is equal to blending the logits. For heads with a larger receptive field, blending features avoids
+artefacts at window borders.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ LEAST_IMPORTANCE = 1e-3
 
 
 def gaussian_importance(window: tuple[int, int, int], sigma_scale: float = SIGMA_SCALE) -> Tensor:
-    """Return the weight of every voxel of a window in the blend, float32 ``[X, Y, Z]``, 1 at the centre.
+    """Return the weight of each voxel of a window in the blend, float32 ``[X, Y, Z]``, 1 at the centre.
 
-    A Gaussian with ``sigma = sigma_scale * size`` per axis whose values are raised to at least 1e-3. Computed step by
-    step as ``monai.data.utils.compute_importance_map`` (MONAI 1.6) does, so that the values are equal to the last bit.
-    Because of the lower bound it is **not** a product of one-dimensional profiles.
+    The weights are a Gaussian with ``sigma = sigma_scale * size`` per axis; values below 1e-3 become 1e-3. The steps of
+    the computation are those of ``monai.data.utils.compute_importance_map`` (MONAI 1.6), so that all bits are equal.
+    Because of the lower bound, the result is **not** a product of one-dimensional profiles.
 
     Args:
-        window: voxels per axis.
+        window: size of the window, in voxels per axis.
         sigma_scale: standard deviation as a fraction of the window's size.
     """
     profiles = []
@@ -41,17 +42,17 @@ def gaussian_importance(window: tuple[int, int, int], sigma_scale: float = SIGMA
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """Where the windows of a grid lie. Made by :meth:`plan`.
+    """Positions of the windows on a grid. :meth:`plan` creates a layout.
 
     Attributes:
-        grid_shape: voxels of the grid.
-        window: voxels of a window; a multiple of ``lattice`` on every axis.
-        lattice: stride of the coarsest feature level; every origin and size is a multiple of it, so every level blends
-            exactly.
-        interval: distance between neighbouring origins; the last two of an axis may lie closer.
-        padded_shape: ``grid_shape`` enlarged at the high end to a window at least, and to a multiple of ``lattice``.
-        origins: per axis, ascending first voxels of the windows; every combination is a window. The last window ends
-            where the padded grid ends.
+        grid_shape: shape of the grid, in voxels.
+        window: size of a window, in voxels; a multiple of ``lattice`` on every axis.
+        lattice: stride of the coarsest feature level. Every origin and size is a multiple of ``lattice``, so that every
+            level blends exactly.
+        interval: distance between neighbouring origins of each axis; the last two origins may be closer.
+        padded_shape: ``grid_shape``, enlarged at the high end to at least one window and to a multiple of ``lattice``.
+        origins: first voxels of the windows along each axis, ascending; every combination is a window. The last window
+            of an axis ends at the end of the padded grid.
     """
 
     grid_shape: tuple[int, int, int]
@@ -67,20 +68,29 @@ class WindowLayout:
     ) -> WindowLayout:
         """Return the layout with the fewest windows that overlap by at least ``overlap`` of their size.
 
-        The exception is an overlap of so nearly 1 that the interval would fall below the lattice: it is the lattice
-        then. Where ``window * (1 - overlap)`` is a multiple of the lattice, the origins are those of
+        The interval is never less than the lattice, so for overlaps close to 1 the actual overlap may be smaller. If
+        ``window * (1 - overlap)`` is a multiple of the lattice, the origins are those of
         ``monai.inferers.sliding_window_inference`` on the padded grid.
+
+        Args:
+            grid_shape: shape of the grid, in voxels.
+            window: size of a window, in voxels.
+            lattice: stride of the coarsest feature level.
+            overlap: overlap of neighbouring windows as a fraction of their size, from 0 to below 1.
 
         Raises:
             EncoderBundleError: the window is not a multiple of the lattice.
             UsageError: the overlap is outside ``[0, 1)``.
         """
         if not 0.0 <= overlap < 1.0:
-            raise UsageError(f"A window overlap of {overlap} is impossible.", remedy="Give a value from 0 to below 1.")
+            raise UsageError(
+                f"The window overlap is {overlap}, but must be at least 0 and below 1.",
+                remedy="Give an overlap of at least 0 and below 1.",
+            )
         if any(size < lattice or size % lattice for size in window):
             raise EncoderBundleError(
-                f"The encoder's window {window} is not a multiple of its coarsest stride {lattice}.",
-                remedy="Export the encoder with a window that is.",
+                f"The encoder's window {window} is not a multiple of the encoder's coarsest stride {lattice}.",
+                remedy=f"Export the encoder again with a window whose sides are multiples of {lattice}.",
             )
         x, y, z = (_plan_axis(*sizes, lattice, overlap) for sizes in zip(grid_shape, window, strict=True))
         return cls(
@@ -94,7 +104,7 @@ class WindowLayout:
 
     @property
     def windows(self) -> int:
-        """How many windows there are."""
+        """Number of windows."""
         return math.prod(len(along) for along in self.origins)
 
 

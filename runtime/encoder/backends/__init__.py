@@ -1,1 +1,1 @@
-"""Inference backends, one file each; every one imports its library only when it is opened."""
+"""Inference backends, one module per library. A backend imports its library only when a session is opened."""

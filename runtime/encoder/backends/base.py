@@ -1,4 +1,4 @@
-"""EncoderSession: CT windows in, feature pyramids out, whatever engine computes them."""
+"""EncoderSession: common interface of all backends, from CT windows to feature pyramids."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fseft_edge.runtime.system.memory import resident_bytes
 
 
 class EncoderSession(ABC):
-    """An encoder that is loaded and ready. A context manager; closing it frees what the engine holds.
+    """A loaded encoder. The session is a context manager; closing the session frees the engine's memory.
 
     Attributes:
-        backend: the engine's name.
-        device: where features are returned.
-        max_batch: windows that are encoded at once.
-        precision: what features are computed in; they are returned in float32.
-        window: ``[X, Y, Z]`` voxels of a window.
-        levels: the feature pyramid, finest first.
+        backend: name of the backend.
+        device: device of the returned features.
+        max_batch: largest number of windows that are encoded at once.
+        precision: precision of the computation; features are always returned in float32.
+        window: size of a window, ``[X, Y, Z]`` in voxels.
+        levels: levels of the feature pyramid, finest first.
     """
 
     backend: ClassVar[str]
@@ -41,9 +41,10 @@ class EncoderSession(ABC):
 
     @cached_property
     def held_before(self) -> int:
-        """Bytes that the process held when this was first asked for: plans ask before the first window.
+        """Memory of the process in bytes, measured at the first access of this property.
 
-        Engines and allocators keep memory of earlier windows and use it again, so later it would count twice.
+        The first access must be before the first window: engines and allocators keep memory of earlier windows and use
+        this memory again, so that a later measurement would count the memory twice.
         """
         return resident_bytes()
 
@@ -51,21 +52,21 @@ class EncoderSession(ABC):
         """Return the feature pyramid of any number of windows.
 
         Args:
-            windows: float32 ``[n, 1, X, Y, Z]`` on any device, n at least 1, scaled to 0..1 by the grid.
+            windows: CT windows, float32 ``[n, 1, X, Y, Z]`` on any device, n at least 1, scaled to 0..1 by the grid.
 
         Returns:
-            Per level, finest first, float32 ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` on the session's device; any memory
-            order.
+            One tensor per level, finest first, float32 ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` on the session's device,
+            in any memory order.
 
         Raises:
-            ValueError: when the windows have another shape or type.
-            RuntimeError: when the session is closed.
+            ValueError: the windows have another shape or number format.
+            RuntimeError: the session is closed.
         """
         if not self._open:
             raise RuntimeError("the encoder session is closed")
         if windows.shape[0] == 0 or windows.shape[1:] != (1, *self.window) or windows.dtype != torch.float32:
             expected = ["n", 1, *self.window]
-            raise ValueError(f"windows are {windows.dtype} {list(windows.shape)}, not torch.float32 {expected}")
+            raise ValueError(f"windows are {windows.dtype} {list(windows.shape)}, expected torch.float32 {expected}")
         with torch.no_grad():
             batches = [self._encode_batch(batch) for batch in windows.split(self.max_batch)]
             return batches[0] if len(batches) == 1 else [torch.cat(level) for level in zip(*batches, strict=True)]
@@ -75,7 +76,7 @@ class EncoderSession(ABC):
         """Return the pyramid of at most ``max_batch`` windows."""
 
     def close(self) -> None:
-        """Free the engine; the session cannot be used any more."""
+        """Free the engine. The session cannot be used after this call."""
         self._open = False
 
     def __enter__(self) -> Self:

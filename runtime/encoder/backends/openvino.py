@@ -1,4 +1,4 @@
-"""The openvino backend: the exported graph on a CPU, in float32 or, on CPUs that multiply it, bfloat16."""
+"""Backend openvino: computes the exported graph on a CPU, in float32 or (with CPU support) in bfloat16."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import EncoderBundleError, MissingBackendError
 from fseft_edge.runtime.system.libraries import openvino_core
 
-_MAX_BATCH = 1  # the graph is compiled for one window: for a fixed shape it runs faster
+_MAX_BATCH = 1  # the graph is compiled for exactly one window, because a fixed shape is faster
 _HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class OpenVinoSession(EncoderSession):
-    """Features by OpenVINO on the CPU."""
+    """Session that computes features with OpenVINO on the CPU."""
 
     backend: ClassVar[str] = "openvino"
 
@@ -26,13 +26,13 @@ class OpenVinoSession(EncoderSession):
         super().__init__(bundle, device, _MAX_BATCH, precision)
         if device.type != "cpu":
             raise MissingBackendError(
-                f"The backend openvino computes on the CPU, not on {device}.",
+                f"The backend openvino only computes on a CPU, not on {device}.",
                 remedy="Use --device cpu, or --backend torch.",
             )
         if bundle.graph is None:
             raise EncoderBundleError(
-                f"The encoder bundle {bundle.path} has no ONNX graph.",
-                remedy="Export or merge it again without --no-onnx, or use --backend torch.",
+                f"The encoder bundle {bundle.path} contains no ONNX graph.",
+                remedy="Export or merge the encoder again without --no-onnx, or use --backend torch.",
             )
         self._runner: CompiledGraph | None = CompiledGraph(bundle.graph, threads, precision)
 
@@ -41,21 +41,21 @@ class OpenVinoSession(EncoderSession):
         return [torch.cat(level) for level in zip(*map(self._runner, windows.split(1)), strict=True)]
 
     def close(self) -> None:
-        """Free the graph; the session cannot be used any more."""
+        """Free the graph. The session cannot be used after this call."""
         super().close()
         self._runner = None
 
 
 class CompiledGraph:
-    """An ONNX graph of one input and several outputs, compiled for the CPU.
+    """An ONNX graph with one input and several outputs, compiled for the CPU.
 
     Args:
-        graph: the file.
-        threads: CPU threads.
-        precision: of the computation; it has to be named, OpenVINO's own default depends on the CPU.
+        graph: ONNX file.
+        threads: number of CPU threads.
+        precision: precision of the computation. It is always passed to OpenVINO, whose default depends on the CPU.
 
     Raises:
-        MissingBackendError: when openvino is not installed.
+        MissingBackendError: OpenVINO is not installed.
     """
 
     def __init__(self, graph: Path, threads: int, precision: Precision) -> None:
@@ -66,7 +66,7 @@ class CompiledGraph:
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,  # pinned threads of two processes would share a core and leave others idle
+            "ENABLE_CPU_PINNING": False,  # pinned threads of two processes could share a core while others are idle
         }
         self._request = core.compile_model(model, "CPU", settings).create_infer_request()
 
@@ -76,11 +76,11 @@ class CompiledGraph:
         return [torch.from_numpy(level) for level in results.values()]
 
 
-def _core() -> Any:  # noqa: ANN401 - of a library that may not be there
+def _core() -> Any:  # noqa: ANN401 - the library is optional and has no type here
     try:
         return openvino_core()
     except ImportError as error:
         raise MissingBackendError(
             f"The backend openvino cannot be loaded: {error}.",
-            remedy="Install it with `pip install 'fseft-edge[openvino]'`, or use --backend torch.",
+            remedy="Install OpenVINO with `pip install 'fseft-edge[openvino]'`, or use --backend torch.",
         ) from error

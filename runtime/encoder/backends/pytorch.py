@@ -1,4 +1,4 @@
-"""The torch backend: always there, and the reference that the others are compared with."""
+"""Backend torch: always available, and the reference for the other backends."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
 from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.encoder.networks.slabwise import SlabwiseResidualUNet
 
-_MAX_BATCH_CPU = 1  # more windows at once cost memory and gain nothing measurable
-_MAX_BATCH_CUDA = 2  # attention of SwinUNETR-48 at 96^3 alone takes 1.5 GB a window
+_MAX_BATCH_CPU = 1  # larger batches need more memory and are not measurably faster
+_MAX_BATCH_CUDA = 2  # the attention of SwinUNETR-48 takes 1.5 GB per window of 96^3 voxels
 
 
 class TorchSession(EncoderSession):
-    """Features by PyTorch, in float32 (on a GPU too: TF32 is off, results are reproducible) or, on a GPU, mixed."""
+    """Session that computes features with PyTorch, in float32 or, on a GPU, also in mixed precision.
+
+    On a GPU, TF32 is off, and results are reproducible.
+    """
 
     backend: ClassVar[str] = "torch"
 
@@ -49,7 +52,7 @@ class TorchSession(EncoderSession):
             return pyramid
 
     def close(self) -> None:
-        """Free the network; the session cannot be used any more."""
+        """Free the network. The session cannot be used after this call."""
         super().close()
         self._network = None
 
@@ -60,16 +63,16 @@ class _Foldable(Protocol):
 
 
 def inference_network(network: FeatureNetwork) -> FeatureNetwork:
-    """Return the same function in its form for inference: evaluation mode, normalisations folded where they can be."""
+    """Return a network that computes the same features, in evaluation mode and with batch normalisations folded."""
     return (network.folded() if isinstance(network, _Foldable) else network).eval()
 
 
 class _OneDnnConvolution(nn.Module):
     """A convolution that always runs in oneDNN.
 
-    PyTorch itself prefers its own im2col for a single window with few channels or voxels in plane (ATen's
-    ``ConvParams::use_mkldnn``): for the compact encoder those are the first and the deepest convolutions, and the
-    whole network takes a third longer with them.
+    For a single window with few channels or few voxels in plane, PyTorch uses its own im2col (ATen's
+    ``ConvParams::use_mkldnn``). In the compact encoder, the first and the deepest convolutions would use im2col, and
+    the whole network would take a third longer.
     """
 
     def __init__(self, convolution: nn.Conv3d) -> None:
@@ -85,12 +88,12 @@ class _OneDnnConvolution(nn.Module):
 
 
 def _normalises_each_window(network: nn.Module) -> bool:
-    """Return whether there are instance normalisations, which copy channels-last features there and back."""
+    """Return whether a network has instance normalisations, which copy channels-last features to another order."""
     return any(isinstance(module, nn.InstanceNorm3d) for module in network.modules())
 
 
 def _use_onednn(module: nn.Module) -> None:
-    """Make the convolutions within a module run in oneDNN on channels-last features, in place."""
+    """Make all convolutions of a module run in oneDNN on channels-last features, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv3d | nn.ConvTranspose3d):
             child.weight.data = child.weight.data.to(memory_format=torch.channels_last_3d)
@@ -102,7 +105,7 @@ def _use_onednn(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let PyTorch use this many threads meanwhile; the number is process-wide."""
+    """Set PyTorch's number of threads, which is global in the process, inside a ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

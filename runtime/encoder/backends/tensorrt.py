@@ -1,7 +1,6 @@
-"""The tensorrt_rtx and tensorrt backends: an engine that was built before, on an NVIDIA GPU.
+"""Backends tensorrt_rtx and tensorrt: run an existing engine on an NVIDIA GPU.
 
-Windows and features stay on the GPU: PyTorch's tensors are the engine's buffers. Written without a GPU at hand, and
-never run on one so far.
+Windows and features stay on the GPU: PyTorch's tensors are the buffers of the engine.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class _EngineSession(EncoderSession):
-    """Features by an engine of either library."""
+    """Session that computes features with an engine of TensorRT-RTX or TensorRT."""
 
     library: ClassVar[EngineLibrary]
 
@@ -41,7 +40,7 @@ class _EngineSession(EncoderSession):
         return self._runner(windows)
 
     def close(self) -> None:
-        """Free the engine; the session cannot be used any more."""
+        """Free the engine. The session cannot be used after this call."""
         super().close()
         if self._runner is not None:
             self._runner.close()
@@ -49,38 +48,40 @@ class _EngineSession(EncoderSession):
 
 
 class TensorRtRtxSession(_EngineSession):
-    """Features by TensorRT-RTX."""
+    """Session that computes features with TensorRT-RTX."""
 
     backend: ClassVar[str] = "tensorrt_rtx"
     library: ClassVar[EngineLibrary] = "tensorrt_rtx"
 
 
 class TensorRtSession(_EngineSession):
-    """Features by TensorRT."""
+    """Session that computes features with TensorRT."""
 
     backend: ClassVar[str] = "tensorrt"
     library: ClassVar[EngineLibrary] = "tensorrt"
 
 
 class EngineRunner:
-    """An engine on a GPU, ready to run.
+    """An engine that is loaded on a GPU.
 
     Args:
-        library: that built it, imported.
-        engine: checked.
-        device: an NVIDIA GPU.
+        library: library that built the engine, imported.
+        engine: engine file that :func:`fseft_edge.runtime.encoder.engine_files.read_engine` has checked.
+        device: NVIDIA GPU.
 
     Raises:
-        EngineError: when the library cannot use it here: wrong GPU, driver too old, not enough memory.
+        EngineError: the library cannot use the engine on this machine (another GPU, an old driver, not enough memory).
     """
 
     def __init__(self, library: ModuleType, engine: EngineFile, device: torch.device) -> None:
-        self._context: Any = None  # attributes go in this order: it first, then what it refers to without holding it
+        # Python frees attributes in the order of their creation. The context must be freed first, because it uses the
+        # other objects without keeping a reference.
+        self._context: Any = None
         self._device, self._path = device, engine.path
         self._names = [tensor.name for tensor in engine.description.tensors]
         content = engine.path.read_bytes()
         with torch.cuda.device(device):
-            torch.cuda.synchronize(device)  # the library works in PyTorch's context, which is made by first use
+            torch.cuda.synchronize(device)  # creates PyTorch's CUDA context, in which the library works
             logger = fresh_logger(library)
             runtime = library.Runtime(logger)
             check_validity(library, runtime, engine.path, content)
@@ -89,7 +90,7 @@ class EngineRunner:
                 raise _unusable(engine.path, last_error(logger))
             names = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
             if sorted(names) != sorted(self._names):
-                raise _unusable(engine.path, f"it has the inputs and outputs {', '.join(names)}")
+                raise _unusable(engine.path, f"the engine has the unexpected inputs and outputs {', '.join(names)}")
             self._cache = _KernelCache(loaded, engine.runtime_cache) if hasattr(library, "IRuntimeCache") else None
             self._context = self._cache.context(loaded) if self._cache else loaded.create_execution_context()
             if self._context is None:
@@ -98,7 +99,7 @@ class EngineRunner:
         self._logger, self._loaded = logger, (loaded, runtime)
 
     def __call__(self, windows: Tensor) -> list[Tensor]:
-        """Return the pyramid of 1 to ``max_batch`` windows, float32 on the device."""
+        """Return the feature pyramid of 1 to ``max_batch`` windows, float32 on the device."""
         with torch.cuda.device(self._device):
             source = windows.to(self._device).contiguous()
             if not self._context.set_input_shape(self._names[0], tuple(source.shape)):
@@ -118,7 +119,7 @@ class EngineRunner:
             return pyramid
 
     def close(self) -> None:
-        """Free the engine; what the RTX runtime compiled for this GPU is kept beside it, for the next session."""
+        """Free the engine, and store the kernels that the RTX runtime compiled, for the next session."""
         torch.cuda.synchronize(self._device)
         if self._cache is not None:
             self._cache.save()
@@ -126,10 +127,10 @@ class EngineRunner:
 
 
 class _KernelCache:
-    """Kernels that TensorRT-RTX compiles for the GPU when an engine first runs there.
+    """Cache of the kernels that TensorRT-RTX compiles when an engine runs on a GPU for the first time.
 
-    The library checks that a cache is of this version, GPU and driver, and takes no other. Its configuration refers to
-    the cache without holding it, so that this object has to live as long as the execution context.
+    The library only accepts a cache of the same version, GPU and driver. The configuration of the library does not keep
+    a reference to the cache, so this object must exist as long as the execution context.
     """
 
     def __init__(self, engine: Any, path: Path) -> None:  # noqa: ANN401 - the library comes without types
@@ -138,12 +139,12 @@ class _KernelCache:
         self._cache = self._config.create_runtime_cache()
         self._before = path.read_bytes() if path.is_file() else b""
         if self._before and not self._cache.deserialize(self._before):
-            _log.info("%s is of another GPU, driver or version, and is made again", path)
+            _log.info("%s belongs to another GPU, driver or version; the kernels are compiled again", path)
             self._before = b""
         self._config.set_runtime_cache(self._cache)
 
-    def context(self, engine: Any) -> Any:  # noqa: ANN401 - likewise
-        """Return an execution context that uses and fills the cache, or None where the engine cannot run."""
+    def context(self, engine: Any) -> Any:  # noqa: ANN401 - the library comes without types
+        """Return an execution context that uses and fills the cache, or None if the engine cannot run."""
         return engine.create_execution_context(self._config)
 
     def save(self) -> None:
@@ -154,20 +155,33 @@ class _KernelCache:
             with atomic_path(self._path) as temporary:
                 temporary.write_bytes(content)
         except OutOfSpaceError as error:
-            _log.info("the kernels compiled for this GPU are not kept: %s", error.message)
+            _log.info("the kernels compiled for this GPU cannot be stored: %s", error.message)
 
 
-def check_validity(library: ModuleType, runtime: Any, path: Path, content: bytes) -> None:  # noqa: ANN401 - likewise
-    """Raise where the library itself says that an engine cannot be used here; TensorRT cannot be asked.
+def check_validity(
+    library: ModuleType,
+    runtime: Any,  # noqa: ANN401 - the library comes without types
+    path: Path,
+    content: bytes,
+) -> None:
+    """Raise EngineError if TensorRT-RTX reports that an engine cannot be used on this machine.
+
+    TensorRT does not offer this check, so for TensorRT nothing is checked.
+
+    Args:
+        library: library that built the engine, imported.
+        runtime: runtime object of the library.
+        path: path of the engine; used in messages.
+        content: bytes of the engine.
 
     Raises:
-        EngineError: with the library's reasons.
+        EngineError: the engine cannot be used; the message contains the library's reasons.
     """
     if not hasattr(runtime, "get_engine_validity"):
         return
     validity, reasons = runtime.get_engine_validity(content)
     if validity == library.EngineValidity.SUBOPTIMAL:
-        _log.info("%s may run slower than one that is built on this machine", path)
+        _log.info("%s may run slower than an engine that is built on this machine", path)
     if validity == library.EngineValidity.INVALID:
         known = library.EngineInvalidityDiagnostics.__members__
         named = [name.lower().replace("_", " ") for name, flag in known.items() if reasons & int(flag)]

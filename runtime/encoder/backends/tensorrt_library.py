@@ -1,4 +1,4 @@
-"""TensorRT-RTX and TensorRT: two libraries with one Python interface, but for a few names."""
+"""Import TensorRT-RTX and TensorRT, two libraries with nearly the same Python interface."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from fseft_edge.runtime.encoder.engine_files import EngineLibrary
 from fseft_edge.runtime.errors import MissingBackendError
 
 LIBRARIES: tuple[EngineLibrary, ...] = ("tensorrt_rtx", "tensorrt")
-"""The first is preferred: it needs no GPU to build, and adapts an engine to the GPU where it runs."""
+"""TensorRT-RTX is preferred: it builds without a GPU, and adapts an engine to the GPU on which the engine runs."""
 
 _INSTALL: dict[EngineLibrary, str] = {
-    "tensorrt_rtx": "Install it with `pip install 'fseft-edge[rtx]'`",
-    "tensorrt": "Install it with `pip install 'fseft-edge[tensorrt]'`; where pip cannot fetch its libraries, take the "
-    "wheel from NVIDIA's TensorRT archive",
+    "tensorrt_rtx": "Install TensorRT-RTX with `pip install 'fseft-edge[rtx]'`",
+    "tensorrt": "Install TensorRT with `pip install 'fseft-edge[tensorrt]'` (if pip cannot download its libraries, "
+    "install the wheel from NVIDIA's TensorRT archive)",
 }
 
 _log = logging.getLogger(__name__)
 
 
 def import_library(name: EngineLibrary) -> ModuleType:
-    """Return the library.
+    """Return the module of a library.
 
     Raises:
-        MissingBackendError: when it is not installed, or not for this machine.
+        MissingBackendError: the library is not installed, or cannot be loaded on this machine.
     """
     try:
         return importlib.import_module(name)
-    except (ImportError, OSError) as error:  # the library within the wheel is loaded by ctypes
+    except (ImportError, OSError) as error:  # the wheel loads its shared library with ctypes, which raises OSError
         raise MissingBackendError(
             f"The backend {name} cannot be loaded: {error}.", remedy=f"{_INSTALL[name]}, or use --backend torch."
         ) from error
 
 
 def fresh_logger(library: ModuleType) -> Any:  # noqa: ANN401 - its class exists once the library is imported
-    """Return the logger for the library's objects, its ``errors`` emptied.
+    """Return the logger for the library's objects, with an empty list ``errors``.
 
-    It is the same one every time: the library goes on using the first logger that it was given, for its own messages,
-    after the objects that it was given for are gone, and crashes where the logger is gone too.
+    The function always returns the same logger: the library keeps using the first logger that it received, also after
+    the objects of this logger are deleted, and crashes if this logger is deleted.
     """
     logger = _logger(library)
     logger.errors.clear()
@@ -49,11 +49,11 @@ def fresh_logger(library: ModuleType) -> Any:  # noqa: ANN401 - its class exists
 
 
 @functools.cache
-def _logger(library: ModuleType) -> Any:  # noqa: ANN401 - likewise
+def _logger(library: ModuleType) -> Any:  # noqa: ANN401 - its class exists once the library is imported
     interface: Any = library.ILogger
 
     class Collecting(interface):  # type: ignore[misc]  # the library comes without types
-        """Passes messages on, and keeps errors."""
+        """Logger that passes all messages on and collects errors."""
 
         def __init__(self) -> None:
             interface.__init__(self)
@@ -67,6 +67,6 @@ def _logger(library: ModuleType) -> Any:  # noqa: ANN401 - likewise
     return Collecting()
 
 
-def last_error(logger: Any) -> str:  # noqa: ANN401 - made by fresh_logger
-    """Return what the library said when something failed, on one line."""
-    return " ".join(str(logger.errors[-1]).split()) if logger.errors else "it gave no reason"
+def last_error(logger: Any) -> str:  # noqa: ANN401 - the class of fresh_logger's result has no type
+    """Return the last error message of the library, on one line."""
+    return " ".join(str(logger.errors[-1]).split()) if logger.errors else "the library gave no reason"

@@ -1,6 +1,6 @@
-"""The encoder architectures. They live on the ground floor because the torch backend rebuilds them from weights.
+"""Encoder architectures. The torch backend builds a network from an architecture and weights in a safetensors file.
 
-A serialised program would spare that, but loading one unpickles; safetensors and code do not.
+Networks are not stored as serialised programs, because loading such a program unpickles data and may execute code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 
 IMPORTED = "imported"
-"""The architecture of encoders whose network is the user's own code: an ONNX graph is all there is of it."""
+"""Architecture name of encoders whose network is the user's own code; the bundle only contains the ONNX graph."""
 
 _REMEDY = "Update fseft-edge, or export the encoder again with this version."
 
@@ -24,23 +24,25 @@ def build_network(
     inserts: object = None,
     **settings: Any,  # noqa: ANN401 - each architecture checks its own
 ) -> FeatureNetwork:
-    """Return a freshly initialised network.
+    """Return a network with newly initialised weights.
 
     Args:
         architecture: ``residual_unet``, ``swin_unetr`` or ``genesis_unet``.
-        inserts: one of :data:`fseft_edge.runtime.encoder.networks.inserts.INSERTS`, or ``None``; manifests may hold
-            anything.
-        settings: the architecture's own keyword arguments; with ``inserts``, what a bundle's manifest holds.
+        inserts: one of :data:`fseft_edge.runtime.encoder.networks.inserts.INSERTS`, or ``None``. The value comes from a
+            manifest, so it may have any type.
+        settings: keyword arguments of the architecture. Together with ``inserts``, these are the settings in a bundle's
+            manifest.
 
     Raises:
-        EncoderBundleError: for an architecture, or settings of it, that this version does not know, and for
+        EncoderBundleError: this version does not know the architecture or its settings, or the architecture is
             :data:`IMPORTED`.
     """
     try:
         network = _built(architecture, settings)
     except TypeError as error:
         raise EncoderBundleError(
-            f"This version does not know the settings {sorted(settings)} of the encoder architecture {architecture!r}.",
+            f"This version of fseft-edge does not know the settings {sorted(settings)} of the encoder architecture "
+            f"{architecture!r}.",
             remedy=_REMEDY,
         ) from error
     if inserts is not None:
@@ -54,7 +56,8 @@ def _insert(network: FeatureNetwork, inserts: object, architecture: str) -> None
     kind = next((kind for kind in fitting_inserts(network) if kind == inserts), None)
     if kind is None:
         raise EncoderBundleError(
-            f"This version does not know the inserts {inserts!r} of the encoder architecture {architecture!r}.",
+            f"This version of fseft-edge does not know the inserts {inserts!r} for the encoder architecture "
+            f"{architecture!r}.",
             remedy=_REMEDY,
         )
     add_inserts(network, kind)
@@ -75,8 +78,11 @@ def _built(architecture: str, settings: dict[str, Any]) -> FeatureNetwork:
         return GenesisUnetFeatures(**settings)
     if architecture == IMPORTED:
         raise EncoderBundleError(
-            f"The encoder's network was imported from {settings.get('factory')}, which is code that no bundle holds or "
-            "calls: it runs from its ONNX graph, not in PyTorch.",
-            remedy="Use onnxruntime, openvino or TensorRT; `fseft-edge doctor BUNDLE` says what stands in their way.",
+            f"The encoder was exported from the code {settings.get('factory')}. The bundle contains only its ONNX "
+            "graph, so the encoder cannot run in PyTorch.",
+            remedy="Use --backend onnxruntime, openvino, tensorrt_rtx or tensorrt; `fseft-edge doctor BUNDLE` reports "
+            "why a backend cannot be used.",
         )
-    raise EncoderBundleError(f"The encoder architecture {architecture!r} is unknown to this version.", remedy=_REMEDY)
+    raise EncoderBundleError(
+        f"This version of fseft-edge does not know the encoder architecture {architecture!r}.", remedy=_REMEDY
+    )

@@ -1,4 +1,4 @@
-"""What every encoder network promises: a CT window in, a feature pyramid out."""
+"""Common interface of all encoder networks: from CT windows to feature pyramids."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ class FeatureNetwork(nn.Module):
     """A network without its classifier.
 
     Attributes:
-        levels: the pyramid, finest level (stride 1) first.
-        gradient_checkpointing: where gradients are wanted, keep only what passes between the network's parts and
-            compute the rest again for them: less memory, more time, the same gradients.
-        decoder_parts: names of the submodules that make the pyramid from what the others found; the paper's "decoder".
-        bridge_parts: names of those between encoder and decoder that a self-supervised checkpoint has no weights for.
+        levels: levels of the feature pyramid, finest level (stride 1) first.
+        gradient_checkpointing: whether to store only the tensors between the network's parts, and to compute the other
+            tensors again for the gradients. This needs less memory and more time, and gives the same gradients.
+        decoder_parts: names of the submodules of the decoder.
+        bridge_parts: names of the submodules between encoder and decoder that self-supervised checkpoints do not
+            contain.
     """
 
     levels: tuple[FeatureLevel, ...]
@@ -44,17 +45,17 @@ class FeatureNetwork(nn.Module):
 
     @abstractmethod
     def forward(self, windows: Tensor) -> list[Tensor]:
-        """Return the pyramid of CT windows.
+        """Return the feature pyramid of CT windows, finest level first.
 
         Args:
-            windows: ``[n, 1, X, Y, Z]``, scaled to 0..1 by the grid.
+            windows: CT windows, ``[n, 1, X, Y, Z]``, scaled to 0..1 by the grid.
 
         Returns:
-            One tensor a level, ``[n, C_l, X / s_l, Y / s_l, Z / s_l]``.
+            One tensor per level, ``[n, C_l, X / s_l, Y / s_l, Z / s_l]``.
         """
 
     def _part(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Return ``part(*inputs)``, a piece of the forward pass that gradient checkpointing computes again."""
+        """Return ``part(*inputs)``; gradient checkpointing computes this part of the forward pass again."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return recomputed(part, *inputs, owner=self)
         return part(*inputs)

@@ -1,4 +1,4 @@
-"""A learned global filter of feature volumes, for volumes of any size, in arithmetic that every engine has."""
+"""Learned global filter of feature volumes of any size, computed with operators that all engines support."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ _GRID = 4
 
 
 class FrequencyFilter(nn.Module):
-    """Multiplies every frequency of every channel by a learned real gain, in float32.
+    """Filter that multiplies every frequency of every channel by a learned real gain, in float32.
 
-    ``F^-1(g F(x))`` with the 3D discrete Fourier transform F. The gain depends on the absolute values of frequencies
-    along X, Y, Z alone, so that the filter shifts nothing. It is learned on a small grid over 0 to 1/2 cycles a voxel
-    along each axis and interpolated linearly to the frequencies of the volume at hand: a filter means the same in
-    windows of any size. It starts as 1, the identity.
+    The filter computes ``F^-1(g F(x))`` with the 3D discrete Fourier transform F. The gain only depends on the absolute
+    values of the frequencies along X, Y, Z, so that the filter does not shift features. The gain is learned on a small
+    grid over 0 to 1/2 cycles per voxel along each axis, and is interpolated linearly to the frequencies of the volume.
+    Therefore a filter has the same effect in windows of any size. The initial gain is 1, the identity.
 
-    TensorRT has no Fourier transform, and ONNX engines have it in part. Hartley's transform along one axis after the
-    other takes its place: ``H[k, x] = cos(2 pi k x / N) + sin(2 pi k x / N)``. Its rows mix a frequency with its
-    negative, which have the same gain here, and ``H H = N``. So ``H g H / N`` is the same function, in real products.
+    TensorRT has no Fourier transform, and ONNX engines only support a part of it. Therefore Hartley's transform is
+    applied along one axis after the other: ``H[k, x] = cos(2 pi k x / N) + sin(2 pi k x / N)``. The rows of H mix a
+    frequency with its negative, which has the same gain here, and ``H H = N``. Therefore ``H g H / N`` is the same
+    function, computed with real numbers.
 
     Args:
-        channels: of the features.
+        channels: number of feature channels.
     """
 
     def __init__(self, channels: int) -> None:
@@ -32,7 +33,7 @@ class FrequencyFilter(nn.Module):
         self.gain = nn.Parameter(torch.ones(channels, _GRID, _GRID, _GRID))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the filtered features of ``x`` ``[n, C, X, Y, Z]``, in its type."""
+        """Return the filtered features of ``x`` ``[n, C, X, Y, Z]``, in the number format of ``x``."""
         size = x.shape[2:]
         with _without_autocast(x):
             transforms = [_hartley(length, x.device) for length in size]
@@ -42,23 +43,23 @@ class FrequencyFilter(nn.Module):
 
 
 def _along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    """Return ``[..., X, Y, Z]`` times a matrix ``[X', X]``, ``[Y', Y]``, ``[Z', Z]`` along each of its last axes."""
+    """Return ``[..., X, Y, Z]`` multiplied by matrices ``[X', X]``, ``[Y', Y]``, ``[Z', Z]`` along the last axes."""
     for matrix in reversed(matrices):
-        # The last axis comes to the front of the three each time, and is where it was after the third.
+        # Each step moves the last axis in front of the other two; after three steps, the order is as before.
         x = (x @ matrix.T).movedim(-1, -3)
     return x
 
 
 def _hartley(length: int, device: torch.device) -> Tensor:
-    """Return Hartley's transform ``[N, N]``, not normalised."""
+    """Return the matrix ``[N, N]`` of Hartley's transform, not normalised."""
     places = torch.arange(length, device=device)
-    # Whole turns are taken off while they are whole numbers: float32 would lose what is left of large angles.
+    # The product is reduced modulo the length as integers, because large angles lose precision in float32.
     angles = (places[:, None] * places % length).float() * (2 * math.pi / length)
     return torch.cos(angles) + torch.sin(angles)
 
 
 def _interpolation(length: int, device: torch.device) -> Tensor:
-    """Return ``[N, grid]`` weights of the grid's points for each of the N frequencies of a transform."""
+    """Return the interpolation weights ``[N, grid]`` of the grid's points for each of the N frequencies."""
     places = torch.arange(length, device=device)
     positions = torch.minimum(places, length - places).float() * (2 * (_GRID - 1) / length)
     points = torch.arange(_GRID, device=device)
@@ -66,7 +67,7 @@ def _interpolation(length: int, device: torch.device) -> Tensor:
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return what keeps matrix products in float32 where training lets them be shorter."""
+    """Return a context in which matrix products stay in float32, also inside training's autocast."""
     kind = x.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)

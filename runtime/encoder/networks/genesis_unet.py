@@ -1,10 +1,11 @@
-"""The 3D U-Net of Models Genesis without its classifier: the network of SuPreM's U-Net, under its parameter names.
+"""The 3D U-Net of Models Genesis without its classifier. SuPreM's U-Net has the same layers and parameter names.
 
 Zhou et al., "Models Genesis", Medical Image Analysis 67 (2021) 101840; Li et al., "How Well Do Supervised 3D Models
-Transfer to Medical Imaging Tasks?", ICLR 2024. Their batch normalisation takes its statistics from the input in
-evaluation too (``training=True`` in every call), and they evaluate one window at a time. Over a single window that is
-instance normalisation with scale and shift, which is what stands here: a window's features do not depend on what else
-is in its batch, and running statistics, which the authors' network never reads, are not part of it.
+Transfer to Medical Imaging Tasks?", ICLR 2024. In the authors' code, batch normalisation computes its statistics from
+the input also in evaluation (``training=True`` in every call), and the authors evaluate one window at a time. For a
+single window, this is equal to instance normalisation with scale and shift. This module uses instance normalisation, so
+that the features of a window do not depend on other windows in the batch. Running statistics, which the authors'
+network never uses, are not part of this network.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwor
 from fseft_edge.runtime.encoder.networks.med_adapter import med_adapters
 
 _LEVELS = ("64", "128", "256", "512")
-"""How the release names its levels, finest first: by their channels."""
+"""Names of the levels in the release, finest first: their numbers of channels."""
 
 
 class GenesisUnetFeatures(FeatureNetwork):
-    """The feature pyramid of that U-Net: its three decoder levels, strides 1, 2, 4, and the bottleneck, stride 8.
+    """U-Net that returns its feature pyramid: three decoder levels (strides 1, 2, 4) and the bottleneck (stride 8).
 
-    Input windows have sides that are multiples of 8, not all of them 8: the bottleneck normalises over its voxels.
+    All sides of an input window must be multiples of 8, and at least one side must be larger than 8, because the
+    bottleneck normalises over its voxels.
 
     Args:
-        width: channels of the first convolution; level ``l`` has ``2 width 2**l`` channels. 32 in every published
-            checkpoint.
+        width: number of channels of the first convolution; level ``l`` has ``2 width 2**l`` channels. All published
+            checkpoints have 32.
     """
 
     decoder_parts: ClassVar = ("up_tr64", "up_tr128", "up_tr256")
@@ -46,7 +48,7 @@ class GenesisUnetFeatures(FeatureNetwork):
             self.add_module(f"up_tr{name}", _Up(count))
 
     def forward(self, windows: Tensor) -> list[Tensor]:
-        """Return the pyramid, finest level first (see :class:`FeatureNetwork`)."""
+        """Return the feature pyramid, finest level first (:meth:`FeatureNetwork.forward`)."""
         skips: list[Tensor] = []
         x = windows
         adapters, narrow = med_adapters(self), None
@@ -62,7 +64,7 @@ class GenesisUnetFeatures(FeatureNetwork):
         return pyramid[::-1]
 
     def stage_widths(self) -> list[int]:
-        """Return the channels at the end of each encoder stage, which is where inserts go."""
+        """Return the number of channels at the end of each encoder stage, where inserts are added."""
         return [level.channels for level in self.levels]
 
     def _block(self, name: str, *inputs: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class GenesisUnetFeatures(FeatureNetwork):
 
 
 class _Down(nn.Module):
-    """Two convolutions, the second twice as wide as the first; pooling is the caller's, which keeps the result."""
+    """Two convolutions, the second twice as wide as the first. The caller does the pooling and keeps the skip."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class _Down(nn.Module):
 
 
 class _Up(nn.Module):
-    """Upsampling that keeps the width, the skip beside it, two convolutions."""
+    """Upsampling with unchanged width, concatenation with the skip, and two convolutions."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
@@ -90,13 +92,13 @@ class _Up(nn.Module):
         self.ops = nn.Sequential(_NormedConvolution(3 * outputs, outputs), _NormedConvolution(outputs, outputs))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        # One call for both convolutions would hold the three-fold wide tensor to its end.
+        # A single call of self.ops would keep the concatenated tensor in memory during the second convolution.
         first, second = self.ops
         return cast(Tensor, second(first(torch.cat([self.up_conv(x), skip], dim=1))))
 
 
 class _NormedConvolution(nn.Module):
-    """``ReLU(N(C3(x)))``, with the release's names for its two parts."""
+    """Convolution, normalisation and ReLU, with the release's parameter names."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

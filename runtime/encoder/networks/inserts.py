@@ -1,7 +1,7 @@
-"""Modules that fine-tuning inserts into an encoder and that do not fold into its weights.
+"""Add inserts to an encoder: modules of fine-tuning that cannot be merged into the encoder's weights.
 
-They become part of the architecture: a bundle's settings say ``"inserts": "med-adapter"``. A network into which they
-were just inserted computes exactly what it computed before.
+Inserts are part of the architecture: a bundle's settings contain, for example, ``"inserts": "med-adapter"``. Untrained
+inserts do not change the features.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _NAMES = {*(inserts.name for inserts in _IN_BLOCKS.values()), med_adapter.NAME}
 
 @runtime_checkable
 class HasStages(Protocol):
-    """A network with an encoder in stages, each half as fine as the one before."""
+    """A network whose encoder has stages; each stage has half the resolution of the stage before."""
 
     def stage_widths(self) -> list[int]:
-        """Return the channels at the end of each stage."""
+        """Return the number of channels at the end of each stage."""
         ...
 
 
@@ -37,40 +37,40 @@ class HasBlocks(Protocol):
     """A network with transformer blocks."""
 
     def block_widths(self) -> dict[BlockPlace, int]:
-        """Return the channels of each block."""
+        """Return the number of channels of each block."""
         ...
 
 
 def fitting_inserts(network: FeatureNetwork) -> tuple[InsertKind, ...]:
-    """Return the kinds that a network has a place for."""
+    """Return the kinds of inserts that can be added to a network."""
     places = {"med-adapter": HasStages, **dict.fromkeys(_IN_BLOCKS, HasBlocks)}
     return tuple(kind for kind in INSERTS if isinstance(network, places[kind]))
 
 
 def add_inserts(network: FeatureNetwork, kind: InsertKind) -> None:
-    """Insert modules into a network, in place; it computes what it computed before until they are trained.
+    """Add inserts to a network, in place. Until the inserts are trained, the features do not change.
 
-    The new modules are on the CPU, in float32. All their parameters lie in one submodule of the network:
+    The new modules are on the CPU, in float32. All parameters of the inserts are in one submodule of the network:
     ``adaptformer``, ``compacter`` or ``med_adapter``.
 
     Args:
-        network: without inserts.
-        kind: which. The transformer's normalisations (``norm1``, ``norm2``) are meant to be trained along with
-            ``compacter``.
+        network: network without inserts.
+        kind: kind of the inserts. With ``compacter``, the transformer's normalisations (``norm1``, ``norm2``) are
+            trained too.
 
     Raises:
-        UsageError: the network has no place for such modules, or has some already.
+        UsageError: this kind cannot be added to the network, or the network already has inserts.
     """
     fitting = fitting_inserts(network)
     if kind not in fitting:
         raise UsageError(
-            f"The encoder has no place for {kind}.",
+            f"The method {kind} cannot be used with this architecture of the encoder.",
             remedy=f"Choose {' or '.join(fitting)}." if fitting else "Choose a method that changes weights in place.",
         )
     if insert_parameters(network):
         raise UsageError(
-            "The encoder was fine-tuned by inserted modules already.",
-            remedy="Start from the encoder that it was made from.",
+            "The encoder already contains inserts from an earlier fine-tuning.",
+            remedy="Start from the original encoder, which was not fine-tuned.",
         )
     if isinstance(network, HasBlocks) and kind in _IN_BLOCKS:
         inserts = _IN_BLOCKS[kind](network.block_widths())
@@ -82,5 +82,5 @@ def add_inserts(network: FeatureNetwork, kind: InsertKind) -> None:
 
 
 def insert_parameters(network: nn.Module) -> list[str]:
-    """Return the names of all inserted parameters, as ``named_parameters`` has them; there are no buffers."""
+    """Return the names of all parameters of inserts, as in ``named_parameters``. Inserts have no buffers."""
     return [name for name, _ in network.named_parameters() if not _NAMES.isdisjoint(name.split("."))]

@@ -1,19 +1,22 @@
-"""Med-Adapter: what Med-Tuning inserts at the end of an encoder's stages.
+"""Med-Adapter: inserts of Med-Tuning at the end of an encoder's stages.
 
-Med-Tuning, arXiv 2304.10880, and its authors' released code, which has slices first where Z is last here. What differs:
+Med-Tuning, arXiv 2304.10880, and the authors' released code. In the released code, slices are the first axis; here they
+are the last axis, Z. Other differences from the released code:
 
-- One adapter stands at the end of each stage. The released code has one behind every block, and gives the stage before
-  to a stage's last one alone.
-- No batch normalisation behind the depthwise convolutions. With fixed statistics, as at inference, it is a scale and a
-  shift a channel, which the convolution can learn itself: the same functions, without statistics of a batch of one.
-  What it did for training, that no ReLU is shut, is done by how the convolutions start: as the identity, raised above
-  the least value of the GELU before. Drawn at random, they shut many for good where the path has one channel.
+- There is one adapter at the end of each stage. The released code has one adapter after every block, and only the last
+  adapter of a stage uses the features of the stage before.
+- There is no batch normalisation after the depthwise convolutions. With fixed statistics, as at inference, batch
+  normalisation is a scale and a shift per channel, and the convolution can learn both. In training, batch normalisation
+  also prevents ReLUs that are always 0. Here, the initial values do this: convolutions start as the identity, and a
+  bias lifts the least value of the preceding GELU above 0. With random initial values, many ReLUs stay 0 forever if the
+  narrow path has only one channel.
 - The frequency filter (:mod:`fseft_edge.runtime.encoder.networks.frequency_filter`) has a gain for each channel along
-  all three axes and works on any size. The released one has a gain and an offset along the slices alone, shared by
-  channels, for one size, and takes absolute values.
-- No GELU behind the up-projection, which would let features fall by no more than 0.17. The projection starts at zero,
-  so that the network first computes what it did.
-- Resolution halves along all three axes from one stage to the next, so the path between stages has a stride along all.
+  all three axes, and works for any size. The released filter has a gain and an offset along the slices only, shared by
+  all channels, for one size, and takes absolute values.
+- There is no GELU after the up-projection, because with a GELU features could not decrease by more than 0.17. The
+  up-projection starts at zero, so that the untrained adapter does not change the features.
+- The resolution halves along all three axes from one stage to the next, so the path between stages has stride 2 along
+  all axes.
 """
 
 from __future__ import annotations
@@ -28,18 +31,18 @@ from torch.nn import functional as F
 from fseft_edge.runtime.encoder.networks.frequency_filter import FrequencyFilter
 
 NAME = "med_adapter"
-"""Of the network's submodule that holds the adapters, one a stage."""
+"""Name of the network's submodule with the adapters, one per stage."""
 
 _REDUCTION = 6
-_OPEN = 0.2  # GELU is nowhere below -0.17
+_INITIAL_BIAS = 0.2  # GELU is never below -0.17
 
 
 class MedAdapter(nn.Module):
-    """Adds to a stage's features what a narrow path of local and global filters makes of them.
+    """Adapter that adds the output of a narrow path of local and global filters to a stage's features.
 
     Args:
-        channels: of the stage's features.
-        before: channels of the stage before, twice as fine; ``None`` for the first stage.
+        channels: number of channels of the stage's features.
+        before: number of channels of the stage before, which has twice the resolution; ``None`` for the first stage.
     """
 
     def __init__(self, channels: int, before: int | None) -> None:
@@ -59,25 +62,25 @@ class MedAdapter(nn.Module):
         nn.init.zeros_(cast(Tensor, self.up.bias))
 
     def forward(self, x: Tensor, before: Tensor | None, part: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """Return a stage's features with what the adapter adds, and what the next stage's adapter is given.
+        """Return the adapted features of a stage, and the narrow features for the next stage's adapter.
 
         Args:
-            x: ``[n, C, X, Y, Z]``.
-            before: what the adapter of the stage before gave, ``[n, h', 2X, 2Y, 2Z]`` or one voxel less along an axis;
-                ``None`` for the first stage.
-            part: calls a piece of the forward pass that gradient checkpointing may compute again.
+            x: features of the stage, ``[n, C, X, Y, Z]``.
+            before: narrow features from the adapter of the stage before, ``[n, h', 2X, 2Y, 2Z]`` or one voxel less
+                along an axis; ``None`` for the first stage.
+            part: function that calls a part of the forward pass; gradient checkpointing may compute this part again.
 
         Returns:
-            ``[n, C, X, Y, Z]`` and the narrow features ``[n, h, X, Y, Z]``.
+            Adapted features ``[n, C, X, Y, Z]`` and narrow features ``[n, h, X, Y, Z]``.
         """
         reduced = F.gelu(self.down(x))
         mixed = part(self._mixed, reduced) if before is None else part(self._mixed, reduced, before)
-        raised: Tensor = self.up(reduced + mixed).to(x.dtype)  # training may project in fewer bits than features have
+        raised: Tensor = self.up(reduced + mixed).to(x.dtype)  # in training, autocast may project in lower precision
         raised += x
         return raised, mixed
 
     def _mixed(self, reduced: Tensor, before: Tensor | None = None) -> Tensor:
-        """Return what the filters make of narrow features ``[n, h, X, Y, Z]``."""
+        """Return the filtered narrow features ``[n, h, X, Y, Z]``."""
         mixed: Tensor = self.mix(self.near(reduced) + self.wide(reduced) + self.everywhere(reduced))
         if self.between is None:
             return mixed
@@ -86,7 +89,7 @@ class MedAdapter(nn.Module):
 
 
 class _Depthwise(nn.Module):
-    """A depthwise convolution in the plane of slices, then one across slices, and a ReLU."""
+    """A depthwise convolution in the plane of slices, a depthwise convolution across slices, and a ReLU."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -96,17 +99,17 @@ class _Depthwise(nn.Module):
         for convolution in (self.plane, self.across):
             nn.init.dirac_(convolution.weight, groups=channels)
             nn.init.zeros_(cast(Tensor, convolution.bias))
-        nn.init.constant_(cast(Tensor, self.across.bias), _OPEN)
+        nn.init.constant_(cast(Tensor, self.across.bias), _INITIAL_BIAS)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu_(self.across(self.plane(x)))
 
 
 def hidden_channels(channels: int) -> int:
-    """Return the width of the narrow path at a stage of some width."""
+    """Return the number of channels of the narrow path for a stage with ``channels`` channels."""
     return max(channels // _REDUCTION, 1)
 
 
 def med_adapters(network: nn.Module) -> list[MedAdapter]:
-    """Return a network's adapters, one a stage, or nothing where none were inserted."""
+    """Return a network's adapters, one per stage, or an empty list if the network has no adapters."""
     return [cast(MedAdapter, adapter) for adapter in getattr(network, NAME, ())]

@@ -1,7 +1,7 @@
-"""A network in half precision wherever that is safe: what adds many numbers up, or divides by such a sum, is not.
+"""Mixed precision: compute a network in float16, except for long sums and divisions by such sums.
 
-It is a property of the network, not of an engine: weights and features are float16, and casts stand in the network
-itself. Engines that obey the types of a graph then all compute the same.
+Mixed precision is a property of the network and not of an engine: weights and features are float16, and the network
+itself contains the casts to float32. Therefore all engines that follow the number formats of a graph compute the same.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.encoder.networks.frequency_filter import FrequencyFilter
 
-# Batch normalisations are folded before (`inference_network`); softmax and the normalisations that are no modules
-# compute in float32 in the networks themselves.
+# Batch normalisations are already folded (`inference_network`). The code of the networks itself computes softmax, and
+# normalisations that are functions and not modules, in float32.
 _IN_FLOAT32 = (nn.LayerNorm, nn.InstanceNorm3d, FrequencyFilter)
 
 
 class MixedPrecision(FeatureNetwork):
-    """The same function as a network in its form for inference, computed in float16.
+    """Network that computes the features of another network in float16.
 
-    Norms, softmax and frequency filters compute in float32. Windows and features stay float32.
+    Normalisations, softmax and frequency filters compute in float32. Input windows and returned features are float32.
 
     Args:
-        network: it stays as it is; its parameters are copied.
+        network: network in its form for inference. The network is not changed; its parameters are copied.
     """
 
     def __init__(self, network: FeatureNetwork) -> None:
@@ -38,12 +38,12 @@ class MixedPrecision(FeatureNetwork):
         self.eval()
 
     def forward(self, windows: Tensor) -> list[Tensor]:
-        """Return the pyramid in float32 (see :class:`FeatureNetwork`)."""
+        """Return the feature pyramid in float32 (:meth:`FeatureNetwork.forward`)."""
         return [level.float() for level in self.network(windows.half())]
 
 
 class _InFloat32(nn.Module):
-    """A module for float16 features that computes in float32, with weights in float32."""
+    """Wrapper that computes a module in float32, for float16 inputs and outputs. The weights stay float32."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

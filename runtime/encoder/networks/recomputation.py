@@ -1,4 +1,4 @@
-"""Gradient checkpointing: parts of a network that are computed again for the gradient rather than kept in memory."""
+"""Gradient checkpointing: compute tensors of a network again for the gradient instead of keeping them in memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(part: Callable[..., Tensor], *inputs: Tensor, owner: nn.Module) -> Tensor:
-    """Return ``part(*inputs)``; what lies between inputs and output is not kept but computed again when it is needed.
+    """Return ``part(*inputs)`` without keeping intermediate tensors; the gradient computes them again.
 
-    Outputs, gradients and the statistics of batch normalisations are those of ``part(*inputs)`` itself.
+    Outputs, gradients and the statistics of batch normalisations are equal to those without checkpointing.
 
     Args:
-        part: computes one tensor; must not change its inputs.
-        inputs: its arguments.
-        owner: the module whose batch normalisations ``part`` may use.
+        part: function that returns one tensor and does not change its inputs.
+        inputs: arguments of ``part``.
+        owner: module that contains all batch normalisations that ``part`` uses.
     """
     output = checkpoint(
         part,
@@ -31,10 +31,10 @@ def recomputed(part: Callable[..., Tensor], *inputs: Tensor, owner: nn.Module) -
 
 @contextlib.contextmanager
 def _unchanged_statistics(owner: nn.Module) -> Iterator[None]:
-    """Let a second pass over the same batch not count as a second batch.
+    """Prevent the second pass over a batch from changing the running statistics.
 
-    The running statistics stay where they are rather than being taken away: the second pass has to save as many tensors
-    as the first.
+    The statistics are not removed from the modules, because the second pass must save the same number of tensors as the
+    first pass.
     """
     norms = [module for module in owner.modules() if isinstance(module, nn.BatchNorm3d) and module.training]
     before = [(norm, norm.momentum, cast(Tensor, norm.num_batches_tracked)) for norm in norms]

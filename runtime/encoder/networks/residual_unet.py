@@ -1,7 +1,7 @@
-"""The compact encoder: a residual 3D U-Net with batch normalisation, made for CPUs.
+"""Compact encoder for CPUs: a residual 3D U-Net with batch normalisation.
 
-Batch statistics are fixed at inference, so a voxel's features depend on its surroundings alone and never on what else
-lies in the window, and every normalisation folds into the convolution before it.
+Batch statistics are fixed at inference. Therefore the features of a voxel only depend on its neighbourhood and not on
+the rest of the window, and every normalisation can be folded into the preceding convolution.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fseft_edge.runtime.encoder.networks.med_adapter import med_adapters
 
 
 class ConvolutionNorm(nn.Module):
-    """A convolution without bias and the batch normalisation behind it; folds into one convolution with bias."""
+    """A convolution without bias, followed by batch normalisation; :meth:`fold` merges both into one convolution."""
 
     def __init__(self, inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> None:
         super().__init__()
@@ -34,14 +34,17 @@ class ConvolutionNorm(nn.Module):
         return normalised
 
     def fold(self) -> None:
-        """Fold the running statistics into the convolution, in place."""
+        """Fold the batch normalisation into the convolution, in place."""
         if isinstance(self.norm, nn.BatchNorm3d):
             self.convolution = fuse_conv_bn_eval(self.convolution, self.norm)
             self.norm = nn.Identity()
 
 
 class ResidualBlock(nn.Module):
-    """``ReLU(shortcut(x) + N(C3(ReLU(N(C3(x))))))``; the shortcut is 1x1x1 where width or stride changes."""
+    """Residual block ``ReLU(shortcut(x) + N(C3(ReLU(N(C3(x))))))``.
+
+    The shortcut is a 1x1x1 convolution if the width or the stride changes, else the identity.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
         super().__init__()
@@ -54,18 +57,18 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``[n, outputs, X / stride, Y / stride, Z / stride]``."""
+        """Return the block's features ``[n, outputs, X / stride, Y / stride, Z / stride]``."""
         inner: Tensor = self.second(torch.relu_(self.first(x)))
         inner += self.shortcut(x)
         return torch.relu_(inner)
 
 
 class ResidualUNet(FeatureNetwork):
-    """A U-Net of residual blocks whose decoder levels are the feature pyramid.
+    """U-Net of residual blocks. The feature pyramid consists of the decoder levels, without the bottleneck.
 
     Args:
-        channels: width of each encoder stage, stride 1, 2, 4, ...; the last is the bottleneck. The pyramid is the
-            decoder: level ``l`` has stride ``2**l`` and ``channels[l]`` channels, the bottleneck is not part of it.
+        channels: number of channels of each encoder stage, with strides 1, 2, 4, ...; the last stage is the bottleneck.
+            Level ``l`` of the pyramid has stride ``2**l`` and ``channels[l]`` channels.
     """
 
     decoder_parts: ClassVar = ("up", "merge")
@@ -84,7 +87,7 @@ class ResidualUNet(FeatureNetwork):
         self.merge = nn.ModuleList(ResidualBlock(2 * width, width) for width in widths[:-1])
 
     def forward(self, windows: Tensor) -> list[Tensor]:
-        """Return the decoder's pyramid, finest level first (see :class:`FeatureNetwork`)."""
+        """Return the feature pyramid, finest level first (:meth:`FeatureNetwork.forward`)."""
         skips: list[Tensor] = []
         x = windows
         adapters, narrow = med_adapters(self), None
@@ -100,11 +103,11 @@ class ResidualUNet(FeatureNetwork):
         return pyramid[::-1]
 
     def stage_widths(self) -> list[int]:
-        """Return the channels at the end of each encoder stage, which is where inserts go."""
+        """Return the number of channels at the end of each encoder stage, where inserts are added."""
         return [cast(ResidualBlock, block).second.convolution.out_channels for block in self.down]
 
     def folded(self) -> ResidualUNet:
-        """Return a copy for inference with every batch normalisation folded; the same function in fewer steps."""
+        """Return a copy for inference with all batch normalisations folded; the copy computes the same features."""
         network = copy.deepcopy(self).eval()
         for module in network.modules():
             if isinstance(module, ConvolutionNorm):
@@ -113,6 +116,6 @@ class ResidualUNet(FeatureNetwork):
 
 
 def _merged(up: nn.Module, merge: nn.Module, deeper: Tensor, skip: Tensor) -> Tensor:
-    """Return a decoder level from the one below it and the encoder's features of its own resolution."""
+    """Return the features of a decoder level, from the next deeper level and the skip of the same resolution."""
     merged: Tensor = merge(torch.cat([up(deeper), skip], dim=1))
     return merged

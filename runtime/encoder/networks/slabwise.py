@@ -1,9 +1,9 @@
-"""The compact encoder's forward pass in an order that needs a third of the memory, and less time, on a CPU.
+"""Forward pass of the compact encoder in slabs, which needs a third of the memory and less time on a CPU.
 
-Nearly all of a U-Net's memory is its finest levels, where a residual block holds five tensors of the window's size at
-once. Here those levels are computed in slabs along X, each with the neighbours that its two convolutions see, and the
-decoder's features replace the skip features in place. The intermediate tensors of a slab stay in the processor's
-cache, and the same memory serves slab after slab.
+The finest levels need nearly all memory of a U-Net, because a residual block has five tensors of the window's size at
+once. This module computes the finest levels in slabs along X. Each slab includes the neighbouring planes that its two
+convolutions need, and the decoder's features replace the skip features in place. The intermediate tensors of a slab fit
+into the CPU cache, and all slabs use the same memory.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.encoder.networks.med_adapter import med_adapters
 from fseft_edge.runtime.encoder.networks.residual_unet import ConvolutionNorm, ResidualBlock, ResidualUNet
 
-# Voxels along X of a slab. On edge_base 4 to 16 take the same time, and 4 the least memory.
+# Thickness of a slab in voxels along X. For edge_base, 4 to 16 voxels take the same time, and 4 need the least memory.
 _SLAB = 4
-# Below these there is nothing worth saving.
+# Number of levels that are computed in slabs; coarser levels need little memory.
 _FINE_LEVELS = 2
 
 
 class SlabwiseResidualUNet(FeatureNetwork):
-    """The same function as a folded :class:`ResidualUNet`, to rounding; for inference, any number of windows.
+    """Network for inference that computes the features of a folded :class:`ResidualUNet`, except for rounding.
 
     Args:
-        network: folded; its parameters are shared.
+        network: network with folded normalisations; its parameters are shared.
     """
 
     def __init__(self, network: ResidualUNet) -> None:
@@ -45,7 +45,7 @@ class SlabwiseResidualUNet(FeatureNetwork):
         self._merge_fine = nn.ModuleList(_SlabwiseBlock(_residual_block(block)) for block in fine)
 
     def forward(self, windows: Tensor) -> list[Tensor]:
-        """Return the decoder's pyramid, finest level first (see :class:`FeatureNetwork`)."""
+        """Return the feature pyramid, finest level first (:meth:`FeatureNetwork.forward`)."""
         count, _, *size = windows.shape
         x = windows.new_empty(count, *size, self.levels[0].channels).movedim(-1, 1)
         self._first(lambda start, stop, target: target.copy_(windows[:, :, start:stop]), x)
@@ -67,12 +67,12 @@ class SlabwiseResidualUNet(FeatureNetwork):
                 self._up[level](x, merged[:, :channels])
                 merged[:, channels:] = skip
                 x = self._merge_coarse[level - len(self._merge_fine)](merged)
-                del merged  # else it stays through the finest levels, where memory peaks
+                del merged  # freed before the finest levels, because memory peaks there
             pyramid.append(x)
         return pyramid[::-1]
 
     def _adapted(self, stage: int, x: Tensor, narrow: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return a stage's features through its Med-Adapter, where there is one, and what the next one is given."""
+        """Return a stage's features after its Med-Adapter, if there is one, and the adapter's narrow features."""
         if not self._adapters:
             return x, None
         adapted: tuple[Tensor, Tensor] = self._adapters[stage](x, narrow, self._part)
@@ -89,7 +89,7 @@ class SlabwiseResidualUNet(FeatureNetwork):
 
 
 class _SlabwiseBlock(nn.Module):
-    """A folded residual block without stride, computed slab by slab; nothing is computed twice."""
+    """A folded residual block of stride 1, computed slab by slab. No value is computed twice."""
 
     def __init__(self, block: ResidualBlock) -> None:
         super().__init__()
@@ -102,14 +102,15 @@ class _SlabwiseBlock(nn.Module):
         """Compute the whole block.
 
         Args:
-            fill: writes the block's input at ``X`` from ``start`` to ``stop`` into the tensor given. Called with
-                ascending, adjacent, even ranges, each before the output reaches it.
-            output: ``[n, C, X, Y, Z]``, channels last, X even.
+            fill: function that writes the planes ``start`` to ``stop`` along X of the block's input into a tensor. It
+                is called with ascending, adjacent, even ranges, always before the output of these planes is written.
+            output: tensor for the block's features, ``[n, C, X, Y, Z]``, channels last, X even.
         """
         count, channels, length, *plane = output.shape
         depth = math.gcd(length, _SLAB)
-        # Output at x needs the inner tensor at x - 1 to x + 1, and that the input at x - 2 to x + 2. A slab from
-        # `start` holds the input from `start` on, and the inner tensor from `start - 1` on.
+        # The output at x needs the inner tensor at x - 1 to x + 1, which needs the input at x - 2 to x + 2. For a slab
+        # that begins at `start`, `slab` contains the input from `start` on, and `inner` the inner tensor from
+        # `start - 1` on.
         slab = output.new_empty(count, depth + 2, *plane, self._inputs).movedim(-1, 1)
         inner = output.new_empty(count, depth + 2, *plane, channels).movedim(-1, 1)
         first_planes = slab.new_zeros(count, 3, *plane, self._inputs).movedim(-1, 1)
@@ -126,7 +127,7 @@ class _SlabwiseBlock(nn.Module):
                 fill(start + 2, filled, slab[:, :, 2 : filled - start])
             slab[:, :, filled - start :] = 0
             torch.clamp_min(self._first(slab), 0, out=inner[:, :, 2:])
-            if stop == length:  # the second convolution pads with zeros, not with what the first would compute there
+            if stop == length:  # outside the window, the second convolution needs zeros as inner tensor
                 inner[:, :, -1] = 0
             result = self._second(inner)
             result += self._shortcut(slab[:, :, :depth])
@@ -134,7 +135,7 @@ class _SlabwiseBlock(nn.Module):
 
 
 class _SlabwiseStridedBlock(nn.Module):
-    """A folded residual block of stride 2, computed slab by slab from an input that is all there."""
+    """A folded residual block of stride 2, computed slab by slab from a complete input."""
 
     def __init__(self, block: ResidualBlock) -> None:
         super().__init__()
@@ -144,12 +145,12 @@ class _SlabwiseStridedBlock(nn.Module):
         self._outputs = block.second.convolution.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return ``[n, C', X / 2, Y / 2, Z / 2]`` of ``[n, C, X, Y, Z]``."""
+        """Return the block's features ``[n, C', X / 2, Y / 2, Z / 2]`` for an input ``[n, C, X, Y, Z]``."""
         count, _, *size = x.shape
         length, *plane = (voxels // 2 for voxels in size)
         depth = math.gcd(length, _SLAB)
         output = x.new_empty(count, length, *plane, self._outputs).movedim(-1, 1)
-        # From plane `start - 1` on, as above; beyond the window it is zero.
+        # `inner` contains the inner tensor from plane `start - 1` on; outside the window, it is zero.
         inner = x.new_zeros(count, depth + 2, *plane, self._outputs).movedim(-1, 1)
         torch.clamp_min(self._first(F.pad(x[:, :, :2], (0, 0, 0, 0, 1, 0))), 0, out=inner[:, :, depth + 1 :])
         for start in range(0, length, depth):
@@ -167,7 +168,7 @@ class _SlabwiseStridedBlock(nn.Module):
 
 
 class _Upsampling(nn.Module):
-    """A transposed convolution of kernel and stride 2: on channels-last features it is one matrix product."""
+    """A transposed convolution with kernel 2 and stride 2, computed as one matrix product of channels-last features."""
 
     def __init__(self, convolution: nn.Module) -> None:
         super().__init__()
@@ -178,7 +179,7 @@ class _Upsampling(nn.Module):
         self._bias = nn.Parameter(torch.zeros(8 * outputs) if bias is None else bias.detach().repeat(8))
 
     def forward(self, coarse: Tensor, target: Tensor) -> None:
-        """Write the upsampling of ``[n, C, X, Y, Z]`` to ``target`` ``[n, C', 2 X, 2 Y, 2 Z]``."""
+        """Upsample ``coarse`` ``[n, C, X, Y, Z]``, and write the result to ``target`` ``[n, C', 2 X, 2 Y, 2 Z]``."""
         count, inputs, *size = coarse.shape
         rows = coarse.movedim(1, -1).reshape(-1, inputs)
         x, y, z = size

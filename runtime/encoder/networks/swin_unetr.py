@@ -1,18 +1,19 @@
-"""SwinUNETR without its classifier: MONAI's layers and parameter names, a forward pass that exports well.
+"""SwinUNETR without its classifier: MONAI's layers and parameter names, with a forward pass that exports well.
 
 Hatamizadeh et al., "Swin UNETR", arXiv 2201.01266; layers and weights as in ``monai.networks.nets.SwinUNETR``. Three
-things differ from MONAI's own forward pass, none of them in what is computed:
+differences from MONAI's forward pass:
 
 - Attention masks of shifted windows are comparisons of region ids, and positions of the relative bias are differences
-  of voxel codes. Both are vectors that the network unfolds as it runs. MONAI's tensors hold one number a pair of
-  voxels and end up as constants in an exported graph: 195 MB of masks and 8 MB of indices for a window of 96^3.
-- Patch merging keeps the slices of MONAI 0.9 to 1.5, which take (0,1,0) and (0,0,1) twice and leave (1,1,0) and
-  (0,1,1) out. Published checkpoints, and FSEFT's own code, were trained so; later MONAI merges differently under the
-  same parameter names, and such a network would load these weights and compute something else.
-- Every decoder level is returned.
+  of voxel codes. Both are vectors, and the network expands them during the forward pass. MONAI's tensors contain one
+  number per pair of voxels and become constants in an exported graph: 195 MB of masks and 8 MB of indices for a window
+  of 96^3 voxels.
+- Patch merging uses the offsets of MONAI 0.9 to 1.5, which contain (0,1,0) and (0,0,1) twice, and do not contain
+  (1,1,0) and (0,1,1). Published checkpoints and FSEFT's code were trained with these offsets. Later versions of MONAI
+  merge with other offsets under the same parameter names, so they load these weights but compute other features.
+- The network returns all decoder levels.
 
-Softmax and the normalisation without weights compute in float32 also where the network is in half precision
-(:mod:`fseft_edge.runtime.encoder.networks.mixed_precision`); in float32 the casts are nothing.
+Softmax and the normalisation without weights compute in float32, also if the network is in half precision
+(:mod:`fseft_edge.runtime.encoder.networks.mixed_precision`). In a float32 network, these casts have no effect.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ _MERGED_OFFSETS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1,
 
 
 class SwinUnetrFeatures(FeatureNetwork):
-    """The feature pyramid of a SwinUNETR: its five decoder levels, strides 1, 2, 4, 8, 16.
+    """SwinUNETR that returns its feature pyramid: five decoder levels with strides 1, 2, 4, 8, 16.
 
-    Input windows have sides that are multiples of 32, not all of them 32: the bottleneck normalises over its voxels.
+    All sides of an input window must be multiples of 32, and at least one side must be larger than 32, because the
+    bottleneck normalises over its voxels.
 
     Args:
-        feature_size: channels of the finest level, a multiple of 12; 48 in every published checkpoint.
+        feature_size: number of channels of the finest level, a multiple of 12. All published checkpoints have 48.
     """
 
     decoder_parts: ClassVar = ("decoder1", "decoder2", "decoder3", "decoder4", "decoder5")
@@ -58,7 +60,7 @@ class SwinUnetrFeatures(FeatureNetwork):
                 self.add_module(name, layer)
 
     def forward(self, windows: Tensor) -> list[Tensor]:
-        """Return the decoder's pyramid, finest level first (see :class:`FeatureNetwork`)."""
+        """Return the feature pyramid, finest level first (:meth:`FeatureNetwork.forward`)."""
         tokens = [self.get_submodule("swinViT.patch_embed")(windows)]
         adapters, narrow = med_adapters(self), None
         for stage in range(_STAGES):
@@ -86,7 +88,7 @@ class SwinUnetrFeatures(FeatureNetwork):
         return self._part(self.get_submodule(name), *inputs)
 
     def _transformed(self, stage: int, x: Tensor) -> Tensor:
-        """Return tokens ``[n, C, X, Y, Z]`` after a stage's blocks."""
+        """Return the tokens ``[n, C, X, Y, Z]`` after all blocks of a stage."""
         inserts = block_inserts(self)
         x = x.permute(0, 2, 3, 4, 1)
         for position, block in enumerate(self._blocks(stage)):
@@ -95,11 +97,11 @@ class SwinUnetrFeatures(FeatureNetwork):
         return x.permute(0, 4, 1, 2, 3)
 
     def stage_widths(self) -> list[int]:
-        """Return the channels at the end of each transformer stage, before merging, which is where inserts go."""
+        """Return the number of channels at the end of each stage, before patch merging, where inserts are added."""
         return [cast(int, self._merging(stage).dim) for stage in range(_STAGES)]
 
     def block_widths(self) -> dict[BlockPlace, int]:
-        """Return the channels of each transformer block."""
+        """Return the number of channels of each transformer block."""
         return {
             BlockPlace(stage, position): cast(int, block.dim)
             for stage in range(_STAGES)
@@ -114,15 +116,15 @@ class SwinUnetrFeatures(FeatureNetwork):
 
 
 def _swin_block(block: nn.Module, insert: BlockInsert | None, x: Tensor, *, shifted: bool) -> Tensor:
-    """Return tokens ``[n, X, Y, Z, C]`` after attention and perceptron, and what was inserted there."""
-    attended = _attention(block, x, shifted=shifted)
-    x = x + (insert.attended(attended) if insert else attended)
-    perceived: Tensor = cast(nn.Module, block.mlp)(cast(nn.LayerNorm, block.norm2)(x))
-    return x + (insert.perceived(x, perceived) if insert else perceived)
+    """Return the tokens ``[n, X, Y, Z, C]`` after attention and MLP of a block, with the block's insert."""
+    attention = _attention(block, x, shifted=shifted)
+    x = x + (insert.attention_output(attention) if insert else attention)
+    mlp: Tensor = cast(nn.Module, block.mlp)(cast(nn.LayerNorm, block.norm2)(x))
+    return x + (insert.mlp_output(x, mlp) if insert else mlp)
 
 
 def _merged(merging: nn.Module, x: Tensor) -> Tensor:
-    """Return tokens ``[n, C, X, Y, Z]`` merged two by two by two: ``[n, 2C, X/2, Y/2, Z/2]``."""
+    """Merge every 2x2x2 tokens of ``[n, C, X, Y, Z]``; return ``[n, 2C, X/2, Y/2, Z/2]``."""
     x = x.permute(0, 2, 3, 4, 1)
     x = torch.cat([x[:, i::2, j::2, k::2] for i, j, k in _MERGED_OFFSETS], dim=-1)
     x = cast(nn.Linear, merging.reduction)(cast(nn.LayerNorm, merging.norm)(x))
@@ -150,12 +152,12 @@ def _attention(block: nn.Module, x: Tensor, *, shifted: bool) -> Tensor:
 
 
 def _self_attention(attention: nn.Module, x: Tensor, regions: Tensor | None) -> Tensor:
-    """Return attention of every window to itself.
+    """Return the self-attention of the tokens in each window.
 
     Args:
         attention: MONAI's ``WindowAttention``, whose weights are used.
         x: tokens ``[n * W, T, C]`` of W windows.
-        regions: ``[W, T]``; tokens of different regions do not see one another.
+        regions: region ids ``[W, T]``; a token only attends to tokens of its own region. None means one region.
     """
     tokens, channels = x.shape[1:]
     heads = cast(int, attention.num_heads)
@@ -175,7 +177,7 @@ def _self_attention(attention: nn.Module, x: Tensor, regions: Tensor | None) -> 
 def _position_bias(table: Tensor, tokens: int) -> Tensor:
     """Return the relative position bias ``[heads, T, T]`` from its table ``[13^3, heads]``.
 
-    The first T voxels of a 7^3 window are meant also where the window is smaller, as MONAI trains it.
+    For a smaller window, the first T voxels of a 7^3 window are used, as in MONAI.
     """
     span = 2 * _ATTENTION_WINDOW - 1
     steps = torch.arange(_ATTENTION_WINDOW, device=table.device)
@@ -186,7 +188,7 @@ def _position_bias(table: Tensor, tokens: int) -> Tensor:
 
 
 def _regions(size: torch.Size, window: list[int], shift: list[int], device: torch.device) -> Tensor:
-    """Return region ids ``[1, X, Y, Z, 1]`` of a shifted lattice: what a window holds from two sides of the scan."""
+    """Return region ids ``[1, X, Y, Z, 1]`` of a shifted lattice; tokens from opposite sides have different ids."""
     ids = torch.zeros(1, dtype=torch.int64, device=device)
     for length, side, step in zip(size, window, shift, strict=True):
         places = torch.arange(length, device=device)
@@ -196,19 +198,19 @@ def _regions(size: torch.Size, window: list[int], shift: list[int], device: torc
 
 
 def _partition(x: Tensor, window: list[int]) -> Tensor:
-    """Return ``[n, X, Y, Z, C]`` as windows of tokens ``[n * W, T, C]``."""
+    """Divide tokens ``[n, X, Y, Z, C]`` into windows ``[n * W, T, C]``."""
     counts = [length // side for length, side in zip(x.shape[1:4], window, strict=True)]
     x = x.reshape(-1, counts[0], window[0], counts[1], window[1], counts[2], window[2], x.shape[-1])
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, window[0] * window[1] * window[2], x.shape[-1])
 
 
 def _reverse(x: Tensor, window: list[int], size: torch.Size) -> Tensor:
-    """Return windows of tokens ``[n * W, T, C]`` as ``[n, X, Y, Z, C]``."""
+    """Join windows of tokens ``[n * W, T, C]`` to ``[n, X, Y, Z, C]``."""
     counts = [length // side for length, side in zip(size, window, strict=True)]
     x = x.reshape(-1, *counts, *window, x.shape[-1])
     return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(-1, *size, x.shape[-1])
 
 
 def _channel_norm(x: Tensor) -> Tensor:
-    """Return ``[n, C, X, Y, Z]`` normalised over its channels, without weights."""
+    """Normalise ``[n, C, X, Y, Z]`` over the channels, without weights."""
     return F.layer_norm(x.permute(0, 2, 3, 4, 1).float(), x.shape[1:2]).permute(0, 4, 1, 2, 3).to(x.dtype)
