@@ -1,1 +1,1 @@
-"""Fine-tuning of the encoder itself: few of its parameters (parameter-efficient), its decoder, or all of them."""
+"""Fine-tuning of an encoder: a few parameters (parameter-efficient), the decoder, or all parameters."""

@@ -1,4 +1,4 @@
-"""Whether fine-tuning is worth it where an adapter alone falls short: decided on scans left out, within a time."""
+"""The choice between an adapter and fine-tuning, by leave-one-out cross-validation within a time limit."""
 
 from __future__ import annotations
 
@@ -28,44 +28,52 @@ from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
 
-# An organ that an adapter finds this well on scans left out needs no encoder of its own.
+# Fine-tuning is not tried if the adapter has at least this DSC on left-out scans for every new organ.
 _GOOD_ENOUGH = 0.85
 
-# A fine-tuned encoder serves its own organs alone and every scan is encoded anew for it: on organs new to the encoder
-# it has to be this much better, and on all of them together no worse.
+# A fine-tuned encoder can only be used for its own organs, and every scan must be encoded again with this encoder.
+# Therefore its mean DSC must be higher by this value on organs that are new to the encoder, and must not be lower on
+# all organs together.
 _WORTHWHILE = 0.02
 
-# After two folds, a candidate this far behind the adapter on new organs is not looked at any further.
+# A candidate whose mean DSC on new organs is lower than the adapter's by more than this value after two folds is
+# rejected.
 _HOPELESS = 0.05
 
 _GIVES_UP = (DivergedError, OutOfMemoryError)
 
 
 def tuning_beside(adapter: Path) -> Path:
-    """Return where a tuning is written that does better than the adapter in a file.
+    """Return the path of the tuning that belongs to an adapter file: ``NAME.tuning`` for ``NAME.adapter``.
 
     Raises:
-        UsageError: the file is not called after an adapter, or something is at the tuning's place already.
-        OutOfSpaceError: the tuning's place cannot be written to.
+        UsageError: the name of the adapter file does not end in ``.adapter``, or the tuning already exists.
+        OutOfSpaceError: the tuning cannot be written.
     """
     if adapter.suffix != ".adapter":
         raise UsageError(
-            f"A tuning is written beside the adapter under the same name, and {adapter} does not end in .adapter.",
-            remedy="Call --output NAME.adapter.",
+            f"--output is {adapter}, which does not end in .adapter.",
+            remedy="Set --output to NAME.adapter; the tuning is then written to NAME.tuning.",
         )
     tuning = adapter.with_suffix(f".{SUFFIX}")
     if tuning.exists():
-        raise UsageError(f"{tuning} already exists.", remedy="Choose another --output, or remove it first.")
+        raise UsageError(f"{tuning} already exists.", remedy="Choose another --output, or delete this file first.")
     check_writable(tuning)
     return tuning
 
 
 def check_trial(encoder: Path, organs: Sequence[OrganLabel], output: Path, settings: TuningSettings) -> None:
-    """Make sure, before an adapter is made, that fine-tuning can be tried afterwards (see :func:`try_finetuning`).
+    """Raise an error if fine-tuning cannot be tried after the training of an adapter (see :func:`try_finetuning`).
+
+    Args:
+        encoder: path of the encoder bundle.
+        organs: the organs to segment.
+        output: path of the adapter file.
+        settings: settings of the fine-tuning.
 
     Raises:
-        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` does not serve.
-        EncoderBundleError: the encoder is damaged.
+        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` has a wrong name.
+        EncoderBundleError: the encoder bundle is damaged.
     """
     tuning_beside(output)
     bundle = EncoderBundle.open(encoder)
@@ -88,28 +96,28 @@ def try_finetuning(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile | None:
-    """Fine-tune the encoder where that does better than an adapter on scans left out, and write ``NAME.tuning``.
+    """Fine-tune the encoder and write ``NAME.tuning`` if this is better than an adapter on left-out scans.
 
     Args:
-        adapter: what ``adapt`` made with the same encoder, scans and organs, with its left-out scores.
-        encoder: as for :func:`fseft_edge.finetuning.finetune.finetune`.
-        images: likewise.
-        labels: likewise.
-        organs: likewise.
-        output: the adapter's file; the tuning is written beside it (:func:`tuning_beside`).
-        minutes: time that all of it may take.
-        settings: seed, steps and the like of what is tried.
-        reviewed: as for :func:`fseft_edge.finetuning.finetune.finetune`.
-        cases: likewise.
-        device: likewise.
-        progress: where to show progress.
+        adapter: result of ``adapt`` with this encoder, these scans and these organs, with its scores on left-out scans.
+        encoder: path of the encoder bundle, which is not changed.
+        images: folder of CTs, or one CT; None together with ``labels`` if ``reviewed`` contains all scans.
+        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT.
+        organs: organs to segment, at most 31.
+        output: path of the adapter file; the tuning is written beside it (:func:`tuning_beside`).
+        minutes: time limit for all trials together, in minutes.
+        settings: seed, number of steps and similar settings of all candidates; None means the defaults.
+        reviewed: a batch whose accepted masks are used as annotations, too; None for no batch.
+        cases: names of the cases of ``images`` to use; None uses all cases with an annotation.
+        device: device for training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        progress: display for the progress; None shows nothing.
 
     Returns:
-        The tuning, or None where nothing better was found in the time.
+        The tuning, or None if no better candidate was found within the time limit.
 
     Raises:
-        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` does not serve.
-        InputError: an image or annotation is not usable.
+        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` has a wrong name.
+        InputError: an image or an annotation cannot be used.
     """
     deadline = time.monotonic() + 60 * minutes
     progress = progress or SilentProgress()
@@ -129,12 +137,14 @@ def try_finetuning(
 
 
 def default_candidates(bundle: EncoderBundle, common: TuningSettings) -> list[TuningSettings]:
-    """Return what is tried on an encoder, in order: what changes few numbers of it first, then everything.
+    """Return the candidates for an encoder, in order: first one that trains few parameters, then full fine-tuning.
+
+    The first candidate is ``lora`` for a transformer, the best method in FSEFT (arXiv 2303.17051), and ``affine`` with
+    a tuned decoder for other encoders. A decoder that was never trained is always trained from random weights.
 
     Args:
-        bundle: the encoder. A transformer learns by ``lora``, which FSEFT (arXiv 2303.17051) found best, others by
-            ``affine`` with the decoder. A decoder that was never trained is new in any case.
-        common: seed, steps and the like.
+        bundle: the encoder bundle.
+        common: seed, number of steps and similar settings of all candidates.
     """
     if not bundle.graph_only and isinstance(bundle.network(), HasBlocks):
         few = replace(common, method="lora", decoder="frozen")
@@ -146,20 +156,20 @@ def default_candidates(bundle: EncoderBundle, common: TuningSettings) -> list[Tu
 
 
 def why_not(adapter: AdapterFile, known: Sequence[bool]) -> str | None:
-    """Return why fine-tuning need not be tried, None where it should be.
+    """Return the reason why fine-tuning is not tried, or None if fine-tuning should be tried.
 
     Args:
-        adapter: with its left-out scores.
-        known: for each organ whether the encoder knows it.
+        adapter: the adapter with its scores on left-out scans.
+        known: for each organ, True if the encoder's head has a classifier for this organ.
     """
     if all(known):
-        return "the encoder knows every organ"
+        return "the encoder already has a classifier for every organ"
     scores = [organ.left_out_dsc for organ, of in zip(adapter.description.organs, known, strict=True) if not of]
     validated = [sum(of_organ) / len(of_organ) for of_organ in scores if of_organ]
     if not validated:
-        return "no organ that the encoder does not know is annotated in two scans, so nothing can be compared"
+        return "no organ that is new to the encoder is annotated in two scans, so cross-validation is not possible"
     if min(validated) >= _GOOD_ENOUGH:
-        return "the adapter finds every organ that the encoder does not know"
+        return f"the adapter has a DSC of at least {_GOOD_ENOUGH} for every organ that is new to the encoder"
     return None
 
 
@@ -171,17 +181,17 @@ def better_tuning(
     deadline: float,
     progress: Progress | None = None,
 ) -> TuningFile | None:
-    """Return the fine-tuning that does better than an adapter on scans left out, None where none does in the time.
+    """Return the best fine-tuning that is better than an adapter on left-out scans, or None if there is none.
 
-    Candidates are validated one after another. One whose steps are too slow for all its folds and the final training is
-    given up after a few of them.
+    Candidates are validated one after another. A candidate is stopped after a few steps if the time limit is too short
+    for all its folds and the final training.
 
     Args:
-        adapter: made on the same support set, with its left-out scores.
+        adapter: an adapter trained on this support set, with its scores on left-out scans.
         support: the support set.
-        candidates: in the order in which they are tried.
-        deadline: by :func:`time.monotonic`.
-        progress: where to show progress.
+        candidates: settings of the candidates, in the order of the trials.
+        deadline: end of the time limit on the clock :func:`time.monotonic`, in seconds.
+        progress: display for the progress; None shows nothing.
     """
     progress = progress or SilentProgress()
     adapters = _LeftOut(
@@ -197,30 +207,30 @@ def better_tuning(
         found = replace(adapters, dsc=validated.scores.summary()[0])
         if found.of_new_organs < to_beat or found.of_all < adapters.of_all:
             _LOG.warning(
-                "%s is not worth it: DSC %.3f of new organs on scans left out, %.3f wanted; %.3f of all organs, where "
-                "the adapter has %.3f",
+                "%s was rejected: on left-out scans, the DSC of new organs is %.3f, at least %.3f is required; the DSC "
+                "of all organs is %.3f, the adapter has %.3f",
                 *(settings.name, found.of_new_organs, to_beat, found.of_all, adapters.of_all),
             )
             continue
-        _LOG.info("%s: DSC %.3f of new organs on scans left out", settings.name, found.of_new_organs)
+        _LOG.info("%s: the DSC of new organs on left-out scans is %.3f", settings.name, found.of_new_organs)
         to_beat, best = found.of_new_organs, validated
     if best is None:
         return None
     try:
         tuned = support.tuned(best.settings, range(len(support.cases)), progress)
     except _GIVES_UP as error:
-        _LOG.warning("%s was given up: %s", best.settings.name, error.message)
+        _LOG.warning("%s was stopped: %s", best.settings.name, error.message)
         return None
     return describe_tuning(tuned, support, best.settings, *best.scores.summary())
 
 
 @dataclass(frozen=True)
 class _LeftOut:
-    """Scores of scans left out, in the order of the folds.
+    """Scores of left-out scans.
 
     Attributes:
-        dsc: of each organ.
-        new: whether an organ is new to the encoder.
+        dsc: for each organ, the DSC of each left-out scan in the order of the folds.
+        new: for each organ, True if the encoder's head has no classifier for this organ.
     """
 
     dsc: Sequence[Sequence[float]]
@@ -228,18 +238,18 @@ class _LeftOut:
 
     @property
     def of_all(self) -> float:
-        """Mean over organs."""
+        """Mean DSC over all organs."""
         return mean_over_organs(self.dsc)
 
     @property
     def of_new_organs(self) -> float:
-        """Mean over those organs that are new to the encoder."""
+        """Mean DSC over the organs that are new to the encoder."""
         return mean_over_organs([scores for scores, new in zip(self.dsc, self.new, strict=True) if new])
 
 
 @dataclass(frozen=True)
 class _Validated:
-    """A candidate, its scores on scans left out, and the seconds that its slowest fold took."""
+    """A candidate, its scores on left-out scans, and the duration of its slowest fold in seconds."""
 
     settings: TuningSettings
     scores: OrganScores
@@ -253,35 +263,37 @@ def _validate(
     deadline: float,
     progress: Progress,
 ) -> _Validated | None:
-    """Return a candidate's scores on every scan left out, None where it was given up."""
+    """Return a candidate with its scores on every left-out scan, or None if the candidate was stopped."""
     scores = OrganScores(len(support.organs))
     groups = folds(len(support.cases))
     longest = 0.0
     with progress.task(f"validate {settings.name}", len(groups)) as task:
         for number, left_out in enumerate(groups, start=1):
             begun = time.monotonic()
-            trainings = len(groups) - number + 2  # this fold, those after it, and the final training
+            trainings = len(groups) - number + 2  # this fold, the remaining folds and the final training
             share = (deadline - begun) / trainings
             try:
                 if share < longest:
                     raise OutOfTimeError
                 add_fold(scores, support, settings, left_out, seconds=share)
             except OutOfTimeError:
-                _LOG.warning("%s was given up: %d trainings do not fit into the time", settings.name, trainings)
+                _LOG.warning("%s was stopped: the time limit is too short for %d trainings", settings.name, trainings)
                 return None
             except _GIVES_UP as error:
-                _LOG.warning("%s was given up: %s", settings.name, error.message)
+                _LOG.warning("%s was stopped: %s", settings.name, error.message)
                 return None
             longest = max(longest, time.monotonic() - begun)
             task.advance(1)
             if number == 2 and _is_hopeless(scores, adapters):
-                _LOG.warning("%s was given up: far behind on the first scans left out", settings.name)
+                _LOG.warning(
+                    "%s was stopped: its DSC on the first left-out scans is far lower than the adapter's", settings.name
+                )
                 return None
     return _Validated(settings, scores, longest)
 
 
 def _is_hopeless(scores: OrganScores, adapters: _LeftOut) -> bool:
-    """Whether new organs are so far found much worse than by the adapter on the same scans."""
+    """Return True if the DSC of new organs is much lower than the adapter's on the scans left out so far."""
     so_far = replace(adapters, dsc=scores.summary()[0])
     same_scans = [others[: len(own)] for own, others in zip(so_far.dsc, adapters.dsc, strict=True)]
     return replace(adapters, dsc=same_scans).of_new_organs - so_far.of_new_organs > _HOPELESS

@@ -1,4 +1,4 @@
-"""Fine-tuning at a site: from annotated scans to a tuning file."""
+"""Fine-tuning with the annotated scans of a site: the result is a tuning file."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class TuningSupport:
     """A support set for fine-tuning.
 
     Attributes:
-        annotated: each CT with its annotation.
-        cases: the same on the encoder's grid.
-        organs: what is learned.
-        rows: for each organ the encoder's own classifier, or None.
-        bundle: the encoder.
-        volumes_ml: of each scan, for each organ; 0 where not annotated.
-        hu: likewise; None where not annotated.
+        annotated: path of each CT, with its annotation.
+        cases: the annotated scans on the encoder's grid.
+        organs: the organs to segment.
+        rows: for each organ, its classifier in the encoder's head, or None.
+        bundle: the encoder bundle.
+        volumes_ml: for each scan, the volume of each organ in ml; 0 for an organ that is not annotated.
+        hu: for each scan, the HU percentiles of each organ; None for an organ that is not annotated.
     """
 
     annotated: Sequence[tuple[Path, LabelMap]]
@@ -64,7 +64,7 @@ class TuningSupport:
     def tuned(
         self, settings: TuningSettings, among: Sequence[int], progress: Progress, *, seconds: float | None = None
     ) -> FineTuned:
-        """Return the encoder after fine-tuning on some of the scans (see :func:`fine_tune`)."""
+        """Return the encoder after fine-tuning on the scans with the indices ``among`` (see :func:`fine_tune`)."""
         return fine_tune(
             self.bundle.network(),
             [self.cases[index] for index in among],
@@ -91,32 +91,32 @@ def finetune(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile:
-    """Fine-tune an encoder on annotated scans and write what changed; the twin of ``adapt`` with such a method.
+    """Fine-tune an encoder on annotated scans and write a tuning; ``fseft-edge adapt`` calls it for these methods.
 
     Args:
-        encoder: encoder bundle; it stays as it is.
-        images: folder of CTs (or one CT); None with ``labels`` where ``reviewed`` gives all scans.
-        labels: folder of annotations (or one), each with its CT's file name and lattice.
-        organs: what to learn, at most 31. A scan without an organ's label counts as not annotated for that organ.
-        output: the tuning file, ``NAME.tuning``.
-        settings: what learns, and how.
-        reviewed: a batch whose accepted masks are learned from too.
-        validate: leave every scan out once (see :func:`fseft_edge.adaptation.cross_validation.folds`), so that the file
-            says what to expect on new scans; takes as long as fine-tuning itself once more for each.
-        cases: names of the cases of ``images`` to use; None takes all that have an annotation.
-        device: where to compute (see :func:`fseft_edge.runtime.encoder.session.open_session`).
-        progress: where to show progress.
+        encoder: path of the encoder bundle, which is not changed.
+        images: folder of CTs, or one CT; None together with ``labels`` if ``reviewed`` contains all scans.
+        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT.
+        organs: organs to segment, at most 31. A scan without voxels of an organ counts as not annotated for this organ.
+        output: path of the tuning file, ``NAME.tuning``.
+        settings: settings of the fine-tuning.
+        reviewed: a batch whose accepted masks are used as annotations, too; None for no batch.
+        validate: True performs cross-validation (see :func:`fseft_edge.adaptation.cross_validation.folds`) and stores
+            the scores of the left-out scans in the file. Each fold takes as long as the fine-tuning itself.
+        cases: names of the cases of ``images`` to use; None uses all cases with an annotation.
+        device: device for training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        progress: display for the progress; None shows nothing.
 
     Raises:
-        UsageError: the method does not fit the encoder, there are too many organs or nothing to learn from, or
-            ``output`` is a folder or not called so.
+        UsageError: the method cannot be used with the encoder, there are too many organs, there are no annotated
+            scans, or ``output`` is a folder or does not end in ``.tuning``.
         OutOfSpaceError: ``output`` cannot be written.
-        InputError: an image or annotation is not usable.
-        LabelError: an organ is annotated in no case.
+        InputError: an image or an annotation cannot be used.
+        LabelError: an organ is not annotated in any case.
     """
     progress = progress or SilentProgress()
     if output.suffix != f".{SUFFIX}":
-        raise UsageError(f"{output} is no name of a tuning.", remedy="Call --output NAME.tuning.")
+        raise UsageError(f"--output is {output}, which does not end in .tuning.", remedy="Set --output to NAME.tuning.")
     check_writable(output)
     bundle = EncoderBundle.open(encoder)
     check_tunable(bundle, organs, settings)
@@ -127,7 +127,7 @@ def finetune(
     if validate and len(annotated) > 1:
         scores = leave_one_out(support, settings, progress)
     elif validate:
-        _LOG.warning("there is one scan, so nothing can be validated")
+        _LOG.warning("there is only one scan, so cross-validation is not possible")
     tuned = support.tuned(settings, range(len(annotated)), progress)
     file = describe_tuning(tuned, support, settings, *scores.summary())
     write_tuning(output, file)
@@ -135,20 +135,21 @@ def finetune(
 
 
 def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings: TuningSettings) -> None:
-    """Make sure, before any scan is read, that an encoder can be fine-tuned so.
+    """Raise UsageError if an encoder cannot be fine-tuned with these settings; no scan is needed.
 
     Raises:
-        UsageError: the method does not fit the encoder, the encoder is known by its graph alone or has parts that were
-            never trained and would not learn, or there are too many organs.
+        UsageError: the method cannot be used with the encoder; the bundle contains only a graph; the encoder has parts
+            with random weights that the settings do not train; or there are too many organs.
     """
     if len(organs) > MOST_ORGANS:
         raise UsageError(
-            f"Fine-tuning learns at most {MOST_ORGANS} organs at a time, not {len(organs)}.", remedy="Name fewer."
+            f"--organ names {len(organs)} organs; fine-tuning can train at most {MOST_ORGANS} organs at a time.",
+            remedy="Name fewer organs with --organ.",
         )
     if bundle.graph_only:
         raise UsageError(
-            f"{bundle.path} holds a network's graph and not its code, so it cannot be fine-tuned.",
-            remedy="Fine-tune the network where its code is, and export it again.",
+            f"{bundle.path} contains only the ONNX graph of its network, and a graph cannot be fine-tuned.",
+            remedy="Fine-tune the network with its own code and export it again, or choose --method spatial.",
         )
     network = bundle.network()
     unfreeze(network, settings)
@@ -159,19 +160,19 @@ def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings:
     ]
     if left:
         raise UsageError(
-            f"{', '.join(left)} of this encoder were never trained, and with --method {settings.method} and --decoder "
-            f"{settings.of_decoder} their random weights would stay.",
-            remedy="Say --decoder new.",
+            f"The parts {', '.join(left)} of {bundle.path} have random weights, which --method {settings.method} with "
+            f"--decoder {settings.of_decoder} does not train.",
+            remedy="Add --decoder new.",
         )
 
 
 def load_tuning_support(
     annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], bundle: EncoderBundle, progress: Progress
 ) -> TuningSupport:
-    """Return annotated scans on an encoder's grid.
+    """Return annotated scans as a support set on an encoder's grid.
 
     Raises:
-        InputError: a CT cannot be read, or its annotation lies on another lattice.
+        InputError: a CT cannot be read, or its annotation has another lattice.
     """
     ids = {organ.name: organ.label for organ in organs}
     prepared, looks = [], []
@@ -187,7 +188,7 @@ def load_tuning_support(
 
 
 def leave_one_out(support: TuningSupport, settings: TuningSettings, progress: Progress) -> OrganScores:
-    """Return the scores of scans that an encoder was fine-tuned without, every scan left out once."""
+    """Return the scores of a cross-validation in which every scan is left out once."""
     scores = OrganScores(len(support.organs))
     groups = folds(len(support.cases))
     with progress.task(f"validate {settings.name}", len(groups)) as task:
@@ -205,14 +206,16 @@ def add_fold(
     *,
     seconds: float | None = None,
 ) -> None:
-    """Fine-tune without some scans and score them, on their own lattices, as `segment` would.
+    """Fine-tune without some scans, segment these scans on their own lattices, and add their scores.
 
     Args:
         scores: receives the scores.
         support: the support set.
-        settings: what learns, and how.
-        left_out: the scans; where the others annotate nothing that these do, nothing is done.
-        seconds: that fine-tuning may take (see :func:`fseft_edge.finetuning.training.fine_tune`).
+        settings: settings of the fine-tuning.
+        left_out: indices of the left-out scans; if no organ is annotated both in these scans and in the other scans,
+            nothing is done.
+        seconds: time limit of the fine-tuning in seconds (see :func:`fseft_edge.finetuning.training.fine_tune`); None
+            for no limit.
     """
     others = [index for index in range(len(support.cases)) if index not in left_out]
     known = np.any([support.cases[index].task_mask for index in others], axis=0)
@@ -237,7 +240,7 @@ def describe_tuning(
     left_out: Sequence[Sequence[float]],
     post_processing: Sequence[PostProcessing],
 ) -> TuningFile:
-    """Return what fine-tuning changed with the description that its file carries."""
+    """Return the trained tensors with their description, as the content of a tuning file."""
     count = len(support.organs)
     description = TuningDescription(
         encoder_id=support.bundle.encoder_id,

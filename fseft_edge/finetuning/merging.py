@@ -1,4 +1,4 @@
-"""A tuning and its encoder become an encoder bundle of their own, and the adapter that goes with it."""
+"""Merging of a tuning and its encoder into a new encoder bundle and an adapter for this bundle."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from fseft_edge.runtime.system.atomic import check_writable
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """What :func:`merge` wrote.
+    """The files that :func:`merge` wrote.
 
     Attributes:
-        bundle: the new encoder.
-        adapter: the file of the adapter that segments with it.
+        bundle: the new encoder bundle.
+        adapter: path of the adapter file that belongs to the new encoder.
     """
 
     bundle: EncoderBundle
@@ -52,26 +52,29 @@ def merge(
     onnx: bool = True,
     parity_volumes: Sequence[Path] = (),
 ) -> Merged:
-    """Write a fine-tuned encoder as a bundle, and beside it ``NAME.adapter``; the twin of ``fseft-edge merge``.
+    """Write a fine-tuned encoder as a new bundle and its classifier as ``NAME.adapter``, like ``fseft-edge merge``.
 
-    Low-rank sums and convolution adapters fold into the weights, so that inference pays nothing for them. Inserted
+    Low-rank sums and convolution adapters are folded into the weights, so they do not slow down inference. Inserted
     modules become part of the network.
 
     Args:
-        tuning: the file that fine-tuning wrote.
-        output: the bundle to write, ``NAME.encoder``; nothing may be there yet, nor at ``NAME.adapter``.
-        encoder: the encoder that was fine-tuned; None looks beside the tuning and in the working folder.
-        onnx: see :func:`fseft_edge.export.export.export_encoder`.
-        parity_volumes: likewise.
+        tuning: path of the tuning file.
+        output: path of the bundle to write, ``NAME.encoder``; neither this path nor ``NAME.adapter`` may exist.
+        encoder: path of the encoder that was fine-tuned; None searches the folder of the tuning and the working folder.
+        onnx: True also writes ONNX graphs (see :func:`fseft_edge.export.export.export_encoder`).
+        parity_volumes: CTs on which the backends are compared with PyTorch (see
+            :func:`fseft_edge.export.export.export_encoder`).
 
     Raises:
-        AdapterError: the tuning is damaged, or of another encoder.
-        EncoderBundleError: the encoder is damaged.
-        UsageError: ``output`` does not end in ``.encoder``, or something is there or at the adapter's place already.
-        OutOfSpaceError: the disk is full or not writable.
+        AdapterError: the tuning is damaged or belongs to another encoder.
+        EncoderBundleError: the encoder bundle is damaged.
+        UsageError: ``output`` does not end in ``.encoder``, or ``output`` or the adapter file already exists.
+        OutOfSpaceError: the disk is full or cannot be written.
     """
     if output.suffix != ".encoder":
-        raise UsageError(f"{output} is no name of an encoder bundle.", remedy="Call --output NAME.encoder.")
+        raise UsageError(
+            f"--output is {output}, which does not end in .encoder.", remedy="Set --output to NAME.encoder."
+        )
     adapter = output.with_suffix(".adapter")
     _check_free(output, adapter)
     check_writable(output)
@@ -94,13 +97,13 @@ def merge(
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=output.parent) as folder:
         made = Path(folder) / output.name
         write_encoder(loaded, made, onnx=onnx, parity_volumes=parity_volumes, classify=network.head.log_odds)
-        _check_free(output, adapter)  # another process may have been faster
+        _check_free(output, adapter)  # another process may have written these files in the meantime
         made.rename(output)
     try:
         bundle = EncoderBundle.open(output)
         write_adapter(adapter, _adapter(file, network.head, bundle))
     except BaseException:
-        shutil.rmtree(output, ignore_errors=True)  # one without the other would only be in the way of the next try
+        shutil.rmtree(output, ignore_errors=True)  # a bundle without its adapter would block the next attempt
         raise
     return Merged(bundle, adapter)
 
@@ -108,19 +111,19 @@ def merge(
 def _check_free(*paths: Path) -> None:
     for path in paths:
         if path.exists():
-            raise UsageError(f"{path} already exists.", remedy="Choose another --output, or remove it first.")
+            raise UsageError(f"{path} already exists.", remedy="Choose another --output, or delete this path first.")
 
 
 def tuned_network(file: TuningFile, base: EncoderBundle, path: Path) -> TunedNetwork:
-    """Return the encoder with a tuning applied, as it was when fine-tuning ended.
+    """Return the network with its state at the end of fine-tuning.
 
     Args:
         file: the tuning.
         base: the encoder that was fine-tuned.
-        path: of the tuning, for messages.
+        path: path of the tuning file, for messages.
 
     Raises:
-        AdapterError: the tensors are not those that the description says.
+        AdapterError: the tensors do not match the description of the tuning.
     """
     described = file.description
     settings = TuningSettings(
@@ -135,20 +138,20 @@ def tuned_network(file: TuningFile, base: EncoderBundle, path: Path) -> TunedNet
 
 
 def folded_encoder(encoder: FeatureNetwork) -> FeatureNetwork:
-    """Return a copy of an encoder in which whatever can be is folded into ordinary weights; it computes the same."""
+    """Return a copy of an encoder with all sums folded into plain weights; its output does not change."""
     folded = copy.deepcopy(encoder)
     fold_sums(folded)
     return folded.eval()
 
 
 def plain_bundle(network: TunedNetwork, base: EncoderBundle, settings: TuningSettings, path: Path) -> EncoderBundle:
-    """Write a fine-tuned encoder as a bundle without graphs, which PyTorch alone runs, and return it.
+    """Write a fine-tuned encoder as a bundle without graphs, for the PyTorch backend only, and return the bundle.
 
     Args:
-        network: after fine-tuning.
-        base: the encoder before.
-        settings: of the fine-tuning.
-        path: where to.
+        network: the network after fine-tuning.
+        base: the encoder bundle before fine-tuning.
+        settings: settings of the fine-tuning.
+        path: path of the bundle to write.
     """
     folded = folded_encoder(network.encoder)
     weight, bias = _no_classifier(folded)
@@ -171,17 +174,17 @@ def plain_bundle(network: TunedNetwork, base: EncoderBundle, settings: TuningSet
 
 
 def _settings(base: EncoderBundle, method: str) -> dict[str, JsonValue]:
-    """Return the architecture's settings with the modules that a method inserts."""
+    """Return the settings of the architecture, including the modules that a method inserts."""
     return {**base.manifest.settings, "inserts": method} if method in INSERTS else base.manifest.settings
 
 
 def _no_classifier(encoder: FeatureNetwork) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a bundle's classifier that knows no organ: what was learned is in the adapter."""
+    """Return weight and bias of a head without organs; the trained classifier is in the adapter."""
     return torch.zeros(0, encoder.levels[0].channels), torch.zeros(0)
 
 
 def _adapter(file: TuningFile, adapter: Adapter, bundle: EncoderBundle) -> AdapterFile:
-    """Return the classifier that was tuned with the encoder as an adapter that says what the tuning says."""
+    """Return the tuning's classifier as an adapter, with the description of the tuning."""
     tuned = file.description
     description = AdapterDescription(
         encoder_id=bundle.encoder_id,

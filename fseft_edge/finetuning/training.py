@@ -1,4 +1,4 @@
-"""Fine-tuning: an encoder and its classifier learn from augmented crops of annotated scans."""
+"""Fine-tuning: training of an encoder and its classifier on augmented crops of annotated scans."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _CROP_MM = 144.0
 _CROP_MULTIPLE = 32
-_BOTTLENECK = 2  # at most, of the coarsest level's stride
+_BOTTLENECK = 2  # the stride of the bottleneck is at most this many times the coarsest level's stride
 _WARMUP_STEPS = 20
 _LIVE_STATISTICS = 0.8
 _GREATEST_GRADIENT = 5.0
@@ -37,15 +37,15 @@ _STATISTICS_CROPS = 4
 
 
 class TunedNetwork(nn.Module):
-    """An encoder opened for fine-tuning, and the classifier of the organs to learn: a linear adapter.
+    """An encoder prepared for fine-tuning, with a linear adapter as the classifier of the organs.
 
     Args:
-        encoder: pre-trained; opened in place (:func:`fseft_edge.finetuning.unfreezing.unfreeze`).
-        organs: how many to learn.
-        settings: which of the encoder's parameters learn, and what the classifier reads.
+        encoder: pre-trained encoder; changed in place (:func:`fseft_edge.finetuning.unfreezing.unfreeze`).
+        organs: number of organs.
+        settings: settings of the fine-tuning.
 
     Attributes:
-        added: names, within the encoder, of those among them that hold nothing pre-trained.
+        added: names, within the encoder, of the trained parameters that have no pre-trained values.
         head: the classifier.
     """
 
@@ -62,11 +62,11 @@ class TunedNetwork(nn.Module):
 
     @torch.no_grad()
     def start_head(self, rows: HeadRows, batches: Iterable[Tensor]) -> None:
-        """Set the classifier to where it starts.
+        """Set the initial state of the classifier.
 
         Args:
-            rows: for each organ the encoder's own classifier, or None.
-            batches: windows ``[n, 1, X, Y, Z]``, whose features say by what features are normalised.
+            rows: for each organ, its classifier in the encoder's head, or None.
+            batches: windows ``[n, 1, X, Y, Z]``; the statistics of their features normalise the features.
         """
         statistics = FeatureStatistics(self.head)
         for windows in batches:
@@ -76,7 +76,7 @@ class TunedNetwork(nn.Module):
         self.head.start_from_head(rows)
 
     def learned(self) -> dict[str, Tensor]:
-        """Return what learned and what belongs to it, by name: parameters, and statistics of head and new decoder."""
+        """Return trained tensors by name: parameters, and statistics of the head and of a new decoder."""
         state = self.state_dict()
         names = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         names |= {f"head.{name}" for name, _ in self.head.named_buffers()}
@@ -91,10 +91,10 @@ class FineTuned:
     """A network after fine-tuning.
 
     Attributes:
-        network: on the CPU, in evaluation mode.
+        network: the network on the CPU, in evaluation mode.
         losses: mean loss of every ten steps.
-        steps: of the optimiser.
-        bfloat16: whether it computed in bfloat16.
+        steps: number of training steps.
+        bfloat16: True if the network was computed in bfloat16.
     """
 
     network: TunedNetwork
@@ -104,21 +104,21 @@ class FineTuned:
 
     @property
     def parameters(self) -> int:
-        """How many parameters learned, the classifier's included."""
+        """Number of trained parameters, including the parameters of the classifier."""
         return sum(parameter.numel() for parameter in self.network.parameters() if parameter.requires_grad)
 
 
 class OutOfTimeError(Exception):
-    """Fine-tuning would take longer than it may."""
+    """Fine-tuning would take longer than its time limit."""
 
 
 class DivergedError(CheckpointError):
-    """The weights that fine-tuning makes are not finite."""
+    """The gradient of a step of fine-tuning is not finite."""
 
 
 @memory_explained(
     "Memory ran out while the encoder was fine-tuned.",
-    remedy="Add --gradient-checkpointing, or let a step have fewer --crops or more portions (--accumulate).",
+    remedy="Add --gradient-checkpointing, reduce --crops, or increase --accumulate.",
 )
 def fine_tune(
     encoder: FeatureNetwork,
@@ -133,29 +133,33 @@ def fine_tune(
 ) -> FineTuned:
     """Fine-tune an encoder on annotated scans.
 
-    Batch statistics of what was pre-trained are held; a new decoder's are gathered during the first four fifths.
+    Batch normalisations of pre-trained parts use their running statistics and do not change them. Batch normalisations
+    of a new decoder update their running statistics during the first 80 % of the steps.
 
     Args:
-        encoder: pre-trained; changed in place.
+        encoder: pre-trained encoder; changed in place.
         cases: the support set on the encoder's grid.
-        rows: for each organ the encoder's own classifier, or None.
-        settings: what learns, and how.
-        preprocessing: the encoder's, for the size of a crop.
-        window: the encoder's, likewise.
-        seconds: give up after a few steps if all of them would take longer; None takes what it takes.
-        progress: where to show progress.
+        rows: for each organ, its classifier in the encoder's head, or None.
+        settings: settings of the fine-tuning.
+        preprocessing: preprocessing of the encoder, which determines the size of a crop.
+        window: window of the encoder in grid voxels, which limits the size of a crop.
+        seconds: time limit in seconds. Training stops after a few steps if all steps would take longer; None for no
+            limit.
+        progress: display for the progress; None shows nothing.
 
     Raises:
-        UsageError: the method does not fit the encoder.
-        OutOfTimeError: it would take longer than ``seconds``.
-        DivergedError: the weights are not finite.
+        UsageError: the method cannot be used with the encoder.
+        OutOfTimeError: all steps would take longer than ``seconds``.
+        DivergedError: the gradient of a step is not finite.
         OutOfMemoryError: memory ran out.
     """
-    cases = [case for case in cases if case.task_mask.any()]  # the others teach nothing
+    cases = [
+        case for case in cases if case.task_mask.any()
+    ]  # scans without an annotation do not contribute to the loss
     network = TunedNetwork(encoder, len(rows), settings).to(settings.device)
     for module in network.modules():
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
-            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
+            module.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's type stubs cover 2D only
     encoder.gradient_checkpointing = settings.checkpointing
     edge, spacing = settings.crop or crop_edge(encoder, preprocessing, window), preprocessing.spacing
     bfloat16 = has_bfloat16(settings.device) if settings.bfloat16 is None else settings.bfloat16
@@ -170,7 +174,7 @@ def fine_tune(
         random = np.random.default_rng([settings.seed, settings.steps])
         crops = (random_crop(cases, edge, random, spacing=spacing) for _ in range(_STATISTICS_CROPS))
         network.start_head(rows, (_image(batch_of([crop]), settings.device) for crop in crops))
-    # What cuDNN does is repeated exactly; gradients of padding and pooling are not on a GPU.
+    # With these flags cuDNN is deterministic; gradients of padding and pooling on a GPU are not.
     cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
     title = f"fine-tune ({settings.name})"
     exact = short_inputs_in_float32(network)
@@ -194,13 +198,13 @@ def fine_tune(
             if not bool(torch.isfinite(norm)):
                 raise DivergedError(
                     f"Fine-tuning diverged: the gradient of step {step + 1} is not finite.",
-                    remedy="Check the scans for values that are no HU, or choose another --seed or --method.",
+                    remedy="Check that the values of all scans are HU, or choose another --seed or --method.",
                 )
             optimizer.step()
             losses.append(total)
             task.advance(1)
             if step == 0:
-                begun = time.monotonic()  # the first step also sets things up
+                begun = time.monotonic()  # the first step includes one-time initialisation
             elif seconds is not None and (time.monotonic() - begun) / step * settings.steps > seconds:
                 raise OutOfTimeError
     encoder.gradient_checkpointing = False
@@ -209,14 +213,14 @@ def fine_tune(
 
 
 def _image(batch: Batch, device: torch.device) -> Tensor:
-    """Return a batch's crops as the network wants them."""
+    """Return the images of a batch on a device, in the channels-last memory format."""
     return batch.clean.to(device).contiguous(memory_format=torch.channels_last_3d)
 
 
 def crop_edge(encoder: FeatureNetwork, preprocessing: Preprocessing, window: tuple[int, int, int]) -> int:
-    """Return the edge of a crop in grid voxels: 144 mm, and within the encoder's window.
+    """Return the edge of a crop in grid voxels: 144 mm, at most the encoder's window.
 
-    It is a multiple of 32 and of what the bottleneck's stride may be, of which there are two at least.
+    The edge is a multiple of 32 and of the largest possible stride of the bottleneck, and at least twice this stride.
     """
     bottleneck = _BOTTLENECK * encoder.levels[-1].stride
     multiple = max(_CROP_MULTIPLE, bottleneck)
@@ -225,16 +229,16 @@ def crop_edge(encoder: FeatureNetwork, preprocessing: Preprocessing, window: tup
 
 
 def _set_mode(network: TunedNetwork, settings: TuningSettings, *, live: bool) -> None:
-    """Set training mode, with batch statistics held but for those of a new decoder that are still being gathered."""
+    """Set training mode; only batch normalisations of a new decoder update their statistics, and only if ``live``."""
     network.train()
-    gathered = renewed_parts(network.encoder) if live and settings.of_decoder == "new" else ()
+    updated = renewed_parts(network.encoder) if live and settings.of_decoder == "new" else ()
     for name, module in network.encoder.named_modules():
-        if isinstance(module, nn.BatchNorm3d) and name.partition(".")[0] not in gathered:
+        if isinstance(module, nn.BatchNorm3d) and name.partition(".")[0] not in updated:
             module.eval()
 
 
 def _optimizer(network: TunedNetwork, settings: TuningSettings) -> torch.optim.AdamW:
-    """Return AdamW with its peak rates: pre-trained matrices of a network without batch statistics learn slowly."""
+    """Return AdamW with peak rates; without batch normalisation, pre-trained matrices have a lower rate."""
     has_batch_norm = any(isinstance(module, nn.BatchNorm3d) for module in network.modules())
     all_fast = has_batch_norm or settings.learns_few_numbers
     fast: list[nn.Parameter] = list(network.head.parameters())

@@ -1,4 +1,4 @@
-"""The tuning file ``NAME.tuning``: what fine-tuning changed in an encoder, and the classifier that came with it."""
+"""The tuning file ``NAME.tuning``: the tensors that fine-tuning trained in an encoder, and the trained classifier."""
 
 from __future__ import annotations
 
@@ -28,19 +28,22 @@ SUFFIX = "tuning"
 
 
 class TuningDescription(SelfDescription):
-    """What a tuning is, of which encoder, and how it was made.
+    """The metadata of a tuning: its encoder, its organs and its training.
 
     Attributes:
-        encoder_id, encoder_name: of the encoder that it changes.
-        method, decoder, rank: which of its parts learned, see :mod:`fseft_edge.finetuning.settings`.
-        reads: the levels that the classifier uses, in the words of the file format.
-        organs: what the classifier's rows are for, in order.
+        encoder_id: id of the encoder that was fine-tuned.
+        encoder_name: name of the encoder that was fine-tuned.
+        method: method of the fine-tuning (see :class:`fseft_edge.finetuning.settings.TuningSettings`).
+        decoder: training of the decoder (see :class:`fseft_edge.finetuning.settings.TuningSettings`).
+        reads: the levels that the classifier uses, in the terms of the file format.
+        rank: rank of low-rank sums.
+        organs: the organs of the classifier, in the order of its outputs.
         shots: number of annotated scans.
-        seed: of everything random.
-        steps: of the optimiser.
-        parameters: how many learned.
+        seed: seed for all random choices.
+        steps: number of training steps.
+        parameters: number of trained parameters.
         losses: mean loss of every ten steps.
-        bfloat16: whether training computed in bfloat16.
+        bfloat16: True if the network was computed in bfloat16 during training.
     """
 
     schema_version: Literal[1] = 1
@@ -66,35 +69,35 @@ class TuningDescription(SelfDescription):
 
     @property
     def kind(self) -> str:
-        """What kind of fine-tuning it is, for people."""
+        """Description of the fine-tuning for printed lines."""
         levels = "all levels" if self.levels == "all" else "the finest level"
         return f"{self.method}, decoder {self.decoder}, classifier on {levels}, {self.parameters} parameters"
 
 
 @dataclass(frozen=True, eq=False)
 class TuningFile:
-    """What fine-tuning changed, with its description.
+    """The content of a tuning file.
 
     Attributes:
-        description: what it is.
-        tensors: by name within a :class:`fseft_edge.finetuning.training.TunedNetwork`.
+        description: the metadata.
+        tensors: the trained tensors, by their name in a :class:`fseft_edge.finetuning.training.TunedNetwork`.
     """
 
     description: TuningDescription
     tensors: dict[str, Tensor]
 
     def check_encoder(self, bundle: EncoderBundle, path: Path) -> None:
-        """Raise :class:`AdapterError` unless this is the encoder that was fine-tuned."""
+        """Raise AdapterError if ``bundle`` is not the encoder that was fine-tuned; ``path`` is the tuning file."""
         if bundle.encoder_id != self.description.encoder_id:
             raise AdapterError(
-                f"{path} changes the encoder {self.description.encoder_name} "
-                f"({self.description.encoder_id[:12]}), not {bundle.path} ({bundle.encoder_id[:12]}).",
-                remedy="Name the encoder that was fine-tuned by --encoder.",
+                f"{path} belongs to the encoder {self.description.encoder_name} (id "
+                f"{self.description.encoder_id[:12]}), but {bundle.path} has the id {bundle.encoder_id[:12]}.",
+                remedy="Set --encoder to the encoder that was fine-tuned.",
             )
 
 
 def write_tuning(path: Path, file: TuningFile) -> None:
-    """Write a tuning; it appears complete or not at all, and the same tuning gives the same bytes."""
+    """Write a tuning file atomically; equal tunings give equal bytes."""
     write_described(path, TUNING_KEY, file.description, file.tensors)
 
 
@@ -102,7 +105,7 @@ def read_tuning(path: Path) -> TuningFile:
     """Return the tuning in a file.
 
     Raises:
-        AdapterError: the file is missing, damaged, no tuning, or of an unknown schema.
+        AdapterError: the file is missing, is damaged, is not a tuning, or has an unknown schema version.
     """
     header, tensors = read_described(path, TUNING_KEY, suffix=SUFFIX, schema=1)
     try:

@@ -1,4 +1,4 @@
-"""Which parameters of an encoder learn: everything is frozen, then a method's own parts are added or opened."""
+"""Selection of the trained parameters: all parameters are frozen, then each method adds or unfreezes its own."""
 
 from __future__ import annotations
 
@@ -17,35 +17,36 @@ _NORMS = (nn.LayerNorm, nn.InstanceNorm3d, nn.BatchNorm3d, nn.GroupNorm)
 
 
 def unfreeze(network: FeatureNetwork, settings: TuningSettings) -> frozenset[str]:
-    """Prepare an encoder for fine-tuning, in place: afterwards exactly the parameters with a gradient learn.
+    """Prepare an encoder for fine-tuning, in place: only the parameters to train require a gradient afterwards.
 
-    With ``frozen`` and ``tuned`` decoders the network still computes what it did; a new decoder starts from weights
-    that ``settings.seed`` decides on.
+    With a ``frozen`` or ``tuned`` decoder, the output of the network does not change. A ``new`` decoder receives random
+    weights, determined by ``settings.seed``.
 
     Args:
         network: a pre-trained encoder.
-        settings: of which method, decoder, rank and seed count.
+        settings: settings of the fine-tuning; only method, decoder, rank and seed are used.
 
     Returns:
-        The names of those parameters that learn and hold nothing pre-trained: added ones, and a new decoder's.
+        The names of the trained parameters that have no pre-trained values: added parameters, and the parameters of a
+        new decoder.
 
     Raises:
-        UsageError: the method does not fit the network, or finds nothing in it.
+        UsageError: the method cannot be used with the network, or finds no parameters to train in the network.
     """
     network.requires_grad_(False)
     before = {name for name, _ in network.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        _open_method(network, settings)
+        _unfreeze_method(network, settings)
         opened = any(parameter.requires_grad for parameter in network.parameters())
         if not opened and (settings.method != "decoder" or settings.of_decoder == "frozen"):
             raise UsageError(
-                f"With --method {settings.method} and --decoder {settings.of_decoder} nothing of this encoder would "
-                "learn by that method.",
-                remedy="Choose another method, or another --decoder.",
+                f"--method {settings.method} with --decoder {settings.of_decoder} finds no parameters to train in this "
+                "encoder.",
+                remedy="Choose another --method or another --decoder.",
             )
         if settings.of_decoder != "frozen":
-            _open_decoder(network, afresh=settings.of_decoder == "new")
+            _unfreeze_decoder(network, afresh=settings.of_decoder == "new")
         elif settings.method == "full":
             for name in network.decoder_parts:
                 network.get_submodule(name).requires_grad_(False)
@@ -55,19 +56,19 @@ def unfreeze(network: FeatureNetwork, settings: TuningSettings) -> frozenset[str
 
 
 def renewed_parts(network: FeatureNetwork) -> tuple[str, ...]:
-    """Return the submodules that a new decoder replaces: of a self-supervised encoder, all that was never trained."""
+    """Return the submodules that ``decoder="new"`` trains from random weights: decoder and bridges."""
     return network.decoder_parts + network.bridge_parts
 
 
-def _open_method(network: FeatureNetwork, settings: TuningSettings) -> None:
+def _unfreeze_method(network: FeatureNetwork, settings: TuningSettings) -> None:
     encoder = _Encoder(network, renewed_parts(network) if settings.of_decoder == "new" else network.decoder_parts)
     match settings.method:
         case "full":
             network.requires_grad_(True)
         case "affine":
-            encoder.open_norms()
+            encoder.unfreeze_norms()
         case "bitfit":
-            encoder.open_biases()
+            encoder.unfreeze_biases()
         case "lora":
             encoder.add_low_rank_sums(settings.rank)
         case "conv-adapter":
@@ -76,47 +77,47 @@ def _open_method(network: FeatureNetwork, settings: TuningSettings) -> None:
         case "adaptformer" | "med-adapter" | "compacter":
             add_inserts(network, settings.method)
             if settings.method == "compacter":
-                encoder.open_norms()
+                encoder.unfreeze_norms()
 
 
 class _Encoder:
-    """What lies outside the decoder, which is what a method concerns.
+    """The part of a network outside the decoder, in which a method trains its parameters.
 
     Args:
-        network: the whole.
-        without: names of the submodules that do not count.
+        network: the whole network.
+        without: names of the submodules that do not belong to this part.
     """
 
     def __init__(self, network: FeatureNetwork, without: Sequence[str]) -> None:
         self._network, self._without = network, without
 
     def modules(self) -> list[nn.Module]:
-        """Return the modules."""
+        """Return all modules of this part."""
         named = self._network.named_modules()
         return [module for name, module in named if name and name.partition(".")[0] not in self._without]
 
     def convolutions(self) -> list[nn.Conv3d]:
-        """Return the convolutions that see a voxel's neighbours."""
+        """Return all ungrouped 3x3x3 convolutions of this part."""
         return [
             module
             for module in self.modules()
             if isinstance(module, nn.Conv3d) and set(module.kernel_size) == {3} and module.groups == 1
         ]
 
-    def open_norms(self) -> None:
-        """Let gains and offsets of normalisations learn."""
+    def unfreeze_norms(self) -> None:
+        """Unfreeze gains and offsets of all normalisations."""
         for module in self.modules():
             if isinstance(module, _NORMS):
                 module.requires_grad_(True)
 
-    def open_biases(self) -> None:
-        """Let every bias learn."""
+    def unfreeze_biases(self) -> None:
+        """Unfreeze all biases."""
         for name, parameter in self._network.named_parameters():
             if name.endswith("bias") and name.partition(".")[0] not in self._without:
                 parameter.requires_grad_(True)
 
     def add_low_rank_sums(self, rank: int) -> None:
-        """Add them to the attention's matrices; where there is no attention, to the convolutions."""
+        """Add low-rank sums to the attention matrices; without attention, to the convolutions."""
         found = [getattr(module, "qkv", None) for module in self.modules()]
         attention = [matrix for matrix in found if isinstance(matrix, nn.Linear)]
         for matrix in attention:
@@ -126,9 +127,12 @@ class _Encoder:
                 add_sum(convolution, LowRankSum(convolution.weight, rank))
 
 
-def _open_decoder(network: FeatureNetwork, *, afresh: bool) -> None:
+def _unfreeze_decoder(network: FeatureNetwork, *, afresh: bool) -> None:
     if not network.decoder_parts:
-        raise UsageError("This encoder has no decoder of its own.", remedy="Leave --decoder out.")
+        raise UsageError(
+            "This encoder has no separate decoder that could be trained.",
+            remedy="Add --decoder frozen, or choose another --method.",
+        )
     for name in renewed_parts(network) if afresh else network.decoder_parts:
         part = network.get_submodule(name)
         part.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""A small site that fine-tunes: an encoder and two annotated scans."""
+"""A tiny encoder and two annotated scans for tests of fine-tuning."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FOR_A_UNET: tuple[TuningMethod, ...] = ("lora", "affine", "bitfit", "conv-adapte
 
 
 def parameters_in(tensors: dict[str, torch.Tensor]) -> int:
-    """How many parameters there are; what the classifier normalises by is none."""
+    """Return the number of parameters, without the statistics for normalising features."""
     normalisation = re.compile(r"head\.(mean|scale)_\d")
     return sum(value.numel() for name, value in tensors.items() if not normalisation.fullmatch(name))
 
 
 @dataclass(frozen=True)
 class TuningSite:
-    """An encoder and two annotated scans."""
+    """A tiny encoder and two annotated scans."""
 
     root: Path
     bundle: EncoderBundle
@@ -49,7 +49,7 @@ class TuningSite:
         )
 
     def support(self) -> TuningSupport:
-        """Return both scans as what fine-tuning learns liver and spleen from."""
+        """Return the support set of both scans, with liver and spleen."""
         images = sorted((self.root / "images").iterdir())
         annotated = [(image, read_label_map(self.root / "labels" / image.name)) for image in images]
         return load_tuning_support(annotated, [LIVER, SPLEEN], self.bundle, SilentProgress())
