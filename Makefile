@@ -4,34 +4,42 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
+# What a user needs, and what tests and checks need beside it.
+USER_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 # The CPU and GPU wheels of ONNX Runtime overwrite one another: take the one that fits this machine.
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 BENCHMARK ?= kshot
 
 .PHONY: install-runtime demo test test-gpu lint build benchmark lock clean
 
-$(STAMP): pyproject.toml requirements.lock
+$(USER_STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[$(RUNTIME),dev]'
-	touch $(STAMP)
+	$(PIP) --editable '.[$(RUNTIME)]'
+	touch $@
 
-# What a site needs to run it, and no more; the Dockerfile's step.
+$(DEV_STAMP): $(USER_STAMP)
+	$(PIP) --editable '.[$(RUNTIME),dev]'
+	touch $@
+
+# The same for a site, with the package itself installed and not linked to this folder; a step of the Dockerfile.
 install-runtime:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock '.[$(RUNTIME),cluster]'
+	$(PIP) '.[$(RUNTIME),cluster]'
 
-demo: $(STAMP)
+demo: $(USER_STAMP)
 	$(BIN)/fseft-edge demo --output demo
 
-test: $(STAMP)
-	$(BIN)/pytest
+# One process for each core, at most four: each takes up to 2 GB.
+test: $(DEV_STAMP)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-# What needs an NVIDIA GPU; `make test` skips it where there is none.
-test-gpu: $(STAMP)
+# Tests that need an NVIDIA GPU; `make test` skips them on a machine without one.
+test-gpu: $(DEV_STAMP)
 	$(BIN)/pytest -m gpu
 
-lint: $(STAMP)
+lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/wheel build/tree
@@ -41,11 +49,11 @@ lint: $(STAMP)
 	cp pyproject.toml build/tree/
 	cd build/tree && MYPYPATH=. $(abspath $(BIN))/mypy --config-file pyproject.toml -p fseft_edge
 
-build: $(STAMP)
+build: $(DEV_STAMP)
 	$(BIN)/python -m build --outdir dist .
 
 # One of the scripts in benchmarks/, e.g. `make benchmark BENCHMARK=speed`; those on real CT need FSEFT_EDGE_DATA.
-benchmark: $(STAMP)
+benchmark: $(DEV_STAMP)
 	$(BIN)/python benchmarks/$(BENCHMARK).py
 
 # New exact versions, after pyproject.toml has changed: resolves afresh in a throw-away environment.
