@@ -2,14 +2,10 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 
 import numpy as np
 import pytest
 from doubles.repository import ROOT
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation import transduction
@@ -121,16 +117,6 @@ def test_specks_on_one_line_of_voxels_are_counted(axis: int) -> None:
 @pytest.mark.parametrize("mask", [INNER, box((11, 12), (9, 10), (7, 8)), np.ones(SHAPE, bool)])
 def test_one_piece_is_whole_wherever_it_lies(mask: Mask) -> None:
     assert largest_component_share(mask) == 1.0
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(mask=arrays(np.bool_, (6, 5, 4), elements=st.booleans()).filter(np.any))
-def test_scipy_finds_the_same_share_where_cc3d_is_missing(monkeypatch: pytest.MonkeyPatch, mask: Mask) -> None:
-    pytest.importorskip("cc3d", reason="nothing to compare with")
-    share = largest_component_share(mask)
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "cc3d", None)
-        assert largest_component_share(mask) == share
 
 
 @pytest.mark.parametrize(("method", "least"), [("linear", 0.75), ("pointwise", 0.84), ("spatial", 0.84)])
