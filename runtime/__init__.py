@@ -1,1 +1,1 @@
-"""Ground floor: from a CT on disk to cached feature maps. No training, no command line."""
+"""Base layer: from a CT on disk to a cached feature map. It contains no training and no command line."""

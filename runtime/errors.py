@@ -1,8 +1,8 @@
-"""Every error a user can cause or meet: one class a kind, each with an exit code and a remedy.
+"""All errors that have a cause outside the program. Each class is one kind of error and has an exit code.
 
-Exit codes: 0 done, 1 unexpected (a bug), 2 wrong use, 3 bad input, 4 environment, 5 some cases failed.
-The command line maps an exception to its exit code in one place and prints ``message`` and ``remedy``;
-a traceback is shown only for what is not a :class:`FseftEdgeError`.
+Exit codes: 0 success, 1 unexpected error (a bug), 2 wrong use, 3 bad input, 4 environment, 5 some cases failed.
+The command line maps an exception to its exit code in one place and prints ``message`` and ``remedy``.
+It prints a traceback only for an exception that is not a :class:`FseftEdgeError`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import ClassVar
 
 
 class FseftEdgeError(Exception):
-    """A failure that has a cause outside the program, a remedy, and an exit code.
+    """Base class of all errors that have a cause outside the program.
 
     Args:
-        message: what is wrong, one sentence that names the file or value.
-        remedy: what the user can do about it, one sentence.
+        message: one sentence that names the file or value and states the problem.
+        remedy: one sentence that states what the user can do.
     """
 
     exit_code: ClassVar[int] = 1
@@ -31,147 +31,147 @@ class FseftEdgeError(Exception):
         return f"{self.message} {self.remedy}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Let another process have the error whole; by itself Python would build it from the message alone."""
+        """Support pickling with all attributes, so that a worker process can send the error to its parent process."""
         return partial(type(self), remedy=self.remedy), (self.message,), self.__dict__
 
 
 class UsageError(FseftEdgeError):
-    """Options or arguments that contradict one another or make no sense together."""
+    """Options or arguments are invalid, or cannot be used together."""
 
     exit_code = 2
 
 
 class InputError(FseftEdgeError):
-    """A file or folder that the user gave is not what it should be."""
+    """The user gave a file or folder with wrong or unusable content."""
 
     exit_code = 3
 
 
 class UnreadableFileError(InputError):
-    """A file is missing, truncated, or not in the format its name promises."""
+    """A file is missing, truncated, or not in the expected format."""
 
 
 class NotACtError(InputError):
-    """A readable image is not a single CT volume (4D, colour, one slice, intensities that are no HU)."""
+    """A readable image is not a single CT volume: for example 4D, colour, one slice, or intensities not in HU."""
 
 
 class GeometryError(InputError):
-    """A lattice is missing, degenerate, or differs from the one it must equal."""
+    """The voxel lattice of an image is missing or degenerate, or differs from the lattice that it must match."""
 
 
 class ArchiveError(InputError):
-    """A zip archive is encrypted, damaged, or larger unpacked than is allowed."""
+    """A zip archive is encrypted or damaged, or its unpacked size exceeds the limit."""
 
 
 class NoSeriesError(InputError):
-    """Nothing in a file, folder or archive is a DICOM series of CT slices that can be read."""
+    """A file, folder or archive contains no readable DICOM series of CT slices."""
 
 
 class ChooseSeriesError(InputError):
-    """Several DICOM series could be meant, or the one that was named is not there."""
+    """Several DICOM series match the request, or none does."""
 
 
 class SeveralPatientsError(ChooseSeriesError):
-    """DICOM images of more than one patient lie together."""
+    """A file, folder or archive contains DICOM images of more than one patient."""
 
 
 class OtherModalityError(NotACtError):
-    """DICOM images of another modality than CT."""
+    """The modality of a DICOM series is not CT."""
 
 
 class LocaliserError(NotACtError):
-    """A DICOM series of localisers (scouts), the overview images that a CT is planned on."""
+    """A DICOM series contains localisers (scouts): overview images for planning a CT."""
 
 
 class SecondaryCaptureError(NotACtError):
-    """A DICOM series of screenshots or scanned pictures, which hold no HU."""
+    """A DICOM series contains screenshots or scanned pictures, which have no HU values."""
 
 
 class SliceStackError(GeometryError):
-    """The slices of a DICOM series are not one even stack."""
+    """The slices of a DICOM series do not form one stack with equal distances."""
 
 
 class MissingSliceError(SliceStackError):
-    """A DICOM series has a gap where slices should be."""
+    """One or more slices within a DICOM series are missing."""
 
 
 class DuplicateSliceError(SliceStackError):
-    """A DICOM series has several slices at one place: copies, or phases of a dynamic scan."""
+    """A DICOM series has several slices at the same position: copies, or phases of a dynamic scan."""
 
 
 class UnevenSlicesError(SliceStackError):
-    """The slices of a DICOM series lie at uneven distances, or not above one another."""
+    """The distances between the slices of a DICOM series are unequal, or slices are shifted sideways."""
 
 
 class GantryTiltError(SliceStackError):
-    """The slices of a DICOM series are shifted against one another by a tilted gantry."""
+    """A DICOM series was acquired with a tilted gantry, so that each slice is shifted relative to the next."""
 
 
 class MixedSeriesError(InputError):
-    """One DICOM series holds images of several patients, studies or frames of reference."""
+    """One DICOM series contains images of several patients, studies or frames of reference."""
 
 
 class RescaleError(InputError):
-    """A DICOM series does not say how its stored values become HU."""
+    """The headers of a DICOM series do not define how stored values convert to HU."""
 
 
 class PixelFormatError(InputError):
-    """The pixels of a DICOM series are stored in a way in which no CT is."""
+    """The pixel format of a DICOM series is not a pixel format of CT."""
 
 
 class NoDecoderError(InputError):
-    """A DICOM series is compressed in a way for which no decoder is installed, or for which there is none."""
+    """No installed decoder, or no supported decoder, can decompress a DICOM series."""
 
 
 class LabelError(InputError):
-    """Annotations do not contain what was asked for."""
+    """An annotation is not a valid label map, or lacks a requested label value."""
 
 
 class EncoderBundleError(InputError):
-    """An encoder bundle is incomplete, changed, or of an unknown schema."""
+    """An encoder bundle is incomplete, was changed, or has an unknown schema."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint is unreadable, unsafe, or of another network."""
+    """A checkpoint is unreadable, unsafe, or belongs to another network."""
 
 
 class AdapterError(InputError):
-    """An adapter file is damaged, of an unknown schema, or was made with another encoder."""
+    """An adapter file is damaged, has an unknown schema, or was made with another encoder."""
 
 
 class BatchStateError(InputError):
-    """The state of a batch is damaged, from a newer version, or of other adapters."""
+    """The state of a batch is damaged, was written by a newer version, or belongs to other adapters."""
 
 
 class EnvironmentProblemError(FseftEdgeError):
-    """The machine lacks something: a backend, memory, disk space."""
+    """The machine lacks a resource, such as a backend, memory or disk space."""
 
     exit_code = 4
 
 
 class MissingBackendError(EnvironmentProblemError):
-    """An inference backend, or an extra that was asked for, is not installed or cannot run on this machine."""
+    """A requested inference backend or optional package is not installed, or cannot run on this machine."""
 
 
 class ParityError(EnvironmentProblemError):
-    """An exported graph does not compute what the toolkit itself computes, so it was not written."""
+    """The output of an exported graph differs from the output of the toolkit. The graph was not written."""
 
 
 class EngineError(EnvironmentProblemError):
-    """A compiled engine is missing, damaged, or of another graph, library version or GPU."""
+    """A compiled engine is missing or damaged, or was built for another graph, library version or GPU."""
 
 
 class OutOfSpaceError(EnvironmentProblemError):
-    """A disk is full or not writable."""
+    """A disk is full, or a folder is not writable."""
 
 
 class OutOfMemoryError(EnvironmentProblemError):
-    """The work does not fit into the memory of the machine or the budget given.
+    """The work needs more memory than the machine has or the memory budget allows.
 
     Args:
-        message: see :class:`FseftEdgeError`.
-        remedy: likewise.
-        least: bytes that would be enough, where a budget is too small.
+        message: one sentence that states the problem.
+        remedy: one sentence that states what the user can do.
+        least: smallest sufficient budget in bytes, if a budget is too small; else 0.
     """
 
     def __init__(self, message: str, *, remedy: str, least: int = 0) -> None:
@@ -180,12 +180,12 @@ class OutOfMemoryError(EnvironmentProblemError):
 
 
 class SomeCasesFailedError(FseftEdgeError):
-    """A run over several cases finished, but not for all of them.
+    """A run over several cases finished, and at least one case failed.
 
     Args:
-        message: see :class:`FseftEdgeError`.
-        remedy: see the same.
-        completed: results of the cases that did not fail.
+        message: one sentence that states how many cases failed.
+        remedy: one sentence that states what the user can do.
+        completed: results of the successful cases.
     """
 
     exit_code = 5

@@ -1,1 +1,1 @@
-"""The machine and its files: memory, libraries, atomic writes, progress. Nothing here knows what a scan is."""
+"""Access to the machine and its files: memory, libraries, atomic writing, progress. It is independent of scans."""

@@ -1,4 +1,4 @@
-"""Writing a file or a folder so that it appears complete under its name, or not at all."""
+"""Atomic writing: a file or folder appears under its final name only after it is complete."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from pathlib import Path
 
 from fseft_edge.runtime.errors import OutOfSpaceError, UsageError
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Give a temporary path next to ``target``; what the body wrote there becomes ``target`` when it ends well.
+    """Yield a temporary path next to ``target``; rename the temporary file to ``target`` after the body succeeds.
 
-    The temporary name starts with a dot and ends with the target's own suffixes (``.nii.gz``). Missing parent folders
-    are made. After the body the file is flushed to disk, then renamed over ``target``. On any exception, an interrupt
-    included, the temporary file is removed and ``target`` stays as it was.
+    The temporary name starts with a dot and ends with the suffixes of the target (``.nii.gz``). Missing parent folders
+    are created. After the body succeeds, the file is flushed to disk and replaces ``target``. After any exception,
+    including an interrupt, the temporary file is removed and ``target`` is unchanged.
 
     Raises:
-        OutOfSpaceError: the disk is full, the quota is spent, or the folder cannot be written to.
+        OutOfSpaceError: the disk is full, the quota is used up, or the folder is not writable.
         UsageError: ``target`` is a folder.
     """
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder, not a file.", remedy="Name a file to write to.")
+    _check_not_a_folder(target)
     temporary = _temporary_sibling(target)
-    with _explained(target, temporary):
+    with _write_errors_named(target, temporary):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -44,35 +43,35 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 def check_writable(target: Path) -> None:
-    """Make sure, before long work, that a file can be written under this name; nothing stays behind.
+    """Check, before long work, that the file ``target`` can be written. No file remains after the check.
 
     Raises:
-        OutOfSpaceError: the folder, or the nearest one above it that exists, cannot be written to.
+        OutOfSpaceError: the folder of ``target``, or its nearest existing parent folder, is not writable.
         UsageError: ``target`` is a folder.
     """
-    if target.is_dir():
-        raise UsageError(f"{target} is a folder, not a file.", remedy="Name a file to write to.")
+    _check_not_a_folder(target)
     folder = next(parent for parent in target.absolute().parents if parent.exists())
     probe = _temporary_sibling(folder / target.name)
-    with _explained(target, probe):
+    with _write_errors_named(target, probe):
         probe.touch()
         probe.unlink()
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Give a new temporary folder next to ``target``; it becomes ``target`` when the body ends well.
+    """Yield a new temporary folder next to ``target``; rename this folder to ``target`` after the body succeeds.
 
-    With ``overwrite`` an existing folder is moved aside first and deleted only after the new one stands in its place;
-    on any exception, an interrupt included, it is put back and the temporary folder is removed.
+    With ``overwrite``, an existing folder is renamed first, and deleted only after the new folder is in its place.
+    After any exception, including an interrupt, the existing folder gets its name back and the temporary folder is
+    removed.
 
     Raises:
-        OutOfSpaceError: the disk is full, the quota is spent, or the folder cannot be written to.
-        UsageError: ``target`` exists and ``overwrite`` is false, or it is not a folder.
+        OutOfSpaceError: the disk is full, the quota is used up, or the parent folder is not writable.
+        UsageError: ``target`` exists and ``overwrite`` is false, or ``target`` is not a folder.
     """
-    _check_free(target, overwrite=overwrite)
+    _check_name_is_free(target, overwrite=overwrite)
     temporary = _temporary_sibling(target)
-    with _explained(target, temporary):
+    with _write_errors_named(target, temporary):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         try:
@@ -80,33 +79,40 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
             for path in sorted(temporary.rglob("*")):
                 _flush(path)
             _flush(temporary)
-            _check_free(target, overwrite=overwrite)  # another process may have been faster
-            _put_in_place(temporary, target)
+            _check_name_is_free(target, overwrite=overwrite)  # another process may have written the folder meanwhile
+            _rename_or_replace(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _flush(target.parent)
 
 
-def _check_free(target: Path, *, overwrite: bool) -> None:
+def _check_not_a_folder(target: Path) -> None:
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder, not a file.", remedy="Give the name of a file to write.")
+
+
+def _check_name_is_free(target: Path, *, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} exists and is not a folder.", remedy="Choose another name.")
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} already exists.", remedy="Choose another name, or allow it to be overwritten.")
+        raise UsageError(
+            f"{target} already exists.", remedy="Choose another name, or delete the existing folder first."
+        )
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
+def _rename_or_replace(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)
         return
-    aside = _temporary_sibling(target)
-    target.rename(aside)
+    previous = _temporary_sibling(target)
+    target.rename(previous)
     try:
         temporary.rename(target)
     except BaseException:
-        aside.rename(target)
+        previous.rename(target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _temporary_sibling(target: Path) -> Path:
@@ -122,23 +128,24 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(target: Path, temporary: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write into an :class:`OutOfSpaceError` that names ``target``.
+def _write_errors_named(target: Path, temporary: Path) -> Iterator[None]:
+    """Convert an :class:`OSError` about writing into an :class:`OutOfSpaceError` that names ``target``.
 
-    An error that carries the name of a file elsewhere (an input that may not be read) passes unchanged.
+    An error about an unrelated file, such as an unreadable input, passes unchanged.
     """
     try:
         yield
     except OSError as error:
         concerned = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else temporary
         ours = concerned == temporary or temporary in concerned.parents or concerned in target.parents
-        if ours and error.errno in _NO_ROOM:
+        if ours and error.errno in _DISK_FULL:
             raise OutOfSpaceError(
-                f"There is no room left to write {target}.", remedy="Free some space on that disk, or write elsewhere."
+                f"{target} cannot be written: the disk is full, or the disk quota is used up.",
+                remedy="Free disk space, or write to another disk.",
             ) from error
         if ours and error.errno in _NOT_WRITABLE:
             raise OutOfSpaceError(
                 f"{target} cannot be written: {error.strerror}.",
-                remedy="Write to a folder that this account may write to.",
+                remedy="Write to a folder for which your account has write permission.",
             ) from error
         raise

@@ -1,4 +1,4 @@
-"""The libraries that backends compute with: installed or not, working or broken, which version, what they offer."""
+"""State of the libraries of the inference backends: installed, working, version, and capabilities on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WHEELS: Final[dict[str, tuple[str, ...]]] = {
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
 }
-"""By module, the distributions that may hold it."""
+"""For each module, the names of the distributions that can contain it."""
 
 NOT_INSTALLED: Final = "not installed"
 
@@ -29,15 +29,16 @@ _TELEMETRY: Final = "openvino_telemetry"
 
 @dataclass(frozen=True)
 class Library:
-    """A library, asked.
+    """State of one library on this machine.
 
     Attributes:
-        module: name that it is imported by.
-        wheels: the installed distributions that hold it; two that overwrite one another are a mistake.
-        version: of the first of them, or what the module says.
-        state: whether it is there and can be imported.
-        problem: why not.
-        offers: what it can do here, e.g. its execution providers.
+        module: import name of the library.
+        wheels: installed distributions that contain the module. More than one is an installation error, because their
+            files overwrite one another.
+        version: version of the first distribution, or the ``__version__`` of the module.
+        state: ``ready`` if the library can be imported, else ``missing`` or ``broken``.
+        problem: reason why the library is not ready; None if the library is ready.
+        offers: capabilities of the library on this machine, for example its execution providers.
     """
 
     module: str
@@ -49,16 +50,17 @@ class Library:
 
 
 def import_library(module: str) -> ModuleType:
-    """Return a library, imported; onnxruntime and openvino without the telemetry that they would set up.
+    """Import a library and return the module. The telemetry of onnxruntime and openvino is switched off.
 
-    Since 1.29, ONNX Runtime reports its use over the network unless it is told not to before it is imported; it
-    decides once for the process. OpenVINO's conversion tools report through a package of their own.
+    Since version 1.29, ONNX Runtime reports its use over the network unless an environment variable is set before the
+    first import in a process. The conversion tools of OpenVINO report through the separate package
+    ``openvino_telemetry``.
     """
     if module == "onnxruntime":
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     if module != "openvino" or module in sys.modules or _TELEMETRY in sys.modules:
         return import_module(module)
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # marks it as not there: a stub that sends nothing serves
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # hides the package, so OpenVINO uses a stub
     try:
         return import_module(module)
     finally:
@@ -66,35 +68,35 @@ def import_library(module: str) -> ModuleType:
 
 
 @functools.cache
-def openvino_core() -> Any:  # noqa: ANN401 - of a library that may not be there
-    """Return the process's one OpenVINO, which stays until the process ends.
+def openvino_core() -> Any:  # noqa: ANN401 - the type belongs to an optional library
+    """Return the only OpenVINO ``Core`` of this process. The object exists until the process ends.
 
-    Each gives the thread a stack for signals of its own and, when it goes, the stack that was there before. Of two that
-    go in the order they came, the second gives back the first one's, which is freed: the next signal, such as Ctrl-C,
-    then ends the process in a segmentation fault (OpenVINO 2026.4).
+    Each ``Core`` installs a new signal stack for the thread and restores the previous stack when the ``Core`` is
+    deleted. If two cores are deleted in the order of their creation, the second restores the stack of the first, which
+    is already freed. The next signal, such as Ctrl-C, then causes a segmentation fault (OpenVINO 2026.4).
     """
     return import_library("openvino").Core()
 
 
 def import_problem(module: str) -> str | None:
-    """Return why a module cannot be used, or ``None`` when it can; it is imported to find out.
+    """Return the reason why a module cannot be used, or None if it can. This function imports the module.
 
-    ``auto`` asks this before it takes a backend, so that a broken library costs speed and not the work.
+    The backend choice ``auto`` calls this function first, so that it skips a broken library and uses a slower backend.
     """
     try:
         if find_spec(module) is None:
             return NOT_INSTALLED
-    except (ImportError, ValueError):  # ValueError: a module in memory without a specification, which is no library
+    except (ImportError, ValueError):  # ValueError: a module in memory has no import specification
         return NOT_INSTALLED
     try:
         import_library(module)
-    except Exception as error:  # a broken library fails in any way
+    except Exception as error:  # the import of a broken library can raise any exception
         return f"broken: {_first_line(error)}"
     return None
 
 
 def library(module: str) -> Library:
-    """Return what can be said of a library."""
+    """Return the state of a library."""
     installed = {wheel: number for wheel in WHEELS[module] if (number := _version(wheel))}
     number = next(iter(installed.values()), None)
     problem = import_problem(module)
@@ -104,19 +106,19 @@ def library(module: str) -> Library:
     try:
         imported = import_library(module)
         offers = tuple(_OFFERS[module](imported)) if module in _OFFERS else ()
-    except Exception as error:  # likewise
+    except Exception as error:  # a broken library can raise any exception
         return Library(module, tuple(installed), number, "broken", _first_line(error))
     return Library(module, tuple(installed), number or getattr(imported, "__version__", None), "ready", None, offers)
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the version of everything that a backend's speed depends on, by distribution; nothing is imported."""
+    """Return the version of each installed distribution that affects the speed of a backend. Nothing is imported."""
     names = ("fseft-edge", *(wheel for wheels in WHEELS.values() for wheel in wheels))
     return {name: number for name in names if (number := _version(name))}
 
 
 def cuda_problem() -> str | None:
-    """Return why PyTorch cannot use an NVIDIA GPU, or ``None`` when it can."""
+    """Return the reason why PyTorch cannot use an NVIDIA GPU, or None if it can."""
     problem = import_problem("torch")
     if problem is not None:
         return f"PyTorch is {problem}"
@@ -125,20 +127,20 @@ def cuda_problem() -> str | None:
         return f"this PyTorch ({torch.__version__}) was built without CUDA"
     try:
         torch.cuda.init()
-    except Exception as error:  # drivers fail in many ways
+    except Exception as error:  # PyTorch raises several kinds of exception
         return f"PyTorch ({torch.__version__}) cannot start CUDA: {_first_line(error)}"
-    return None if torch.cuda.device_count() else "PyTorch sees no GPU"
+    return None if torch.cuda.device_count() else "PyTorch finds no GPU"
 
 
-def _torch_offers(torch: Any) -> list[str]:  # noqa: ANN401 - a library
+def _torch_offers(torch: Any) -> list[str]:  # noqa: ANN401 - the argument is a module
     return [f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build"]
 
 
-def _onnxruntime_offers(onnxruntime: Any) -> list[str]:  # noqa: ANN401 - likewise
+def _onnxruntime_offers(onnxruntime: Any) -> list[str]:  # noqa: ANN401 - the argument is a module
     return [str(provider) for provider in onnxruntime.get_available_providers()]
 
 
-def _openvino_offers(_: Any) -> list[str]:  # noqa: ANN401 - likewise
+def _openvino_offers(_: Any) -> list[str]:  # noqa: ANN401 - the argument is a module
     capabilities = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return ["bfloat16 on this CPU" if "BF16" in capabilities else "no bfloat16 on this CPU"]
 
@@ -158,6 +160,6 @@ def _version(wheel: str) -> str | None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return an error's message without the pages that some libraries add."""
+    """Return the first line of an error message, because some libraries add long explanations."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,7 +1,7 @@
-"""What this machine has: processor, memory, disks, NVIDIA driver and GPUs.
+"""Properties of this machine: processor, memory, disks, NVIDIA driver and GPUs.
 
-Asking never fails: what cannot be found out is ``None`` or left out. PyTorch is imported only to ask for GPUs, and may
-be broken. Memory is in bytes.
+These functions never raise an error: a value that cannot be determined is None or is left out. PyTorch is imported only
+to list the GPUs, and a broken PyTorch is tolerated. All sizes are in bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 _INSTRUCTIONS: Final = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
-"""What the engines' fast paths need, as Linux names it."""
+"""Instruction sets for the fast code of the inference engines, with their Linux names."""
 
 _PROC = Path("/proc")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -38,10 +38,10 @@ class Cpu:
     """The processor.
 
     Attributes:
-        model: its name.
-        cores: logical cores of the machine.
-        usable_cores: those that this process may use.
-        instructions: which of the instruction sets that matter it has.
+        model: model name of the processor.
+        cores: number of logical cores of the machine.
+        usable_cores: number of logical cores that this process may use.
+        instructions: available instruction sets among those that the inference engines use.
     """
 
     model: str
@@ -52,7 +52,7 @@ class Cpu:
 
 @dataclass(frozen=True)
 class Memory:
-    """Main memory; within a container that limits it, the container's."""
+    """Main memory of the machine, or of the container if the container has a memory limit."""
 
     total_bytes: int
     free_bytes: int
@@ -60,7 +60,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Disk:
-    """Room where files are written."""
+    """Free disk space in one folder."""
 
     purpose: Literal["working folder", "temporary files"]
     folder: str
@@ -72,10 +72,10 @@ class Gpu:
     """An NVIDIA GPU.
 
     Attributes:
-        name: its model.
-        compute_capability: e.g. ``8.9``.
-        total_bytes, free_bytes: its memory.
-        seen_by: who told of it; only what ``torch`` sees can be computed on.
+        name: model name of the GPU.
+        compute_capability: CUDA compute capability, for example ``8.9``.
+        total_bytes, free_bytes: total and free GPU memory in bytes.
+        seen_by: source of this information. Only a GPU seen by ``torch`` can be used for computing.
     """
 
     name: str
@@ -87,10 +87,16 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has.
+    """Properties of this machine.
 
     Attributes:
-        driver: version of the NVIDIA driver, or None without one.
+        system: name and version of the operating system.
+        python: version of Python.
+        cpu: the processor.
+        memory: main memory; None if unknown.
+        disks: free disk space in the working folder and in the folder for temporary files.
+        driver: version of the NVIDIA driver; None if no driver is loaded.
+        gpus: the NVIDIA GPUs.
     """
 
     system: str
@@ -103,7 +109,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Return what this machine has."""
+    """Return the properties of this machine."""
     reported_driver, reported = _from_nvidia_smi()
     return Machine(
         system=platform.platform(),
@@ -117,7 +123,7 @@ def this_machine() -> Machine:
 
 
 def cpu() -> Cpu:
-    """Return the processor."""
+    """Return the properties of the processor."""
     fields = _first_fields(_PROC / "cpuinfo", ("model name", "flags", "Features"))
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     return Cpu(
@@ -141,20 +147,20 @@ def _memory() -> Memory | None:
 
 
 def _disks() -> Iterator[Disk]:
-    with contextlib.suppress(OSError):  # a working folder that was removed
+    with contextlib.suppress(OSError):  # the working folder may have been deleted
         yield Disk("working folder", str(Path.cwd()), shutil.disk_usage(Path.cwd()).free)
     with contextlib.suppress(OSError):
         yield Disk("temporary files", tempfile.gettempdir(), shutil.disk_usage(tempfile.gettempdir()).free)
 
 
 def _driver_version() -> str | None:
-    """Return the version of the kernel module that is loaded."""
+    """Return the version of the loaded NVIDIA kernel module, or None."""
     found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", _text(_PROC / "driver/nvidia/version"))
     return found[1] if found else None
 
 
 def _from_torch() -> tuple[Gpu, ...]:
-    """Return the GPUs that PyTorch can compute on; asking for free memory loads CUDA, which takes a second or two."""
+    """Return the GPUs that PyTorch can use. Reading the free memory loads CUDA, which takes one to two seconds."""
     try:
         torch = import_module("torch")
         if not torch.cuda.is_available():
@@ -165,12 +171,12 @@ def _from_torch() -> tuple[Gpu, ...]:
             free, total = torch.cuda.mem_get_info(index)
             gpus.append(Gpu(properties.name, f"{properties.major}.{properties.minor}", total, free, "torch"))
         return tuple(gpus)
-    except Exception:  # a broken PyTorch fails in any way; why is told where libraries are listed
+    except Exception:  # a broken PyTorch can raise any exception; `cuda_problem` reports the reason
         return ()
 
 
 def _from_nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
-    """Return the driver's version and the GPUs, as the driver's own program tells them."""
+    """Return the driver version and the GPUs as reported by ``nvidia-smi``."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None, ()
@@ -190,7 +196,7 @@ def _from_nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
 
 
 def _from_driver() -> tuple[Gpu, ...]:
-    """Return the GPUs that the kernel module lists, without their memory."""
+    """Return the GPUs that the kernel module lists. Their memory is unknown."""
     files = sorted((_PROC / "driver/nvidia/gpus").glob("*/information"))
     return tuple(Gpu(_first_fields(file, ("Model",)).get("Model", "?"), None, None, None, "driver") for file in files)
 
@@ -200,7 +206,7 @@ def _mebibytes(text: str) -> int | None:
 
 
 def _first_fields(file: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """Return the first value of each ``name: value`` line that is wanted and there."""
+    """Return, for each name that occurs in a file of ``name: value`` lines, the first value."""
     found: dict[str, str] = {}
     for line in _text(file).splitlines():
         name, separator, value = line.partition(":")
@@ -217,18 +223,19 @@ def _text(file: Path) -> str:
 
 
 def network_file_system(path: Path, mounts: Path = _PROC / "mounts") -> str | None:
-    """Return the kind of network drive that a path lies on, or would lie on; None on a local disk.
+    """Return the file system type of the network drive that contains a path, or None for a local disk.
 
     Args:
-        path: may not exist yet.
-        mounts: what is mounted where, one line a mount (proc(5)).
+        path: path of a file or folder; it need not exist.
+        mounts: file with one line for each mounted file system, in the format of proc(5).
     """
     place = path.resolve()
     kinds: dict[Path, str] = {}
     with contextlib.suppress(OSError):
         for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             _, where, kind, *_ = line.split()
-            kinds[Path(where.encode("utf-8", "surrogateescape").decode("unicode_escape"))] = kind  # a space is \\040
+            mount_point = where.encode("utf-8", "surrogateescape").decode("unicode_escape")  # a space is "\\040"
+            kinds[Path(mount_point)] = kind
     deepest = max((mount for mount in kinds if mount == place or mount in place.parents), default=None, key=_depth)
     kind = kinds[deepest] if deepest is not None else ""
     return kind if kind in _NETWORK_FILE_SYSTEMS else None

@@ -1,7 +1,7 @@
-"""Memory: what there is, what a run may take, and how to tell that it ran out.
+"""Memory: free memory, memory budgets, choice of a plan within a budget, and detection of out-of-memory errors.
 
-Budgets and predictions count what the process keeps resident for itself. Pages of files that it has mapped, which the
-system can take back at any time, are let go of as soon as they were used and do not count.
+Budgets and predictions count the private resident memory of the process. Pages of memory-mapped files do not count,
+because the code releases them directly after use and the operating system can reclaim them at any time.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ _log = logging.getLogger(__name__)
 
 GB = 1_000_000_000
 
-# Of memory that nobody uses, this much is taken without being asked: others work on the machine too.
+# Default share of the free memory; the rest is left to other programs on the machine.
 _SHARE_OF_FREE = 0.9
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_NO_LIMIT = 1 << 60  # cgroups say "unlimited" by a number near 2^63
+_NO_LIMIT = 1 << 60  # version 1 of cgroups states "unlimited" as a number near 2^63
 
-# What CPU allocators (PyTorch's, oneDNN's, the C++ library's) and ONNX Runtime's arena say; the last raises a kind of
-# its own that is no RuntimeError.
+# Texts in the messages of the CPU allocators of PyTorch, oneDNN and the C++ library, and of the arena of ONNX Runtime.
+# ONNX Runtime raises its own exception class, which is not a RuntimeError.
 _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc", "failed to allocate memory")
 _KINDS_WITH_SIGNS = ("torch", "onnxruntime", "builtins")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may take, in bytes.
+    """Memory budget of a run, in bytes.
 
     Attributes:
-        ram: memory of this process; None takes what is free when a scan's turn comes (:func:`free_ram`).
-        vram: memory of the GPU, as far as PyTorch or ONNX Runtime allocate it; None likewise (:func:`free_vram`).
+        ram: memory that this process may use; None means :func:`free_ram` when the work on a scan starts.
+        vram: GPU memory that PyTorch or ONNX Runtime may allocate; None means :func:`free_vram` when the work on a scan
+            starts.
     """
 
     ram: int | None = None
@@ -49,15 +50,20 @@ class Budget:
 
     @classmethod
     def of(cls, memory_gb: float | None, vram_gb: float | None) -> Budget:
-        """Return a budget given in units of 1e9 bytes.
+        """Return a budget from amounts in units of 1e9 bytes.
+
+        Args:
+            memory_gb: memory that this process may use; None means 90 % of the free memory.
+            vram_gb: GPU memory that this process may use; None means 90 % of the free GPU memory.
 
         Raises:
-            UsageError: a budget is not positive.
+            UsageError: an amount is not a positive finite number.
         """
         for name, value in (("memory", memory_gb), ("vram", vram_gb)):
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(
-                    f"A {name} budget of {value} GB is impossible.", remedy="Give a number above 0, or leave it out."
+                    f"The {name} budget is {value} GB, but must be a finite number above 0.",
+                    remedy=f"Give a number above 0, or leave --{name} out.",
                 )
         ram, vram = (None if value is None else int(value * GB) for value in (memory_gb, vram_gb))
         return cls(ram, vram)
@@ -68,7 +74,7 @@ AS_MUCH_AS_IS_FREE = Budget()
 
 @dataclass(frozen=True)
 class Footprint:
-    """The most bytes that something is predicted to take: ``ram`` of this process, ``vram`` of the GPU."""
+    """Predicted peak memory in bytes: ``ram`` is memory of this process, ``vram`` is GPU memory."""
 
     ram: int
     vram: int = 0
@@ -83,19 +89,20 @@ _Plan = TypeVar("_Plan", bound=_HasFootprint)
 
 
 def first_that_fits(plans: Sequence[_Plan], budget: Budget, device: torch.device, work: str) -> _Plan:
-    """Return the first plan within the budget.
+    """Return the first plan whose footprint is within the budget.
 
-    Where nothing was given, what is free is the budget; if no plan is within that, the one that takes least is tried
-    with a warning, since a prediction is no reason to refuse.
+    If an amount of the budget is None, the free memory is the limit. If no plan is within the free memory, this
+    function logs a warning and returns the plan with the smallest footprint, because a prediction can be too high.
 
     Args:
-        plans: the most convenient one first.
-        budget: what may be taken.
-        device: where the work computes.
-        work: what is planned, for messages: ``encoding this scan``.
+        plans: possible plans in order of preference.
+        budget: memory that the work may use.
+        device: device that computes.
+        work: name of the work for messages, such as ``encoding this scan``.
 
     Raises:
-        OutOfMemoryError: a budget was given and no plan is within it; the message says the smallest that works.
+        OutOfMemoryError: the user gave a budget and no plan is within it; the message states the smallest sufficient
+            budget.
     """
     allowed = list(plans)
     if budget.vram is not None:
@@ -115,7 +122,7 @@ def first_that_fits(plans: Sequence[_Plan], budget: Budget, device: torch.device
             return plan
     smallest = min(allowed, key=lambda plan: (plan.footprint.vram, plan.footprint.ram))
     _log.warning(
-        "%s may take %.1f GB of memory (and %.1f GB of the GPU's), more than is free; trying all the same",
+        "%s may need %.1f GB of memory and %.1f GB of GPU memory, which is more than is free; the work starts anyway",
         work.capitalize(),
         smallest.footprint.ram / GB,
         smallest.footprint.vram / GB,
@@ -124,23 +131,23 @@ def first_that_fits(plans: Sequence[_Plan], budget: Budget, device: torch.device
 
 
 def _too_small(work: str, option: str, budget: int, least: int) -> OutOfMemoryError:
-    enough = -(-least // (GB // 100)) / 100  # rounded up to 0.01 GB, so that what is printed works
+    enough = -(-least // (GB // 100)) / 100  # rounded up, so that the printed number is sufficient
     return OutOfMemoryError(
-        f"A budget of {budget / GB:.2f} GB is too small for {work}: at least {enough:.2f} GB are needed.",
+        f"The {option} budget of {budget / GB:.2f} GB is too small for {work}, which needs {enough:.2f} GB.",
         remedy=f"Give --{option} {enough:.2f} or more.",
         least=least,
     )
 
 
 def resident_bytes() -> int:
-    """Return what this process holds in memory now, pages of its libraries included."""
+    """Return the resident memory of this process in bytes, including the pages of its libraries."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE
 
 
 def free_ram() -> int:
-    """Return what this process may come to hold: 90 % of what it holds already and what nobody uses.
+    """Return the memory that this process may use, in bytes: 90 % of its resident memory plus the available memory.
 
-    What nobody uses is the system's own estimate (``MemAvailable``), or what a control group leaves, if that is less.
+    The available memory is the smaller of ``MemAvailable`` and the unused part of the limit of a control group.
     """
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     available = int(fields["MemAvailable"].split()[0]) << 10
@@ -155,17 +162,17 @@ def free_ram() -> int:
 
 
 def free_vram(device: torch.device) -> int:
-    """Return what this process may come to hold of a GPU: 90 % of what it holds and what is free; 0 of a CPU."""
+    """Return the GPU memory that this process may use in bytes: 90 % of reserved plus free memory; 0 on a CPU."""
     if device.type != "cuda":
         return 0
-    import torch  # noqa: PLC0415 - only where there is a GPU, and then it is there already
+    import torch  # noqa: PLC0415 - a GPU device implies that torch is already imported
 
     free, _ = torch.cuda.mem_get_info(device)
     return int(_SHARE_OF_FREE * (free + torch.cuda.memory_reserved(device)))
 
 
 def _number(path: str) -> int | None:
-    """Return the number in a file of the system, None where there is none."""
+    """Return the number in a system file, or None if the file does not exist or contains no number."""
     try:
         return int(Path(path).read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -174,14 +181,14 @@ def _number(path: str) -> int | None:
 
 @contextlib.contextmanager
 def memory_explained(message: str, *, remedy: str) -> Iterator[None]:
-    """Say what ran out of memory, and what helps; serves as a decorator too.
+    """Convert any out-of-memory exception of the body into an :class:`OutOfMemoryError`. Also usable as a decorator.
 
     Args:
-        message: see :class:`OutOfMemoryError`.
-        remedy: likewise.
+        message: message of the :class:`OutOfMemoryError`.
+        remedy: remedy of the :class:`OutOfMemoryError`.
 
     Raises:
-        OutOfMemoryError: memory ran out within.
+        OutOfMemoryError: the body ran out of memory.
     """
     try:
         yield
@@ -192,7 +199,7 @@ def memory_explained(message: str, *, remedy: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory, of the machine or of a GPU, is used up."""
+    """Return True if an exception means that the memory of the machine or of a GPU is exhausted."""
     if isinstance(error, OutOfMemoryError | MemoryError):
         return True
     text = str(error).lower()

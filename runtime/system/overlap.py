@@ -1,7 +1,7 @@
-"""Cases one after another, their stages side by side: one is read ahead, one worked on, one finished.
+"""Pipeline of three stages: while one item is in the main stage, the next is prepared and the previous is finished.
 
-Encoding keeps the engine busy; reading, the adapters and writing keep other parts of the machine busy. At any time at
-most one case is in each stage, so memory is bounded whatever the number of cases.
+Encoding uses the inference engine; reading, the adapters and writing use other parts of the machine. At most one item
+is in each stage at any time, so the memory does not grow with the number of items.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ def overlapped(
     work: Callable[[Prepared], Worked],
     finish: Callable[[Worked], Finished],
 ) -> Iterator[Future[Finished]]:
-    """Yield every item's outcome, in order: a future that is done, with the result or with what a stage raised.
+    """Run each item through three stages and yield, in order, a completed future with the result or the exception.
 
-    Work is done in the calling thread, where an interrupt reaches it; preparing and finishing in a thread each. When
-    the caller stops early, what these two are at is still completed.
+    ``work`` runs in the calling thread, so that an interrupt reaches it. ``prepare`` and ``finish`` each run in their
+    own thread. If the caller stops early, the current calls of ``prepare`` and ``finish`` still run to their end.
 
     Args:
-        items: what goes through the stages; asked for one ahead, in the thread that prepares, so it may wait for more.
+        items: items to process. The iterator is advanced one item ahead, in the thread of ``prepare``, and may block.
         prepare: first stage.
-        work: the long one.
+        work: second stage, which takes most of the time.
         finish: last stage.
+
+    Yields:
+        For each item a completed future: the result of ``finish``, or the exception of the stage that failed.
     """
     coming = iter(items)
     finishing: Future[Finished] | None = None
@@ -53,7 +56,7 @@ def overlapped(
             last: Callable[[], Finished]
             try:
                 last = partial(finish, work(cast("Prepared", current.result())))
-            except Exception as error:  # the item's own trouble, which its outcome tells
+            except Exception as error:  # the future of this item reports the exception
                 last = partial(_raise, error)
             del current
             if finishing is not None:
@@ -68,7 +71,7 @@ def overlapped(
 
 
 class _End:
-    """There are no more items."""
+    """Marker for the end of the items."""
 
 
 def _raise(error: Exception) -> NoReturn:

@@ -1,13 +1,13 @@
-"""How far long work has come: a bar on a terminal, plain lines elsewhere, nothing when quiet.
+"""Progress display for long work: a bar on a terminal, plain lines in files and pipes, no output with ``--quiet``.
 
-Library functions take ``progress: Progress | None = None``, use :class:`SilentProgress` for None, and report so::
+Library functions take ``progress: Progress | None = None`` and use :class:`SilentProgress` for None. Example::
 
     with progress.task("encode hn_002", total=12) as task:
         for window in windows:
             ...
             task.advance()
 
-The command line makes the display once, with :func:`open_progress`. Everything is written to stderr.
+The command line creates one display with :func:`open_progress`. All output goes to stderr.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
     from rich.progress import TaskID
 
-_LEAST_SECONDS = 5.0
-_LEAST_SHARE = 0.1
-_SILENCE_SECONDS = 30.0
-"""A plain line is due after 5 s once another 10 % is done, and after 30 s whenever anything is done."""
+_MIN_SECONDS = 5.0
+_MIN_SHARE = 0.1
+_MAX_SILENT_SECONDS = 30.0
+"""A plain line is printed after 5 s if at least another 10 % is complete, and after 30 s if there is any progress."""
 
 
 class ProgressTask(Protocol):
-    """One piece of work under way. A context manager: leaving it ends the task, complete or not."""
+    """One task in progress. It is a context manager; leaving the context ends the task, complete or not."""
 
     def advance(self, n: float = 1) -> None:
-        """Report that ``n`` more of the task's total are done."""
+        """Report that ``n`` more units of the total of this task are complete."""
 
     def __enter__(self) -> Self: ...
 
@@ -42,19 +42,19 @@ class ProgressTask(Protocol):
 
 
 class Progress(Protocol):
-    """Where progress goes."""
+    """Receiver of progress reports."""
 
     def task(self, name: str, total: float) -> ProgressTask:
-        """Begin a piece of work.
+        """Start a task.
 
         Args:
-            name: what is done, to whom: "encode hn_002".
-            total: how much there is to do, in any unit; :meth:`ProgressTask.advance` counts in the same.
+            name: name of the work and of its object, such as "encode hn_002".
+            total: amount of work in any unit; :meth:`ProgressTask.advance` uses this unit.
         """
 
 
 class ProgressDisplay(Progress, Protocol):
-    """A progress that holds the terminal while it is open."""
+    """Progress display that controls the terminal while its context is open."""
 
     def __enter__(self) -> Self: ...
 
@@ -64,11 +64,11 @@ class ProgressDisplay(Progress, Protocol):
 
 
 def open_progress(*, quiet: bool = False, stream: TextIO | None = None) -> ProgressDisplay:
-    """The display that fits the stream: silent when quiet, bars on a terminal, plain lines in a file or pipe.
+    """Return the display for a stream: silent if ``quiet``, bars on a terminal, plain lines in a file or pipe.
 
     Args:
-        quiet: show nothing.
-        stream: where to write; stderr when None.
+        quiet: return a display without output.
+        stream: output stream; None means stderr.
     """
     if quiet:
         return SilentProgress()
@@ -77,7 +77,7 @@ def open_progress(*, quiet: bool = False, stream: TextIO | None = None) -> Progr
 
 
 class _Scope:
-    """A context manager that ends by calling :meth:`_finish`."""
+    """Context manager that calls :meth:`_finish` at its end."""
 
     def __enter__(self) -> Self:
         return self
@@ -88,28 +88,28 @@ class _Scope:
         self._finish(failed=kind is not None)
 
     def _finish(self, *, failed: bool) -> None:
-        """Nothing by default."""
+        """Do nothing by default."""
 
 
 class _SilentTask(_Scope):
     def advance(self, n: float = 1) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class SilentProgress(_Scope):
-    """Shows nothing."""
+    """Progress display without output."""
 
-    def task(self, name: str, total: float) -> ProgressTask:  # noqa: ARG002  the protocol's names
-        """A task that shows nothing."""
+    def task(self, name: str, total: float) -> ProgressTask:  # noqa: ARG002 - the protocol defines these names
+        """Return a task without output."""
         return _SilentTask()
 
 
 class PlainProgress(_Scope):
-    """Whole lines, few of them, for log files and pipes.
+    """Progress display that prints few complete lines, for log files and pipes.
 
     Args:
-        stream: where the lines go.
-        clock: seconds, from any start.
+        stream: output stream.
+        clock: function that returns a time in seconds from an arbitrary start.
     """
 
     def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -117,7 +117,7 @@ class PlainProgress(_Scope):
         self._clock = clock
 
     def task(self, name: str, total: float) -> ProgressTask:
-        """A task that writes a line now and then, and one when it ends."""
+        """Return a task that prints occasional lines and a final line."""
         return _PlainTask(name, total, self._stream, self._clock)
 
 
@@ -136,8 +136,8 @@ class _PlainTask(_Scope):
         now = self._clock()
         silence = now - self._line_time
         advanced = (self._done - self._line_done) / max(self._total, 1e-9)
-        enough = silence >= _LEAST_SECONDS and advanced >= _LEAST_SHARE
-        if self._done < self._total and (enough or silence >= _SILENCE_SECONDS):
+        enough = silence >= _MIN_SECONDS and advanced >= _MIN_SHARE
+        if self._done < self._total and (enough or silence >= _MAX_SILENT_SECONDS):
             self._line(f"{100 * self._done / self._total:.0f} %", now)
 
     def _finish(self, *, failed: bool) -> None:
@@ -150,16 +150,16 @@ class _PlainTask(_Scope):
 
 
 class BarProgress(_Scope):
-    """A live bar per task, with the time left, on a terminal.
+    """Progress display with one bar for each task and the remaining time, on a terminal.
 
     Args:
-        stream: the terminal.
+        stream: terminal to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console  # noqa: PLC0415  not needed where nothing is shown
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415 - likewise
-        from rich.progress import Progress as RichBars  # noqa: PLC0415 - likewise
+        from rich.console import Console  # noqa: PLC0415 - only needed for bars
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415 - bars only
+        from rich.progress import Progress as RichBars  # noqa: PLC0415 - only needed for bars
 
         self._bars = RichBars(
             TextColumn("{task.description}", markup=False),
@@ -175,10 +175,10 @@ class BarProgress(_Scope):
         return self
 
     def task(self, name: str, total: float) -> ProgressTask:
-        """A task with a bar of its own."""
+        """Return a task with a separate bar."""
         return _BarTask(self._bars, self._bars.add_task(name, total=total))
 
-    def _finish(self, *, failed: bool) -> None:  # noqa: ARG002  each bar has said it already
+    def _finish(self, *, failed: bool) -> None:  # noqa: ARG002 - each bar shows whether its task failed
         self._bars.stop()
 
 
@@ -191,7 +191,7 @@ class _BarTask(_Scope):
         self._bars.advance(self._task, n)
 
     def _finish(self, *, failed: bool) -> None:
-        """Fill the bar of work that ended early and well; leave that of work which broke off where it stood."""
+        """Fill the bar if the work succeeded before its total was reached; leave the bar unchanged after a failure."""
         if not failed:
             total = self._bars.tasks[self._bars.task_ids.index(self._task)].total
             self._bars.update(self._task, completed=total)

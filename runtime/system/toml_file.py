@@ -1,4 +1,4 @@
-"""TOML files that a user writes, checked against a schema."""
+"""Reading of TOML files that a user wrote, with a check against a schema."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ _Schema = TypeVar("_Schema", bound=BaseModel)
 
 
 def read_toml(path: Path, schema: type[_Schema], *, remedy: str) -> _Schema:
-    """Return what a TOML file says.
+    """Return the content of a TOML file as an instance of a schema.
 
     Args:
-        path: the file.
-        schema: what it may say; unknown keys are errors where the schema forbids them.
-        remedy: where its keys are described.
+        path: path of the TOML file.
+        schema: pydantic model of the content. Unknown keys are errors if the model forbids them.
+        remedy: remedy for content that does not match the schema, such as a reference to the documentation of the keys.
 
     Raises:
-        UnreadableFileError: the file is missing or no TOML.
+        UnreadableFileError: the file is missing, or is not a TOML file.
         InputError: a key is missing, unknown or of the wrong type.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UnreadableFileError(
-            f"{path} is no readable TOML file: {error}.", remedy="Check the path and the file's syntax."
+            f"{path} cannot be read as a TOML file: {error}.", remedy="Check the path and the syntax of the file."
         ) from error
     try:
         return schema.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = ".".join(str(part) for part in first["loc"]) or "the whole file"
         raise InputError(f"{path}: {where}: {first['msg']}.", remedy=remedy) from error

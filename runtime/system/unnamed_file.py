@@ -1,4 +1,4 @@
-"""Temporary files without a name, into which scans are unpacked: they vanish with whoever holds them."""
+"""Unnamed temporary files for unpacked scans. The operating system deletes such a file when its last user closes it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from fseft_edge.runtime.errors import OutOfSpaceError
 
 
 def unnamed_file(scan: Path) -> IO[bytes]:
-    """Open an empty file in the system's temporary folder (``TMPDIR``) to unpack a scan into.
+    """Open an empty unnamed file for an unpacked scan, in the temporary folder of the system (``TMPDIR``).
+
+    Args:
+        scan: path of the scan, for the error message.
 
     Raises:
-        OutOfSpaceError: that folder cannot be written to.
+        OutOfSpaceError: no file can be created in the temporary folder.
     """
     try:
         return tempfile.TemporaryFile()
     except OSError as error:
-        raise no_room_to_unpack(scan) from error
+        raise no_space_to_unpack(scan) from error
 
 
-def no_room_to_unpack(scan: Path) -> OutOfSpaceError:
-    """Return the error to raise when such a file cannot be made or filled."""
+def no_space_to_unpack(scan: Path) -> OutOfSpaceError:
+    """Return the error for an unnamed file that cannot be created or is too small for the unpacked scan."""
     folder = tempfile.gettempdir()
     return OutOfSpaceError(
-        f"There is no room in {folder} to unpack {scan}.",
-        remedy=f"Free some space ({shutil.disk_usage(folder).free >> 20} MiB are left), or point TMPDIR elsewhere.",
+        f"{scan} cannot be unpacked to {folder}: the disk is full, or the folder is not writable.",
+        remedy=f"Free disk space ({shutil.disk_usage(folder).free >> 20} MiB are free now), or set the environment "
+        "variable TMPDIR to another folder.",
     )

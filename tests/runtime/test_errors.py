@@ -1,4 +1,4 @@
-"""Errors between processes."""
+"""Errors keep their kind and attributes when a process sends them to another process."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, SomeCase
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FseftEdgeError)]
 
 
-def arrived(error: FseftEdgeError) -> FseftEdgeError:
-    again: FseftEdgeError = pickle.loads(pickle.dumps(error))  # noqa: S301 - this test's own
-    return again
+def pickled(error: FseftEdgeError) -> FseftEdgeError:
+    copy: FseftEdgeError = pickle.loads(pickle.dumps(error))  # noqa: S301 - the data come from this test
+    return copy
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_an_error_of_any_kind_arrives_in_another_process(kind: type[FseftEdgeError]) -> None:
+def test_an_error_of_any_kind_survives_pickling(kind: type[FseftEdgeError]) -> None:
     error = kind("It does not fit.", remedy="Choose another.")
-    assert type(arrived(error)) is kind
-    assert str(arrived(error)) == str(error) == "It does not fit. Choose another."
+    assert type(pickled(error)) is kind
+    assert str(pickled(error)) == str(error) == "It does not fit. Choose another."
 
 
 @pytest.mark.parametrize(
@@ -33,5 +33,5 @@ def test_an_error_of_any_kind_arrives_in_another_process(kind: type[FseftEdgeErr
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_arrives_whole(error: FseftEdgeError) -> None:
-    assert (arrived(error).args, vars(arrived(error))) == (error.args, vars(error))
+def test_an_error_keeps_all_attributes_when_pickled(error: FseftEdgeError) -> None:
+    assert (pickled(error).args, vars(pickled(error))) == (error.args, vars(error))

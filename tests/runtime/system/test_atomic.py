@@ -1,4 +1,4 @@
-"""Files and folders appear complete under their name, or not at all."""
+"""A file or folder appears under its final name only after it is complete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from doubles.errors import refused
 
 from fseft_edge.runtime.errors import OutOfSpaceError, UsageError
 from fseft_edge.runtime.system.atomic import atomic_folder, atomic_path, check_writable
@@ -36,7 +37,7 @@ def write_folder(target: Path, content: str, *, then: BaseException | None = Non
             raise then
 
 
-def test_file_appears_under_its_name_with_what_was_written(tmp_path):
+def test_file_appears_under_its_name_with_the_written_content(tmp_path):
     target = tmp_path / "new" / "mask.nii.gz"
     with atomic_path(target) as temporary:
         assert temporary.parent == target.parent
@@ -57,7 +58,7 @@ def test_file_permissions_follow_the_umask(tmp_path):
 
 
 @pytest.mark.parametrize("interruption", INTERRUPTIONS, ids=lambda error: type(error).__name__)
-def test_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, interruption):
+def test_interrupted_writing_keeps_the_old_file_and_leaves_no_other_file(tmp_path, interruption):
     target = tmp_path / "report.json"
     target.write_text("old")
     with pytest.raises(type(interruption)):
@@ -67,53 +68,55 @@ def test_interrupted_file_leaves_the_old_one_and_nothing_else(tmp_path, interrup
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_refused_write_names_the_file_and_leaves_nothing(tmp_path, monkeypatch, code):
+def test_failed_flush_names_the_file_and_leaves_no_file(tmp_path, monkeypatch, code):
     target = tmp_path / "mask.nii.gz"
     monkeypatch.setattr(os, "fsync", fail_with(code))
-    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"):
+    with refused(OutOfSpaceError, target):
         write_file(target, "voxels")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_while_writing_names_the_file(tmp_path):
     target = tmp_path / "mask.nii.gz"
-    as_raised_by_write = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # carries no file name
-    with pytest.raises(OutOfSpaceError, match=r"mask\.nii\.gz"):
-        write_file(target, "half", then=as_raised_by_write)
+    error_of_write = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # contains no file name
+    with refused(OutOfSpaceError, target):
+        write_file(target, "half", then=error_of_write)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writability_is_checked_without_leaving_anything(tmp_path):
+def test_check_writable_leaves_no_file(tmp_path):
     check_writable(tmp_path / "new" / "folder" / "liver.adapter")
     check_writable(tmp_path / "liver.adapter")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_unwritable_target_is_named_before_any_work(tmp_path, monkeypatch, code):
+def test_check_writable_names_an_unwritable_target(tmp_path, monkeypatch, code):
     monkeypatch.setattr(Path, "touch", fail_with(code))
-    with pytest.raises(OutOfSpaceError, match=r"liver\.adapter"):
+    with refused(OutOfSpaceError, "liver.adapter"):
         check_writable(tmp_path / "new" / "liver.adapter")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_error_about_another_file_is_not_blamed_on_the_target(tmp_path):
+def test_error_about_another_file_is_not_converted(tmp_path):
     unreadable_input = PermissionError(errno.EACCES, "Permission denied", "/somewhere/else/scan.nii")
     with pytest.raises(PermissionError):
         write_file(tmp_path / "out", "", then=unreadable_input)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_parent_that_is_a_file_is_not_silently_replaced(tmp_path):
+def test_parent_that_is_a_file_is_not_replaced(tmp_path):
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OSError, match="out"), atomic_path(tmp_path / "out" / "mask.nii"):
         pass
     assert (tmp_path / "out").read_text() == "a file"
 
 
-def test_folder_in_the_place_of_a_file_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="folder"), atomic_path(tmp_path):
+def test_folder_as_the_name_of_a_file_is_refused(tmp_path):
+    with refused(UsageError, tmp_path), atomic_path(tmp_path):
         pass
+    with refused(UsageError, tmp_path):
+        check_writable(tmp_path)
 
 
 def test_folder_appears_complete(tmp_path):
@@ -127,7 +130,7 @@ def test_folder_appears_complete(tmp_path):
 
 
 @pytest.mark.parametrize("interruption", INTERRUPTIONS, ids=lambda error: type(error).__name__)
-def test_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path, interruption):
+def test_interrupted_writing_keeps_the_old_folder_and_leaves_no_other_folder(tmp_path, interruption):
     target = tmp_path / "unet.encoder"
     target.mkdir()
     (target / "manifest.json").write_text("old")
@@ -137,29 +140,29 @@ def test_interrupted_folder_leaves_the_old_one_and_nothing_else(tmp_path, interr
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_folder_is_put_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+def test_old_folder_gets_its_name_back_if_the_new_folder_cannot_be_renamed(tmp_path, monkeypatch):
     target = tmp_path / "unet.encoder"
     target.mkdir()
     (target / "manifest.json").write_text("old")
     rename = Path.rename
 
-    def refuse_the_new_one(self: Path, destination: Path) -> Path:
+    def fail_for_the_new_folder(self: Path, destination: Path) -> Path:
         if destination == target and (self / "manifest.json").read_text() == "new":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return rename(self, destination)
 
-    monkeypatch.setattr(Path, "rename", refuse_the_new_one)
-    with pytest.raises(OutOfSpaceError, match=r"unet\.encoder"):
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_folder)
+    with refused(OutOfSpaceError, target):
         write_folder(target, "new", overwrite=True)
     assert (target / "manifest.json").read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_folder_is_overwritten_only_when_asked(tmp_path):
+def test_folder_is_overwritten_only_on_request(tmp_path):
     target = tmp_path / "unet.encoder"
     target.mkdir()
     (target / "stale").write_text("old")
-    with pytest.raises(UsageError, match="already exists"), atomic_folder(target):
+    with refused(UsageError, target), atomic_folder(target):
         pass
     with atomic_folder(target, overwrite=True) as temporary:
         (temporary / "fresh").write_text("new")
@@ -167,30 +170,30 @@ def test_folder_is_overwritten_only_when_asked(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_folder_made_by_a_faster_process_is_kept(tmp_path):
+def test_folder_that_another_process_wrote_meanwhile_is_kept(tmp_path):
     target = tmp_path / "entry"
 
     def slow() -> None:
         with atomic_folder(target):
             write_folder(target, "fast")
 
-    with pytest.raises(UsageError, match="already exists"):
+    with refused(UsageError, target):
         slow()
     assert (target / "manifest.json").read_text() == "fast"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_folder_does_not_take_the_place_of_a_file(tmp_path):
+def test_folder_never_replaces_a_file(tmp_path):
     target = tmp_path / "entry"
     target.write_text("a file")
-    with pytest.raises(UsageError, match="not a folder"), atomic_folder(target, overwrite=True):
+    with refused(UsageError, target), atomic_folder(target, overwrite=True):
         pass
     assert target.read_text() == "a file"
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_refused_folder_names_it_and_leaves_nothing(tmp_path, monkeypatch, code):
+def test_failed_flush_names_the_folder_and_leaves_no_folder(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "fsync", fail_with(code))
-    with pytest.raises(OutOfSpaceError, match="entry"):
+    with refused(OutOfSpaceError, tmp_path / "entry"):
         write_folder(tmp_path / "entry", "features")
     assert list(tmp_path.iterdir()) == []

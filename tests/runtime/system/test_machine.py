@@ -1,4 +1,4 @@
-"""What a machine says of itself, simulated: /proc, cgroups, nvidia-smi, PyTorch."""
+"""Properties of a simulated machine: /proc, cgroups, nvidia-smi, PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPEN_VERSION = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.
 
 @pytest.fixture
 def proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty /proc, no container limit, no nvidia-smi, no GPU for PyTorch."""
+    """Return an empty /proc on a machine without memory limit of a container, nvidia-smi and GPU."""
     root = tmp_path / "proc"
     root.mkdir()
     (tmp_path / "bin").mkdir()
@@ -44,13 +44,13 @@ def write_nvidia_smi(proc: Path, script: str) -> None:
     program.chmod(0o755)
 
 
-def test_a_machine_that_tells_nothing_is_described_all_the_same(proc: Path) -> None:
+def test_a_machine_without_any_information_is_described_without_an_error(proc: Path) -> None:
     found = this_machine()
     assert (found.memory, found.driver, found.gpus, found.cpu.instructions) == (None, None, (), ())
     assert found.cpu.cores >= found.cpu.usable_cores >= 1
 
 
-def test_processor_is_the_first_of_proc_with_the_instructions_that_matter(proc: Path) -> None:
+def test_processor_is_the_first_in_cpuinfo_with_its_relevant_instructions(proc: Path) -> None:
     (proc / "cpuinfo").write_text(CPUINFO)
     cpu = this_machine().cpu
     assert cpu.model == "Fast Chip 9000"
@@ -60,7 +60,9 @@ def test_processor_is_the_first_of_proc_with_the_instructions_that_matter(proc: 
 @pytest.mark.parametrize(
     ("limit", "expected"), [(None, (8000, 6000)), ("max", (8000, 6000)), ("4096000", (4000, 4000))]
 )
-def test_memory_is_the_machines_or_the_containers(proc: Path, limit: str | None, expected: tuple[int, int]) -> None:
+def test_memory_is_that_of_the_machine_or_of_the_container(
+    proc: Path, limit: str | None, expected: tuple[int, int]
+) -> None:
     (proc / "meminfo").write_text("MemTotal:  8000 kB\nMemFree:  100 kB\nMemAvailable:  6000 kB\n")
     if limit is not None:
         (proc.parent / "memory.max").write_text(f"{limit}\n")
@@ -69,7 +71,9 @@ def test_memory_is_the_machines_or_the_containers(proc: Path, limit: str | None,
     assert (memory.total_bytes, memory.free_bytes) == tuple(size * 1024 for size in expected)
 
 
-def test_room_on_disks_is_what_the_system_says(proc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_free_disk_space_is_that_of_the_operating_system(
+    proc: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     working, _ = this_machine().disks
     assert (working.purpose, working.folder) == ("working folder", str(tmp_path))
@@ -77,7 +81,7 @@ def test_room_on_disks_is_what_the_system_says(proc: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("text", "version"), [(VERSION, "550.54.14"), (OPEN_VERSION, "570.86.15")])
-def test_a_loaded_driver_is_found_without_any_program(proc: Path, text: str, version: str) -> None:
+def test_a_loaded_driver_is_found_without_nvidia_smi(proc: Path, text: str, version: str) -> None:
     card = proc / "driver/nvidia/gpus/0000:01:00.0/information"
     card.parent.mkdir(parents=True)
     card.write_text("Model: \t\t NVIDIA RTX A2000\nIRQ:   \t\t 88\n")
@@ -87,7 +91,7 @@ def test_a_loaded_driver_is_found_without_any_program(proc: Path, text: str, ver
     assert found.gpus == (Gpu("NVIDIA RTX A2000", None, None, None, "driver"),)
 
 
-def test_nvidia_smi_tells_driver_and_gpus(proc: Path) -> None:
+def test_driver_and_gpus_come_from_nvidia_smi(proc: Path) -> None:
     write_nvidia_smi(
         proc,
         "echo 'NVIDIA RTX A4000, 535.183.01, 8.6, 16376, 15000'\necho 'NVIDIA T400, 535.183.01, [N/A], [N/A], [N/A]'",
@@ -101,12 +105,12 @@ def test_nvidia_smi_tells_driver_and_gpus(proc: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["echo 'NVIDIA-SMI has failed'; exit 9", "echo 'No devices were found'", "kill $$"])
-def test_a_failing_nvidia_smi_is_as_none(proc: Path, script: str) -> None:
+def test_a_failing_nvidia_smi_is_ignored(proc: Path, script: str) -> None:
     write_nvidia_smi(proc, script)
     assert (this_machine().driver, this_machine().gpus) == (None, ())
 
 
-def test_what_pytorch_sees_goes_before_what_others_tell(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_pytorch_have_priority_over_other_sources(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nvidia_smi(proc, "echo 'NVIDIA L4, 550.54.14, 8.9, 23034, 22000'")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -118,11 +122,11 @@ def test_what_pytorch_sees_goes_before_what_others_tell(proc: Path, monkeypatch:
     assert found.driver == "550.54.14"
 
 
-def test_a_pytorch_that_fails_on_the_gpu_leaves_it_to_others(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_come_from_other_sources_if_pytorch_fails(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_nvidia_smi(proc, "echo 'NVIDIA L4, 550.54.14, 8.9, 23034, 22000'")
 
     def failing() -> bool:
-        raise RuntimeError("CUDA is in a bad mood")
+        raise RuntimeError("CUDA cannot start")
 
     monkeypatch.setattr(torch.cuda, "is_available", failing)
     assert [gpu.seen_by for gpu in this_machine().gpus] == ["nvidia-smi"]

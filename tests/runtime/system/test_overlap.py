@@ -1,4 +1,4 @@
-"""Stages of cases side by side: order, isolation of failures, and that they really overlap."""
+"""Pipeline of three stages: order of results, isolation of failures, and real overlap of the stages."""
 
 from __future__ import annotations
 
@@ -9,48 +9,50 @@ import pytest
 
 from fseft_edge.runtime.system.overlap import overlapped
 
-PATIENCE = 30.0  # seconds that a stage waits for another that must come
+TIMEOUT = 30.0  # seconds that a stage waits for another stage
 
 
-def test_outcomes_are_those_of_the_stages_in_order() -> None:
+def test_results_are_those_of_the_stages_in_order() -> None:
     outcomes = overlapped(range(5), lambda item: item + 1, lambda item: item * 10, str)
     assert [outcome.result() for outcome in outcomes] == ["10", "20", "30", "40", "50"]
     assert list(overlapped([], int, int, int)) == []
 
 
-def test_an_item_that_is_yet_to_come_holds_up_nothing_that_is_there() -> None:
-    """The second item comes only once the first is finished."""
+def test_waiting_for_the_next_item_does_not_delay_the_current_item() -> None:
+    """The second item only becomes available after the first item is finished."""
     finished = threading.Event()
 
-    def coming() -> Iterator[int]:
+    def next_items() -> Iterator[int]:
         yield 0
-        assert finished.wait(PATIENCE)
+        assert finished.wait(TIMEOUT)
         yield 1
 
     def finish(item: int) -> int:
         finished.set()
         return item
 
-    assert [outcome.result() for outcome in overlapped(coming(), int, int, finish)] == [0, 1]
+    assert [outcome.result() for outcome in overlapped(next_items(), int, int, finish)] == [0, 1]
 
 
 @pytest.mark.parametrize("stage", ["prepare", "work", "finish"])
-def test_a_case_that_fails_in_a_stage_leaves_the_others_alone(stage: str) -> None:
-    def through(name: str, item: int) -> int:
+def test_a_failing_item_does_not_affect_other_items(stage: str) -> None:
+    def stage_function(name: str, item: int) -> int:
         if name == stage and item == 1:
             raise ValueError(f"{name} {item}")
         return item
 
     outcomes = list(
-        overlapped(range(3), *(lambda item, name=name: through(name, item) for name in ("prepare", "work", "finish")))
+        overlapped(
+            range(3), *(lambda item, name=name: stage_function(name, item) for name in ("prepare", "work", "finish"))
+        )
     )
     assert [outcome.exception() is None for outcome in outcomes] == [True, False, True]
     with pytest.raises(ValueError, match=f"{stage} 1"):
         outcomes[1].result()
 
 
-def test_the_next_is_prepared_and_the_last_finished_while_one_is_worked_on() -> None:
-    """Work on the second waits for the first to be in its last stage, and for the third to be prepared."""
+def test_the_next_item_is_prepared_and_the_previous_finished_during_work() -> None:
+    """Work on the second item waits until the first is in its last stage and the third is prepared."""
     prepared, finishing, worked = (threading.Event() for _ in range(3))
 
     def prepare(item: int) -> int:
@@ -60,21 +62,21 @@ def test_the_next_is_prepared_and_the_last_finished_while_one_is_worked_on() -> 
 
     def work(item: int) -> int:
         if item == 1:
-            assert prepared.wait(PATIENCE)
-            assert finishing.wait(PATIENCE)
+            assert prepared.wait(TIMEOUT)
+            assert finishing.wait(TIMEOUT)
             worked.set()
         return item
 
     def finish(item: int) -> int:
         if item == 0:
             finishing.set()
-            assert worked.wait(PATIENCE)
+            assert worked.wait(TIMEOUT)
         return item
 
     assert [outcome.result() for outcome in overlapped(range(3), prepare, work, finish)] == [0, 1, 2]
 
 
-def test_at_most_one_case_is_in_a_stage_and_none_runs_ahead() -> None:
+def test_at_most_one_item_is_in_each_stage() -> None:
     inside = {"prepare": 0, "finish": 0}
     most = dict(inside)
     ahead: list[int] = []
@@ -99,7 +101,7 @@ def test_at_most_one_case_is_in_a_stage_and_none_runs_ahead() -> None:
     assert done == list(range(20))
 
 
-def test_an_interrupt_while_working_ends_it() -> None:
+def test_an_interrupt_during_work_stops_the_pipeline() -> None:
     finished: list[int] = []
 
     def work(item: int) -> int:

@@ -1,3 +1,5 @@
+"""Progress displays: lines, bars, silence, and the choice between them."""
+
 from __future__ import annotations
 
 import io
@@ -32,7 +34,7 @@ def test_short_work_is_one_plain_line() -> None:
     assert run(total=200, seconds_each=0.02) == ["encode hn_002: done (4.0 s)"]
 
 
-def test_long_work_says_each_tenth() -> None:
+def test_long_work_prints_a_line_for_each_tenth() -> None:
     lines = run(total=1000, seconds_each=0.1)
     assert lines[:2] == ["encode hn_002: 10 % (10.0 s)", "encode hn_002: 20 % (20.0 s)"]
     assert len(lines) == 10
@@ -40,16 +42,16 @@ def test_long_work_says_each_tenth() -> None:
 
 
 def test_plain_lines_are_at_least_five_seconds_apart() -> None:
-    assert len(run(total=20, seconds_each=1.0)) == 4  # at 5, 10 and 15 s, and at the end
+    assert len(run(total=20, seconds_each=1.0)) == 4  # after 5, 10 and 15 s, and at the end
 
 
-def test_very_long_work_is_never_silent_for_more_than_half_a_minute() -> None:
+def test_very_long_work_prints_a_line_at_least_every_30_seconds() -> None:
     lines = run(total=100, seconds_each=10.0)
     assert lines[0] == "encode hn_002: 3 % (30.0 s)"
     assert len(lines) == 34
 
 
-def test_work_that_breaks_off_says_that_it_stopped() -> None:
+def test_failing_work_ends_with_the_line_stopped() -> None:
     stream = io.StringIO()
     with pytest.raises(ZeroDivisionError), PlainProgress(stream).task("adapt", total=10) as task:
         task.advance(1 / 0)
@@ -78,7 +80,7 @@ def test_progress_goes_to_stderr_by_default(capsys: pytest.CaptureFixture[str]) 
     assert "encode: done" in err
 
 
-def test_bar_names_the_work_and_fills_when_it_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_shows_the_name_and_fills_when_work_succeeds_early(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
     with open_progress(stream=stream) as progress, progress.task("adapt [left]", total=200) as task:
@@ -87,7 +89,7 @@ def test_bar_names_the_work_and_fills_when_it_ends_early(monkeypatch: pytest.Mon
     assert "100 %" in stream.getvalue()
 
 
-def test_bar_of_work_that_breaks_off_stays_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bar_of_failing_work_is_not_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
 
