@@ -159,7 +159,7 @@ def _one_window(volume: Volume, bundle: EncoderBundle) -> Volume:
     part = []
     for axis, size in zip(grid.axes, bundle.window, strict=True):
         centre, half = (axis.start + axis.stop) // 2, int(size * axis.spacing / axis.source_spacing) // 2
-        cut = axis.other_way(slice(max(0, centre - half), min(axis.source_length, centre + half)))
+        cut = axis.flip_range(slice(max(0, centre - half), min(axis.source_length, centre + half)))
         part.append((axis.source_axis, cut))
     box = tuple(cut for _, cut in sorted(part, key=lambda pair: pair[0]))
     affine = volume.affine.copy()

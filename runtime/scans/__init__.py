@@ -1,1 +1,1 @@
-"""CT scans and label maps: reading, geometry, the grid that the encoder works on, writing."""
+"""CT scans and label maps: reading, writing, geometry, and resampling to the grid of the encoder."""

@@ -1,4 +1,4 @@
-"""What an organ looks like on CT: percentiles of the HU in its mask."""
+"""Percentiles of the HU within the mask of an organ."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SHARES: Final = (0.01, 0.5, 0.99)
 
 @dataclass(frozen=True)
 class HuPercentiles:
-    """Whole HU that 1 %, one half and 99 % of an organ's voxels do not exceed."""
+    """1st, 50th and 99th percentile of the HU of an organ, in whole HU."""
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)  # it is part of the adapter file
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)  # this class is part of the adapter file
 
     low: int
     median: int
@@ -28,10 +28,10 @@ class HuPercentiles:
 
 
 def hu_percentiles(volume: Volume, mask: NDArray[np.bool_]) -> HuPercentiles | None:
-    """Return the percentiles of the HU in a mask ``[X, Y, Z]`` on the scan's lattice, None for an empty one.
+    """Return the percentiles of the HU within a mask ``[X, Y, Z]`` on the lattice of the scan; None for an empty mask.
 
-    HU are rounded, and counted from -2048 to 8191: what lies beyond counts as the end that it is beyond. Only the
-    slices that the organ is on are read, one at a time.
+    HU are rounded and clipped to the range from -2048 to 8191. Only the slices that contain the organ are read, one at
+    a time.
     """
     if not mask.any():
         return None

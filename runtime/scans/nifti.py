@@ -1,7 +1,7 @@
-"""Reading and writing CTs and label maps as NIfTI.
+"""Reading and writing of CTs and label maps as NIfTI files.
 
-NIfTI-1 and NIfTI-2 single files, plain or gzip: https://nifti.nimh.nih.gov. Geometry is the sform where its code is
-set, else the qform, as in nibabel.
+Supported are NIfTI-1 and NIfTI-2 single files, plain or compressed with gzip: https://nifti.nimh.nih.gov. The affine is
+the sform if its code is set, else the qform, as in nibabel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fseft_edge.runtime.errors import (
 from fseft_edge.runtime.scans.hounsfield import check_hounsfield
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, slabs
 from fseft_edge.runtime.system.atomic import atomic_path
-from fseft_edge.runtime.system.unnamed_file import no_room_to_unpack, unnamed_file
+from fseft_edge.runtime.system.unnamed_file import no_space_to_unpack, unnamed_file
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -39,17 +39,17 @@ _COPY_BYTES = 1 << 20
 
 
 def read_ct(path: Path) -> Volume:
-    """Read a CT without loading it: the array is a read-only memory map.
+    """Read a CT as a read-only memory map, without loading all voxels into memory.
 
-    A compressed file is unpacked as a stream into an unnamed file in the system's temporary folder (``TMPDIR``),
-    which disappears with the volume. The intensities are read through once and must look like HU
-    (:func:`fseft_edge.runtime.scans.hounsfield.check_hounsfield`).
+    A compressed file is unpacked as a stream into an unnamed file in the temporary folder of the system (``TMPDIR``).
+    The operating system deletes this file together with the volume. All intensities are read once and must be plausible
+    HU (:func:`fseft_edge.runtime.scans.hounsfield.check_hounsfield`).
 
     Raises:
-        UnreadableFileError: missing, a folder, truncated, damaged, or not NIfTI.
-        NotACtError: four-dimensional, colour, fewer than two slices, or intensities that are no HU.
-        GeometryError: neither sform nor qform, or an affine that is not finite or singular.
-        OutOfSpaceError: no room to unpack the file.
+        UnreadableFileError: the file is missing, a folder, truncated, damaged, or not NIfTI.
+        NotACtError: the image has four dimensions, colours, fewer than two slices, or intensities not in HU.
+        GeometryError: sform and qform are both missing, or the affine is not finite or singular.
+        OutOfSpaceError: the temporary folder has too little disk space for the unpacked file.
     """
     array, header = _read(path)
     slope, intercept = _rescale(header, path)
@@ -59,21 +59,21 @@ def read_ct(path: Path) -> Volume:
 
 
 def read_label_map(path: Path) -> LabelMap:
-    """Read annotations into memory, in the smallest unsigned integer type that holds them.
+    """Read a label map into memory, as the smallest unsigned integer type that can represent its values.
 
     Raises:
-        UnreadableFileError: missing, a folder, truncated, damaged, or not NIfTI.
-        LabelError: not three-dimensional, or values that are negative or not whole numbers.
-        GeometryError: neither sform nor qform, or an affine that is not finite or singular.
-        OutOfSpaceError: no room to unpack the file.
+        UnreadableFileError: the file is missing, a folder, truncated, damaged, or not NIfTI.
+        LabelError: the image is not three-dimensional, or a value is negative, too large or not a whole number.
+        GeometryError: sform and qform are both missing, or the affine is not finite or singular.
+        OutOfSpaceError: the temporary folder has too little disk space for the unpacked file.
     """
     array, header = _read(path)
     slope, intercept = _rescale(header, path)
     stored = _squeezed(array)
     if stored.ndim != 3 or stored.dtype.kind not in "iuf":
         raise LabelError(
-            f"{path} is no label map: shape {stored.shape}, {stored.dtype} values.",
-            remedy="Give one three-dimensional label map in which every organ has its own value.",
+            f"{path} is not a label map: its shape is {stored.shape} and its value type is {stored.dtype}.",
+            remedy="Give one three-dimensional label map of whole numbers, with one label value for each organ.",
         )
     highest = max(int(_label_values(piece, slope, intercept, path).max()) for piece in slabs(stored))
     labels = np.empty(stored.shape, dtype=np.min_scalar_type(highest), order="F")
@@ -85,25 +85,25 @@ def read_label_map(path: Path) -> LabelMap:
 
 
 def write_label_map(path: Path, labels: LabelMap) -> None:
-    """Write a label map as ``.nii`` or ``.nii.gz``; it appears complete or not at all.
+    """Write a label map atomically as ``.nii`` or ``.nii.gz``.
 
-    uint8 where the values fit, else uint16 or uint32; sform and qform both hold the affine (a sheared one, which a
-    qform cannot express, only the sform). The same labels give the same bytes.
+    The data type is uint8 if all values fit, else uint16 or uint32. Both sform and qform contain the affine; a sheared
+    affine is written only as the sform, because a qform cannot represent shear. Equal label maps give equal bytes.
 
     Raises:
-        UsageError: the name ends in neither ``.nii`` nor ``.nii.gz``.
-        OutOfSpaceError: the disk is full or cannot be written to.
+        UsageError: the file name does not end in ``.nii`` or ``.nii.gz``.
+        OutOfSpaceError: the disk is full, or the folder is not writable.
     """
     dtype = np.min_scalar_type(int(labels.array.max()))
     _write(path, labels.array, _header_for(labels, dtype), dtype)
 
 
 def write_ct(path: Path, volume: Volume) -> None:
-    """Write a CT as ``.nii`` or ``.nii.gz`` with its stored values, type and rescale; complete or not at all.
+    """Write a CT atomically as ``.nii`` or ``.nii.gz`` with its stored values, data type, slope and intercept.
 
     Raises:
-        UsageError: the name ends in neither ``.nii`` nor ``.nii.gz``.
-        OutOfSpaceError: the disk is full or cannot be written to.
+        UsageError: the file name does not end in ``.nii`` or ``.nii.gz``.
+        OutOfSpaceError: the disk is full, or the folder is not writable.
     """
     dtype = volume.array.dtype.newbyteorder("=")
     header = _header_for(volume, dtype)
@@ -112,9 +112,12 @@ def write_ct(path: Path, volume: Volume) -> None:
 
 
 def stream_hu(volume: Volume) -> tuple[int, Iterator[bytes]]:
-    """Return a scan as an uncompressed NIfTI file in whole HU (int16): its length in bytes, and its pieces in order.
+    """Return a scan as an uncompressed NIfTI file in whole HU (int16).
 
-    One piece of the scan is in memory at a time. What lies beyond the range of int16 becomes its ends.
+    Only one piece of the scan is in memory at a time. HU are clipped to the range of int16.
+
+    Returns:
+        The length of the file in bytes, and an iterator over the pieces of the file in order.
     """
     whole = np.dtype("<i2")
     header = _header_for(volume, whole)
@@ -137,40 +140,44 @@ def _whole_hu(stored: NDArray[Any], volume: Volume) -> bytes:
 
 
 def list_cases(path: Path) -> list[Path]:
-    """The NIfTI files that a file or folder name stands for, sorted by name; hidden files are left out.
+    """Return the NIfTI file at a path, or all NIfTI files in a folder sorted by name, without hidden files.
 
     Raises:
-        UnreadableFileError: nothing is there, or no NIfTI file.
+        UnreadableFileError: the path does not exist, is not a NIfTI file, or is a folder without NIfTI files.
     """
     if path.is_dir():
         cases = sorted(file for file in path.iterdir() if _is_nifti_name(file.name) and file.is_file())
         if not cases:
-            raise UnreadableFileError(f"{path} holds no .nii or .nii.gz file.", remedy="Name the folder of the scans.")
+            raise UnreadableFileError(
+                f"The folder {path} contains no .nii or .nii.gz file.", remedy="Give the folder of the scans."
+            )
         return cases
     if not path.exists():
-        raise UnreadableFileError(f"{path} does not exist.", remedy="Check the name.")
+        raise UnreadableFileError(f"{path} does not exist.", remedy="Check the path.")
     if not _is_nifti_name(path.name):
-        raise UnreadableFileError(f"{path} is no .nii or .nii.gz file.", remedy="Convert the scan to NIfTI.")
+        raise UnreadableFileError(f"{path} is not a .nii or .nii.gz file.", remedy="Convert the image to NIfTI.")
     return [path]
 
 
 def cases_by_name(path: Path) -> dict[str, Path]:
-    """The NIfTI files of a file or folder by the name of their case.
+    """Return the NIfTI files that :func:`list_cases` returns, as a dictionary with the case names as keys.
 
     Raises:
-        UnreadableFileError: see :func:`list_cases`.
-        InputError: two files are the same case, such as ``a.nii`` and ``a.nii.gz``.
+        UnreadableFileError: the path does not exist, is not a NIfTI file, or is a folder without NIfTI files.
+        InputError: two files have the same case name, such as ``a.nii`` and ``a.nii.gz``.
     """
     cases: dict[str, Path] = {}
     for file in list_cases(path):
         earlier = cases.setdefault(case_name(file), file)
         if earlier != file:
-            raise InputError(f"{earlier} and {file} are the same case.", remedy="Keep one of the two.")
+            raise InputError(
+                f"{earlier} and {file} have the same case name.", remedy="Rename or delete one of the two files."
+            )
     return cases
 
 
 def case_name(path: Path) -> str:
-    """A file's name without ``.nii.gz`` or ``.nii``: what images, labels and results of one case share."""
+    """Return the file name without ``.nii.gz`` or ``.nii``. Scan, annotation and results of a case share this name."""
     for suffix in SUFFIXES:
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
@@ -182,9 +189,9 @@ def _is_nifti_name(name: str) -> bool:
 
 
 def _read(path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
-    """The stored values, mapped read-only, and the header."""
+    """Return the stored values as a read-only memory map, and the header."""
     if path.is_dir():
-        raise UnreadableFileError(f"{path} is a folder, not a NIfTI file.", remedy="Name a .nii or .nii.gz file.")
+        raise UnreadableFileError(f"{path} is a folder, not a NIfTI file.", remedy="Give a .nii or .nii.gz file.")
     try:
         with path.open("rb") as file:
             packed = file.read(2) == _GZIP_MAGIC
@@ -196,7 +203,7 @@ def _read(path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
                 return _map(unpacked, path)
     except OSError as error:
         raise UnreadableFileError(
-            f"{path} cannot be read: {error.strerror or error}.", remedy="Check the name and the permissions."
+            f"{path} cannot be read: {error.strerror or error}.", remedy="Check the path and the file permissions."
         ) from error
 
 
@@ -207,18 +214,18 @@ def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
                 piece = stream.read(_COPY_BYTES)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UnreadableFileError(
-                    f"{path} is truncated or damaged: {error}.", remedy="Copy the file again from where it came."
+                    f"{path} is truncated or damaged: {error}.", remedy="Copy the file again from its source."
                 ) from error
             if not piece:
                 break
             try:
                 unpacked.write(piece)
             except OSError as error:
-                raise no_room_to_unpack(path) from error
+                raise no_space_to_unpack(path) from error
     try:
         unpacked.flush()
     except OSError as error:
-        raise no_room_to_unpack(path) from error
+        raise no_space_to_unpack(path) from error
     unpacked.seek(0)
 
 
@@ -228,18 +235,18 @@ def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1He
         shape = tuple(int(length) for length in header.get_data_shape())
         dtype = header.get_data_dtype()
         offset = int(header.get_data_offset())
-    except (HeaderDataError, ValueError, OverflowError) as error:  # the offset is a float and may be nan or infinite
+    except (HeaderDataError, ValueError, OverflowError) as error:  # the offset is a float and can be NaN or infinite
         raise _not_nifti(path) from error
     if offset < 0:
         raise _not_nifti(path)
     if not shape or min(shape) < 1:
-        raise UnreadableFileError(f"{path} holds no voxels: shape {shape}.", remedy="Export the scan again.")
+        raise UnreadableFileError(f"{path} contains no voxels: its shape is {shape}.", remedy="Export the image again.")
     wanted = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
     present = file.seek(0, 2)
     if present < wanted:
         raise UnreadableFileError(
-            f"{path} is truncated: {present} of {wanted} bytes are there.",
-            remedy="Copy the file again from where it came.",
+            f"{path} is truncated: it has {present} bytes, but its header requires {wanted} bytes.",
+            remedy="Copy the file again from its source.",
         )
     return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")), header
 
@@ -251,7 +258,7 @@ def _header(file: IO[bytes], path: Path) -> nib.nifti1.Nifti1Header:
     kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
     try:
         header: nib.nifti1.Nifti1Header = kind.from_fileobj(file)
-    except Exception as error:  # nibabel raises many kinds on bytes that are no header
+    except Exception as error:  # nibabel raises many kinds of exception for bytes that are not a header
         raise _not_nifti(path) from error
     if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
         raise _not_nifti(path)
@@ -259,50 +266,55 @@ def _header(file: IO[bytes], path: Path) -> nib.nifti1.Nifti1Header:
 
 
 def _not_nifti(path: Path) -> UnreadableFileError:
-    return UnreadableFileError(f"{path} is not a NIfTI file.", remedy="Convert the scan to NIfTI (.nii or .nii.gz).")
+    return UnreadableFileError(f"{path} is not a NIfTI file.", remedy="Convert the image to NIfTI (.nii or .nii.gz).")
 
 
 def _rescale(header: nib.nifti1.Nifti1Header, path: Path) -> tuple[float, float]:
     try:
         slope, intercept = header.get_slope_inter()
     except HeaderDataError as error:
-        raise NotACtError(f"{path} has an invalid rescale: {error}.", remedy="Export the scan again.") from error
+        raise NotACtError(
+            f"{path} has an invalid rescale slope or intercept: {error}.", remedy="Export the image again."
+        ) from error
     return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
 
 
 def _affine(header: nib.nifti1.Nifti1Header, path: Path) -> NDArray[np.float64]:
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         raise GeometryError(
-            f"{path} has no geometry: neither its sform nor its qform is set.",
-            remedy="Convert the original DICOM series again with a tool that keeps its geometry.",
+            f"{path} has no geometry: its sform and its qform are not set.",
+            remedy="Convert the original DICOM series again with a program that keeps the geometry.",
         )
     try:
         return np.asarray(header.get_best_affine(), dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
-        raise GeometryError(f"{path} has an invalid qform: {error}.", remedy="Convert the scan again.") from error
+        raise GeometryError(
+            f"{path} has an invalid qform: {error}.", remedy="Convert the original DICOM series again."
+        ) from error
 
 
 def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
-    """Without the trailing axes of length one that some writers add."""
+    """Remove trailing axes of length one after the third axis, which some programs add."""
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return array
 
 
 def _label_values(stored: NDArray[Any], slope: float, intercept: float, path: Path) -> NDArray[Any]:
-    """Rescaled values, all whole numbers from 0 to 2^32 - 1."""
+    """Return the rescaled values after checking that all are whole numbers from 0 to 2^32 - 1."""
     values = stored
     if (slope, intercept) != (1.0, 0.0):
         with np.errstate(over="ignore", invalid="ignore"):
             values = stored.astype(np.float64) * slope + intercept
     if not np.isfinite(values).all() or (values < 0).any() or (values > np.iinfo(np.uint32).max).any():
         raise LabelError(
-            f"{path} holds negative, huge or non-finite values.", remedy="Store labels as whole numbers from 0."
+            f"{path} contains values that are negative, not finite, or larger than {np.iinfo(np.uint32).max}.",
+            remedy="Store label values as whole numbers from 0.",
         )
     if values.dtype.kind == "f" and (values != np.floor(values)).any():
         raise LabelError(
-            f"{path} holds values that are not whole numbers.",
-            remedy="Store labels as whole numbers; a label map must be resampled with nearest neighbour only.",
+            f"{path} contains values that are not whole numbers.",
+            remedy="Store label values as whole numbers, and resample label maps only with nearest neighbour.",
         )
     return values
 
@@ -324,11 +336,13 @@ def _header_for(image: Volume | LabelMap, dtype: np.dtype[Any]) -> nib.nifti1.Ni
 
 def _write(path: Path, array: NDArray[Any], header: nib.nifti1.Nifti1Header, dtype: np.dtype[Any]) -> None:
     if not _is_nifti_name(path.name):
-        raise UsageError(f"{path} is no NIfTI file name.", remedy="End the name in .nii.gz or .nii.")
+        raise UsageError(
+            f"The output name {path} is not a NIfTI file name.", remedy="Give a name that ends in .nii.gz or .nii."
+        )
     with contextlib.ExitStack() as stack:
         file: IO[bytes] | gzip.GzipFile = stack.enter_context(stack.enter_context(atomic_path(path)).open("wb"))
         if path.name.lower().endswith(".gz"):
-            # No name and no time in the gzip header: the same voxels give the same bytes.
+            # Without file name and time in the gzip header, equal voxels give equal bytes.
             file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6))
         file.write(header.binaryblock)
         file.write(bytes(header.single_vox_offset - len(header.binaryblock)))

@@ -1,4 +1,4 @@
-"""Preprocessing: what a scan is turned into before the encoder sees it, as data."""
+"""Preprocessing settings: orientation, voxel spacing, HU window and crop of the encoder input."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _Hounsfield = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Preprocessing(BaseModel):
-    """Orientation, spacing, HU window and crop of the grid that an encoder works on; stored in its bundle.
+    """Preprocessing settings of an encoder; the encoder bundle contains them.
 
     Attributes:
-        axcodes: where the grid's axes point, nearest anatomical direction.
-        spacing: mm between grid voxels along its x, y, z.
-        hu_window: HU mapped to 0 and to 1; values outside are clipped.
-        antialias: when down-sampling, widen the interpolation's triangle to the grid's spacing instead of interpolating
-            between the two nearest voxels. Published models were trained without.
-        crop_below_hu: cut the grid to the bounding box of voxels above this value, plus a margin of 10 mm; ``None``
-            keeps the whole scan.
+        axcodes: nearest anatomical directions of the x, y and z axis of the grid.
+        spacing: distance in mm between grid voxels along x, y, z.
+        hu_window: HU that are mapped to 0 and to 1; values outside are clipped.
+        antialias: for down-sampling, use a triangular filter with the half width of one grid voxel instead of
+            interpolation between the two nearest voxels. The published models were trained without it.
+        crop_below_hu: threshold in HU. The grid is cropped to the bounding box of the voxels above the threshold, plus
+            a margin of 10 mm. None keeps the whole scan.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,12 +35,12 @@ class Preprocessing(BaseModel):
     @classmethod
     def _three_different_axes(cls, axcodes: str) -> str:
         if sorted("RAS".find(c) if c in "RAS" else "LPI".find(c) for c in axcodes) != [0, 1, 2]:
-            raise ValueError("axcodes names one direction of each axis: R or L, A or P, S or I, in any order")
+            raise ValueError("axcodes must contain one direction for each axis: R or L, A or P, S or I, in any order")
         return axcodes
 
     @field_validator("hu_window")
     @classmethod
     def _window_is_not_empty(cls, window: tuple[float, float]) -> tuple[float, float]:
         if window[0] >= window[1]:
-            raise ValueError("hu_window goes from a lower to a higher value")
+            raise ValueError("the first value of hu_window must be below the second value")
         return window

@@ -1,4 +1,4 @@
-"""What a scan on disk is: a NIfTI file, or a DICOM series in a folder, a zip archive or one file."""
+"""Scans on disk: a NIfTI file, or a DICOM series in a folder, a zip archive or a single file."""
 
 from __future__ import annotations
 
@@ -17,67 +17,84 @@ _DICOM_SUFFIXES = (".zip", ".dcm")
 
 
 def is_nifti(path: Path) -> bool:
-    """Whether a path is read as NIfTI: it has a NIfTI file's name and is no folder. All others are read as DICOM."""
+    """Return True if a path is not a folder and has the name of a NIfTI file. All other paths are read as DICOM."""
     return path.name.lower().endswith(SUFFIXES) and not path.is_dir()
 
 
 def read_scan(path: Path, series: str | None = None) -> Volume:
-    """Read a CT from a NIfTI file, or from a DICOM series in a folder, a zip archive or one file.
+    """Read a CT from a NIfTI file, or from a DICOM series in a folder, a zip archive or a single file.
 
     Args:
-        path: one of those that :func:`list_scans` returns.
-        series: which DICOM series (see :func:`fseft_edge.runtime.scans.dicom.choose_series`).
+        path: path of one scan, as returned by :func:`list_scans`.
+        series: number, UID or end of the UID of the DICOM series (see
+            :func:`fseft_edge.runtime.scans.dicom.choose_series`); None selects the series automatically.
 
     Raises:
-        UsageError: a series is named in a NIfTI file.
-        InputError: it is no CT that can be read (see :func:`fseft_edge.runtime.scans.nifti.read_ct` and
+        UsageError: ``series`` is given for a NIfTI file.
+        InputError: the scan is not a readable CT (see :func:`fseft_edge.runtime.scans.nifti.read_ct` and
             :func:`fseft_edge.runtime.scans.dicom.find_series`, ``choose_series`` and ``read_series``).
-        OutOfSpaceError: no room to unpack it.
+        OutOfSpaceError: the temporary folder has too little disk space for the unpacked scan.
     """
     return find_scan(path, series).read()
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A scan that was found and not read yet; ``series`` is None where it is NIfTI."""
+    """A scan before reading.
+
+    Attributes:
+        path: path of the scan.
+        series: the selected DICOM series; None for a NIfTI file.
+    """
 
     path: Path
     series: DicomSeries | None
 
     def read(self) -> Volume:
-        """Read it.
+        """Read the scan.
 
         Raises:
-            InputError: see :func:`read_scan`.
-            OutOfSpaceError: no room to unpack it.
+            InputError: the scan is not a readable CT.
+            OutOfSpaceError: the temporary folder has too little disk space for the unpacked scan.
         """
         if self.series is None:
             return read_ct(self.path)
-        from fseft_edge.runtime.scans.dicom import read_series  # noqa: PLC0415 - brings in pydicom, which NIfTI does not need
+        from fseft_edge.runtime.scans.dicom import read_series  # noqa: PLC0415 - loads pydicom
 
         return read_series(self.series)
 
 
 def find_scan(path: Path, series: str | None = None) -> Scan:
-    """Return the scan that a path stands for, and of DICOM the series; arguments and errors as in :func:`read_scan`."""
+    """Return the scan at a path without reading its voxels. For DICOM, this function selects the series.
+
+    Args:
+        path: path of one scan, as returned by :func:`list_scans`.
+        series: number, UID or end of the UID of the DICOM series; None selects the series automatically.
+
+    Raises:
+        UsageError: ``series`` is given for a NIfTI file.
+        InputError: no DICOM series can be selected, or the selected series is not a readable CT.
+    """
     if is_nifti(path):
         if series is not None:
-            raise UsageError(f"{path} is NIfTI and holds no series.", remedy="Leave --series out.")
+            raise UsageError(
+                f"{path} is a NIfTI file, but --series can only be used with DICOM.", remedy="Leave --series out."
+            )
         return Scan(path, None)
-    from fseft_edge.runtime.scans import dicom  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.scans import dicom  # noqa: PLC0415 - loads pydicom
 
     return Scan(path, dicom.choose_series(dicom.find_series(path), series))
 
 
 def list_scans(path: Path) -> list[Path]:
-    """Return the scans that a path stands for.
+    """Return the paths of all scans in a file or folder.
 
-    A file is one scan. A folder that holds NIfTI files stands for those, sorted by name. Any other folder is one
-    scan when DICOM files lie in it or anywhere below.
+    A file is one scan. In a folder with NIfTI files, each NIfTI file is one scan; these are sorted by name. Any other
+    folder is one scan if the folder or its subfolders contain DICOM files.
 
     Raises:
-        UnreadableFileError: nothing is there, or neither NIfTI nor DICOM.
-        ArchiveError: a zip archive that is encrypted, damaged or too large.
+        UnreadableFileError: the path does not exist, or contains no NIfTI and no DICOM file.
+        ArchiveError: a zip archive is encrypted, damaged or too large.
     """
     if is_nifti(path) or not path.exists():
         return list_cases(path)
@@ -85,21 +102,21 @@ def list_scans(path: Path) -> list[Path]:
         try:
             return list_cases(path)
         except UnreadableFileError as no_nifti:
-            if not _holds_dicom(path):
+            if not _contains_dicom(path):
                 raise UnreadableFileError(
-                    f"{path} holds neither a .nii or .nii.gz file nor, in any folder below, a DICOM file.",
+                    f"The folder {path} contains no NIfTI file, and no DICOM file in it or its subfolders.",
                     remedy=no_nifti.remedy,
                 ) from None
-    elif not _holds_dicom(path):
+    elif not _contains_dicom(path):
         raise UnreadableFileError(
-            f"{path} is neither NIfTI nor DICOM, nor a zip archive that holds DICOM.",
-            remedy="Name a .nii or .nii.gz file, or the folder or zip archive of a DICOM series.",
+            f"{path} is not a NIfTI file, not a DICOM file, and not a zip archive with DICOM files.",
+            remedy="Give a .nii or .nii.gz file, or the folder or zip archive of a DICOM series.",
         )
     return [path]
 
 
 def scan_name(path: Path) -> str:
-    """Return a scan's name: its file's or folder's without ``.nii.gz``, ``.nii``, ``.zip`` or ``.dcm``."""
+    """Return the name of a scan: the name of its file or folder without ``.nii.gz``, ``.nii``, ``.zip`` or ``.dcm``."""
     if is_nifti(path):
         return case_name(path)
     name = path.name or path.resolve().name
@@ -108,7 +125,7 @@ def scan_name(path: Path) -> str:
     return name
 
 
-def _holds_dicom(path: Path) -> bool:
-    from fseft_edge.runtime.scans.dicom.files import holds_dicom  # noqa: PLC0415 - likewise
+def _contains_dicom(path: Path) -> bool:
+    from fseft_edge.runtime.scans.dicom.files import contains_dicom  # noqa: PLC0415 - loads pydicom
 
-    return holds_dicom(path)
+    return contains_dicom(path)

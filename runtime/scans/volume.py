@@ -1,4 +1,4 @@
-"""Volume and LabelMap: voxels, the lattice they lie on, and where they came from."""
+"""Volume and LabelMap: voxel arrays with an affine and the path of their file."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from numpy.typing import NDArray
 from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
 
 LATTICE_TOLERANCE_MM = 1e-3
-"""Two lattices are the same when all eight corner voxels agree to this distance."""
+"""Two lattices are equal if each of the eight corner voxels differs by at most this distance."""
 
 PLAUSIBLE_SPACING_MM = (0.01, 100.0)
-"""Voxels outside this range are in another unit, or no voxels of a patient."""
+"""Range of accepted voxel spacings. Other values mean a wrong unit, or an image that is not of a patient."""
 
 _CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """One CT: ``array[x, y, z]`` as stored, with HU = ``slope * array + intercept``.
+    """One CT with stored values ``array[x, y, z]`` and HU = ``slope * array + intercept``.
 
     Attributes:
-        array: ``[X, Y, Z]`` in the file's own dtype; may be a read-only memory map. Never rescaled as a whole.
-        affine: float64 4x4, voxel index to RAS+ world coordinates in millimetres.
+        array: stored values ``[X, Y, Z]`` with the dtype of the file; may be a read-only memory map. Only the requested
+            parts are ever rescaled.
+        affine: float64 4x4, voxel index to RAS+ world coordinates in mm.
         slope: HU per stored unit (NIfTI ``scl_slope``, DICOM RescaleSlope).
         intercept: HU of a stored zero (NIfTI ``scl_inter``, DICOM RescaleIntercept).
-        source: the file or folder it was read from.
+        source: file or folder of the scan; None for a volume without a file.
 
     Raises:
-        NotACtError: the array is not three-dimensional and numeric, or an axis has fewer than two voxels.
-        GeometryError: the affine is not 4x4, not finite, singular, or its voxels have an implausible size.
+        NotACtError: the array is not three-dimensional and numeric, an axis has fewer than two voxels, or the slope or
+            intercept is invalid.
+        GeometryError: the affine is not 4x4, not finite, or singular, or the voxel spacing is implausible.
     """
 
     array: NDArray[Any]
@@ -50,22 +52,22 @@ class Volume:
         name = self.source or "This volume"
         if self.array.ndim != 3:
             raise NotACtError(
-                f"{name} has {self.array.ndim} dimensions, shape {self.array.shape}.",
-                remedy="Give one three-dimensional CT; split a time series into its phases.",
+                f"{name} has {self.array.ndim} dimensions instead of 3: its shape is {self.array.shape}.",
+                remedy="Give one three-dimensional CT. Split a time series into single phases.",
             )
         if self.array.dtype.kind not in "iuf":
             raise NotACtError(
-                f"{name} holds {self.array.dtype} values, not intensities.",
-                remedy="Give the CT itself, not a colour rendering or a complex image.",
+                f"{name} contains values of type {self.array.dtype}, which are not intensities.",
+                remedy="Give the original CT, not a colour image or a complex image.",
             )
         if min(self.array.shape) < 2:
             raise NotACtError(
-                f"{name} has shape {self.array.shape}: fewer than two slices.",
-                remedy="Give a whole CT series, not a single slice.",
+                f"{name} has the shape {self.array.shape}, but a CT has at least two voxels along each axis.",
+                remedy="Give a complete CT series, not a single slice.",
             )
         if not (np.isfinite(self.slope) and np.isfinite(self.intercept)) or self.slope == 0:
             raise NotACtError(
-                f"{name} has rescale slope {self.slope} and intercept {self.intercept}.",
+                f"{name} has the invalid rescale slope {self.slope} or intercept {self.intercept}.",
                 remedy="Export the series again from the PACS.",
             )
         object.__setattr__(self, "affine", _checked_affine(self.affine, name))
@@ -78,12 +80,12 @@ class Volume:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Distance in mm between neighbouring voxel centres along x, y, z."""
+        """Distance in mm between adjacent voxel centres along x, y, z."""
         return spacing_of(self.affine)
 
     @property
     def axcodes(self) -> str:
-        """Where each array axis points, nearest anatomical direction: ``"RAS"``, ``"LPS"``, ..."""
+        """Nearest anatomical direction of each array axis: ``"RAS"``, ``"LPS"``, ..."""
         return "".join(nib.orientations.aff2axcodes(self.affine))
 
     @property
@@ -92,7 +94,7 @@ class Volume:
         return float(abs(np.linalg.det(self.affine[:3, :3])))
 
     def hu(self, selection: tuple[slice, slice, slice]) -> NDArray[np.float32]:
-        """HU of a part of the scan, float32, in the array's own axis order; only that part is read."""
+        """Return the HU of a part of the scan, float32, in the axis order of the array. Only that part is read."""
         hu: NDArray[np.float32] = self.array[selection].astype(np.float32)
         if self.slope != 1.0:
             hu *= np.float32(self.slope)
@@ -101,18 +103,18 @@ class Volume:
         return hu
 
     def chunks(self) -> Iterator[NDArray[Any]]:
-        """Stored values in pieces ``[n, Y, X]``, slices in order, each C-contiguous and little-endian.
+        """Yield the stored values in pieces ``[n, Y, X]``, slices in order, C-contiguous and little-endian.
 
-        Joined, the pieces' bytes are the voxels in NIfTI's own order (x fastest, then y, then z) whatever the array's
-        memory layout or byte order, so that a running hash of them depends on the values and the dtype alone.
-        Memory-mapped pages are given back after each piece.
+        The concatenated bytes of all pieces are the voxels in NIfTI order (x fastest, then y, then z), independent of
+        the memory layout and byte order of the array. A hash of the pieces therefore depends only on the values and the
+        dtype. Memory-mapped pages are released after each piece.
         """
         for piece in slabs(self.array):
             yield np.ascontiguousarray(piece.T, dtype=piece.dtype.newbyteorder("<"))
             self.release()
 
     def release(self) -> None:
-        """Let go of the memory-mapped pages read so far; they are read again when next touched."""
+        """Release the resident memory-mapped pages. The operating system reads them again at the next access."""
         base: object = self.array
         while isinstance(base, np.ndarray):
             base = base.base
@@ -122,16 +124,16 @@ class Volume:
 
 @dataclass(frozen=True, eq=False)
 class LabelMap:
-    """Annotations of a scan, or a segmentation of it: one whole number per voxel, 0 where there is none.
+    """Annotation or mask of a scan: one label value for each voxel, 0 for the background.
 
     Attributes:
-        array: ``[X, Y, Z]``, unsigned integers.
-        affine: float64 4x4, voxel index to RAS+ world coordinates in millimetres.
-        source: the file it was read from.
+        array: label values ``[X, Y, Z]``, unsigned integers.
+        affine: float64 4x4, voxel index to RAS+ world coordinates in mm.
+        source: file of the label map; None for a label map without a file.
 
     Raises:
-        LabelError: the array is not three-dimensional or not of unsigned integers.
-        GeometryError: the affine is not 4x4, not finite, singular, or its voxels have an implausible size.
+        LabelError: the array is not three-dimensional, or its dtype is not an unsigned integer.
+        GeometryError: the affine is not 4x4, not finite, or singular, or the voxel spacing is implausible.
     """
 
     array: NDArray[np.unsignedinteger[Any]]
@@ -142,12 +144,12 @@ class LabelMap:
         name = self.source or "This label map"
         if self.array.ndim != 3:
             raise LabelError(
-                f"{name} has {self.array.ndim} dimensions, shape {self.array.shape}.",
-                remedy="Give one three-dimensional label map in which every organ has its own value.",
+                f"{name} has {self.array.ndim} dimensions instead of 3: its shape is {self.array.shape}.",
+                remedy="Give one three-dimensional label map, with one label value for each organ.",
             )
         if self.array.dtype.kind != "u":
             raise LabelError(
-                f"{name} holds {self.array.dtype} values, not unsigned integers.",
+                f"{name} contains values of type {self.array.dtype} instead of unsigned integers.",
                 remedy="Store the label map as unsigned integers.",
             )
         object.__setattr__(self, "affine", _checked_affine(self.affine, name))
@@ -165,14 +167,14 @@ class LabelMap:
 
 
 def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Lengths in mm of an affine's three voxel steps."""
-    # A column at a time, so that permuting or flipping axes changes no bit of a step's length.
+    """Return the voxel spacing of an affine along x, y, z in mm."""
+    # Column by column, so that a permutation or flip of axes changes no bit of the spacing.
     x, y, z = (float(np.sqrt(a * a + b * b + c * c)) for a, b, c in affine[:3, :3].T)
     return x, y, z
 
 
 def slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Consecutive views ``array[:, :, a:b]`` of at most 8 MiB each (at least one slice)."""
+    """Yield consecutive views ``array[:, :, a:b]`` of at most 8 MiB each (at least one slice)."""
     slice_bytes = array.itemsize * array.shape[0] * array.shape[1]
     depth = max(1, _CHUNK_BYTES // slice_bytes)
     for start in range(0, array.shape[2], depth):
@@ -180,7 +182,7 @@ def slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def same_lattice(a: Volume | LabelMap, b: Volume | LabelMap) -> bool:
-    """Whether both have the same shape and their eight corner voxels coincide to ``LATTICE_TOLERANCE_MM``."""
+    """Return True if the shapes are equal and the eight corner voxels agree within ``LATTICE_TOLERANCE_MM``."""
     if a.shape != b.shape:
         return False
     corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0.0, n - 1.0) for n in a.shape))])
@@ -189,21 +191,21 @@ def same_lattice(a: Volume | LabelMap, b: Volume | LabelMap) -> bool:
 
 
 def check_labels_match(volume: Volume, labels: LabelMap) -> None:
-    """Make sure that a scan and its annotations lie on the same lattice.
+    """Raise GeometryError if a scan and its label map have different lattices.
 
     Raises:
-        GeometryError: they do not; the message names both files and says in what they differ.
+        GeometryError: the lattices differ; the message names both files and states the difference.
     """
     if same_lattice(volume, labels):
         return
     if volume.shape != labels.shape:
-        difference = f"shape {volume.shape} against {labels.shape}"
+        difference = f"the shapes are {volume.shape} and {labels.shape}"
     else:
-        difference = f"affine {_printed(volume.affine)} against {_printed(labels.affine)}"
+        difference = f"the affines are {_printed(volume.affine)} and {_printed(labels.affine)}"
     raise GeometryError(
-        f"The scan {volume.source or '(unnamed)'} and the labels {labels.source or '(unnamed)'} "
-        f"lie on different lattices: {difference}.",
-        remedy="Resample the labels onto the scan (nearest neighbour), or pair each scan with its own labels.",
+        f"The scan {volume.source or '(unnamed)'} and the label map {labels.source or '(unnamed)'} "
+        f"have different lattices: {difference}.",
+        remedy="Give each scan its own label map, or resample the label map to the scan with nearest neighbour.",
     )
 
 
@@ -213,14 +215,18 @@ def _printed(affine: NDArray[np.float64]) -> str:
 
 def _checked_affine(affine: NDArray[np.float64], name: object) -> NDArray[np.float64]:
     checked = np.array(affine, dtype=np.float64)
-    remedy = "Convert the original DICOM series again with a tool that keeps its geometry."
+    remedy = "Convert the original DICOM series again with a program that keeps the geometry."
     if checked.shape != (4, 4) or not np.isfinite(checked).all():
         raise GeometryError(f"{name} has an affine that is not a finite 4x4 matrix.", remedy=remedy)
     spacing = spacing_of(checked)
     if min(spacing) < PLAUSIBLE_SPACING_MM[0] or max(spacing) > PLAUSIBLE_SPACING_MM[1]:
-        raise GeometryError(f"{name} has voxels of {spacing} mm, which no CT has.", remedy=remedy)
-    # The determinant relative to the steps' lengths: 1 for perpendicular axes, 0 for axes in one plane.
+        low, high = PLAUSIBLE_SPACING_MM
+        raise GeometryError(
+            f"{name} has a voxel spacing of {spacing} mm, but a CT has a spacing between {low:g} and {high:g} mm.",
+            remedy=remedy,
+        )
+    # The determinant divided by the product of the spacings is 1 for perpendicular axes and 0 for axes in one plane.
     if abs(np.linalg.det(checked[:3, :3])) < 1e-3 * np.prod(spacing):
-        raise GeometryError(f"{name} has a singular affine: its axes do not span space.", remedy=remedy)
+        raise GeometryError(f"{name} has a singular affine: its axes are in one plane.", remedy=remedy)
     checked.flags.writeable = False
     return checked

@@ -1,8 +1,10 @@
-"""CT series in DICOM files: found in a file, folder or zip archive, one chosen, and read as a Volume.
+"""CT series in DICOM files: search in a file, folder or zip archive, selection of one series, and reading as a Volume.
 
-What is accepted, what is refused and why is described in ``docs/dicom.md``. No error holds what stands in a file's
-header about a person, or the name of a file below the path that the user gave: such names are often patients' names.
-For the same reason what pydicom raises is never chained to an error: its messages quote values.
+``docs/dicom.md`` describes which series are accepted.
+
+Privacy: no error message contains header values about a person, or the name of a file inside the path that the user
+gave, because such names are often names of patients. Exceptions of pydicom are never chained to an error, because their
+messages quote header values.
 """
 
 from fseft_edge.runtime.scans.dicom.choice import choose_series

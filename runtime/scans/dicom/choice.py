@@ -1,4 +1,4 @@
-"""Which of the series in a folder is meant."""
+"""Selection of one series among all series in a file, folder or archive."""
 
 from __future__ import annotations
 
@@ -11,73 +11,79 @@ from fseft_edge.runtime.scans.dicom.series import DicomSeries
 def choose_series(series: Sequence[DicomSeries], wanted: str | None = None) -> DicomSeries:
     """Return the series to read.
 
-    Named by ``wanted``: its number in the list that errors show, its SeriesInstanceUID, or an end of it that no other
-    series has. Else, of the CT series of the one patient there, the one with most slices. Series that are no CT scan
-    (other modalities, localisers, screenshots, single slices) are passed over; a CT series that cannot be read is
-    not, unless it has fewer slices than the one that is taken.
+    Without ``wanted``, all series must belong to one patient, and the CT series with the most slices is selected. Other
+    modalities, localisers, screenshots and single slices are skipped. If the largest CT series is not readable, its
+    error is raised; a smaller series does not replace it.
+
+    Args:
+        series: all series in a file, folder or archive, not empty.
+        wanted: number of the series in the list of the error messages, its SeriesInstanceUID, or a unique end of its
+            SeriesInstanceUID; None selects the series automatically.
 
     Raises:
-        SeveralPatientsError: images of several patients, and none is named.
-        ChooseSeriesError: no series has that name, or several do; or several have most slices.
-        NoSeriesError: none is a CT scan that can be read.
-        InputError: the series that would be taken cannot be read; the error says why.
+        SeveralPatientsError: the series belong to several patients, and ``wanted`` is None.
+        ChooseSeriesError: no series or several series match ``wanted``, or several series have the most slices.
+        NoSeriesError: no series is a CT scan.
+        InputError: the selected series is not readable; the error states the reason.
     """
     if wanted is not None:
-        chosen = _named(series, wanted)
+        chosen = _series_named(series, wanted)
     else:
-        if len({one.patient for one in series}) > 1:
+        patients = len({candidate.patient for candidate in series})
+        if patients > 1:
             raise SeveralPatientsError(
-                f"{series[0].source} holds images of {len({one.patient for one in series})} patients."
-                f"{_listed(series, patients=True)}",
-                remedy="Name the folder of one patient, or choose a series by --series.",
+                f"{series[0].source} contains images of {patients} patients:{_series_list(series, patients=True)}",
+                remedy="Give the folder of one patient, or select a series with --series NUMBER.",
             )
-        chosen = _largest(series)
+        chosen = _largest_series(series)
     problem = chosen.problem
     if problem is not None and wanted is None and len(series) > 1:
         raise type(problem)(
-            f"{problem.message}{_listed(series)}", remedy=f"{problem.remedy} Or choose another by --series NUMBER."
+            f"{problem.message} Available series:{_series_list(series)}",
+            remedy=f"{problem.remedy} Or select another series with --series NUMBER.",
         )
     if problem is not None:
         raise problem
     return chosen
 
 
-def _named(series: Sequence[DicomSeries], wanted: str) -> DicomSeries:
-    found = [one for one in series if str(one.number) == wanted]
-    found = found or [one for one in series if one.uid == wanted]
-    found = found or [one for one in series if wanted and one.uid.endswith(wanted)]
+def _series_named(series: Sequence[DicomSeries], wanted: str) -> DicomSeries:
+    found = [candidate for candidate in series if str(candidate.number) == wanted]
+    found = found or [candidate for candidate in series if candidate.uid == wanted]
+    found = found or [candidate for candidate in series if wanted and candidate.uid.endswith(wanted)]
     if len(found) == 1:
         return found[0]
-    how_many = "Several series" if found else "No series"
-    raise ChooseSeriesError(
-        f"{how_many} in {series[0].source} can be meant by the series named.{_listed(found or series)}",
-        remedy="Choose one by its number: --series NUMBER.",
-    )
+    source = series[0].source
+    if found:
+        message = f"{len(found)} series in {source} match the value of --series:{_series_list(found)}"
+    else:
+        message = f"No series in {source} matches the value of --series. Available series:{_series_list(series)}"
+    raise ChooseSeriesError(message, remedy="Select one series with --series NUMBER.")
 
 
-def _largest(series: Sequence[DicomSeries]) -> DicomSeries:
+def _largest_series(series: Sequence[DicomSeries]) -> DicomSeries:
     if len(series) == 1:
         return series[0]
-    scans = [one for one in series if not isinstance(one.problem, NotACtError)]
+    scans = [candidate for candidate in series if not isinstance(candidate.problem, NotACtError)]
     if not scans:
         raise NoSeriesError(
-            f"{series[0].source} holds no CT scan that can be read.{_listed(series)}",
-            remedy="Choose one by --series NUMBER to see what is wrong with it.",
+            f"{series[0].source} contains no CT scan. Available series:{_series_list(series)}",
+            remedy="Select a series with --series NUMBER to see why the series is refused.",
         )
-    most = max(len(one.slices) for one in scans)
-    largest = [one for one in scans if len(one.slices) == most]
+    most = max(len(candidate.slices) for candidate in scans)
+    largest = [candidate for candidate in scans if len(candidate.slices) == most]
     if len(largest) == 1:
         return largest[0]
     raise ChooseSeriesError(
-        f"{series[0].source} holds {len(largest)} series of {most} slices.{_listed(series)}",
-        remedy="Choose one by --series NUMBER.",
+        f"{series[0].source} contains {len(largest)} series of {most} slices:{_series_list(series)}",
+        remedy="Select one series with --series NUMBER.",
     )
 
 
-def _listed(series: Sequence[DicomSeries], *, patients: bool = False) -> str:
-    order = list(dict.fromkeys(one.patient for one in series))
+def _series_list(series: Sequence[DicomSeries], *, patients: bool = False) -> str:
+    order = list(dict.fromkeys(candidate.patient for candidate in series))
     lines = []
-    for one in series:
-        who = f"patient {order.index(one.patient) + 1}: " if patients else ""
-        lines.append(f"\n  {one.number}: {who}{one.description()}{'; cannot be read' if one.problem else ''}")
+    for candidate in series:
+        who = f"patient {order.index(candidate.patient) + 1}: " if patients else ""
+        lines.append(f"\n  {candidate.number}: {who}{candidate.description()}{'; not readable' if candidate.problem else ''}")
     return "".join(lines)

@@ -1,6 +1,7 @@
-"""What compressed frames say of their own size, compared with the header before a decoder sees them.
+"""Check of the image size in compressed frames before decoding.
 
-Decoders set memory aside for what the codestream claims, and some crash on an impossible one.
+Decoders allocate memory for the image size in the codestream, and some decoders crash on an impossible size. The size
+is therefore compared with the DICOM header first.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ _PIXELS_HEADER_BYTES = 12
 
 
 class DamagedCodestreamError(Exception):
-    """A frame that is not of the size that its header says; never leaves this package."""
+    """The image size in a frame differs from the DICOM header. This exception never leaves the package."""
 
 
 def check_codestreams(stream: BinaryIO, slice_: SliceHeader) -> None:
-    """Make sure that each JPEG, JPEG-LS or JPEG 2000 frame in a file has the size that a slice of it says.
+    """Check that each JPEG, JPEG-LS or JPEG 2000 frame in a file has the image size in the DICOM header.
+
+    Args:
+        stream: DICOM file, open for reading at its start.
+        slice_: header of any slice in the file.
 
     Raises:
-        DamagedCodestreamError: it has not.
-        Exception: of pydicom's, where the frames cannot be told apart.
+        DamagedCodestreamError: the size of a frame differs from the header, or a frame has no valid size.
+        Exception: pydicom cannot separate the frames.
     """
     header = read_header(stream, ["ExtendedOffsetTable", "ExtendedOffsetTableLengths"])
     stream.read(_PIXELS_HEADER_BYTES)
@@ -40,17 +45,17 @@ def check_codestreams(stream: BinaryIO, slice_: SliceHeader) -> None:
     )
     expected = (slice_.rows, slice_.columns, 1)
     for frame in frames:
-        *size, precision = _described(frame)
+        *size, precision = _frame_size(frame)
         if tuple(size) != expected or not 2 <= precision <= 16:
             raise DamagedCodestreamError
     stream.seek(0)
 
 
-def _described(frame: bytes) -> tuple[int, int, int, int]:
-    """Return rows, columns, components and bits of a frame.
+def _frame_size(frame: bytes) -> tuple[int, int, int, int]:
+    """Return rows, columns, components and bits per component of a compressed frame.
 
     Raises:
-        DamagedCodestreamError: there is nothing of the kind.
+        DamagedCodestreamError: the frame is not JPEG, JPEG-LS or JPEG 2000, or has no size.
     """
     try:
         if frame.startswith(_JPEG_2000_START):  # the SIZ segment, ITU T.800 A.5.1
@@ -58,17 +63,17 @@ def _described(frame: bytes) -> tuple[int, int, int, int]:
             components, bits = struct.unpack_from(">HB", frame, 40)
             return bottom - top, right - left, components, (bits & 0x7F) + 1
         if frame.startswith(_JPEG_START):
-            return _jpeg_described(frame)
+            return _jpeg_frame_size(frame)
     except (struct.error, IndexError):
         pass
     raise DamagedCodestreamError
 
 
-def _jpeg_described(frame: bytes) -> tuple[int, int, int, int]:
+def _jpeg_frame_size(frame: bytes) -> tuple[int, int, int, int]:
     at = len(_JPEG_START)
     while frame[at] == 0xFF:
         marker = frame[at + 1]
-        if marker == 0xFF:  # fill
+        if marker == 0xFF:  # fill byte
             at += 1
             continue
         if marker in (_JPEG_SCAN, _JPEG_END):

@@ -1,4 +1,7 @@
-"""Where the bytes of DICOM files lie: in a file, below a folder, or in a zip archive that is never unpacked."""
+"""Access to DICOM files: a single file, all files in a folder and its subfolders, or the members of a zip archive.
+
+Zip archives are never unpacked to disk.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import BinaryIO, cast
 from fseft_edge.runtime.errors import ArchiveError, FseftEdgeError, UnreadableFileError
 
 MAX_ARCHIVE_BYTES = 16 << 30
-"""An archive that would be larger unpacked is refused; a CT of 2000 slices takes 1 GiB."""
+"""Largest accepted unpacked size of an archive. For comparison, a CT of 2000 slices needs 1 GiB."""
 
 MAX_ARCHIVE_MEMBERS = 100_000
 
@@ -27,17 +30,22 @@ _ENCRYPTED = 0x1
 
 @dataclass(frozen=True)
 class DicomFile:
-    """Where one DICOM file lies; ``member`` is its name in the archive ``path``, None where that is the file itself."""
+    """Location of one DICOM file.
+
+    Attributes:
+        path: path of the DICOM file or of the zip archive.
+        member: name of the DICOM file within the archive; None if ``path`` is the DICOM file.
+    """
 
     path: Path
     member: str | None = None
 
 
 class DicomSource:
-    """A file, folder or zip archive that may hold DICOM files; open it by ``with``, which keeps an archive open.
+    """A file, folder or zip archive with DICOM files. Use it as a context manager, which keeps an archive open.
 
     Args:
-        path: as the user gave it; the only name that errors mention.
+        path: path as given by the user; error messages contain only this path.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,11 +53,12 @@ class DicomSource:
         self._archive: zipfile.ZipFile | None = None
 
     def __enter__(self) -> DicomSource:
-        """Open the archive, if it is one.
+        """Open the archive if the path is a zip archive.
 
         Raises:
-            UnreadableFileError: nothing is there, or it may not be read.
-            ArchiveError: an archive that is damaged, encrypted, or larger than ``MAX_ARCHIVE_BYTES`` unpacked.
+            UnreadableFileError: the path does not exist, or the file is not readable.
+            ArchiveError: the archive is damaged or encrypted, or exceeds ``MAX_ARCHIVE_BYTES`` or
+                ``MAX_ARCHIVE_MEMBERS``.
         """
         try:
             if not self.path.is_dir() and not _is_dicom_file(self.path) and zipfile.is_zipfile(self.path):
@@ -58,8 +67,8 @@ class DicomSource:
             raise _damaged_archive(self.path) from None
         except OSError as error:
             raise UnreadableFileError(
-                f"{self.path} cannot be read: {error.strerror or 'an error of the disk'}.",
-                remedy="Check the name and the permissions.",
+                f"{self.path} cannot be read: {error.strerror or 'disk error'}.",
+                remedy="Check the path and the file permissions.",
             ) from None
         if self._archive is not None:
             try:
@@ -75,12 +84,13 @@ class DicomSource:
             self._archive.close()
 
     def files(self) -> Iterator[DicomFile]:
-        """Yield the DICOM files (PS3.10: ``DICM`` behind 128 bytes), by name; all others are passed over.
+        """Yield the DICOM files, sorted by name.
 
-        Hidden files and folders are left out, and links to folders are not followed.
+        A DICOM file has ``DICM`` after its first 128 bytes (PS3.10). Other files, hidden files and hidden folders are
+        skipped, and links to folders are not followed.
 
         Raises:
-            UnreadableFileError: a file or folder below may not be read.
+            UnreadableFileError: a file or subfolder is not readable.
             ArchiveError: a member of the archive is damaged.
         """
         for file in self._candidates():
@@ -91,15 +101,15 @@ class DicomSource:
 
     @contextmanager
     def open(self, file: DicomFile) -> Iterator[BinaryIO]:
-        """Open one of the files to read; a member of an archive is unpacked as it is read, into memory alone.
+        """Open one of the files for reading. A member of an archive is unpacked in memory while it is read.
 
         Raises:
-            UnreadableFileError: it may not be read.
-            ArchiveError: it is a damaged member of an archive.
+            UnreadableFileError: the file is not readable.
+            ArchiveError: the member of the archive is damaged.
         """
         try:
             if self._archive is None:
-                with file.path.open("rb", buffering=0) as raw, _Bounded(raw) as stream:
+                with file.path.open("rb", buffering=0) as raw, _BoundedReader(raw) as stream:
                     yield stream
             else:
                 with self._archive.open(file.member or "") as unpacked:
@@ -110,15 +120,15 @@ class DicomSource:
             raise _damaged_archive(self.path) from None
         except OSError as error:
             raise UnreadableFileError(
-                f"A file in {self.path} cannot be read: {error.strerror or 'an error of the disk'}.",
-                remedy="Check the permissions, and that the disk is well.",
+                f"A file in {self.path} cannot be read: {error.strerror or 'disk error'}.",
+                remedy="Check the file permissions and the disk.",
             ) from None
 
     def verify(self, file: DicomFile) -> None:
-        """Compare a member of an archive with its checksum, which reading parts of it does not.
+        """Read a complete member of an archive, so that its checksum is compared; other files are not read.
 
         Raises:
-            ArchiveError: they differ.
+            ArchiveError: the checksum differs.
         """
         if self._archive is not None:
             with self.open(file) as stream:
@@ -137,29 +147,34 @@ class DicomSource:
     def _check_archive(self, archive: zipfile.ZipFile) -> None:
         members = archive.infolist()
         if any(member.flag_bits & _ENCRYPTED for member in members):
-            raise ArchiveError(f"{self.path} is encrypted.", remedy="Unpack it, and name the folder.")
+            raise ArchiveError(
+                f"The zip archive {self.path} is encrypted.", remedy="Unpack the archive and give the folder."
+            )
         total = sum(member.file_size for member in members)
         if total > MAX_ARCHIVE_BYTES or len(members) > MAX_ARCHIVE_MEMBERS:
             raise ArchiveError(
-                f"{self.path} holds {len(members)} files of {total / 2**30:.1f} GiB together; at most "
-                f"{MAX_ARCHIVE_MEMBERS} of {MAX_ARCHIVE_BYTES >> 30} GiB are read from an archive.",
-                remedy="If it comes from a source that you trust, unpack it and name the folder.",
+                f"The zip archive {self.path} contains {len(members)} files with a total of {total / 2**30:.1f} GiB, "
+                f"but the limits are {MAX_ARCHIVE_MEMBERS} files and {MAX_ARCHIVE_BYTES >> 30} GiB.",
+                remedy="If you trust the source of the archive, unpack the archive and give the folder.",
             )
 
 
-def holds_dicom(path: Path) -> bool:
-    """Whether a file is a DICOM file, or a folder or zip archive holds one.
+def contains_dicom(path: Path) -> bool:
+    """Return True if a path is a DICOM file, or a folder or zip archive that contains a DICOM file.
 
     Raises:
-        UnreadableFileError: something there may not be read.
-        ArchiveError: a zip archive that is damaged, encrypted or too large.
+        UnreadableFileError: a file or folder is not readable.
+        ArchiveError: the zip archive is damaged, encrypted or too large.
     """
     with DicomSource(path) as source:
         return next(source.files(), None) is not None
 
 
-class _Bounded(io.BufferedReader):
-    """A file of which no more is asked for than is there: a damaged length would set aside gigabytes before reading."""
+class _BoundedReader(io.BufferedReader):
+    """Reader that never requests more bytes than remain in the file.
+
+    A damaged length field would otherwise allocate gigabytes before the read.
+    """
 
     def __init__(self, raw: io.FileIO) -> None:
         super().__init__(raw)
@@ -183,11 +198,11 @@ def _files_below(folder: Path) -> Iterator[Path]:
         for parent, folders, names in os.walk(folder, onerror=failed):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             paths = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-            yield from (path for path in paths if path.is_file())  # a pipe would wait for someone to write to it
+            yield from (path for path in paths if path.is_file())  # reading from a pipe would block
     except OSError as error:
         raise UnreadableFileError(
-            f"A folder in {folder} cannot be read: {error.strerror or 'an error of the disk'}.",
-            remedy="Check the permissions.",
+            f"A folder in {folder} cannot be read: {error.strerror or 'disk error'}.",
+            remedy="Check the permissions of the folder and its subfolders.",
         ) from None
 
 
@@ -196,4 +211,4 @@ def _is_hidden(member: str) -> bool:
 
 
 def _damaged_archive(path: Path) -> ArchiveError:
-    return ArchiveError(f"{path} is a damaged zip archive.", remedy="Copy it again from where it came, or unpack it.")
+    return ArchiveError(f"The zip archive {path} is damaged.", remedy="Copy the archive again from its source.")

@@ -1,7 +1,7 @@
-"""What the header of a DICOM image says of its slices: identity, place, pixels and rescale.
+"""Reading of DICOM headers: identity, position, pixel format and rescale of each slice.
 
-Single-frame images say it in their top level, enhanced multi-frame images in functional groups, one item a frame and
-one that all frames share (PS3.3 C.7.6.16). A header is read without its pixels.
+Single-frame images contain these attributes at the top level. Enhanced multi-frame images contain them in functional
+groups: one item for each frame, and one item that all frames share (PS3.3 C.7.6.16). Pixel data are not read.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from fseft_edge.runtime.scans.dicom.files import DicomFile
 
-# What pydicom remarks on quotes values, which may be a person's name, on the terminal and in logs.
+# Warnings and log messages of pydicom quote header values, which can be the name of a patient.
 warnings.filterwarnings("ignore", module=r"pydicom\b")
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
 MULTI_FRAME_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")
-"""Enhanced CT, and CT that was made enhanced by conversion (PS3.4 B.5)."""
+"""Enhanced CT, and Legacy Converted Enhanced CT (PS3.4 B.5)."""
 
 _PIXELS = {struct.pack(order, 0x7FE0, element) for order in ("<HH", ">HH") for element in (0x08, 0x09, 0x10)}
-"""How the element begins at which a header ends: that of the pixels, (7FE0,0010), or of floats in their place."""
+"""First bytes of the element after the header: pixel data (7FE0,0010) or float pixel data (7FE0,0008 and 7FE0,0009)."""
 
 _DICOMDIR = "1.2.840.10008.1.3.10"
 
@@ -51,24 +51,25 @@ _TAGS = [
 
 
 class DamagedHeaderError(Exception):
-    """A DICOM file whose header cannot be made sense of; never leaves this package."""
+    """The header of a DICOM file is truncated or invalid. This exception never leaves the package."""
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How pixels are stored, and what turns them into HU (PS3.3 C.7.6.3 and C.11.1).
+    """Pixel format of a slice and its conversion to HU (PS3.3 C.7.6.3 and C.11.1).
 
     Attributes:
-        photometric: ``MONOCHROME2`` where larger is brighter.
-        samples: values a pixel.
-        allocated: bits that a value takes.
-        stored: bits of them that hold it.
-        high_bit: the highest of these.
-        signed: whether they are two's complement.
-        padding: the two ends of the values that stand for no measurement, as written; None where none do.
-        rescale: slope and intercept; None where they are missing.
-        unit: what the rescale gives, empty where that is not said.
-        table: whether a table takes the place of the rescale.
+        photometric: PhotometricInterpretation; with ``MONOCHROME2``, larger values are brighter.
+        samples: SamplesPerPixel, the number of values for each pixel.
+        allocated: BitsAllocated, the number of bits of memory for each value.
+        stored: BitsStored, the number of bits that contain the value.
+        high_bit: HighBit, the position of the highest bit of the value.
+        signed: True if values are in two's complement.
+        padding: PixelPaddingValue and PixelPaddingRangeLimit as written in the file, or PixelPaddingValue twice if
+            there is no range limit; None if the slice has no padding.
+        rescale: RescaleSlope and RescaleIntercept; None if one is missing.
+        unit: RescaleType, the unit of the rescaled values; empty if missing.
+        table: True if a lookup table (ModalityLUTSequence) replaces the rescale.
     """
 
     photometric: str
@@ -85,28 +86,28 @@ class PixelFormat:
 
 @dataclass(frozen=True)
 class SliceHeader:
-    """One slice, as its header describes it.
+    """Header of one slice.
 
     Attributes:
-        file: where it lies.
-        frame: which of the file's frames it is, from 0.
-        frames: how many there are.
-        sop_class: what kind of DICOM object it is in.
-        syntax: how that is encoded (the transfer syntax UID).
-        series_uid: of the series.
-        study_uid: of the study.
-        frame_of_reference_uid: of the coordinate system; empty where not given.
-        patient: what is equal for images of one patient and tells nothing else.
-        modality: ``CT``, ...
-        image_type: e.g. ``ORIGINAL``, ``PRIMARY``, ``AXIAL``.
-        kernel: the convolution kernel; empty where not given.
-        quadruped: whether coordinates follow the anatomy of an animal on four feet.
-        rows: of the pixel matrix.
-        columns: of the pixel matrix.
-        spacing: mm between rows, mm between columns.
-        orientation: direction cosines of a row, then of a column, LPS+.
-        position: centre of the first pixel in mm, LPS+.
-        pixels: how they are stored.
+        file: location of the DICOM file.
+        frame: index of the slice among the frames of the file, from 0.
+        frames: number of frames in the file.
+        sop_class: SOP class UID of the DICOM object.
+        syntax: transfer syntax UID (the encoding) of the file.
+        series_uid: SeriesInstanceUID.
+        study_uid: StudyInstanceUID; empty if missing.
+        frame_of_reference_uid: FrameOfReferenceUID; empty if missing.
+        patient: anonymous key that is equal for all images of one patient.
+        modality: modality, such as ``CT``.
+        image_type: values of ImageType, such as ``ORIGINAL``, ``PRIMARY``, ``AXIAL``.
+        kernel: ConvolutionKernel; empty if missing.
+        quadruped: True if the coordinates refer to the anatomy of a four-footed animal.
+        rows: number of rows of the pixel matrix.
+        columns: number of columns of the pixel matrix.
+        spacing: distance between rows and distance between columns in mm; None if missing.
+        orientation: direction cosines of a row and of a column, LPS+; None if missing.
+        position: centre of the first pixel in mm, LPS+; None if missing.
+        pixels: pixel format of the slice.
     """
 
     file: DicomFile = field(repr=False)
@@ -131,44 +132,53 @@ class SliceHeader:
 
 
 def read_slices(file: DicomFile, stream: BinaryIO) -> tuple[SliceHeader, ...]:
-    """Describe the slices in a DICOM file; none in one that holds no image, such as a report or a DICOMDIR.
+    """Return the headers of all slices in a DICOM file; an empty tuple for a file without image, such as a DICOMDIR.
+
+    Args:
+        file: location of the file, for the result.
+        stream: the file, open for reading at its start.
 
     Raises:
-        DamagedHeaderError: the header is truncated or makes no sense.
+        DamagedHeaderError: the header is truncated or invalid.
     """
     try:
         header = read_header(stream, _TAGS)
         return tuple(_slices(file, header, has_pixels=stream.read(4) in _PIXELS))
     except DamagedHeaderError:
         raise
-    except Exception:  # pydicom raises many kinds on bytes that are no header, some when a value is first looked at
+    except Exception:  # pydicom raises many kinds of exception for damaged headers, some at the first access to a value
         raise DamagedHeaderError from None
 
 
 def read_header(stream: BinaryIO, tags: Sequence[str] | None = None) -> Dataset:
-    """Read a DICOM file up to its pixels.
+    """Read the header of a DICOM file, without pixel data.
+
+    Args:
+        stream: the file, open for reading at its start.
+        tags: keywords of the elements to read; None reads all elements.
 
     Raises:
-        DamagedHeaderError: its encoding is one that could unpack to any size.
-        Exception: of pydicom's, where it cannot be read.
+        DamagedHeaderError: the file has a deflated transfer syntax, whose unpacked size is unlimited.
+        Exception: pydicom cannot read the header.
     """
     read_preamble(stream, force=False)
     start = stream.tell()
-    meta = read_dataset(stream, is_implicit_VR=False, is_little_endian=True, stop_when=_behind_meta)
+    meta = read_dataset(stream, is_implicit_VR=False, is_little_endian=True, stop_when=_after_file_meta)
     if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         raise DamagedHeaderError
     stream.seek(start - 132)
     return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=None if tags is None else list(tags))
 
 
-def _behind_meta(tag: BaseTag, vr: str | None, length: int) -> bool:  # noqa: ARG001 - the signature of pydicom's
+def _after_file_meta(tag: BaseTag, vr: str | None, length: int) -> bool:  # noqa: ARG001 - pydicom defines the signature
     return tag >> 16 != 2
 
 
 def _slices(file: DicomFile, header: Dataset, *, has_pixels: bool) -> Iterator[SliceHeader]:
     sop_class, named = _text(header, "SOPClassUID"), _text(header.file_meta, "MediaStorageSOPClassUID")
     if not has_pixels:
-        # pydicom takes the end of a file for the end of its header, wherever that is, and within a value too.
+        # pydicom accepts the end of a file as the end of its header, even within a value. An image without pixel data
+        # is therefore treated as truncated.
         is_other = sop_class == named not in ("", CT_IMAGE, *MULTI_FRAME_CT)
         if is_other or (not sop_class and named == _DICOMDIR):
             return
@@ -181,7 +191,7 @@ def _slices(file: DicomFile, header: Dataset, *, has_pixels: bool) -> Iterator[S
             frames=frames,
             sop_class=sop_class,
             syntax=str(header.file_meta.TransferSyntaxUID),
-            series_uid=_demanded(header, "SeriesInstanceUID"),
+            series_uid=_required_text(header, "SeriesInstanceUID"),
             study_uid=_text(header, "StudyInstanceUID"),
             frame_of_reference_uid=_text(header, "FrameOfReferenceUID"),
             patient=_patient(header),
@@ -201,9 +211,9 @@ def _slices(file: DicomFile, header: Dataset, *, has_pixels: bool) -> Iterator[S
 
 
 def _groups(header: Dataset, sop_class: str, frames: int) -> Iterator[list[Dataset]]:
-    """Yield where to look for what is said of a frame, the most specific first."""
+    """Yield, for each frame, the data sets that can contain its attributes, the most specific data set first."""
     if sop_class not in MULTI_FRAME_CT:
-        yield [header]  # of a multi-frame image of another kind one slice stands for all: it is refused
+        yield [header]  # other multi-frame images are refused later, so one slice is enough
         return
     shared = [item for group in header.get("SharedFunctionalGroupsSequence", []) for item in _macros(group)]
     per_frame = header.get("PerFrameFunctionalGroupsSequence", [])
@@ -238,7 +248,7 @@ def _pixel_format(header: Dataset, groups: Sequence[Dataset]) -> PixelFormat:
 
 
 def _patient(header: Dataset) -> bytes:
-    """Return a digest of who the patient is; its salt is new in every run, so that it serves to compare alone."""
+    """Return a hash of the patient identity. Its salt differs in each run, so the hash only allows comparisons."""
     name = " ".join(_text(header, "PatientName").casefold().replace("^", " ").split())
     identity = (_text(header, "PatientID"), _text(header, "IssuerOfPatientID"), name)
     return hashlib.sha256(_SALT + "\0".join(identity).encode("utf-8", "surrogatepass")).digest()
@@ -256,7 +266,7 @@ def _text(header: Dataset, keyword: str) -> str:
     return "\\".join(str(part) for part in parts).strip(" \0")
 
 
-def _demanded(header: Dataset, keyword: str) -> str:
+def _required_text(header: Dataset, keyword: str) -> str:
     text = _text(header, keyword)
     if not text:
         raise DamagedHeaderError
@@ -264,7 +274,7 @@ def _demanded(header: Dataset, keyword: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return a code word in a form that can be shown: vendors' names of kernels, units and the like."""
+    """Return at most 32 printable ASCII characters of a code word, such as the name of a kernel or unit."""
     return "".join(character for character in text if character.isascii() and character.isprintable())[:32]
 
 
@@ -278,7 +288,7 @@ def _whole(header: Dataset, keyword: str, missing: int | None = None) -> int:
 
 
 def _numbers(groups: Sequence[Dataset], keyword: str, count: int) -> tuple[float, ...] | None:
-    """Return the finite numbers of an element, or None where it is missing or has another count of them."""
+    """Return the numbers of an element; None if the element is missing, or does not have ``count`` finite numbers."""
     for group in groups:
         value = group.get(keyword)
         if value is None or value == "":

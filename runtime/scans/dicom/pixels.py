@@ -1,4 +1,4 @@
-"""From the pixels of a slice to stored values that one rescale turns into HU."""
+"""Decoding of pixel data to stored values, from which one slope and intercept give HU."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fseft_edge.runtime.scans.dicom.codestreams import check_codestreams
 from fseft_edge.runtime.scans.dicom.headers import PixelFormat, SliceHeader
 
 AIR_HU = -1024.0
-"""What padding becomes: the values beyond the scanner's circle stand for no measurement."""
+"""HU of padding pixels. Padding pixels are outside the reconstruction circle of the scanner and have no measurement."""
 
 _NATIVE = frozenset({uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian})
 
-# Of each compressed encoding the plugins of pydicom that decode it right, in order, and what installs the first.
+# For each compressed transfer syntax: suitable decoder plugins of pydicom in order of preference, and a remedy.
 _JPEG = (("gdcm", "pylibjpeg"), "install fseft-edge[jpeg]")
 _JPEG_LS = (("pyjpegls",), "install pyjpegls")
 _JPEG_2000 = (("pylibjpeg",), "install pylibjpeg and pylibjpeg-openjpeg")
@@ -43,7 +43,7 @@ _DECODERS: dict[str, tuple[tuple[str, ...], str]] = {
 
 @dataclass(frozen=True)
 class Storage:
-    """How a volume holds its values: their type, and the rescale to HU."""
+    """Data type of the stored values of a volume, and slope and intercept to HU."""
 
     dtype: np.dtype[Any]
     slope: float
@@ -51,12 +51,12 @@ class Storage:
 
 
 def check_pixels(slices: Sequence[SliceHeader], path: Path) -> None:
-    """Make sure that pixels can be decoded and turned into HU.
+    """Check that the pixel data of all slices can be decoded and converted to HU.
 
     Raises:
-        PixelFormatError: other than whole numbers of at most 16 bits, one a pixel, larger meaning denser.
-        RescaleError: slope or intercept is missing or impossible, or leads elsewhere than to HU.
-        NoDecoderError: compressed in a way that cannot be decoded here.
+        PixelFormatError: the pixels are not single whole numbers in the lowest bits of 16, with larger values brighter.
+        RescaleError: slope or intercept is missing or invalid, or the unit is not HU.
+        NoDecoderError: no installed decoder can decode the transfer syntax.
     """
     for pixels in {slice_.pixels for slice_ in slices}:
         _check_format(pixels, path)
@@ -64,24 +64,27 @@ def check_pixels(slices: Sequence[SliceHeader], path: Path) -> None:
     for slice_ in slices:
         if not min(slice_.rows, slice_.columns) >= 2:
             raise PixelFormatError(
-                f"The series in {path} has slices of {slice_.columns}x{slice_.rows} pixels.",
+                f"The series in {path} has slices of {slice_.columns}x{slice_.rows} pixels; the minimum is 2x2.",
                 remedy="Export the series again from the PACS.",
             )
     for syntax in sorted({slice_.syntax for slice_ in slices}):
-        _plugin(syntax, path)
+        _decoder_plugin(syntax, path)
 
 
-def storage_of(slices: Sequence[SliceHeader]) -> Storage:
-    """Return how to hold a series' values: as they are stored, or where rescales differ as HU in float32.
+def choose_storage(slices: Sequence[SliceHeader]) -> Storage:
+    """Return the storage for the values of a series: the stored integers, or HU in float32 if rescales differ.
 
-    float32 holds every 16-bit value times a slope of few digits to better than a hundredth of a HU.
+    float32 represents the HU of any 16-bit value with an error below 0.01 HU for usual slopes.
     """
     formats = {slice_.pixels for slice_ in slices}
     rescales = {pixels.rescale for pixels in formats}
     if len(rescales) > 1:
         return Storage(np.dtype(np.float32), 1.0, 0.0)
     slope, intercept = rescales.pop() or (1.0, 0.0)
-    lowest, highest = (min(_range(pixels)[0] for pixels in formats), max(_range(pixels)[1] for pixels in formats))
+    lowest, highest = (
+        min(_value_range(pixels)[0] for pixels in formats),
+        max(_value_range(pixels)[1] for pixels in formats),
+    )
     fitting = (
         np.dtype(kind)
         for kind in (np.int16, np.uint16, np.int32)
@@ -90,14 +93,19 @@ def storage_of(slices: Sequence[SliceHeader]) -> Storage:
     return Storage(next(fitting), slope, intercept)
 
 
-def decoded(slices: Sequence[SliceHeader], stream: BinaryIO, path: Path) -> Generator[NDArray[Any], None, None]:
-    """Yield the pixels ``[rows, columns]`` of slices that lie in one file, in the order given, as they are encoded.
+def decode_slices(slices: Sequence[SliceHeader], stream: BinaryIO, path: Path) -> Generator[NDArray[Any], None, None]:
+    """Yield the decoded but unconverted pixels ``[rows, columns]`` of slices in one file, in the given order.
+
+    Args:
+        slices: headers of slices in the same file.
+        stream: the file, open for reading at its start.
+        path: path as given by the user, for error messages.
 
     Raises:
-        NoDecoderError: see :func:`check_pixels`.
-        Exception: of the decoders' or :func:`check_codestreams`', on pixels that are truncated or damaged.
+        NoDecoderError: no installed decoder can decode the transfer syntax.
+        Exception: a decoder or :func:`check_codestreams` found truncated or damaged pixels.
     """
-    plugin = _plugin(slices[0].syntax, path)
+    plugin = _decoder_plugin(slices[0].syntax, path)
     if plugin and slices[0].syntax != uid.RLELossless:
         check_codestreams(stream, slices[0])
     yield from iter_pixels(
@@ -105,19 +113,19 @@ def decoded(slices: Sequence[SliceHeader], stream: BinaryIO, path: Path) -> Gene
         indices=[slice_.frame for slice_ in slices],
         raw=True,
         decoding_plugin=plugin,
-        correct_unused_bits=False,  # padding may be written with bits beyond those that hold a value
+        correct_unused_bits=False,  # padding values may use the unused bits
     )
 
 
-def values_of(encoded: NDArray[Any], pixels: PixelFormat, storage: Storage) -> NDArray[Any]:
-    """Return a slice's values as the volume holds them: sign extended, padding turned into air."""
+def stored_values(encoded: NDArray[Any], pixels: PixelFormat, storage: Storage) -> NDArray[Any]:
+    """Return the values of a slice for a storage: with extended sign, and padding replaced by air."""
     allocated = encoded.astype(np.int32) & 0xFFFF
     stored = allocated & ((1 << pixels.stored) - 1)
     if pixels.signed:
         sign = 1 << (pixels.stored - 1)
         stored = (stored ^ sign) - sign
     slope, intercept = pixels.rescale or (1.0, 0.0)
-    padded = _padded(allocated, stored, pixels)
+    padded = _padding_mask(allocated, stored, pixels)
     if storage.dtype.kind == "f":
         return np.where(padded, AIR_HU, stored * slope + intercept).astype(storage.dtype)
     limits = np.iinfo(storage.dtype)
@@ -125,29 +133,29 @@ def values_of(encoded: NDArray[Any], pixels: PixelFormat, storage: Storage) -> N
     return np.where(padded, air, stored).astype(storage.dtype)
 
 
-def _padded(allocated: NDArray[np.int32], stored: NDArray[np.int32], pixels: PixelFormat) -> NDArray[np.bool_]:
-    """Where a slice holds padding: PixelPaddingValue, or what lies between it and its limit (PS3.3 C.7.5.1.1.2)."""
+def _padding_mask(allocated: NDArray[np.int32], stored: NDArray[np.int32], pixels: PixelFormat) -> NDArray[np.bool_]:
+    """Return the mask of padding pixels: PixelPaddingValue, or the range to its limit (PS3.3 C.7.5.1.1.2)."""
     if pixels.padding is None:
         return np.zeros(stored.shape, bool)
-    ends = [_as_stored(value, pixels) for value in pixels.padding]
+    ends = [_stored_padding(value, pixels) for value in pixels.padding]
     if ends[0] is not None and ends[1] is not None:
         return np.asarray((stored >= min(ends[0], ends[1])) & (stored <= max(ends[0], ends[1])))
     return np.asarray(allocated == (pixels.padding[0] & 0xFFFF))
 
 
-def _as_stored(value: int, pixels: PixelFormat) -> int | None:
-    """Return a padding value as the pixels would hold it, or None where their bits cannot.
+def _stored_padding(value: int, pixels: PixelFormat) -> int | None:
+    """Return a padding value as a stored pixel value; None if the stored bits cannot represent it.
 
-    Writers confuse signed and unsigned: -2000 is written as 63536 beside signed pixels.
+    Some programs confuse signed and unsigned padding values: they write -2000 as 63536 for signed pixels.
     """
-    lowest, highest = _range(pixels)
+    lowest, highest = _value_range(pixels)
     for candidate in (value, (value & 0xFFFF) - 0x10000, value & 0xFFFF):
         if lowest <= candidate <= highest:
             return candidate
     return None
 
 
-def _range(pixels: PixelFormat) -> tuple[int, int]:
+def _value_range(pixels: PixelFormat) -> tuple[int, int]:
     if pixels.signed:
         return -(1 << (pixels.stored - 1)), (1 << (pixels.stored - 1)) - 1
     return 0, (1 << pixels.stored) - 1
@@ -157,37 +165,37 @@ def _check_format(pixels: PixelFormat, path: Path) -> None:
     remedy = "Export the original CT series again from the PACS."
     if pixels.photometric != "MONOCHROME2" or pixels.samples != 1:
         raise PixelFormatError(
-            f"The series in {path} is {pixels.photometric or 'of no known colours'} with {pixels.samples} values a "
-            "pixel; a CT in HU is MONOCHROME2 with one.",
+            f"The series in {path} has the PhotometricInterpretation {pixels.photometric or '(missing)'} and "
+            f"{pixels.samples} values per pixel, but a CT has MONOCHROME2 and 1 value per pixel.",
             remedy=remedy,
         )
     if pixels.allocated != 16 or not 2 <= pixels.stored <= 16 or pixels.high_bit != pixels.stored - 1:
         raise PixelFormatError(
-            f"The series in {path} stores {pixels.stored} bits a pixel, up to bit {pixels.high_bit}, in "
-            f"{pixels.allocated}; a CT in HU has at most 16, the lowest of 16.",
+            f"The series in {path} has BitsAllocated {pixels.allocated}, BitsStored {pixels.stored} and HighBit "
+            f"{pixels.high_bit}, but a CT has 16 allocated bits, 2 to 16 stored bits, and HighBit = BitsStored - 1.",
             remedy=remedy,
         )
 
 
 def _check_rescale(pixels: PixelFormat, path: Path) -> None:
-    remedy = "Export the original CT series again from the PACS, not one that was windowed or changed by a viewer."
+    remedy = "Export the original CT series again from the PACS, not a series that a viewer windowed or changed."
     if pixels.rescale is None or pixels.table:
-        how = "by a table" if pixels.table else "nothing that says"
+        found = "has a lookup table instead of" if pixels.table else "does not have both"
+        raise RescaleError(f"The series in {path} {found} a RescaleSlope and a RescaleIntercept.", remedy=remedy)
+    if not pixels.rescale[0] > 0:
         raise RescaleError(
-            f"The series in {path} has {how} how its values become HU, instead of a slope and an intercept.",
+            f"The series in {path} has a rescale slope of {pixels.rescale[0]:g}, but the slope must be above 0.",
             remedy=remedy,
         )
-    if not pixels.rescale[0] > 0:
-        raise RescaleError(f"The series in {path} has a rescale slope of {pixels.rescale[0]:g}.", remedy=remedy)
     if pixels.unit not in ("", "HU", "US"):  # US: unspecified
         raise RescaleError(
-            f"The series in {path} holds values in another unit than HU.",
-            remedy="Give a series in HU; maps made from spectral CT are not.",
+            f"The series in {path} has values in a unit other than HU.",
+            remedy="Give a series in HU, not a material map of spectral CT.",
         )
 
 
-def _plugin(syntax: str, path: Path) -> str:
-    """Return the plugin of pydicom that decodes a transfer syntax; empty where none is needed."""
+def _decoder_plugin(syntax: str, path: Path) -> str:
+    """Return the name of the pydicom plugin that decodes a transfer syntax; empty if no decoder is needed."""
     if syntax in _NATIVE:
         return ""
     plugins, remedy = _DECODERS.get(syntax, ((), ""))
@@ -199,9 +207,9 @@ def _plugin(syntax: str, path: Path) -> str:
     shown = syntax if re.fullmatch(r"[0-9.]{1,64}", syntax) else "unknown"
     name = uid.UID(shown).name
     raise NoDecoderError(
-        f"The series in {path} is encoded as {name}{'' if name == shown else f' ({shown})'}, for which no decoder "
-        "is here.",
-        remedy=f"To read it, {remedy}; or export it uncompressed from the PACS."
+        f"The series in {path} has the transfer syntax {name}{'' if name == shown else f' ({shown})'}, for which no "
+        "decoder is available.",
+        remedy=f"To read the series, {remedy}; or export the series from the PACS as uncompressed DICOM."
         if remedy
-        else "Export it from the PACS uncompressed, or as JPEG 2000.",
+        else "Export the series from the PACS as uncompressed DICOM or as JPEG 2000.",
     )

@@ -1,4 +1,4 @@
-"""A DICOM series as a Volume: its slices decoded one after the other into an unnamed file, which is then mapped."""
+"""Reading of a DICOM series as a Volume: the slices are decoded one by one into an unnamed file, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from numpy.typing import NDArray
 from fseft_edge.runtime.errors import FseftEdgeError, UnreadableFileError
 from fseft_edge.runtime.scans.dicom.files import DicomFile, DicomSource
 from fseft_edge.runtime.scans.dicom.headers import SliceHeader
-from fseft_edge.runtime.scans.dicom.pixels import Storage, decoded, storage_of, values_of
+from fseft_edge.runtime.scans.dicom.pixels import Storage, choose_storage, decode_slices, stored_values
 from fseft_edge.runtime.scans.dicom.series import DicomSeries
 from fseft_edge.runtime.scans.hounsfield import check_hounsfield
 from fseft_edge.runtime.scans.volume import Volume
-from fseft_edge.runtime.system.unnamed_file import no_room_to_unpack, unnamed_file
+from fseft_edge.runtime.system.unnamed_file import no_space_to_unpack, unnamed_file
 
 
 def read_series(series: DicomSeries) -> Volume:
-    """Read a CT series without loading it as a whole: the array is a read-only memory map.
+    """Read a CT series as a read-only memory map, without loading all voxels into memory.
 
-    ``array[x, y, z]`` has a row's pixels along x, the rows along y and the slices along z, in the order of their
-    place along the slices' normal; values as stored, with padding turned into air. It lies in an unnamed file in the
-    system's temporary folder (``TMPDIR``), which disappears with the volume. The intensities must look like HU
-    (:func:`fseft_edge.runtime.scans.hounsfield.check_hounsfield`).
+    In ``array[x, y, z]``, x is the position within a row, y is the row, and z is the slice in the order along the slice
+    normal. Values are as stored, with padding replaced by air. The array is in an unnamed file in the temporary folder
+    of the system (``TMPDIR``). The operating system deletes this file together with the volume. The intensities must be
+    plausible HU (:func:`fseft_edge.runtime.scans.hounsfield.check_hounsfield`).
 
     Raises:
-        InputError: the series has a problem, which says why.
-        UnreadableFileError: a slice is truncated or damaged, or has changed since the series was found.
+        InputError: the series is not readable; this is ``series.problem``.
+        UnreadableFileError: a slice is truncated or damaged, or was changed after the search for series.
         ArchiveError: the archive is damaged.
-        NotACtError: intensities that are no HU.
-        GeometryError: voxels of an implausible size.
-        OutOfSpaceError: no room to unpack the series.
+        NotACtError: the intensities are not in HU.
+        GeometryError: the voxel spacing is implausible.
+        OutOfSpaceError: the temporary folder has too little disk space for the unpacked series.
     """
-    affine, storage = series.affine, storage_of(series.slices)
+    affine, storage = series.affine, choose_storage(series.slices)
     in_file: dict[DicomFile, list[int]] = defaultdict(list)
     for place, slice_ in enumerate(series.slices):
         in_file[slice_.file].append(place)
     with unnamed_file(series.source) as file, DicomSource(series.source) as source:
-        unpacked = _Unpacked(series, storage, file)
+        unpacked = _UnpackedSeries(series, storage, file)
         for places in in_file.values():
             unpacked.add(source, sorted(places, key=lambda place: series.slices[place].frame))
         array = unpacked.mapped()
@@ -52,40 +52,45 @@ def read_series(series: DicomSeries) -> Volume:
 
 
 @dataclass(frozen=True)
-class _Unpacked:
-    """A series' values in a file, slice by slice in the order of their place."""
+class _UnpackedSeries:
+    """File with the stored values of a series, slice by slice in the order along the slice normal."""
 
     series: DicomSeries
     storage: Storage
     file: IO[bytes]
 
     def add(self, source: DicomSource, places: Sequence[int]) -> None:
-        """Decode the slices of one DICOM file, given by their places in the order of the file's frames."""
+        """Decode slices of one DICOM file.
+
+        Args:
+            source: the opened file, folder or archive.
+            places: positions of these slices in the series, in the order of the frames in the file.
+        """
         slices = [self.series.slices[place] for place in places]
         source.verify(slices[0].file)
         with (
             source.open(slices[0].file) as stream,
-            closing(decoded(slices, stream, self.series.source)) as frames,
+            closing(decode_slices(slices, stream, self.series.source)) as frames,
         ):
             for place, slice_ in zip(places, slices, strict=True):
                 try:
-                    encoded = _checked(next(frames), slice_)
+                    encoded = _check_decoded(next(frames), slice_)
                 except FseftEdgeError:
                     raise
-                except Exception:  # decoders raise many kinds on damage, and their messages may quote the header
+                except Exception:  # decoders raise many kinds of exception, and their messages may quote the header
                     raise UnreadableFileError(
                         f"Slice {place + 1} of {len(self.series.slices)} in {self.series.source} has truncated or "
-                        "damaged pixels.",
-                        remedy="Copy the series again from where it came.",
+                        "damaged pixel data.",
+                        remedy="Copy the series again from its source.",
                     ) from None
-                self._write(place, values_of(encoded, slice_.pixels, self.storage))
+                self._write(place, stored_values(encoded, slice_.pixels, self.storage))
 
     def mapped(self) -> NDArray[Any]:
-        """Map the whole, read-only, ``[x, y, z]``."""
+        """Return a read-only memory map of the complete file, ``[x, y, z]``."""
         try:
             self.file.flush()
         except OSError as error:
-            raise no_room_to_unpack(self.series.source) from error
+            raise no_space_to_unpack(self.series.source) from error
         return np.asarray(np.memmap(self.file, self.storage.dtype, mode="r", shape=self.series.shape, order="F"))
 
     def _write(self, place: int, values: NDArray[Any]) -> None:
@@ -93,11 +98,11 @@ class _Unpacked:
             self.file.seek(place * values.nbytes)
             self.file.write(values.tobytes())
         except OSError as error:
-            raise no_room_to_unpack(self.series.source) from error
+            raise no_space_to_unpack(self.series.source) from error
 
 
-def _checked(encoded: NDArray[Any], slice_: SliceHeader) -> NDArray[Any]:
+def _check_decoded(encoded: NDArray[Any], slice_: SliceHeader) -> NDArray[Any]:
     expected = (slice_.rows, slice_.columns)
     if encoded.shape != expected or encoded.dtype.kind not in "iu" or encoded.dtype.itemsize > 2:
-        raise ValueError("not the pixels that the header promises")
+        raise ValueError("the decoded pixels do not match the header")
     return encoded

@@ -1,4 +1,4 @@
-"""The series in a file, folder or archive: which slices belong together, in what order, and what is wrong with them."""
+"""Search for DICOM series in a file, folder or archive: grouping of slices, their order, and checks."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from fseft_edge.runtime.scans.dicom.files import DicomFile, DicomSource
 from fseft_edge.runtime.scans.dicom.headers import DamagedHeaderError, SliceHeader, read_header, read_slices
 from fseft_edge.runtime.scans.dicom.kinds import check_kind, is_localiser
 from fseft_edge.runtime.scans.dicom.pixels import check_pixels
-from fseft_edge.runtime.scans.dicom.stack import affine_of, check_stack, normal_of, ordered
+from fseft_edge.runtime.scans.dicom.stack import affine_of, check_stack, normal_of, sort_slices
 
 SAME_DIRECTION = 1e-4
-"""Largest difference of direction cosines within one stack: what rounding to four decimals does."""
+"""Largest difference of direction cosines within one stack. It allows for rounding to four decimals."""
 
 SAME_SPACING_MM = 1e-5
-"""Largest difference of pixel spacings within one stack: five thousandths of a millimetre across 512 pixels."""
+"""Largest difference of pixel spacings within one stack. It corresponds to 0.005 mm across 512 pixels."""
 
 _NAMED_PLANE = 0.999
 
 
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
-    """Slices of one series that have the same orientation and matrix, ordered along their normal.
+    """Slices of one series with equal orientation and matrix size, sorted along the slice normal.
 
-    A series whose images differ in these is several of this kind, each with the same ``uid``.
+    If the images of a DICOM series differ in orientation or matrix size, this series becomes several objects with the
+    same ``uid``.
 
     Attributes:
-        source: the path that it was found in, as given by the user.
-        number: counts the series found there, from 1.
-        slices: what each slice's header says and where it lies; in order, where they have a place.
-        problem: why it cannot be read as a CT; None where it can, as far as headers tell.
+        source: path of the file, folder or archive as given by the user.
+        number: number of the series within ``source``, from 1.
+        slices: headers of the slices, sorted along the slice normal if all positions are known.
+        problem: reason why the series is not a readable CT; None if the headers show no problem.
     """
 
     source: Path
@@ -57,30 +58,30 @@ class DicomSeries:
 
     @property
     def frame_of_reference_uid(self) -> str:
-        """FrameOfReferenceUID; empty where it is not given."""
+        """FrameOfReferenceUID; empty if missing."""
         return self.slices[0].frame_of_reference_uid
 
     @property
     def modality(self) -> str:
-        """``CT``, ``MR``, ..."""
+        """Modality: ``CT``, ``MR``, ..."""
         return self.slices[0].modality
 
     @property
     def patient(self) -> bytes:
-        """A key that is equal for images of one patient within this run, and tells nothing else."""
+        """Anonymous key that is equal for all images of one patient within this run."""
         return self.slices[0].patient
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Columns, rows and slices, which become the volume's x, y and z."""
+        """Number of columns, rows and slices, which become the x, y and z axis of the volume."""
         return self.slices[0].columns, self.slices[0].rows, len(self.slices)
 
     @cached_property
     def affine(self) -> NDArray[np.float64]:
-        """Voxel index to RAS+ world coordinates in mm, 4x4.
+        """Affine from voxel index to RAS+ world coordinates in mm, float64 4x4.
 
         Raises:
-            InputError: the series has a problem.
+            InputError: the series is not readable; this is :attr:`problem`.
         """
         if self.problem is not None:
             raise self.problem
@@ -88,16 +89,16 @@ class DicomSeries:
 
     @property
     def files(self) -> tuple[DicomFile, ...]:
-        """The files that hold the slices, in the order of the slices, each once."""
+        """The files of the slices in the order of the slices, without repetitions."""
         return tuple(dict.fromkeys(slice_.file for slice_ in self.slices))
 
     def headers(self) -> list[Dataset]:
-        """Read the files again, without pixels, in the order of :attr:`files`; what DICOM results refer to.
+        """Read and return the complete headers of :attr:`files` without pixel data. DICOM results refer to them.
 
-        They hold all that the files say of the patient: keep them out of messages and logs.
+        The headers identify the patient: never write them to messages or logs.
 
         Raises:
-            UnreadableFileError: a file is gone or has changed.
+            UnreadableFileError: a file is missing or was changed.
             ArchiveError: the archive is damaged.
         """
         found = []
@@ -106,15 +107,15 @@ class DicomSeries:
                 with source.open(file) as stream:
                     try:
                         found.append(read_header(stream))
-                    except Exception:  # see read_slices
+                    except Exception:  # pydicom raises many kinds of exception, whose messages quote header values
                         raise UnreadableFileError(
-                            f"A DICOM file in {self.source} can no longer be read.",
-                            remedy="Leave the scan where it is while it is worked on.",
+                            f"A DICOM file in {self.source} was changed or deleted during the work.",
+                            remedy="Start again, and do not change the files of the scan during the work.",
                         ) from None
         return found
 
     def description(self) -> str:
-        """Say what tells the series from others, without anything that was typed about a patient."""
+        """Return a description of the series without free text, because free text can identify the patient."""
         columns, rows, slices = self.shape
         first = self.slices[0]
         said = [f"{slices} slice{'s' * (slices > 1)} of {columns}x{rows}"]
@@ -131,15 +132,16 @@ class DicomSeries:
 
 
 def find_series(path: Path) -> list[DicomSeries]:
-    """Return the image series in a DICOM file, a folder and all below it, or a zip archive; from headers alone.
+    """Return all image series in a DICOM file, in a folder and its subfolders, or in a zip archive.
 
-    Slices belong together when they agree in SeriesInstanceUID, in kind (SOP class, localiser or not), in rows and
-    columns, in PixelSpacing (to ``SAME_SPACING_MM``) and ImageOrientationPatient (to ``SAME_DIRECTION``). Files that
-    are not DICOM, or hold no image, are passed over. The order of the series depends on their UIDs alone.
+    Only headers are read. Slices belong to one series if they agree in SeriesInstanceUID, modality, SOP class, rows,
+    columns, PixelSpacing (within ``SAME_SPACING_MM``) and ImageOrientationPatient (within ``SAME_DIRECTION``), and if
+    all or none of them are localisers. Files that are not DICOM or contain no image are skipped. The order of the
+    series does not depend on file names.
 
     Raises:
-        UnreadableFileError: nothing is there, or a DICOM file in it is truncated, damaged or may not be read.
-        ArchiveError: a zip archive that is encrypted, damaged or too large.
+        UnreadableFileError: the path does not exist, or a DICOM file is truncated, damaged or not readable.
+        ArchiveError: the zip archive is encrypted, damaged or too large.
         NoSeriesError: there is no DICOM image.
     """
     slices: list[SliceHeader] = []
@@ -154,12 +156,12 @@ def find_series(path: Path) -> list[DicomSeries]:
                     damaged += 1
     if damaged:
         raise UnreadableFileError(
-            f"{damaged} of {seen} DICOM files in {path} cannot be read: truncated, damaged, or deflated.",
-            remedy="Copy the series again from where it came.",
+            f"{damaged} of {seen} DICOM files in {path} are truncated, damaged, or in a deflated transfer syntax.",
+            remedy="Copy the series again from its source, or export it from the PACS as uncompressed DICOM.",
         )
     if not slices:
-        found = f"no image in its {seen} DICOM files" if seen else "no DICOM file"
-        raise NoSeriesError(f"{path} holds {found}.", remedy="Name the folder, zip archive or file of a CT series.")
+        found = f"{seen} DICOM files, but no DICOM image" if seen else "no DICOM file"
+        raise NoSeriesError(f"{path} contains {found}.", remedy="Give the folder, zip archive or file of a CT series.")
     groups = sorted(_grouped(slices), key=lambda group: _sorting_key(group[0]))
     return [_series(path, number, group) for number, group in enumerate(groups, start=1)]
 
@@ -172,7 +174,7 @@ def _series(path: Path, number: int, slices: Sequence[SliceHeader]) -> DicomSeri
         check_stack(slices, path)
     except InputError as found:
         problem = found
-    return DicomSeries(path, number, ordered(slices), problem)
+    return DicomSeries(path, number, sort_slices(slices), problem)
 
 
 def _grouped(slices: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
@@ -180,7 +182,7 @@ def _grouped(slices: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
     for slice_ in slices:
         alike = groups.setdefault(_exact_key(slice_), [])
         for group in alike:
-            if _close(slice_.orientation, group[0].orientation, SAME_DIRECTION) and _close(
+            if _agree(slice_.orientation, group[0].orientation, SAME_DIRECTION) and _agree(
                 slice_.spacing, group[0].spacing, SAME_SPACING_MM
             ):
                 group.append(slice_)
@@ -199,8 +201,11 @@ def _sorting_key(slice_: SliceHeader) -> tuple[object, ...]:
     return (slice_.study_uid, *_exact_key(slice_), slice_.spacing or (), slice_.orientation or ())
 
 
-def _close(a: tuple[float, ...] | None, b: tuple[float, ...] | None, tolerance: float) -> bool:
-    """Whether numbers agree; one that is missing agrees with all, so that it spoils its series and is not set aside."""
+def _agree(a: tuple[float, ...] | None, b: tuple[float, ...] | None, tolerance: float) -> bool:
+    """Return True if the numbers agree within a tolerance.
+
+    Missing numbers agree with all numbers, so that a slice without them stays in its series, and the series is refused.
+    """
     if a is None or b is None:
         return True
     return bool(np.abs(np.subtract(a, b)).max() <= tolerance)

@@ -1,4 +1,4 @@
-"""Slices as one even stack: their order, what is wrong with it, and the affine (PS3.3 C.7.6.2.1.1)."""
+"""Stack of slices: order, affine, and check of equal distances (PS3.3 C.7.6.2.1.1)."""
 
 from __future__ import annotations
 
@@ -17,32 +17,33 @@ from fseft_edge.runtime.errors import (
 )
 from fseft_edge.runtime.scans.dicom.headers import SliceHeader
 
-SAME_PLACE_MM = 0.01
-"""Slices closer than this lie at the same place; no CT is reconstructed so finely."""
+SAME_POSITION_MM = 0.01
+"""Slices closer than this distance are at the same position, because no CT has such a small slice distance."""
 
-EVEN_SHARE, EVEN_MM = 0.1, 0.1
-"""A slice may be off its place by this share of the distance between slices, and by this many mm at most.
+SLICE_TOLERANCE_SHARE, SLICE_TOLERANCE_MM = 0.1, 0.1
+"""Largest accepted deviation of a slice from its position: this share of the slice distance, and at most this many mm.
 
-Positions are decimal strings, which scanners round to between one and six decimals. Rounding to one decimal moves the
-first slice, the last and the one between by 0.05 mm each, which is 0.1 mm against the line through the ends.
+Positions are decimal strings, which scanners round to one to six decimals. Rounding to one decimal moves the first, the
+last and any other slice by up to 0.05 mm each. The deviation from the line between first and last slice is then up to
+0.1 mm.
 """
 
 TILT_DEGREES = 0.1
-"""A stack leans when the line through it and the normal of its slices differ by more than this, and by ``EVEN_MM``."""
+"""A stack is tilted if its direction differs from the slice normal by more than this and ``SLICE_TOLERANCE_MM``."""
 
-_UNIT = 1e-3
-"""Largest error of length and angle of direction cosines: what rounding to three decimals does."""
+_COSINE_TOLERANCE = 1e-3
+"""Largest error of length and angle of direction cosines. It allows for rounding to three decimals."""
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
 def normal_of(slice_: SliceHeader) -> NDArray[np.float64]:
-    """Return the direction in which a slice faces, LPS+: row x column; it need not be of length one."""
+    """Return the normal of a slice, LPS+: the cross product of row and column direction, not scaled to length one."""
     return np.cross((slice_.orientation or ())[:3], (slice_.orientation or ())[3:])
 
 
-def ordered(slices: Sequence[SliceHeader]) -> tuple[SliceHeader, ...]:
-    """Return the slices by their place along the normal, and by file and frame where they have no place."""
+def sort_slices(slices: Sequence[SliceHeader]) -> tuple[SliceHeader, ...]:
+    """Return the slices sorted along the normal, or by file and frame if a position or orientation is missing."""
     given = sorted(slices, key=lambda slice_: (slice_.file.path, slice_.file.member or "", slice_.frame))
     if any(slice_.position is None or slice_.orientation is None for slice_ in slices):
         return tuple(given)
@@ -51,9 +52,10 @@ def ordered(slices: Sequence[SliceHeader]) -> tuple[SliceHeader, ...]:
 
 
 def affine_of(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
-    """Return the affine of ordered slices that :func:`check_stack` has passed: voxel index to RAS+ mm, 4x4.
+    """Return the affine of sorted slices, float64 4x4, voxel index to RAS+ mm. :func:`check_stack` must have succeeded.
 
-    The step between slices is that from the first to the last, so that both lie exactly where their headers say.
+    The slice step is the vector from the first to the last slice divided by the number of steps, so that both slices
+    have exactly the positions in their headers.
     """
     first = slices[0]
     row_spacing, column_spacing = first.spacing or ()
@@ -68,53 +70,55 @@ def affine_of(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
 
 
 def check_stack(slices: Sequence[SliceHeader], path: Path) -> None:
-    """Make sure that slices are one even stack, whatever their order.
+    """Check that slices, in any order, form one stack with equal distances.
 
     Raises:
-        GeometryError: place, orientation or spacing is missing or impossible, or not in the patient's coordinates.
-        DuplicateSliceError: several slices at one place.
-        GantryTiltError: the stack leans.
-        MissingSliceError: a gap of a whole number of slices.
-        UnevenSlicesError: other uneven distances.
+        GeometryError: position, orientation or spacing is missing or invalid, or the patient is an animal.
+        DuplicateSliceError: several slices have the same position.
+        GantryTiltError: the stack is tilted against the slice normal.
+        MissingSliceError: one distance is a multiple of the usual slice distance.
+        UnevenSlicesError: the distances are unequal, or slices are shifted sideways.
     """
     _check_geometry(slices, path)
-    stack, count = ordered(slices), len(slices)
+    stack, count = sort_slices(slices), len(slices)
     positions = np.array([slice_.position for slice_ in stack])
     normal = normal_of(stack[0])
     normal /= np.linalg.norm(normal)
     gaps = np.diff(positions @ normal)
-    same = int((gaps < SAME_PLACE_MM).sum())
+    same = int((gaps < SAME_POSITION_MM).sum())
     if same:
         raise DuplicateSliceError(
-            f"The series in {path} has {count} slices at {count - same} places: copies, or phases of a dynamic scan.",
-            remedy="Remove the copies, or export each phase as a series of its own.",
+            f"The series in {path} has {count} slices at only {count - same} positions. It contains copies, or several "
+            "phases of a dynamic scan.",
+            remedy="Delete the copies, or export each phase as a separate series.",
         )
     across = positions[-1] - positions[0]
     height = float(across @ normal)
     sideways = float(np.linalg.norm(across - height * normal))
-    if sideways > max(EVEN_MM, height * np.tan(np.radians(TILT_DEGREES))):
+    if sideways > max(SLICE_TOLERANCE_MM, height * np.tan(np.radians(TILT_DEGREES))):
         raise GantryTiltError(
-            f"The series in {path} was made with a tilted gantry: its slices are shifted against one another, by "
-            f"{np.degrees(np.arctan2(sideways, height)):.1f} degrees.",
-            remedy="Export it from the PACS reformatted to upright slices.",
+            f"The series in {path} was acquired with a gantry tilt of "
+            f"{np.degrees(np.arctan2(sideways, height)):.1f} degrees: each slice is shifted relative to the next.",
+            remedy="Export a reformatted series without tilt from the PACS.",
         )
     distance = float(np.median(gaps))
-    tolerance = min(EVEN_SHARE * distance, EVEN_MM)
+    tolerance = min(SLICE_TOLERANCE_SHARE * distance, SLICE_TOLERANCE_MM)
     wide = int(np.argmax(gaps))
     missing = round(gaps[wide] / distance) - 1
     if missing and abs(gaps[wide] - (missing + 1) * distance) <= 2 * tolerance:
         raise MissingSliceError(
-            f"The series in {path} lacks slices: between slice {wide + 1} and slice {wide + 2} of {count} there are "
-            f"{gaps[wide]:g} mm instead of {distance:g} mm.",
-            remedy="Export the whole series again from the PACS.",
+            f"Slices are missing in the series in {path}: the distance between slices {wide + 1} and {wide + 2} of "
+            f"{count} is {gaps[wide]:g} mm instead of {distance:g} mm.",
+            remedy="Export the complete series again from the PACS.",
         )
     line = positions[0] + np.outer(np.arange(count), across / (count - 1))
     off = np.linalg.norm(positions - line, axis=1)
     if off.max() > tolerance:
         raise UnevenSlicesError(
-            f"The series in {path} is uneven: slice {int(off.argmax()) + 1} of {count} is {off.max():.3g} mm off its "
-            f"place, and distances reach from {gaps.min():g} to {gaps.max():g} mm.",
-            remedy="Give a series of evenly spaced slices, or export its evenly spaced parts as series of their own.",
+            f"The slices of the series in {path} are not evenly spaced: slice {int(off.argmax()) + 1} of {count} "
+            f"deviates {off.max():.3g} mm from its position, and the distances range from {gaps.min():g} to "
+            f"{gaps.max():g} mm.",
+            remedy="Give a series with equal slice distances, or export each evenly spaced part as a separate series.",
         )
 
 
@@ -122,20 +126,21 @@ def _check_geometry(slices: Sequence[SliceHeader], path: Path) -> None:
     remedy = "Export the original series again from the PACS."
     if any(slice_.position is None or slice_.orientation is None or slice_.spacing is None for slice_ in slices):
         raise GeometryError(
-            f"The series in {path} does not say where its slices lie in the patient: position, orientation or pixel "
-            "spacing is missing.",
+            f"The headers of the series in {path} do not contain ImagePositionPatient, ImageOrientationPatient or "
+            "PixelSpacing for each slice.",
             remedy=remedy,
         )
     if any(slice_.quadruped for slice_ in slices):
         raise GeometryError(
-            f"The series in {path} is of an animal on four feet, whose directions are others.",
-            remedy="Only CTs of people are read.",
+            f"The series in {path} is a CT of a four-footed animal, which has other anatomical directions.",
+            remedy="Give a CT of a person.",
         )
     first = slices[0]
     row, column = np.array((first.orientation or ())[:3]), np.array((first.orientation or ())[3:])
     errors = [float(abs(error)) for error in (np.linalg.norm(row) - 1, np.linalg.norm(column) - 1, row @ column)]
-    if not max(errors) <= _UNIT:
+    if not max(errors) <= _COSINE_TOLERANCE:
         raise GeometryError(
-            f"The series in {path} has an orientation whose axes are not of length one and perpendicular.",
+            f"The ImageOrientationPatient of the series in {path} is invalid: its axes must be perpendicular and "
+            "have the length 1.",
             remedy=remedy,
         )

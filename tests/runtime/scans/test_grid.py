@@ -1,4 +1,4 @@
-"""The grid and the way back: every orientation, oblique and anisotropic lattices, against scipy, torch and MONAI."""
+"""Resampling to the grid and back, on any orientation and lattice, compared with SciPy, torch and MONAI."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def lattice(spacing, angles=(0.0, 0.0, 0.0), origin=(-31.0, 17.0, 240.0)):
 
 
 def stored_differently(array, affine, permutation, flips):
-    """The same voxels at the same places in the world, with axes permuted, then flipped."""
+    """Return the same voxels at the same world positions, with axes permuted and then flipped."""
     flipped = tuple(axis for axis in range(3) if flips[axis])
     new_to_old = np.zeros((4, 4))
     new_to_old[3, 3] = 1
@@ -54,7 +54,7 @@ def whole(grid, volume):
 
 
 def carried_back(grid, probabilities, depth=5):
-    """``to_source`` put together; every voxel must arrive exactly once."""
+    """Assemble the pieces of ``to_source``, and check that each voxel occurs exactly once."""
     together = np.full((len(probabilities), *grid.source_shape), np.nan, dtype=np.float32)
     cuts = range(0, grid.shape[2], depth)
     for piece in grid.to_source((z, probabilities[..., z : z + depth]) for z in cuts):
@@ -67,7 +67,7 @@ def carried_back(grid, probabilities, depth=5):
 
 
 def sampled(array, affine, points_affine, shape):
-    """Linear interpolation of ``array`` at another lattice's voxels, through world coordinates (scipy)."""
+    """Interpolate ``array`` linearly at the voxels of another lattice, through world coordinates (SciPy)."""
     indices = np.indices(shape).reshape(3, -1)
     world = points_affine[:3, :3] @ indices + points_affine[:3, 3:]
     back = np.linalg.inv(affine)
@@ -81,20 +81,23 @@ def dice(a, b):
 
 
 def ellipsoid(shape, affine, centre, radii):
-    """A smooth organ: voxels whose centres lie in an ellipsoid given in mm about the lattice's middle."""
+    """Return the voxels whose centres are in an ellipsoid, given in mm relative to the centre of the lattice."""
     indices = np.indices(shape).reshape(3, -1)
     world = affine[:3, :3] @ (indices - (np.array(shape)[:, None] - 1) / 2)
     return ((((world - np.array(centre)[:, None]) / np.array(radii)[:, None]) ** 2).sum(axis=0) <= 1).reshape(shape)
 
 
-scans = st.fixed_dictionaries(
-    {
-        "shape": st.tuples(*[st.integers(2, 14)] * 3),
-        "spacing": st.tuples(*[st.floats(0.4, 6.0)] * 3),
-        "angles": st.tuples(*[st.floats(-20, 20)] * 3),
-        "seed": st.integers(0, 2**16),
-    }
-)
+def scans(longest_axis=14):
+    return st.fixed_dictionaries(
+        {
+            "shape": st.tuples(*[st.integers(2, longest_axis)] * 3),
+            "spacing": st.tuples(*[st.floats(0.4, 6.0)] * 3),
+            "angles": st.tuples(*[st.floats(-20, 20)] * 3),
+            "seed": st.integers(0, 2**16),
+        }
+    )
+
+
 settings_of_grids = st.builds(
     Preprocessing,
     axcodes=st.sampled_from(["RAS", "LPS", "SAR", "PIR"]),
@@ -109,9 +112,9 @@ def random_scan(scan):
     return voxels, lattice(scan["spacing"], scan["angles"])
 
 
-@settings(max_examples=6, deadline=None)  # each of them 48 times
-@given(scan=scans, preprocessing=settings_of_grids)
-def test_all_48_orientations_give_the_same_grid_and_the_same_way_back_to_the_last_bit(scan, preprocessing):
+@settings(max_examples=6, deadline=None)  # each example has 48 orientations
+@given(scan=scans(longest_axis=7), preprocessing=settings_of_grids)
+def test_all_48_orientations_give_equal_grids_and_equal_results_bit_for_bit(scan, preprocessing):
     voxels, affine = random_scan(scan)
     volume = Volume(voxels, affine)
     grid = Grid.of(volume, preprocessing)
@@ -132,22 +135,22 @@ def test_all_48_orientations_give_the_same_grid_and_the_same_way_back_to_the_las
 
 
 @settings(max_examples=40, deadline=None)
-@given(scan=scans, preprocessing=settings_of_grids, depth=st.integers(1, 20))
-def test_sections_equal_the_whole_to_the_last_bit(scan, preprocessing, depth):
+@given(scan=scans(), preprocessing=settings_of_grids, depth=st.integers(1, 20))
+def test_sections_equal_the_whole_grid_bit_for_bit(scan, preprocessing, depth):
     voxels, affine = random_scan(scan)
     volume = Volume(voxels, affine)
     grid = Grid.of(volume, preprocessing)
     content = whole(grid, volume)
     cuts = [(z, min(z + depth, grid.shape[2])) for z in range(0, grid.shape[2], depth)]
     np.testing.assert_array_equal(np.concatenate([grid.section(volume, *cut) for cut in cuts], axis=2), content)
-    # A section may end before the next one that the scan needs begins, or carry nothing that the scan needs.
+    # A section may end before the next required slice, or contain no required slice.
     at_once = carried_back(grid, content[None], depth=grid.shape[2])
     np.testing.assert_array_equal(carried_back(grid, content[None], depth=depth), at_once)
 
 
 @settings(max_examples=40, deadline=None)
-@given(scan=scans, preprocessing=settings_of_grids, orientation=st.sampled_from(ORIENTATIONS))
-def test_both_ways_agree_with_scipy_through_world_coordinates(scan, preprocessing, orientation):
+@given(scan=scans(), preprocessing=settings_of_grids, orientation=st.sampled_from(ORIENTATIONS))
+def test_resampling_to_the_grid_and_back_agrees_with_scipy(scan, preprocessing, orientation):
     voxels, affine = stored_differently(*random_scan(scan), *orientation)
     preprocessing = preprocessing.model_copy(update={"antialias": False, "hu_window": WIDE, "crop_below_hu": None})
     volume = Volume(voxels, affine)
@@ -160,8 +163,8 @@ def test_both_ways_agree_with_scipy_through_world_coordinates(scan, preprocessin
 
 
 @settings(max_examples=40, deadline=None)
-@given(scan=scans, preprocessing=settings_of_grids)
-def test_grid_is_centred_on_the_scan_with_the_spacing_asked_for(scan, preprocessing):
+@given(scan=scans(), preprocessing=settings_of_grids)
+def test_grid_has_the_centre_of_the_scan_and_the_requested_spacing(scan, preprocessing):
     voxels, affine = random_scan(scan)
     preprocessing = preprocessing.model_copy(update={"crop_below_hu": None})
     grid = Grid.of(Volume(voxels, affine), preprocessing)
@@ -178,7 +181,7 @@ def test_grid_is_centred_on_the_scan_with_the_spacing_asked_for(scan, preprocess
 
 
 @pytest.mark.parametrize("spacing", [(1.5, 1.5, 1.5), (3.0, 3.0, 3.0), (0.7, 1.1, 2.0)])
-def test_intensity_that_is_linear_in_space_is_reproduced(spacing):
+def test_linear_intensity_ramp_is_reproduced(spacing):
     affine = lattice((0.9, 1.2, 2.5), angles=(12, -7, 20))
     shape = (24, 20, 16)
     slope_per_mm = np.array([3.0, -5.0, 2.0])
@@ -190,13 +193,13 @@ def test_intensity_that_is_linear_in_space_is_reproduced(spacing):
 
     volume = Volume(ramp((shape, affine)), affine)
     grid = Grid.of(volume, Preprocessing(spacing=spacing, hu_window=WIDE))
-    interior = (slice(1, -1),) * 3  # beyond the outermost voxel centres the scan ends
+    interior = (slice(1, -1),) * 3  # the outermost grid voxels can be outside the outermost scan voxel centres
     np.testing.assert_allclose(
         in_hu(whole(grid, volume))[interior], ramp((grid.shape, grid.affine))[interior], atol=0.1
     )
 
 
-def test_scan_already_on_the_grid_passes_unchanged():
+def test_scan_that_equals_the_grid_is_unchanged():
     voxels = np.random.default_rng(3).integers(-1000, 1500, (12, 11, 10)).astype(np.int16)
     volume = Volume(voxels, lattice((1.5, 1.5, 1.5)))
     grid = Grid.of(volume, Preprocessing(hu_window=(-1024, 1024)))
@@ -207,7 +210,7 @@ def test_scan_already_on_the_grid_passes_unchanged():
 
 
 def test_window_is_applied_after_interpolation():
-    # Between -1000 and 1000 HU half-way lies 0 HU; windowing first would give half-way between -175 and 250.
+    # The mean of -1000 and 1000 HU is 0 HU; windowing before interpolation would give the mean of -175 and 250.
     voxels = np.repeat(np.array([-1000, 1000, -1000, 1000], np.int16), 4).reshape(4, 2, 2)
     volume = Volume(voxels, lattice((1.0, 1.0, 1.0)))
     grid = Grid.of(volume, Preprocessing(spacing=(4 / 3, 1, 1)))
@@ -224,8 +227,8 @@ def test_antialiasing_equals_torch_where_the_fields_of_view_coincide():
 
 
 def test_grid_content_equals_monai_on_the_same_lattice():
-    from monai.data import MetaTensor  # noqa: PLC0415 - seconds to import, for this test alone
-    from monai.transforms import Orientation, Spacing, SpatialResample  # noqa: PLC0415 - likewise
+    from monai.data import MetaTensor  # noqa: PLC0415 - the import takes seconds
+    from monai.transforms import Orientation, Spacing, SpatialResample  # noqa: PLC0415 - the import takes seconds
 
     voxels = np.random.default_rng(6).integers(-1000, 1500, (21, 17, 9)).astype(np.float32)
     affine = lattice((-0.9, 1.3, -4.0), angles=(5, -8, 3))
@@ -236,14 +239,14 @@ def test_grid_content_equals_monai_on_the_same_lattice():
     expected = resample(image, dst_affine=grid.affine, spatial_size=grid.shape)[0].numpy()
     np.testing.assert_allclose(in_hu(whole(grid, volume)), expected, atol=0.5)
 
-    # Spacing shares the first voxel's centre instead of the middle of the field of view: less than half a voxel apart.
+    # MONAI aligns the centres of the first voxels, not of the fields of view: the difference is below half a voxel.
     spaced = Spacing((1.5, 1.5, 1.5), padding_mode="border")(Orientation("RAS", labels=None)(image))
     steps = spaced.affine[:3, :3].numpy()
     np.testing.assert_allclose(steps, grid.affine[:3, :3], atol=1e-6)
-    apart = np.linalg.solve(steps, spaced.affine[:3, 3].numpy() - grid.affine[:3, 3])
+    offset = np.linalg.solve(steps, spaced.affine[:3, 3].numpy() - grid.affine[:3, 3])
     half_the_change_of_spacing = (np.array([0.9, 1.3, 4.0]) - 1.5) / 2 / 1.5
     rounding_of_length = 0.25
-    assert (np.abs(apart - half_the_change_of_spacing) <= rounding_of_length + 1e-6).all()
+    assert (np.abs(offset - half_the_change_of_spacing) <= rounding_of_length + 1e-6).all()
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_grid_content_equals_monai_on_the_same_lattice():
         ((0.7, 0.7, 1.0), 3.0, 0.985),
     ],
 )
-def test_smooth_organ_survives_the_way_there_and_back(spacing, grid_spacing, expected):
+def test_smooth_organ_is_kept_by_resampling_to_the_grid_and_back(spacing, grid_spacing, expected):
     affine = lattice(spacing, angles=(6, -9, 14))
     shape = tuple(int(90 / s) for s in spacing)
     organ = ellipsoid(shape, affine, centre=(4, -3, 2), radii=(24, 18, 30))
@@ -270,14 +273,14 @@ def test_smooth_organ_survives_the_way_there_and_back(spacing, grid_spacing, exp
 
 @settings(max_examples=30, deadline=None)
 @given(
-    spacing=st.tuples(*[st.floats(0.5, 3.0)] * 3),
+    spacing=st.tuples(*[st.floats(0.8, 3.0)] * 3),
     grid_spacing=st.floats(1.0, 5.0),
     radius=st.floats(6.0, 18.0),
     centre=st.tuples(*[st.floats(-4, 4)] * 3),
 )
-def test_occupancy_keeps_the_volume_of_an_organ(spacing, grid_spacing, radius, centre):
+def test_occupancy_keeps_the_organ_volume(spacing, grid_spacing, radius, centre):
     affine = lattice(spacing, angles=(6, -9, 14))
-    shape = tuple(int(70 / s) for s in spacing)
+    shape = tuple(int(58 / s) for s in spacing)
     organ = ellipsoid(shape, affine, centre, radii=(radius,) * 3)
     grid = Grid.of(Volume(np.zeros(shape, np.int16), affine), Preprocessing(spacing=(grid_spacing,) * 3))
     occupancy = grid.occupancy(organ)
@@ -293,7 +296,7 @@ def test_empty_and_full_masks_have_no_and_full_occupancy():
     np.testing.assert_allclose(grid.occupancy(np.ones((9, 8, 7), bool)), 1.0, atol=1e-6)
 
 
-def test_crop_follows_the_body_and_leaves_nothing_outside():
+def test_cropped_grid_covers_the_body_and_probabilities_outside_are_zero():
     voxels = np.full((60, 50, 40), -1000, np.int16)
     voxels[20:30, 18:33, 22:35] = 40
     affine = lattice((-1.0, 1.5, 2.0), angles=(3, 2, -4))
@@ -325,7 +328,7 @@ def test_crop_threshold_is_in_hu_not_in_stored_units():
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_pieces_come_in_the_grids_order(flipped):
+def test_pieces_are_in_the_order_of_the_grid(flipped):
     voxels, affine = stored_differently(
         np.zeros((6, 5, 12), np.int16), lattice((1.5, 1.5, 3.0)), (2, 0, 1), (flipped, False, False)
     )
@@ -338,7 +341,7 @@ def test_pieces_come_in_the_grids_order(flipped):
     assert starts == sorted(starts, reverse=flipped)
 
 
-def test_zero_probability_stays_exactly_zero_and_what_is_there_is_unchanged_by_skipping():
+def test_zero_probability_stays_exactly_zero_and_skipping_changes_no_other_value():
     affine = lattice((0.7, 0.8, 2.2), angles=(4, 5, 6))
     grid = Grid.of(Volume(np.zeros((40, 36, 12), np.int16), affine), Preprocessing())
     random = np.random.default_rng(11)
@@ -373,18 +376,18 @@ def test_sections_that_do_not_cover_the_grid_in_order_are_refused(sections):
 def test_arrays_of_another_lattice_are_refused():
     volume = Volume(np.zeros((6, 6, 10), np.int16), lattice((1.5, 1.5, 1.5)))
     grid = Grid.of(volume, Preprocessing())
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match=r"\(6, 6, 9\)"):
         grid.occupancy(np.zeros((6, 6, 9), bool))
-    with pytest.raises(ValueError, match="section of shape"):
+    with pytest.raises(ValueError, match=r"\(1, 6, 5, 10\)"):
         list(grid.to_source(iter([(0, np.zeros((1, 6, 5, 10), np.float32))])))
-    with pytest.raises(ValueError, match="scan"):
+    with pytest.raises(ValueError, match=r"\(6, 6, 9\)"):
         grid.section(Volume(np.zeros((6, 6, 9), np.int16), volume.affine), 0, 3)
     for beyond in [(0, 11), (-1, 3), (4, 4)]:
-        with pytest.raises(ValueError, match="slices"):
+        with pytest.raises(ValueError, match=f"{beyond[0]}:{beyond[1]}"):
             grid.section(volume, *beyond)
 
 
-def test_section_reads_only_the_slices_it_needs(monkeypatch):
+def test_section_reads_only_the_required_slices(monkeypatch):
     volume = Volume(np.zeros((8, 8, 60), np.int16), lattice((1.5, 1.5, -3.0)))
     grid = Grid.of(volume, Preprocessing())
     read = []
@@ -396,7 +399,7 @@ def test_section_reads_only_the_slices_it_needs(monkeypatch):
 
     monkeypatch.setattr(Volume, "hu", recorded)
     grid.section(volume, 40, 56)
-    # Grid slice z lies at 3 mm slice (z + 0.5) / 2 - 0.5 counted from the other end: 19.75 to 27.25.
+    # Grid slice z has the position (z + 0.5) / 2 - 0.5 in scan slices, counted from the last slice: 19.75 to 27.25.
     assert min(part.start for part in read) == 59 - 28
     assert max(part.stop for part in read) == 60 - 19
 
@@ -424,10 +427,10 @@ def test_memory_does_not_grow_with_the_length_of_the_scan():
 
         return run
 
-    assert peak_bytes(work(480)) < 1.1 * peak_bytes(work(96))
+    assert peak_bytes(work(288)) < 1.1 * peak_bytes(work(96))
 
 
-def test_pieces_are_bounded_however_fine_the_scan():
+def test_pieces_have_at_most_32_mib_for_a_fine_scan():
     grid = Grid.of(
         Volume(np.zeros((512, 512, 90), np.int8), lattice((0.5, 0.5, 0.5))), Preprocessing(spacing=(3, 3, 3))
     )
@@ -461,7 +464,7 @@ def test_real_scan_agrees_with_scipy(real_ct, name, spacing):
     ("name", "expected"),
     [("headneck/ct/hn_002.nii.gz", 0.99), ("abdomen/ct_1p5mm.nii.gz", 0.99), ("abdomen/ct_sm.nii.gz", 0.99)],
 )
-def test_real_body_outline_survives_the_way_there_and_back(real_ct, name, expected):
+def test_real_body_outline_is_kept_by_resampling_to_the_grid_and_back(real_ct, name, expected):
     volume = read_ct(real_ct / name)
     grid = Grid.of(volume, Preprocessing())
     body = np.asarray(volume.array > -300)
@@ -470,8 +473,8 @@ def test_real_body_outline_survives_the_way_there_and_back(real_ct, name, expect
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_what_exceeds_the_least_that_matters_is_the_same_to_the_last_bit(seed):
-    """Blobs on a lattice that is finer than the grid, turned and flipped; the rest is 0 or what it would have been."""
+def test_probabilities_above_the_threshold_are_exact_bit_for_bit(seed):
+    """The scan has a finer lattice than the grid; values at or below the threshold are 0 or at most the threshold."""
     random = np.random.default_rng(seed)
     affine = np.diag([1.3, -0.9, 2.1, 1.0])
     volume = Volume(random.integers(-500, 500, (40, 44, 30)).astype(np.int16), affine)
@@ -490,8 +493,8 @@ def test_what_exceeds_the_least_that_matters_is_the_same_to_the_last_bit(seed):
         place = [slice(None)] * 4
         place[1 + piece.axis] = slice(piece.start, piece.stop)
         cut[tuple(place)] = piece.probabilities
-    matters = whole_back > least
-    assert matters.any()
-    assert np.array_equal(cut[matters], whole_back[matters])
-    assert (cut[~matters] <= least).all()
+    above = whole_back > least
+    assert above.any()
+    assert np.array_equal(cut[above], whole_back[above])
+    assert (cut[~above] <= least).all()
     assert (cut == 0).sum() > (whole_back == 0).sum()

@@ -1,4 +1,4 @@
-"""Preprocessing is data: it survives a bundle's manifest and refuses what makes no sense."""
+"""Preprocessing settings: defaults, JSON, and refused values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_preprocessing_survives_json():
     ],
     ids=str,
 )
-def test_preprocessing_that_makes_no_sense_is_refused(wrong):
+def test_invalid_preprocessing_is_refused(wrong):
     with pytest.raises(ValidationError):
         Preprocessing.model_validate(wrong)
 

@@ -1,4 +1,4 @@
-"""What a path stands for: NIfTI files, or a DICOM series in a folder, an archive or a file."""
+"""Scans at a path: NIfTI files, or a DICOM series in a folder, an archive or a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from doubles.dicom import Series, save, some_hu, zipped
+from doubles.errors import refused
 
 from fseft_edge.runtime.errors import UnreadableFileError, UsageError
 from fseft_edge.runtime.scans.sources import list_scans, read_scan, scan_name
@@ -19,7 +20,7 @@ def nifti(path: Path) -> Path:
     return path
 
 
-def test_a_folder_of_nifti_files_stands_for_those_even_with_dicom_beside_them(tmp_path):
+def test_a_folder_with_nifti_files_contains_these_scans_even_with_dicom_files(tmp_path):
     Series(some_hu()).write(tmp_path)
     Series(some_hu()).write(tmp_path / "below")
     files = [nifti(tmp_path / "a.nii.gz"), nifti(tmp_path / "b.nii")]
@@ -27,7 +28,7 @@ def test_a_folder_of_nifti_files_stands_for_those_even_with_dicom_beside_them(tm
     assert [read_scan(file).source for file in files] == files
 
 
-def test_a_folder_with_dicom_anywhere_below_is_one_scan(tmp_path):
+def test_a_folder_with_dicom_in_a_subfolder_is_one_scan(tmp_path):
     Series(some_hu()).write(tmp_path / "in" / "study" / "series")
     nifti(tmp_path / "in" / "other" / "a.nii.gz")
     assert list_scans(tmp_path / "in") == [tmp_path / "in"]
@@ -44,17 +45,17 @@ def test_files_and_archives_are_one_scan_each(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["empty", "texts", "notes.txt", "missing", "missing.nii.gz", "texts.zip"])
-def test_what_is_neither_is_refused(tmp_path, name):
+def test_a_path_without_nifti_and_dicom_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")
     (tmp_path / "notes.txt").write_text("text")
     zipped(tmp_path / "texts", tmp_path / "texts.zip")
-    with pytest.raises(UnreadableFileError):
+    with refused(UnreadableFileError, tmp_path / name):
         list_scans(tmp_path / name)
 
 
-def test_names(tmp_path, monkeypatch):
+def test_scan_name_is_the_name_without_suffix(tmp_path, monkeypatch):
     (tmp_path / "1.2.3").mkdir()
     (tmp_path / "b.zip").mkdir()
     names = {"a.nii.gz": "a", "A.NII": "A", "a.zip": "a", "a.b.ZIP": "a.b", "a.dcm": "a", "IM1": "IM1"}
@@ -64,6 +65,6 @@ def test_names(tmp_path, monkeypatch):
     assert scan_name(Path()) == "1.2.3"
 
 
-def test_nifti_holds_no_series(tmp_path):
-    with pytest.raises(UsageError, match="holds no series"):
+def test_a_series_of_a_nifti_file_is_refused(tmp_path):
+    with refused(UsageError, "a.nii", "--series"):
         read_scan(nifti(tmp_path / "a.nii"), "1")

@@ -1,4 +1,4 @@
-"""Volumes and label maps: what they refuse, what they say about their lattice, how they are read in parts."""
+"""Volumes and label maps: refused input, lattice, and reading in parts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from doubles.errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -22,7 +23,7 @@ def volume(shape=(5, 4, 3), affine=AFFINE, **settings) -> Volume:
     return Volume(np.arange(np.prod(shape), dtype=np.int16).reshape(shape), affine, **settings)
 
 
-def test_volume_says_how_its_voxels_lie():
+def test_volume_has_shape_directions_spacing_and_voxel_volume():
     turned = Rotation.from_euler("xyz", [10, -5, 7], degrees=True).as_matrix()
     affine = np.eye(4)
     affine[:3, :3] = turned @ np.array([[0, 0.8, 0], [-0.9, 0, 0], [0, 0, -2.5]])
@@ -39,14 +40,14 @@ def test_sheared_voxels_have_the_volume_of_the_parallelepiped():
     assert volume(affine=gantry_tilt).voxel_volume_mm3 == pytest.approx(0.9 * 0.9 * 3.0)
 
 
-def test_hu_rescales_only_the_part_asked_for():
+def test_hu_rescales_the_requested_part():
     scan = volume(slope=2.0, intercept=-1024.0)
     part = scan.hu((slice(1, 3), slice(0, 4), slice(2, 3)))
     assert part.dtype == np.float32
     np.testing.assert_array_equal(part, 2.0 * scan.array[1:3, :, 2:3] - 1024.0)
 
 
-def test_affine_cannot_be_changed_behind_its_back():
+def test_affine_is_a_read_only_copy():
     affine = AFFINE.copy()
     scan = volume(affine=affine)
     affine[0, 0] = 7.0
@@ -56,20 +57,20 @@ def test_affine_cannot_be_changed_behind_its_back():
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3, 2), (5, 4, 1), (1, 4, 3)])
-def test_anything_but_three_dimensions_of_two_slices_is_no_ct(shape):
-    with pytest.raises(NotACtError, match=r"scan\.nii"):
+def test_image_without_three_axes_of_two_voxels_is_refused(shape):
+    with refused(NotACtError, "scan.nii"):
         Volume(np.zeros(shape, np.int16), AFFINE, source=Path("scan.nii"))
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")], bool])
-def test_values_that_are_no_intensities_are_no_ct(dtype):
-    with pytest.raises(NotACtError, match=r"scan\.nii"):
+def test_values_that_are_not_intensities_are_refused(dtype):
+    with refused(NotACtError, "scan.nii"):
         Volume(np.zeros((5, 4, 3), dtype), AFFINE, source=Path("scan.nii"))
 
 
 @pytest.mark.parametrize("rescale", [(0.0, 0.0), (np.nan, 0.0), (1.0, np.inf)])
-def test_impossible_rescale_is_no_ct(rescale):
-    with pytest.raises(NotACtError, match="slope"):
+def test_impossible_rescale_is_refused(rescale):
+    with refused(NotACtError, *rescale):
         volume(slope=rescale[0], intercept=rescale[1])
 
 
@@ -86,16 +87,16 @@ def test_impossible_rescale_is_no_ct(rescale):
     ],
     ids=["nan", "infinite", "flat", "parallel", "3x3", "kilometres", "nanometres"],
 )
-def test_affine_that_spans_no_space_is_a_geometry_error(affine):
-    with pytest.raises(GeometryError, match=r"scan\.nii"):
+def test_invalid_affine_is_refused(affine):
+    with refused(GeometryError, "scan.nii"):
         volume(affine=affine, source=Path("scan.nii"))
-    with pytest.raises(GeometryError, match=r"labels\.nii"):
+    with refused(GeometryError, "labels.nii"):
         LabelMap(np.zeros((5, 4, 3), np.uint8), affine, source=Path("labels.nii"))
 
 
 @pytest.mark.parametrize("array", [np.zeros((5, 4), np.uint8), np.zeros((5, 4, 3), np.int16)])
-def test_label_map_is_three_dimensional_and_unsigned(array):
-    with pytest.raises(LabelError, match=r"labels\.nii"):
+def test_label_map_must_be_three_dimensional_and_unsigned(array):
+    with refused(LabelError, "labels.nii"):
         LabelMap(array, AFFINE, source=Path("labels.nii"))
 
 
@@ -121,7 +122,7 @@ def test_chunks_give_the_same_bytes_for_every_memory_layout(array):
     assert {digest(layout) for layout in layouts} == {expected}
 
 
-def test_chunks_stay_small():
+def test_chunks_have_at_most_8_mib():
     scan = Volume(np.zeros((512, 512, 40), np.int16, order="F"), AFFINE)
     chunks = list(scan.chunks())
     assert max(chunk.nbytes for chunk in chunks) <= 8 << 20
@@ -140,15 +141,15 @@ def test_lattices_agree_within_a_micrometre_at_every_corner():
     assert not same_lattice(scan, LabelMap(labels[1:], AFFINE))
 
 
-@pytest.mark.parametrize("labels_differ_in", ["shape", "affine"])
-def test_labels_on_another_lattice_are_refused_naming_both_files(labels_differ_in):
+@pytest.mark.parametrize("difference", ["shape", "affine"])
+def test_labels_on_another_lattice_are_refused_with_both_file_names(difference):
     scan = volume(source=Path("ct/hn_001.nii.gz"))
-    shape = (5, 4, 2) if labels_differ_in == "shape" else scan.shape
-    affine = AFFINE if labels_differ_in == "shape" else np.diag([0.9, 0.9, 3.0, 1.0])
+    shape = (5, 4, 2) if difference == "shape" else scan.shape
+    affine = AFFINE if difference == "shape" else np.diag([0.9, 0.9, 3.0, 1.0])
     labels = LabelMap(np.zeros(shape, np.uint8), affine, source=Path("label/hn_001.nii.gz"))
-    with pytest.raises(GeometryError, match=rf"ct/hn_001\.nii\.gz.*label/hn_001\.nii\.gz.*{labels_differ_in}"):
+    with refused(GeometryError, scan.source, labels.source, difference):
         check_labels_match(scan, labels)
 
 
-def test_labels_on_the_same_lattice_pass():
+def test_labels_on_the_same_lattice_are_accepted():
     check_labels_match(volume(), LabelMap(np.zeros((5, 4, 3), np.uint8), AFFINE))

@@ -1,4 +1,4 @@
-"""CT series of made-up patients, as headers without voxels, and label maps on their lattices."""
+"""CT series of invented patients: headers without pixel data, and label maps on the lattice of the series."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ OBLIQUE = (
     (0.0, 0.0, 1.0),
 )
 TILTED = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.2, 1.0))
-"""A gantry tilt: slices are stacked along a direction that is not perpendicular to them."""
+"""Gantry tilt: the stack direction is not perpendicular to the slices."""
 
 LAYOUTS = {"axial": AXIAL, "sagittal": SAGITTAL, "downwards": DOWNWARDS, "oblique": OBLIQUE, "tilted": TILTED}
 
 
 @dataclass(frozen=True)
 class Series:
-    """A series, its first slice at ``origin``; directions are LPS+ unit vectors along rows, columns and slices."""
+    """A series whose first slice has the position ``origin``.
+
+    The directions are LPS+ unit vectors along rows, columns and slices.
+    """
 
     directions: Any = AXIAL
     columns: int = 12
     rows: int = 10
     slices: int = 6
     spacing: tuple[float, float, float] = (0.8, 1.1, 3.0)
-    """Along a row (from column to column), along a column, between slices; mm."""
+    """Distance in mm between columns, between rows and between slices."""
     origin: tuple[float, float, float] = (-31.0, 12.5, 140.0)
 
     @property
     def lps(self) -> NDArray[np.float64]:
-        """4x4, ``[column, row, slice]`` to LPS+ mm."""
+        """Affine 4x4 from ``[column, row, slice]`` to LPS+ mm."""
         affine = np.eye(4)
         affine[:3, :3] = np.array(self.directions).T * self.spacing
         affine[:3, 3] = self.origin
@@ -52,7 +55,7 @@ class Series:
         return self.columns, self.rows, self.slices
 
     def headers(self) -> list[Dataset]:
-        """One header a slice, single-frame."""
+        """Return one single-frame header for each slice."""
         found = []
         for number in range(self.slices):
             image = self._common()
@@ -64,7 +67,7 @@ class Series:
         return found
 
     def enhanced(self) -> Dataset:
-        """The same as one multi-frame header, its frames in no order of space."""
+        """Return the series as one multi-frame header, with its frames in random order."""
         image = self._common()
         image.SOPClassUID = EnhancedCTImageStorage
         image.SOPInstanceUID = generate_uid(entropy_srcs=["enhanced"])
@@ -87,7 +90,7 @@ class Series:
     def label_map(
         self, values: NDArray[np.unsignedinteger], axes: tuple[int, int, int] = (0, 1, 2), flips: int = 0
     ) -> LabelMap:
-        """``values[column, row, slice]`` with its axes in another order and, bit by bit of ``flips``, direction."""
+        """Return ``values[column, row, slice]`` with permuted axes; each bit of ``flips`` flips one axis."""
         affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ self.lps
         change = np.zeros((4, 4))
         change[3, 3] = 1

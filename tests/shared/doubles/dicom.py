@@ -1,4 +1,4 @@
-"""Synthetic CT series as DICOM files, made by pydicom from the standard's own definitions."""
+"""Synthetic CT series as DICOM files, written with pydicom."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ Change = Callable[[Dataset, int], None]
 
 @dataclass(frozen=True)
 class Series:
-    """A series to write: HU ``[columns, rows, slices]`` and where they lie, in DICOM's own LPS+ coordinates.
+    """A series to write, with its geometry in the LPS+ coordinates of DICOM.
 
     Attributes:
-        hu: whole numbers.
-        spacing: mm between columns, rows, slices.
+        hu: HU ``[columns, rows, slices]``, whole numbers.
+        spacing: distance in mm between columns, rows and slices.
         orientation: direction cosines of a row, then of a column.
         origin: centre of the first voxel in mm, LPS+.
         intercept: HU of a stored zero.
-        signed: how values are stored.
-        stored: bits of them.
+        signed: store signed values.
+        stored: number of stored bits.
+        uid: SeriesInstanceUID.
+        study: StudyInstanceUID.
+        frame_of_reference: FrameOfReferenceUID.
     """
 
     hu: NDArray[np.int16]
@@ -48,15 +51,15 @@ class Series:
 
     @property
     def normal(self) -> NDArray[np.float64]:
-        """Row x column."""
+        """Slice normal: cross product of row and column direction."""
         return np.cross(self.orientation[:3], self.orientation[3:])
 
     def position(self, place: float) -> NDArray[np.float64]:
-        """ImagePositionPatient of a slice."""
+        """Return ImagePositionPatient of a slice."""
         return np.asarray(self.origin) + place * self.spacing[2] * self.normal
 
     def world(self) -> NDArray[np.float64]:
-        """RAS+ coordinates in mm of every voxel, ``[columns, rows, slices, 3]``, by PS3.3 equation C.7.6.2.1-1."""
+        """Return RAS+ coordinates in mm of every voxel, ``[columns, rows, slices, 3]`` (PS3.3 equation C.7.6.2.1-1)."""
         column, row, place = np.indices(self.hu.shape).astype(float)
         x, y = np.array(self.orientation[:3]), np.array(self.orientation[3:])
         lps = column[..., None] * x * self.spacing[0] + row[..., None] * y * self.spacing[1]
@@ -64,16 +67,16 @@ class Series:
         return lps * (-1.0, -1.0, 1.0)
 
     def pixels(self, place: int) -> bytes:
-        """One slice as stored."""
+        """Return the stored bytes of one slice."""
         values = self.hu[:, :, place].T.astype(np.int32) - self.intercept
         return (values & ((1 << self.stored) - 1)).astype("<u2").tobytes()
 
     def datasets(self) -> list[FileDataset]:
-        """One single-frame CT image a slice, first slice first."""
+        """Return one single-frame CT image for each slice, in slice order."""
         return [self._single(place) for place in range(self.hu.shape[2])]
 
     def write(self, folder: Path, change: Change | None = None, names: Sequence[str] | None = None) -> Path:
-        """Write one file a slice; ``change`` may alter each first. Names are ``IM000`` and so on, unless given."""
+        """Write one file for each slice after ``change`` modified its data set; default names are ``IM000``, ..."""
         for place, dataset in enumerate(self.datasets()):
             if change is not None:
                 change(dataset, place)
@@ -81,7 +84,7 @@ class Series:
         return folder
 
     def enhanced(self, order: Sequence[int] | None = None) -> FileDataset:
-        """All slices as one enhanced CT image, its frames in the order given."""
+        """Return all slices as one enhanced CT image, with its frames in the given order."""
         order = list(range(self.hu.shape[2])) if order is None else list(order)
         dataset = self._common(ENHANCED_CT)
         dataset.NumberOfFrames = len(order)
@@ -107,7 +110,7 @@ class Series:
     def _single(self, place: int) -> FileDataset:
         dataset = self._common(CT_IMAGE)
         dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-        dataset.InstanceNumber = 1 + (place * 7) % 11  # tells nothing about the order
+        dataset.InstanceNumber = 1 + (place * 7) % 11  # unrelated to the slice order
         dataset.PixelSpacing = [self.spacing[1], self.spacing[0]]
         dataset.ImageOrientationPatient = [_decimal(value) for value in self.orientation]
         dataset.ImagePositionPatient = [_decimal(value) for value in self.position(place)]
@@ -135,14 +138,14 @@ class Series:
 
 
 def save(dataset: FileDataset, path: Path) -> Path:
-    """Write a file as DICOM, and nothing but what the data set says."""
+    """Write a data set unchanged as a DICOM file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)
     return path
 
 
 def zipped(folder: Path, archive: Path) -> Path:
-    """Pack a folder."""
+    """Pack all files of a folder into a zip archive."""
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
@@ -151,14 +154,14 @@ def zipped(folder: Path, archive: Path) -> Path:
 
 
 def some_hu(shape: tuple[int, int, int] = (7, 6, 5), seed: int = 3) -> NDArray[np.int16]:
-    """HU with air and tissue in them, different in every voxel's neighbourhood."""
+    """Return random HU that include air and tissue."""
     hu = np.random.default_rng(seed).integers(-1000, 1500, shape).astype(np.int16)
     hu[0, 0], hu[1, 0] = -1000, 60
     return hu
 
 
 def _decimal(value: float) -> str:
-    """The most exact decimal string of at most 16 characters, as DICOM has it (PS3.5 6.2)."""
+    """Return the most exact decimal string of at most 16 characters (PS3.5 6.2)."""
     for digits in range(16, 0, -1):
         text = f"{value:.{digits}g}"
         if len(text) <= 16:

@@ -1,4 +1,4 @@
-"""Annotated scans whose features show the organ, so that what training must find has a closed form."""
+"""Annotated scans whose first feature channel is the organ, so that the correct adapter is known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE = (48, 40, 48)
 
 
 def scan_with_organ(seed: int) -> SupportScan:
-    """Return a scan with a ball somewhere; the first channel of its features is the ball, in noise."""
+    """Return a scan with a ball-shaped organ; the first feature channel is the ball plus noise."""
     random = np.random.default_rng(seed)
     organ = ball(seed)
     finest = torch.from_numpy(random.normal(0, 0.2, (3, *SHAPE)).astype(np.float32))
@@ -29,7 +29,7 @@ def scan_with_organ(seed: int) -> SupportScan:
 
 
 def ball(seed: int) -> NDArray[np.float32]:
-    """Return the ball of a seed, 1 inside."""
+    """Return a ball at a random position: 1 inside, 0 outside."""
     centre = np.random.default_rng(seed).uniform(16, 28, 3)
     distance = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.indices(SHAPE), centre, strict=True)))
     return (distance < 8).astype(np.float32)

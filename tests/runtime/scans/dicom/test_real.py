@@ -1,4 +1,4 @@
-"""A real series from an archive, against two readers that share no code with this one."""
+"""A real CT series from an archive, compared with two independent readers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hu_of(volume: Volume) -> np.ndarray:
     return volume.hu((slice(None), slice(None), slice(None)))
 
 
-def test_as_simpleitk_reads_it(archive, folder):
+def test_volume_equals_that_of_simpleitk(archive, folder):
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     image = reader.Execute()
@@ -50,22 +50,22 @@ def test_as_simpleitk_reads_it(archive, folder):
         np.testing.assert_array_equal(hu_of(scan), expected)
 
 
-def test_as_dcm2niix_converts_it(archive, folder, tmp_path):
+def test_volume_equals_that_of_dcm2niix(archive, folder, tmp_path):
     converter = Path(sys.executable).with_name("dcm2niix")
     if not converter.exists():
         pytest.skip("dcm2niix is not installed")
-    subprocess.run([converter, "-o", tmp_path, "-f", "chest", folder], check=True, capture_output=True)  # noqa: S603 - our own
+    subprocess.run([converter, "-o", tmp_path, "-f", "chest", folder], check=True, capture_output=True)  # noqa: S603 - fixed arguments
     (converted,) = tmp_path.glob("*.nii")
     expected, scan = read_ct(converted), read_scan(archive)
     turned = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(expected.affine), nib.orientations.io_orientation(scan.affine)
     )
     affine = expected.affine @ nib.orientations.inv_ornt_aff(turned, expected.shape)
-    np.testing.assert_allclose(scan.affine, affine, rtol=0, atol=2e-4)  # NIfTI keeps single precision
+    np.testing.assert_allclose(scan.affine, affine, rtol=0, atol=2e-4)  # NIfTI has single precision
     np.testing.assert_array_equal(hu_of(scan), nib.orientations.apply_orientation(hu_of(expected), turned))
 
 
-def test_a_folder_of_it_is_one_scan(archive, folder):
+def test_folder_and_archive_are_one_scan_each(archive, folder):
     assert list_scans(archive) == [archive]
     assert list_scans(folder) == [folder]
     scan = read_scan(folder)
