@@ -1,4 +1,4 @@
-"""Pre-training of an encoder on several partially annotated data sets (FSEFT, section on pre-training, eq. 1)."""
+"""Pre-training of an encoder on several partially annotated data sets (FSEFT, pre-training section, equation 1)."""
 
 from fseft_edge.pretraining.config import PretrainingConfig, read_pretraining_config
 from fseft_edge.pretraining.processes import Processes, open_processes

@@ -1,4 +1,4 @@
-"""Training cases on the encoder's grid, and random augmented crops of them."""
+"""Training cases on the encoder's grid, and random augmented crops of these cases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fseft_edge.runtime.scans.volume import LabelMap, Volume, check_labels_match
 from fseft_edge.runtime.system.progress import Progress
 
 Crop = tuple[Tensor, Tensor, Tensor, Tensor]
-"""One crop's part of :class:`Batch`: image, the same before boxes of it were erased, targets, task mask."""
+"""One crop of a :class:`Batch`: image with erased boxes, image without erased boxes, targets, task mask."""
 
 _CENTRES_PER_ORGAN = 2000
 _AIR_LEVEL = 0.05
@@ -30,14 +30,14 @@ _AIR_LEVEL = 0.05
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """One scan on the grid.
+    """An annotated scan on the encoder's grid.
 
     Attributes:
-        image: float16 ``[X, Y, Z]``, scaled to 0..1.
-        organs: int32 ``[X, Y, Z]``; bit ``k`` is organ ``k`` of the plan, so organs may overlap.
-        task_mask: bool ``[K]``; which organs are annotated here.
-        centres: voxel positions ``[m, 3]`` from which crops are drawn: one array per organ present, the last one
-            spread over everything that is not air.
+        image: image values, float16 ``[X, Y, Z]``, scaled to 0..1.
+        organs: organ masks, int32 ``[X, Y, Z]``; bit ``k`` stands for organ ``k``, so organs may overlap.
+        task_mask: bool ``[K]``; True for each organ that is annotated in this scan.
+        centres: voxel positions ``[m, 3]`` around which crops are drawn. There is one array per organ that is present;
+            the last array contains positions anywhere outside air.
     """
 
     image: NDArray[np.float16]
@@ -48,13 +48,13 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class Batch:
-    """Crops of one optimiser step.
+    """The crops of one training step.
 
     Attributes:
-        image: ``[n, 1, X, Y, Z]``, boxes of some crops erased.
-        clean: the same before that.
-        targets: ``[n, K, X, Y, Z]`` of 0 and 1.
-        task_mask: ``[n, K]`` of 0 and 1.
+        image: images ``[n, 1, X, Y, Z]``; boxes are erased in some crops.
+        clean: the images ``[n, 1, X, Y, Z]`` without erased boxes.
+        targets: organ masks ``[n, K, X, Y, Z]``, 0 or 1.
+        task_mask: ``[n, K]``; 1 for each organ that is annotated in a crop's scan, else 0.
     """
 
     image: Tensor
@@ -63,14 +63,25 @@ class Batch:
     task_mask: Tensor
 
     def on(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
+        """Return the batch with its tensors on a device."""
         return Batch(*(part.to(device) for part in (self.image, self.clean, self.targets, self.task_mask)))
 
 
-def load_cohorts(plan: PretrainingConfig, root: Path, progress: Progress) -> list[list[TrainingCase]]:
-    """Return the cases of every data set of the plan, in the plan's order."""
+def load_cohorts(config: PretrainingConfig, root: Path, progress: Progress) -> list[list[TrainingCase]]:
+    """Return the cases of every data set, in the order of the configuration.
+
+    Args:
+        config: the configuration that lists the data sets.
+        root: folder that the paths in the configuration are relative to.
+        progress: display for the progress.
+
+    Raises:
+        LabelError: a data set contains no cases.
+        UnreadableFileError: a listed case or the list of cases is missing.
+        InputError: an image or an annotation cannot be used.
+    """
     cohorts: list[list[TrainingCase]] = []
-    for dataset in plan.dataset:
+    for dataset in config.dataset:
         cohort: list[TrainingCase] = []
         scans = _phantom_scans(dataset) if isinstance(dataset, PhantomsConfig) else _file_scans(dataset, root)
         with progress.task(f"read {dataset.name}", len(scans)) as task:
@@ -78,17 +89,22 @@ def load_cohorts(plan: PretrainingConfig, root: Path, progress: Progress) -> lis
                 partial = isinstance(dataset, FilesConfig) and dataset.partial
                 halves = dataset.halves if isinstance(dataset, FilesConfig) else {}
                 cohort.append(
-                    prepare_case(volume, labels, ids, plan.organs, plan.preprocessing, partial=partial, halves=halves)
+                    prepare_case(
+                        volume, labels, ids, config.organs, config.preprocessing, partial=partial, halves=halves
+                    )
                 )
                 task.advance(1)
         if not cohort:
-            raise LabelError(f"Data set {dataset.name!r} has no cases.", remedy="Check 'images' and 'cases'.")
+            raise LabelError(
+                f"The data set {dataset.name!r} contains no cases.",
+                remedy="Correct 'images' and 'cases' of this data set in the configuration.",
+            )
         cohorts.append(cohort)
     return cohorts
 
 
 class _Scans:
-    """A sized, lazy sequence of (volume, labels, label values of each organ)."""
+    """A sequence of known length of (volume, labels, label values of each organ), which reads one scan at a time."""
 
     def __init__(self, size: int, make: Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]) -> None:
         self._size, self._make = size, make
@@ -100,37 +116,37 @@ class _Scans:
         return self._make
 
 
-def _file_scans(plan: FilesConfig, root: Path) -> _Scans:
-    paths = list_cases(root / plan.images)
-    wanted = case_names(plan, root)
+def _file_scans(dataset: FilesConfig, root: Path) -> _Scans:
+    paths = list_cases(root / dataset.images)
+    wanted = case_names(dataset, root)
     if wanted is not None:
         missing = sorted(set(wanted) - {case_name(path) for path in paths})
         if missing:
             raise UnreadableFileError(
-                f"{root / plan.images} lacks {', '.join(missing[:5])}, which {plan.cases} lists.",
-                remedy="Add the scans, or take them off the list.",
+                f"{root / dataset.images} does not contain {', '.join(missing[:5])}, listed in {dataset.cases}.",
+                remedy="Add the missing scans to the folder, or remove their names from the list.",
             )
         paths = [path for path in paths if case_name(path) in set(wanted)]
 
     def read() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         for path in paths:
-            volume, labels = read_ct(path), read_label_map(root / plan.labels / path.name)
+            volume, labels = read_ct(path), read_label_map(root / dataset.labels / path.name)
             check_labels_match(volume, labels)
-            yield volume, labels, plan.organs
+            yield volume, labels, dataset.organs
 
     return _Scans(len(paths), read())
 
 
-def _phantom_scans(plan: PhantomsConfig) -> _Scans:
-    from fseft_edge.phantom import ORGANS, SITES, phantom  # noqa: PLC0415 - needed for phantom plans only
+def _phantom_scans(dataset: PhantomsConfig) -> _Scans:
+    from fseft_edge.phantom import ORGANS, SITES, phantom  # noqa: PLC0415 - only phantom data sets need the import
 
     def make() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
-        for number in range(plan.count):
-            site = SITES[plan.sites[number % len(plan.sites)]]
-            scan = phantom(plan.first_seed + number, shape=plan.shape, site=site)
-            yield scan.volume, scan.labels, {organ: ORGANS.index(organ) + 1 for organ in plan.organs}
+        for number in range(dataset.count):
+            site = SITES[dataset.sites[number % len(dataset.sites)]]
+            scan = phantom(dataset.first_seed + number, shape=dataset.shape, site=site)
+            yield scan.volume, scan.labels, {organ: ORGANS.index(organ) + 1 for organ in dataset.organs}
 
-    return _Scans(plan.count, make())
+    return _Scans(dataset.count, make())
 
 
 def prepare_case(
@@ -143,16 +159,16 @@ def prepare_case(
     partial: bool,
     halves: Mapping[str, tuple[str, str]] | None = None,
 ) -> TrainingCase:
-    """Return an annotated scan on the grid.
+    """Return an annotated scan on the encoder's grid.
 
     Args:
         volume: the CT.
-        labels: its annotation, on the same lattice.
-        ids: label value of each organ that is annotated.
-        organs: all organs, at most 31, in the order of the case's bits.
-        preprocessing: the encoder's.
-        partial: whether an organ that the annotation lacks was not contoured, rather than absent.
-        halves: organs to be split in two, and what the right and the left half are called.
+        labels: the annotation of the CT, on the lattice of the CT.
+        ids: label value, or label values, of each organ in the annotation.
+        organs: names of all organs, at most 31, in the order of the bits of :attr:`TrainingCase.organs`.
+        preprocessing: preprocessing of the encoder.
+        partial: True if an organ without voxels in the annotation was not contoured; False if it is absent.
+        halves: for each organ to split in two, the names of its right half and its left half.
     """
     grid = Grid.of(volume, preprocessing)
     image = grid.section(volume, 0, grid.shape[2])
@@ -176,7 +192,7 @@ def prepare_case(
 
 
 def _filled(occupancy: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return the voxels that an organ fills by half; of one too thin to, those that it fills by half of its most."""
+    """Return the voxels with an occupancy above 0.5; for a very thin organ, above half of its largest occupancy."""
     half: NDArray[np.bool_] = occupancy > 0.5
     return half if half.any() else occupancy > 0.5 * occupancy.max()
 
@@ -187,10 +203,11 @@ def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArr
 
 
 def _split_halves(region: NDArray[np.bool_], body: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return the patient's (right, left) parts of an organ that straddles the midline, or of a pair of organs.
+    """Return the patient's right part and left part of an organ on the midline, or of a pair of organs.
 
-    The grid's x axis runs to the patient's right (RAS+). The cut is the middle of the organ's extent. What lies
-    wholly on one side of the body's median is one of a pair whose other is missing, and is not cut.
+    The x axis of the grid points to the patient's right (RAS+). The cut is the middle of the organ's extent. A region
+    that lies wholly on one side of the body's median plane is one organ of a pair whose other organ is missing. Such a
+    region is not cut.
     """
     extent = np.flatnonzero(region.any(axis=(1, 2)))
     first, last = int(extent[0]), int(extent[-1])
@@ -211,35 +228,38 @@ def _some_positions(region: NDArray[np.bool_], random: np.random.Generator) -> N
 
 
 def draw_batch(
-    plan: PretrainingConfig, cohorts: list[list[TrainingCase]], step: int, own: slice = slice(None)
+    config: PretrainingConfig, cohorts: list[list[TrainingCase]], step: int, own: slice = slice(None)
 ) -> Batch:
-    """Return the crops of a step; they depend on the plan's seed and the step alone, so a resumed run sees the same.
+    """Return the crops of a training step.
+
+    The crops depend only on the seed and on the number of the step, so a resumed run uses the crops of a run without a
+    break.
 
     Args:
-        plan: data sets, crops and seed.
+        config: data sets, crops and seed.
         cohorts: the cases of every data set.
-        step: number of the step.
-        own: which of the step's crops to return; the crops of all data sets stand in the plan's order.
+        step: number of the step, from 0.
+        own: slice of the step's crops to return. The crops of all data sets are in the order of the configuration.
     """
     sources = [
-        cohort for dataset, cohort in zip(plan.dataset, cohorts, strict=True) for _ in range(dataset.crops_per_step)
+        cohort for dataset, cohort in zip(config.dataset, cohorts, strict=True) for _ in range(dataset.crops_per_step)
     ]
-    schedule = plan.schedule
-    order = schedule.mirrored(plan.organs) if "x" in schedule.flips else None
+    schedule = config.schedule
+    order = schedule.mirrored(config.organs) if "x" in schedule.flips else None
 
     def drawn(cohort: Sequence[TrainingCase], random: np.random.Generator) -> Crop:
-        spacing = plan.preprocessing.spacing
+        spacing = config.preprocessing.spacing
         return random_crop(cohort, schedule.crop, random, spacing=spacing, flips=schedule.flips, mirrored=order)
 
     if schedule.random == "crop":
         slots = range(len(sources))[own]
-        return batch_of([drawn(sources[slot], np.random.default_rng([plan.seed, step, slot])) for slot in slots])
-    random = np.random.default_rng([plan.seed, step])
+        return batch_of([drawn(sources[slot], np.random.default_rng([config.seed, step, slot])) for slot in slots])
+    random = np.random.default_rng([config.seed, step])
     return batch_of([drawn(cohort, random) for cohort in sources][own])
 
 
 def batch_of(crops: Sequence[Crop]) -> Batch:
-    """Return crops of equal size as one batch."""
+    """Return a batch of crops of equal size."""
     image, clean, targets, task_mask = (torch.stack(part) for part in zip(*crops, strict=True))
     return Batch(image, clean, targets, task_mask)
 
@@ -256,12 +276,12 @@ def random_crop(
     """Return an augmented crop of a random case.
 
     Args:
-        cohort: the cases.
-        edge: of the crop, in grid voxels.
-        random: decides on everything.
-        spacing: of the grid, in mm.
-        flips: axes along which every second crop is flipped.
-        mirrored: the organs' order under a flip along x, where right and left change places.
+        cohort: the cases to choose from.
+        edge: edge of the crop in grid voxels.
+        random: generator for all random choices.
+        spacing: voxel spacing of the grid in mm.
+        flips: axes along which half of the crops are flipped.
+        mirrored: order of the organs after a flip along x, in which right and left organs change places.
     """
     case = cohort[int(random.integers(len(cohort)))]
     group = case.centres[-1] if random.random() < 0.25 else case.centres[random.integers(len(case.centres))]

@@ -1,4 +1,4 @@
-"""The pre-training plan: what a TOML file says about the network, the schedule and every data set."""
+"""The pre-training configuration: a TOML file with the network, the schedule and the data sets."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.system.toml_file import read_toml
 
 MOST_ORGANS = 31
-"""Organs of a training case are bits of an int32."""
+"""Largest number of organs: a training case stores each organ as one bit of an int32."""
 
 
 class _Strict(BaseModel):
-    """A table of the plan.
+    """A table of the configuration.
 
-    A key that came after the first release is left out of the dump where it has its default: the dump identifies a
-    plan in checkpoints and model files, and an older plan keeps its identity.
+    The dump of a configuration identifies it in checkpoints and model files. A key that was added after the first
+    release is left out of the dump while it has its default, so that an older configuration keeps its identity.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +46,7 @@ class _Strict(BaseModel):
 
 
 class ResidualUNetConfig(_Strict):
-    """The compact encoder (:class:`fseft_edge.runtime.encoder.networks.residual_unet.ResidualUNet`) is trained."""
+    """Settings of the compact encoder (:class:`fseft_edge.runtime.encoder.networks.residual_unet.ResidualUNet`)."""
 
     architecture: Literal["residual_unet"]
     channels: tuple[int, ...]
@@ -57,29 +57,29 @@ class ResidualUNetConfig(_Strict):
 
     @property
     def settings(self) -> dict[str, JsonValue]:
-        """The network's keyword arguments."""
+        """The keyword arguments of the network."""
         return {"channels": list(self.channels)}
 
     @property
     def levels(self) -> int:
-        """How many levels the pyramid has."""
+        """Number of levels of the feature pyramid."""
         return len(self.channels) - 1
 
     @property
     def coarsest_stride(self) -> int:
-        """Of the bottleneck, in grid voxels."""
+        """Stride of the bottleneck in grid voxels."""
         return int(2**self.levels)
 
     def check_edges(self, edges: Sequence[int]) -> None:
-        """Raise a ValueError where a crop or window of these edges, in grid voxels, does not fit."""
+        """Raise ValueError if the network cannot compute a crop or window with these edges, in grid voxels."""
         if any(edge % self.coarsest_stride for edge in edges):
             raise ValueError(
-                f"window and crop must be multiples of {self.coarsest_stride}, the encoder's coarsest stride"
+                f"'window' and 'crop' must be multiples of {self.coarsest_stride}, the coarsest stride of this encoder"
             )
 
 
 class SwinUnetrConfig(_Strict):
-    """A SwinUNETR (:class:`fseft_edge.runtime.encoder.networks.swin_unetr.SwinUnetrFeatures`) is trained."""
+    """Settings of a SwinUNETR (:class:`fseft_edge.runtime.encoder.networks.swin_unetr.SwinUnetrFeatures`)."""
 
     architecture: Literal["swin_unetr"]
     feature_size: int = Field(default=48, gt=0, multiple_of=12)
@@ -90,26 +90,26 @@ class SwinUnetrConfig(_Strict):
 
     @property
     def settings(self) -> dict[str, JsonValue]:
-        """The network's keyword arguments."""
+        """The keyword arguments of the network."""
         return {"feature_size": self.feature_size}
 
     @property
     def levels(self) -> int:
-        """How many levels the pyramid has."""
+        """Number of levels of the feature pyramid."""
         return 5
 
     @property
     def coarsest_stride(self) -> int:
-        """Of the bottleneck, in grid voxels."""
+        """Stride of the bottleneck in grid voxels."""
         return 32
 
     def check_edges(self, edges: Sequence[int]) -> None:
-        """Raise a ValueError where a crop or window of these edges, in grid voxels, does not fit.
+        """Raise ValueError if the network cannot compute a crop or window with these edges, in grid voxels.
 
-        The bottleneck normalises over its voxels and needs more than one.
+        An edge of 32 is too small: the bottleneck normalises over its voxels and needs more than one voxel.
         """
         if any(edge % self.coarsest_stride or edge < 64 for edge in edges):
-            raise ValueError("window and crop of a swin_unetr must be multiples of 32, and at least 64")
+            raise ValueError("'window' and 'crop' of a swin_unetr must be multiples of 32 and at least 64")
 
 
 EncoderConfig = Annotated[ResidualUNetConfig | SwinUnetrConfig, Field(discriminator="architecture")]
@@ -121,24 +121,24 @@ Labels = _Label | Annotated[tuple[_Label, ...], Field(min_length=1)]
 
 
 class ScheduleConfig(_Strict):
-    """Optimisation: AdamW, linear warm-up, cosine decay to zero.
+    """Settings of the optimisation: AdamW, linear warm-up, cosine decay to zero.
 
     Attributes:
-        steps: optimiser steps.
-        crop: edge of the training crops, in grid voxels.
-        frozen_norm_fraction: share of the steps, at the end, during which batch normalisation uses and keeps its
-            running statistics, so that training ends under the conditions of inference.
-        deep_supervision: loss weight of the classifiers on levels 1, 2, ... (level 0 has weight 1).
-        inpainting: loss weight of restoring the image where boxes of it were erased; needs no annotation.
-        dice: over what the Dice quotient is formed: each ``crop`` (the paper's equation 1), or the whole ``batch``, of
-            organs that the batch shows. With short training and small organs, the quotient of many crops that lack an
-            organ holds it at nothing.
-        bfloat16: run the network in bfloat16 (weights and losses stay float32).
-        random: whether the crops of a step share one stream of random numbers (``step``), or each has its own
-            (``crop``), so that one of several processes need not make the crops of the others.
-        flips: axes of the grid along which half of the crops are mirrored.
-        pairs: organs that change places in a crop mirrored along x, beside those told by ``right`` and ``left`` in
-            their names.
+        steps: number of training steps.
+        crop: edge of the training crops in grid voxels.
+        frozen_norm_fraction: share of the steps, at the end of training, in which batch normalisation uses its running
+            statistics and does not change them, so that training ends under the conditions of inference.
+        deep_supervision: loss weights of the classifiers on levels 1, 2, ...; level 0 has weight 1.
+        inpainting: loss weight of restoring the image where boxes were erased; this loss needs no annotation.
+        dice: ``crop`` computes the Dice quotient of each crop (the paper's equation 1); ``batch`` computes one quotient
+            over the whole batch, for the organs that the batch contains. With short training and small organs, ``crop``
+            can keep an organ at empty predictions, because many crops do not contain the organ.
+        bfloat16: True computes the network in bfloat16; weights and losses stay float32.
+        random: ``step`` draws all crops of a step from one stream of random numbers; ``crop`` gives each crop a stream
+            of its own, so that one of several processes does not need to make the crops of the others.
+        flips: axes of the grid along which half of the crops are flipped.
+        pairs: pairs of organs that change places in a crop flipped along x, in addition to the pairs with ``right``
+            and ``left`` in their names.
     """
 
     steps: int = Field(gt=0)
@@ -159,16 +159,18 @@ class ScheduleConfig(_Strict):
     added_keys: ClassVar[frozenset[str]] = frozenset({"random", "flips", "pairs"})
 
     def mirrored(self, organs: Sequence[str]) -> list[int]:
-        """Return, for every organ, the position of the organ that it is in a mirror: itself, or the other of its pair.
+        """Return, for each organ, the index of the organ that replaces it in a crop flipped along x.
+
+        The index of an organ of a pair is the index of the other organ of the pair. Any other organ keeps its index.
 
         Raises:
-            ValueError: an organ's other side is not among the organs.
+            ValueError: an organ of a pair is not listed in ``organs``.
         """
         twins = {organ: other for pair in self.pairs for organ, other in (pair, pair[::-1])}
         others = [twins.get(organ, _other_side(organ)) for organ in organs]
         missing = sorted(set(others) - set(organs))
         if missing:
-            raise ValueError(f"'flips' along x needs the other side of each paired organ; 'organs' lacks {missing}")
+            raise ValueError(f"'flips' along x needs both organs of each pair, but 'organs' does not list {missing}")
         return [list(organs).index(other) for other in others]
 
 
@@ -176,15 +178,17 @@ class FilesConfig(_Strict):
     """A data set of NIfTI files.
 
     Attributes:
-        images, labels: folders, relative to the data root; an image and its labels share their file name.
-        cases: ``FILE.json:KEY``, a JSON object whose ``KEY`` lists the case names; all cases when absent.
-        organs: label value of each organ in the annotation files, or the values that make it up together (a liver and
-            its tumours).
-        partial: whether an organ that a case's annotation lacks was not contoured (its loss is then masked for
-            that case) rather than absent from the patient.
-        halves: organ to be split at its own median sagittal plane into ``[right, left]`` extra organs; where the plan's
-            ``organs`` do not list it, nothing but its halves is learnt (two kidneys that share a label).
-        crops_per_step: how many crops of this data set are in every batch.
+        images: folder of the CTs, relative to the data root.
+        labels: folder of the annotations, relative to the data root; an annotation has the file name of its CT.
+        cases: ``FILE.json:KEY``, a JSON object whose ``KEY`` lists the names of the cases; None uses all cases.
+        organs: label value of each organ in the annotation files, or several values that together form the organ (for
+            example a liver and its tumours).
+        partial: True if an organ without voxels in an annotation was not contoured; the organ then has no loss in that
+            case. False if such an organ is absent from the patient.
+        halves: organs to split at their own median sagittal plane into ``[right, left]`` extra organs. If the
+            configuration's ``organs`` do not list the whole organ, only its halves are trained (for example two kidneys
+            that share a label value).
+        crops_per_step: number of crops of this data set in every training step.
     """
 
     kind: Literal["files"]
@@ -201,16 +205,25 @@ class FilesConfig(_Strict):
     def _halves_are_of_organs(self) -> Self:
         unknown = sorted(set(self.halves) - set(self.organs))
         if unknown:
-            raise ValueError(f"'halves' has organs that 'organs' does not list: {unknown}")
+            raise ValueError(f"'halves' names {unknown}, which 'organs' of this data set does not list")
         return self
 
     def annotated(self) -> list[str]:
-        """Return the organs that this data set can annotate."""
+        """Return the organs that this data set annotates, including halves."""
         return [*self.organs, *(half for pair in self.halves.values() for half in pair)]
 
 
 class PhantomsConfig(_Strict):
-    """A procedural cohort: ``count`` phantoms from ``first_seed`` on, sites taken in turn; ``organs`` are annotated."""
+    """A data set of phantoms, which are computed and need no files.
+
+    Attributes:
+        count: number of phantoms.
+        first_seed: seed of the first phantom; each further phantom has the next seed.
+        sites: names of scanners and protocols, used in turn.
+        organs: organs that are annotated.
+        shape: voxels along the x, y and z axes.
+        crops_per_step: number of crops of this data set in every training step.
+    """
 
     kind: Literal["phantoms"]
     name: str
@@ -223,15 +236,17 @@ class PhantomsConfig(_Strict):
 
     @model_validator(mode="after")
     def _phantoms_have_them(self) -> Self:
-        from fseft_edge.phantom import ORGANS, SITES  # noqa: PLC0415 - needed for phantom plans only
+        from fseft_edge.phantom import ORGANS, SITES  # noqa: PLC0415 - only phantom data sets need the import
 
         unknown = sorted((set(self.sites) - set(SITES)) | (set(self.organs) - set(ORGANS)))
         if unknown:
-            raise ValueError(f"phantoms have no {unknown}; sites are {list(SITES)}, organs {list(ORGANS)}")
+            raise ValueError(
+                f"phantoms have no {unknown}; known sites are {list(SITES)}, known organs are {list(ORGANS)}"
+            )
         return self
 
     def annotated(self) -> list[str]:
-        """Return the organs that this cohort annotates."""
+        """Return the organs that this data set annotates."""
         return list(self.organs)
 
 
@@ -239,10 +254,16 @@ DataSetConfig = Annotated[FilesConfig | PhantomsConfig, Field(discriminator="kin
 
 
 class PretrainingConfig(_Strict):
-    """Everything that determines a pre-trained encoder.
+    """The settings that determine a pre-trained encoder.
 
     Attributes:
-        organs: the classes of the head, in order; each data set annotates some of them.
+        name: name of the model file and of the encoder.
+        seed: seed for all random choices.
+        organs: the classes of the head, in order; each data set annotates some of these organs.
+        encoder: architecture and window of the encoder.
+        preprocessing: preprocessing of every scan.
+        schedule: settings of the optimisation.
+        dataset: the data sets.
     """
 
     name: str
@@ -255,7 +276,7 @@ class PretrainingConfig(_Strict):
 
     @property
     def crops_per_step(self) -> int:
-        """Crops of an optimiser step, of all data sets and processes together."""
+        """Number of crops of a training step, summed over all data sets and all processes."""
         return sum(dataset.crops_per_step for dataset in self.dataset)
 
     @model_validator(mode="after")
@@ -264,59 +285,64 @@ class PretrainingConfig(_Strict):
             split = dataset.halves if isinstance(dataset, FilesConfig) else {}
             unknown = sorted(set(dataset.annotated()) - set(self.organs) - set(split))
             if unknown:
-                raise ValueError(f"data set {dataset.name!r} has organs that 'organs' does not list: {unknown}")
+                raise ValueError(f"the data set {dataset.name!r} annotates {unknown}, which 'organs' does not list")
             if split and self.preprocessing.axcodes[0] != "R":
-                raise ValueError("'halves' needs a grid whose x axis points to the patient's right: axcodes 'R..'")
+                raise ValueError("'halves' needs a grid whose x axis points to the patient's right: axcodes = 'R..'")
         never = sorted(set(self.organs) - {organ for dataset in self.dataset for organ in dataset.annotated()})
         if never:
-            raise ValueError(f"no data set annotates {never}")
+            raise ValueError(f"'organs' lists {never}, which no data set annotates")
         return self
 
     @model_validator(mode="after")
     def _network_fits(self) -> Self:
         self.encoder.check_edges((*self.encoder.window, self.schedule.crop))
         if len(self.schedule.deep_supervision) > self.encoder.levels - 1:
-            raise ValueError("'deep_supervision' has more weights than the encoder has coarser levels")
+            raise ValueError("'deep_supervision' has more weights than the encoder has levels coarser than level 0")
         return self
 
     @model_validator(mode="after")
     def _mirrors_make_sense(self) -> Self:
         named = {organ for pair in self.schedule.pairs for organ in pair}
         if named - set(self.organs):
-            raise ValueError(f"'pairs' has organs that 'organs' does not list: {sorted(named - set(self.organs))}")
+            raise ValueError(f"'pairs' names {sorted(named - set(self.organs))}, which 'organs' does not list")
         if "x" in self.schedule.flips:
             if self.preprocessing.axcodes[0] not in "RL":
-                raise ValueError("'flips' along x needs a grid whose x axis runs from left to right")
+                raise ValueError("'flips' along x needs a grid whose x axis is left-right: axcodes = 'R..' or 'L..'")
             self.schedule.mirrored(self.organs)
         return self
 
 
 def read_pretraining_config(path: Path) -> PretrainingConfig:
-    """Read and check a plan.
+    """Read and check a pre-training configuration.
 
     Raises:
-        UnreadableFileError: the file is missing or no TOML.
-        InputError: a key is missing, unknown or of the wrong type.
+        UnreadableFileError: the file is missing or is not TOML.
+        InputError: a key is missing, unknown or has a wrong value.
     """
-    return read_toml(path, PretrainingConfig, remedy="See docs/pretrain.md for the keys of a plan.")
+    return read_toml(path, PretrainingConfig, remedy="Correct this key; docs/pretrain.md describes every key.")
 
 
 def _other_side(organ: str) -> str:
-    """Return the name of an organ's other side: ``right`` for ``left`` and the reverse; itself where it has none."""
+    """Return the organ's name with ``right`` and ``left`` exchanged; a name without either word is unchanged."""
     swapped = {"right": "left", "left": "right"}
     return "_".join(swapped.get(word, word) for word in organ.split("_"))
 
 
-def case_names(plan: FilesConfig, root: Path) -> list[str] | None:
-    """Return the case names that ``plan.cases`` points to, or None for all."""
-    if plan.cases is None:
+def case_names(dataset: FilesConfig, root: Path) -> list[str] | None:
+    """Return the names of the cases that ``dataset.cases`` lists, or None for all cases.
+
+    Raises:
+        UnreadableFileError: the list of cases is missing or unreadable.
+    """
+    if dataset.cases is None:
         return None
-    file_name, _, key = plan.cases.rpartition(":")
+    file_name, _, key = dataset.cases.rpartition(":")
     path = root / file_name
     try:
         names = json.loads(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnreadableFileError(
-            f"{path} has no list of cases under {key!r}.", remedy="Write 'cases' as FILE.json:KEY."
+            f"{path} contains no list of cases under the key {key!r}.",
+            remedy="Set 'cases' to FILE.json:KEY, where KEY is the key of a list of case names.",
         ) from error
     return [str(name) for name in names]

@@ -1,4 +1,4 @@
-"""What is written down of every training step: ``metrics.csv``, and events for TensorBoard where they are asked for."""
+"""The log of every training step: ``metrics.csv`` and, on request, events for TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimiser step, over the crops of all processes; a row of ``metrics.csv``.
+    """The metrics of one training step over the crops of all processes; a row of ``metrics.csv``.
 
     Attributes:
-        step: how many steps were done with it, from 1.
-        loss: the sum of its three parts.
-        segmentation: the partial-label loss on level 0.
-        deep_supervision: that on the coarser levels, weighted.
-        inpainting: the L1 loss of restoring erased boxes, weighted.
-        learning_rate: of AdamW.
-        seconds: that the step took, its crops included.
+        step: number of the step, from 1.
+        loss: the total loss, the sum of the next three values.
+        segmentation: partial-label loss on level 0.
+        deep_supervision: partial-label loss on the coarser levels, weighted.
+        inpainting: L1 loss of restoring erased boxes, weighted.
+        learning_rate: learning rate of AdamW.
+        seconds: duration of the step in seconds, including making the crops.
     """
 
     step: int
@@ -40,15 +40,15 @@ class StepMetrics:
 
 
 class MetricsLog:
-    """The metrics of a run, on disk whenever they are saved.
+    """The metrics of a run; :meth:`save` writes them to the disk.
 
     Args:
-        folder: of the run; holds ``metrics.csv`` and, for TensorBoard, ``tensorboard/``.
-        done: steps of an earlier run that goes on; what it wrote down beyond them is dropped.
-        tensorboard: whether to write events, too.
+        folder: folder of the run, which receives ``metrics.csv`` and, for TensorBoard, ``tensorboard/``.
+        done: number of steps in the checkpoint of a run that is resumed; rows of later steps are deleted.
+        tensorboard: True also writes events for TensorBoard.
 
     Raises:
-        MissingBackendError: TensorBoard is asked for and not installed.
+        MissingBackendError: ``tensorboard`` is True and TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, *, done: int, tensorboard: bool) -> None:
@@ -58,7 +58,7 @@ class MetricsLog:
         self._rows = [row for row in earlier if (number := re.match(r"\d+(?=,)", row)) and int(number[0]) <= done]
 
     def add(self, metrics: StepMetrics) -> None:
-        """Take the metrics of a step."""
+        """Add the metrics of a step."""
         values = asdict(metrics)
         row = io.StringIO()
         csv.writer(row, lineterminator="").writerow(values.values())
@@ -69,10 +69,10 @@ class MetricsLog:
                     self._events.add_scalar(name, value, metrics.step)
 
     def save(self) -> None:
-        """Write everything that was taken so far.
+        """Write all metrics that were added so far.
 
         Raises:
-            OutOfSpaceError: there is no room.
+            OutOfSpaceError: there is not enough free disk space.
         """
         header = ",".join(field.name for field in fields(StepMetrics))
         with atomic_path(self._path) as temporary:
@@ -81,17 +81,17 @@ class MetricsLog:
             self._events.flush()
 
     def close(self) -> None:
-        """End the events' file."""
+        """Close the file of events."""
         if self._events is not None:
             self._events.close()
 
 
 def _event_writer(folder: Path, done: int) -> SummaryWriter:
     try:
-        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
+        from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - TensorBoard is an optional dependency
     except ImportError as error:
         raise MissingBackendError(
-            "TensorBoard is not installed.",
-            remedy="Install it with `pip install 'fseft-edge[tensorboard]'`, or leave --tensorboard out.",
+            "--tensorboard needs TensorBoard, which is not installed.",
+            remedy="Install TensorBoard with `pip install 'fseft-edge[tensorboard]'`, or remove --tensorboard.",
         ) from error
     return SummaryWriter(str(folder), purge_step=done + 1)

@@ -1,4 +1,4 @@
-"""The network that pre-training optimises: an encoder with its head, and what only training needs."""
+"""The network that pre-training optimises: the encoder, its head, and layers that only training uses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 
 
 class PretrainingNetwork(nn.Module):
-    """The encoder with its classifier, and the helpers that only training needs.
+    """The encoder with its head, and layers that only training uses.
 
     Args:
         encoder: the feature network.
         organs: number of classes.
-        supervised_levels: how many coarser levels carry a classifier of their own.
+        supervised_levels: number of levels coarser than level 0 that have a classifier.
     """
 
     def __init__(self, encoder: FeatureNetwork, organs: int, supervised_levels: int) -> None:
@@ -25,7 +25,7 @@ class PretrainingNetwork(nn.Module):
         self.restorer = nn.Conv3d(encoder.levels[0].channels, 1, 1)
 
     def forward(self, windows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the logits of every supervised level, finest first, and the restored image."""
+        """Return the logits of every level with a classifier, finest level first, and the restored image."""
         pyramid = self.encoder(windows)
         return [head(level) for head, level in zip(self.heads, pyramid, strict=False)], self.restorer(pyramid[0])
 
@@ -33,18 +33,18 @@ class PretrainingNetwork(nn.Module):
     def head(self) -> nn.Conv3d:
         """The classifier on level 0, which is the encoder's head."""
         head = self.heads[0]
-        assert isinstance(head, nn.Conv3d)  # noqa: S101 - narrows the type for the checker
+        assert isinstance(head, nn.Conv3d)  # noqa: S101 - narrows the type for mypy
         return head
 
     @property
     def head_bias(self) -> Tensor:
         """The head's bias ``[K]``."""
         bias = self.head.bias
-        assert bias is not None  # noqa: S101 - narrows the type for the checker
+        assert bias is not None  # noqa: S101 - narrows the type for mypy
         return bias
 
     def freeze_statistics(self) -> None:
-        """Let every batch normalisation use its running statistics from now on, and keep them."""
+        """Set every batch normalisation to use its running statistics and to leave these unchanged."""
         for module in self.modules():
             if isinstance(module, nn.BatchNorm3d):
                 module.eval()

@@ -1,4 +1,4 @@
-"""Training by several processes, each on its own GPU, that share the crops of every step (started by ``torchrun``)."""
+"""Training with several processes, started by ``torchrun``: one GPU per process; they share the crops of a step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those that train together.
+    """The device and the rank of this process among the processes that train together.
 
     Attributes:
-        device: where it computes.
-        rank: its number, from 0.
-        count: how many there are.
+        device: device of this process.
+        rank: number of this process, from 0.
+        count: number of processes.
     """
 
     device: torch.device
@@ -35,48 +35,52 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and shows progress."""
+        """True for the process that writes files and shows progress."""
         return self.rank == 0
 
     @property
     def own(self) -> slice:
-        """Which of a step's crops are this process's."""
+        """Slice of a step's crops that this process computes."""
         return slice(self.rank, None, self.count)
 
     def total(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes.
 
-        Its gradient is summed likewise: each process takes the loss of the whole batch for its own, and the mean of
-        their gradients, which :class:`DistributedDataParallel` forms, is then the gradient of that loss.
+        The gradient is also summed over all processes. Each process computes the loss of the whole batch, so the mean
+        of the gradients, which :class:`DistributedDataParallel` computes, is the gradient of that loss.
         """
         if self.count == 1:
             return single_process(tensor)
-        summed: Tensor = _Total.apply(tensor)  # type: ignore[no-untyped-call]  # torch does not type it
+        summed: Tensor = _Total.apply(tensor)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return summed
 
     def wait(self) -> None:
-        """Return once all processes have come here."""
+        """Wait until all processes have called this method."""
         if self.count > 1:
             distributed.barrier()
 
     def check_agreement(self, step: int, output: Path) -> None:
-        """Make sure that all processes begin at the same step.
+        """Raise UsageError unless all processes start at the same step.
+
+        Args:
+            step: step at which this process starts.
+            output: folder of the run, for the message.
 
         Raises:
-            UsageError: they do not, since they see different files.
+            UsageError: the processes start at different steps, because they read different files.
         """
         if float(self.total(torch.tensor(float(step), device=self.device))) != step * self.count:
             raise UsageError(
-                f"The processes do not see the same checkpoint in {output}.",
-                remedy="Choose an --output on a disk that all machines share.",
+                f"The processes find different checkpoints in {output}.",
+                remedy="Set --output to a folder on a disk that all machines share.",
             )
 
     def shared(self, network: nn.Module) -> nn.Module:
-        """Return the network as a module whose backward pass brings the gradients of all processes together."""
+        """Return the network as a module whose backward pass averages the gradients over all processes."""
         return network if self.count == 1 else DistributedDataParallel(network)
 
     def share_statistics(self, network: nn.Module) -> None:
-        """Let the batch normalisations of a network normalise over the crops of all processes, in place."""
+        """Replace every batch normalisation, in place, by a normalisation over the crops of all processes."""
         if self.count == 1:
             return
         for name, norm in list(network.named_modules()):
@@ -86,46 +90,50 @@ class Processes:
 
 @contextlib.contextmanager
 def open_processes(device: str) -> Iterator[Processes]:
-    """Give this process its place among those that ``torchrun`` started; alone where it started none.
+    """Yield the device and rank of this process among the processes that ``torchrun`` started.
+
+    Without ``torchrun``, the process trains as a single process.
 
     Args:
-        device: ``auto``, ``cpu`` or ``cuda``; with several processes, each takes the GPU of its own number.
+        device: ``auto``, ``cpu`` or ``cuda``. With several processes, each process uses the GPU of its local rank.
 
     Raises:
         UsageError: the device is unknown.
-        EnvironmentProblemError: there is no GPU, and ``cpu`` was not said; this machine has fewer than processes;
-            another process has ended.
+        EnvironmentProblemError: no GPU can be used and ``device`` is not ``cpu``; this machine has fewer GPUs than
+            processes; or another process has ended.
     """
     place = resolve_device(device)
     if not distributed.is_torchelastic_launched():
         yield Processes(place)
         return
-    # torchrun tells a process its place by environment variables.
+    # torchrun sets these environment variables for each process.
     here, number = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     if place.type == "cpu" and device == "auto":
         raise EnvironmentProblemError(
-            f"torchrun started {here} processes, each for a GPU of its own, and no NVIDIA GPU can be used here.",
-            remedy="Say --device cpu to let them share this machine's processor; `fseft-edge doctor` shows its GPUs.",
+            f"torchrun started {here} processes, which need one NVIDIA GPU each, but no NVIDIA GPU can be used here.",
+            remedy="Add --device cpu to train on the processor, or run `fseft-edge doctor` to see why no GPU is found.",
         )
     if place.type == "cuda":
         present = torch.cuda.device_count()
         if here > present:
             raise EnvironmentProblemError(
-                f"torchrun started {here} processes on this machine, which has {present} NVIDIA GPUs.",
-                remedy=f"Start it with --nproc-per-node {present}, or use --device cpu.",
+                f"torchrun started {here} processes on this machine, but the machine has {present} NVIDIA GPUs.",
+                remedy=f"Start torchrun with --nproc-per-node {present}, or add --device cpu.",
             )
         place = torch.device("cuda", number)
         torch.cuda.set_device(place)
     distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         with warnings.catch_warnings():
-            # Of kernels of one voxel, whose strides mean nothing: where channels come last they differ all the same.
+            # Harmless: the warning is about 1x1x1 kernels, whose strides have no meaning. In the channels-last memory
+            # format, these strides differ.
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             yield Processes(place, distributed.get_rank(), distributed.get_world_size())
     except RuntimeError as error:
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
             raise EnvironmentProblemError(
-                "Another process of this run has ended, or cannot be reached.", remedy="Its own message says why."
+                "Another process of this run has ended or cannot be reached.",
+                remedy="Read the message of that process above or in its log, correct its problem and start again.",
             ) from error
         raise
     finally:
@@ -133,27 +141,27 @@ def open_processes(device: str) -> Iterator[Processes]:
 
 
 class _Total(torch.autograd.Function):
-    """The sum over all processes; its gradient is the sum of theirs."""
+    """The sum of a tensor over all processes; the gradient is the sum of the gradients of all processes."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:  # noqa: ARG004 - torch's signature
+    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:  # noqa: ARG004 - the signature is torch's
         summed = tensor.clone()
         distributed.all_reduce(summed)
         return summed
 
     @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004 - likewise
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004 - the signature is torch's
         summed = gradient.clone()
         distributed.all_reduce(summed)
         return summed
 
 
 class _SharedBatchNorm(nn.BatchNorm3d):
-    """Batch normalisation over the crops of all processes, on a CPU too, where torch's SyncBatchNorm does not go.
+    """Batch normalisation over the crops of all processes; unlike torch's SyncBatchNorm, it also works on a CPU.
 
     Args:
-        norm: whose parameters and statistics it goes on with.
-        processes: that share a batch.
+        norm: the batch normalisation whose parameters and statistics are copied.
+        processes: the processes that share a batch.
     """
 
     def __init__(self, norm: nn.BatchNorm3d, processes: Processes) -> None:
@@ -161,8 +169,8 @@ class _SharedBatchNorm(nn.BatchNorm3d):
         self.load_state_dict(norm.state_dict())
         self._processes = processes
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        """Return ``input`` ``[n, C, X, Y, Z]`` normalised, by the running statistics where they are held."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name is torch's
+        """Return ``input`` ``[n, C, X, Y, Z]`` normalised; in evaluation mode, by the running statistics."""
         if not self.training:
             return super().forward(input)
         axes, x = (0, 2, 3, 4), input.to(torch.promote_types(input.dtype, torch.float32))
@@ -172,13 +180,13 @@ class _SharedBatchNorm(nn.BatchNorm3d):
         mean = sums[:-1] / voxels
         deviation = x - _per_channel(mean)
         variance = self._processes.total(deviation.square().sum(axes)) / voxels
-        self._follow(mean.detach(), variance.detach() * voxels / (voxels - 1))
+        self._update_running_statistics(mean.detach(), variance.detach() * voxels / (voxels - 1))
         scaled = deviation * _per_channel(self.weight * torch.rsqrt(variance + self.eps))
         return (scaled + _per_channel(self.bias)).to(input.dtype)
 
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics towards those of a batch, as torch's own batch normalisation does."""
-        assert self.running_mean is not None and self.running_var is not None  # noqa: S101, PT018 - narrows the types
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Update the running statistics with those of a batch, as torch's batch normalisation does."""
+        assert self.running_mean is not None and self.running_var is not None  # noqa: S101, PT018 - narrows the types for mypy
         momentum = self.momentum or 0.0
         self.running_mean.lerp_(mean, momentum)
         self.running_var.lerp_(variance, momentum)

@@ -1,4 +1,4 @@
-"""The files of a pre-training run: its checkpoint, from which it can go on, and the model file that it makes."""
+"""The files of a pre-training run: the checkpoint, from which a run can be resumed, and the model file."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fseft_edge.runtime.errors import CheckpointError
 from fseft_edge.runtime.system.atomic import atomic_path
 
 LOSS_WINDOW = 50
-"""Steps over which a loss is averaged to be told."""
+"""Number of steps over which a reported loss is averaged."""
 
 
 @dataclass
 class TrainingState:
-    """Where a run stands.
+    """The state of a training run.
 
     Attributes:
-        network: its weights.
-        optimizer: with its moments.
-        initial_sha256: of the file that the weights began from.
-        step: how many steps are done.
-        seconds: that they took.
-        losses: of each of them.
+        network: the network with its present weights.
+        optimizer: the optimiser with its moments.
+        initial_sha256: sha256 of the file with the initial weights; None for random initial weights.
+        step: number of finished steps.
+        seconds: total duration of the finished steps.
+        losses: loss of each finished step.
     """
 
     network: PretrainingNetwork
@@ -41,19 +41,19 @@ class TrainingState:
     losses: list[float] = field(default_factory=list)
 
     def recent_loss(self) -> float:
-        """Return the mean loss of the last steps."""
+        """Return the mean loss of the last :data:`LOSS_WINDOW` steps."""
         recent = self.losses[-LOSS_WINDOW:]
         return sum(recent) / max(1, len(recent))
 
 
-def save_checkpoint(state: TrainingState, path: Path, plan: PretrainingConfig) -> None:
-    """Write a run's checkpoint.
+def save_checkpoint(state: TrainingState, path: Path, config: PretrainingConfig) -> None:
+    """Write the checkpoint of a run.
 
     Raises:
-        OutOfSpaceError: there is no room.
+        OutOfSpaceError: there is not enough free disk space.
     """
     content = {
-        "plan": _plan_id(plan),
+        "plan": _config_id(config),
         "initial_sha256": state.initial_sha256,
         "step": state.step,
         "seconds": state.seconds,
@@ -64,28 +64,31 @@ def save_checkpoint(state: TrainingState, path: Path, plan: PretrainingConfig) -
     serialised = io.BytesIO()
     torch.save(content, serialised)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(serialised.getbuffer())  # a full disk is an OSError here, in torch.save it is not
+        temporary.write_bytes(serialised.getbuffer())  # a full disk raises OSError here, but not in torch.save
 
 
-def restore_checkpoint(state: TrainingState, path: Path, plan: PretrainingConfig) -> None:
-    """Bring a state to where its checkpoint was written, on whatever device it was.
+def restore_checkpoint(state: TrainingState, path: Path, config: PretrainingConfig) -> None:
+    """Load a checkpoint, written on any device, into a state.
 
     Raises:
-        CheckpointError: it is damaged, of another plan, or began from other weights than the state's.
+        CheckpointError: the checkpoint is damaged, belongs to another configuration, or has other initial weights
+            than the state.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(
-            f"{path} is damaged.", remedy="Remove it and begin again, or restore it from a copy."
+            f"{path} is damaged.", remedy="Delete the file and start again, or restore the file from a backup."
         ) from error
-    if not isinstance(content, dict) or content.get("plan") != _plan_id(plan):
+    if not isinstance(content, dict) or content.get("plan") != _config_id(config):
         raise CheckpointError(
-            f"{path} was made with another plan.", remedy="Continue with the same plan, or choose another --output."
+            f"{path} belongs to another configuration than the one given.",
+            remedy="Resume with the configuration of that run, or choose another --output.",
         )
     if state.initial_sha256 not in (None, content["initial_sha256"]):
         raise CheckpointError(
-            f"{path} began from other weights.", remedy="Continue without --initial, or choose another --output."
+            f"{path} belongs to a run with other initial weights than --initial.",
+            remedy="Resume without --initial, or choose another --output.",
         )
     state.initial_sha256 = content["initial_sha256"]
     state.network.load_state_dict(content["network"])
@@ -93,33 +96,33 @@ def restore_checkpoint(state: TrainingState, path: Path, plan: PretrainingConfig
     state.step, state.seconds, state.losses = content["step"], content["seconds"], content["losses"]
 
 
-def write_trained(state: TrainingState, plan: PretrainingConfig, path: Path, cases: list[int]) -> None:
+def write_trained(state: TrainingState, config: PretrainingConfig, path: Path, cases: list[int]) -> None:
     """Write the model file of a run.
 
     Args:
-        state: where it ended.
-        plan: what it was made by.
-        path: of the file.
-        cases: how many each data set has.
+        state: state at the end of the run.
+        config: configuration of the run.
+        path: path of the model file.
+        cases: number of cases of each data set.
 
     Raises:
         CheckpointError: weights are not finite.
-        OutOfSpaceError: there is no room.
+        OutOfSpaceError: there is not enough free disk space.
     """
     description = ModelDescription(
-        name=plan.name,
-        architecture=plan.encoder.architecture,
-        settings=plan.encoder.settings,
-        preprocessing=plan.preprocessing,
-        window=plan.encoder.window,
-        organs=plan.organs,
+        name=config.name,
+        architecture=config.encoder.architecture,
+        settings=config.encoder.settings,
+        preprocessing=config.preprocessing,
+        window=config.encoder.window,
+        organs=config.organs,
         training={
-            "seed": plan.seed,
+            "seed": config.seed,
             "steps": state.step,
             "initial_sha256": state.initial_sha256,
-            "planned_steps": plan.schedule.steps,
-            "plan_sha256": _plan_id(plan),
-            "data_sets": {dataset.name: count for dataset, count in zip(plan.dataset, cases, strict=True)},
+            "planned_steps": config.schedule.steps,
+            "plan_sha256": _config_id(config),
+            "data_sets": {dataset.name: count for dataset, count in zip(config.dataset, cases, strict=True)},
             "loss": state.recent_loss(),
         },
     )
@@ -128,5 +131,5 @@ def write_trained(state: TrainingState, plan: PretrainingConfig, path: Path, cas
     write_model_file(path, ModelFile(description, network.encoder.state_dict(), weight, bias))
 
 
-def _plan_id(plan: PretrainingConfig) -> str:
-    return hashlib.sha256(plan.model_dump_json().encode()).hexdigest()
+def _config_id(config: PretrainingConfig) -> str:
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()

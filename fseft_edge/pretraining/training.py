@@ -1,4 +1,4 @@
-"""The pre-training loop: partial labels (FSEFT, eq. 1), deep supervision, inpainting, checkpoints."""
+"""The pre-training loop: loss with partial labels (FSEFT, equation 1), deep supervision, inpainting, checkpoints."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _LOG = logging.getLogger(__name__)
 
 
 @memory_explained(
-    "Memory ran out while an encoder was trained.",
-    remedy="Let the plan have smaller crops, fewer of them a step, or gradient_checkpointing.",
+    "Memory ran out while the encoder was trained.",
+    remedy="In the configuration, reduce 'crop' or 'crops_per_step', or set 'gradient_checkpointing = true'.",
 )
 def pretrain(
-    plan: PretrainingConfig,
+    config: PretrainingConfig,
     *,
     data_root: Path,
     output: Path,
@@ -57,30 +57,32 @@ def pretrain(
     processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Train an encoder and its head, and return the model file ``output/NAME.safetensors``.
+    """Train an encoder and its head, and return the path of the model file ``output/NAME.safetensors``.
 
     Args:
-        plan: data sets, network and schedule.
-        data_root: folder that the plan's paths are relative to.
+        config: data sets, network and schedule.
+        data_root: folder that the paths in the configuration are relative to.
         output: folder for the checkpoint, the metrics of every step (``metrics.csv``) and the model file.
-        initial: weights that training starts from: a model file, or the checkpoint of ``initial_model``. The encoder
-            is taken over, and the head rows of organs of the same name; the rest, and all of it where neither is
-            given, starts from random weights.
-        initial_model: name in :data:`fseft_edge.export.zoo.MODELS` of what ``initial`` is; None for a model file.
-        resume: continue from ``output``'s checkpoint; without it, a folder that holds one is refused.
-        stop_after: end after this many steps of this run, leaving a checkpoint; None trains to the end.
-        tensorboard: write events for TensorBoard, too.
-        processes: this process's place among those that share the work
-            (:func:`fseft_edge.pretraining.open_processes`); None works alone, on the first GPU or the CPU.
-        progress: where to show progress.
+        initial: file with the initial weights: a model file, or the checkpoint of ``initial_model``. The encoder's
+            weights and the head rows of organs of equal name are copied. All other weights are random. If neither
+            ``initial`` nor ``initial_model`` is given, all weights are random.
+        initial_model: name in :data:`fseft_edge.export.zoo.MODELS` of the model that ``initial`` is the checkpoint of;
+            None if ``initial`` is a model file.
+        resume: True continues from the checkpoint in ``output``; False raises CheckpointError if there is a checkpoint.
+        stop_after: number of steps after which this call writes a checkpoint and ends; None trains to the end.
+        tensorboard: True also writes events for TensorBoard.
+        processes: device and rank of this process (:func:`fseft_edge.pretraining.open_processes`); None trains in a
+            single process, on the first GPU or on the CPU.
+        progress: display for the progress; None shows nothing.
 
     Raises:
-        CheckpointError: the folder's checkpoint is of another plan or of other initial weights, or exists and
-            ``resume`` is off; the initial weights are of another network; training diverged.
+        CheckpointError: the checkpoint in ``output`` belongs to another configuration or to other initial weights; a
+            checkpoint exists and ``resume`` is False; the initial weights belong to another network; or training
+            diverged.
         InputError: a data set is missing or inconsistent.
-        MissingBackendError: TensorBoard is asked for and not installed.
+        MissingBackendError: ``tensorboard`` is True and TensorBoard is not installed.
         OutOfMemoryError: memory ran out.
-        UsageError: there are more processes than crops in a step, or they do not see the same files.
+        UsageError: there are more processes than crops in a step, or the processes read different files.
     """
     progress = progress or SilentProgress()
     processes = processes or Processes(resolve_device("auto"))
@@ -88,20 +90,21 @@ def pretrain(
     checkpoint = output / "checkpoint.pt"
     if checkpoint.exists() and not resume:
         raise CheckpointError(
-            f"{checkpoint} holds an earlier run.", remedy="Add --resume to continue it, or choose another --output."
+            f"{checkpoint} already contains a run.",
+            remedy="Add --resume to continue that run, or choose another --output.",
         )
-    _check_feasible(plan, processes)
+    _check_feasible(config, processes)
     output.mkdir(parents=True, exist_ok=True)
-    state = _initial_state(plan, initial, initial_model, processes)
+    state = _initial_state(config, initial, initial_model, processes)
     if checkpoint.exists():
-        restore_checkpoint(state, checkpoint, plan)
+        restore_checkpoint(state, checkpoint, config)
     processes.check_agreement(state.step, output)
     log = MetricsLog(output, done=state.step, tensorboard=tensorboard) if processes.first else None
-    cohorts = load_cohorts(plan, data_root, progress)
-    last = plan.schedule.steps if stop_after is None else min(plan.schedule.steps, state.step + stop_after)
-    step = _Step(state, plan, processes)
-    batches = _batches(plan, cohorts, range(state.step, last), processes)
-    with progress.task("pre-train", plan.schedule.steps) as task, short_inputs_in_float32(state.network):
+    cohorts = load_cohorts(config, data_root, progress)
+    last = config.schedule.steps if stop_after is None else min(config.schedule.steps, state.step + stop_after)
+    step = _Step(state, config, processes)
+    batches = _batches(config, cohorts, range(state.step, last), processes)
+    with progress.task("pre-train", config.schedule.steps) as task, short_inputs_in_float32(state.network):
         task.advance(state.step)
         while state.step < last:
             metrics = step.take(batches)
@@ -111,59 +114,60 @@ def pretrain(
             log.add(metrics)
             if state.step % LOSS_WINDOW == 0:
                 _LOG.info("step %d: loss %.4f", state.step, state.recent_loss())
-            if state.step % plan.schedule.checkpoint_every == 0 or state.step == last:
+            if state.step % config.schedule.checkpoint_every == 0 or state.step == last:
                 log.save()
-                save_checkpoint(state, checkpoint, plan)
-    path = output / f"{plan.name}.safetensors"
+                save_checkpoint(state, checkpoint, config)
+    path = output / f"{config.name}.safetensors"
     if log is not None:
         log.close()
-        write_trained(state, plan, path, [len(cohort) for cohort in cohorts])
+        write_trained(state, config, path, [len(cohort) for cohort in cohorts])
     processes.wait()
     return path
 
 
-def learning_rate(plan: PretrainingConfig, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine that would be at zero after the last step."""
-    schedule = plan.schedule
+def learning_rate(config: PretrainingConfig, step: int) -> float:
+    """Return the learning rate of a step: linear warm-up, then cosine decay to zero after the last step."""
+    schedule = config.schedule
     if step < schedule.warmup_steps:
         return schedule.learning_rate * (step + 1) / schedule.warmup_steps
     done = (step - schedule.warmup_steps) / max(1, schedule.steps - schedule.warmup_steps)
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _check_feasible(plan: PretrainingConfig, processes: Processes) -> None:
-    if processes.count > plan.crops_per_step:
+def _check_feasible(config: PretrainingConfig, processes: Processes) -> None:
+    if processes.count > config.crops_per_step:
         raise UsageError(
-            f"{processes.count} processes cannot share the {plan.crops_per_step} crops of a step.",
-            remedy="Start fewer, or raise 'crops_per_step' in the plan.",
+            f"There are {processes.count} processes, but only {config.crops_per_step} crops in a step.",
+            remedy="Start fewer processes, or increase 'crops_per_step' in the configuration.",
         )
 
 
 def _initial_state(
-    plan: PretrainingConfig, initial: Path | None, initial_model: str | None, processes: Processes
+    config: PretrainingConfig, initial: Path | None, initial_model: str | None, processes: Processes
 ) -> TrainingState:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)
-        encoder = build_network(plan.encoder.architecture, **plan.encoder.settings)
-        network = PretrainingNetwork(encoder, len(plan.organs), len(plan.schedule.deep_supervision))
-    encoder.gradient_checkpointing = plan.encoder.gradient_checkpointing
+        torch.manual_seed(config.seed)
+        encoder = build_network(config.encoder.architecture, **config.encoder.settings)
+        network = PretrainingNetwork(encoder, len(config.organs), len(config.schedule.deep_supervision))
+    encoder.gradient_checkpointing = config.encoder.gradient_checkpointing
     source = None
     if initial is not None or initial_model is not None:
-        source = _start_from(network, initial, initial_model or CUSTOM, plan)
+        source = _start_from(network, initial, initial_model or CUSTOM, config)
     processes.share_statistics(network)
-    network = network.to(processes.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=plan.schedule.weight_decay)
+    network = network.to(processes.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's type stubs cover 2D only
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=config.schedule.weight_decay)
     return TrainingState(network, optimizer, None if source is None else sha256_of_file(source))
 
 
-def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan: PretrainingConfig) -> Path:
-    """Let the network start from a model of the zoo, and return the file that it was read from."""
+def _start_from(network: PretrainingNetwork, path: Path | None, name: str, config: PretrainingConfig) -> Path:
+    """Copy the weights of a known model into the network, and return the file of the weights."""
     loaded = load_model(name, path)
     model = loaded.model
-    if model.description.architecture != plan.encoder.architecture:
+    if model.description.architecture != config.encoder.architecture:
         raise CheckpointError(
-            f"{loaded.source} is a {model.description.architecture}, the plan trains a {plan.encoder.architecture}.",
-            remedy="Start from weights of the plan's network, or change the plan's [encoder].",
+            f"{loaded.source} contains weights of a {model.description.architecture}, but the configuration trains a "
+            f"{config.encoder.architecture}.",
+            remedy="Give initial weights of that architecture, or change [encoder] in the configuration.",
         )
     own = network.encoder.state_dict()
     untrained = {key: own[key] for key in own if key.partition(".")[0] in model.untrained}
@@ -171,7 +175,7 @@ def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan:
     rows = {organ: row for row, organ in enumerate(model.description.organs)}
     head = network.head
     with torch.no_grad():
-        for row, organ in enumerate(plan.organs):
+        for row, organ in enumerate(config.organs):
             if organ in rows:
                 head.weight[row] = model.head_weight[rows[organ]].reshape(head.weight[row].shape)
                 network.head_bias[row] = model.head_bias[rows[organ]]
@@ -179,41 +183,41 @@ def _start_from(network: PretrainingNetwork, path: Path | None, name: str, plan:
 
 
 def _batches(
-    plan: PretrainingConfig, cohorts: list[list[TrainingCase]], steps: range, processes: Processes
+    config: PretrainingConfig, cohorts: list[list[TrainingCase]], steps: range, processes: Processes
 ) -> Iterator[Batch]:
-    """Yield this process's crops of every step; those of the next are made while a GPU computes."""
+    """Yield this process's crops of every step; a thread makes the crops of the next step while a GPU computes."""
     if processes.device.type == "cpu":
-        yield from (draw_batch(plan, cohorts, step, processes.own) for step in steps)
+        yield from (draw_batch(config, cohorts, step, processes.own) for step in steps)
         return
     with ThreadPoolExecutor(1) as maker:
-        coming = [maker.submit(draw_batch, plan, cohorts, step, processes.own) for step in steps[:1]]
+        coming = [maker.submit(draw_batch, config, cohorts, step, processes.own) for step in steps[:1]]
         for step in steps:
             batch = coming.pop().result()
             if step + 1 in steps:
-                coming.append(maker.submit(draw_batch, plan, cohorts, step + 1, processes.own))
+                coming.append(maker.submit(draw_batch, config, cohorts, step + 1, processes.own))
             yield batch
 
 
 class _Step:
-    """An optimiser step of all processes together."""
+    """A training step, which all processes compute together."""
 
-    def __init__(self, state: TrainingState, plan: PretrainingConfig, processes: Processes) -> None:
-        self._state, self._plan, self._processes = state, plan, processes
+    def __init__(self, state: TrainingState, config: PretrainingConfig, processes: Processes) -> None:
+        self._state, self._config, self._processes = state, config, processes
         self._shared = processes.shared(state.network)
-        self._bfloat16 = plan.schedule.bfloat16
+        self._bfloat16 = config.schedule.bfloat16
         if self._bfloat16 and processes.device.type == "cuda" and not has_bfloat16(processes.device):
-            _LOG.warning("this GPU has no bfloat16, so the network computes in float32")
+            _LOG.warning("this GPU does not support bfloat16; the network is computed in float32")
             self._bfloat16 = False
 
     def take(self, batches: Iterator[Batch]) -> StepMetrics:
-        """Train on the next batch; the state then stands one step further."""
+        """Train on the next batch, advance the state by one step and return the metrics."""
         started = time.monotonic()
-        state, schedule = self._state, self._plan.schedule
+        state, schedule = self._state, self._config.schedule
         batch = next(batches).on(self._processes.device)
         self._shared.train()
         if state.step >= schedule.steps * (1 - schedule.frozen_norm_fraction):
             state.network.freeze_statistics()
-        rate = learning_rate(self._plan, state.step)
+        rate = learning_rate(self._config, state.step)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         inpainting, segmentation, deep_supervision = self._losses(batch)
@@ -226,7 +230,7 @@ class _Step:
         if not bool(torch.isfinite(norm)):
             raise CheckpointError(
                 f"Training diverged: the gradient of step {state.step + 1} is not finite.",
-                remedy="Lower 'learning_rate' in the plan and begin again with another --output.",
+                remedy="Reduce 'learning_rate' in the configuration and start again with another --output.",
             )
         state.optimizer.step()
         state.losses.append(float(loss.detach()))
@@ -237,12 +241,12 @@ class _Step:
         return StepMetrics(state.step, state.losses[-1], *parts, float(inpainting.detach()), rate, seconds)
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return the losses of the whole step: inpainting, segmentation on level 0, and on coarser levels, weighted."""
-        schedule, total = self._plan.schedule, self._processes.total
+        """Return the weighted losses of a step: inpainting, segmentation on level 0, and on each coarser level."""
+        schedule, total = self._config.schedule, self._processes.total
         image = batch.image.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self._processes.device.type, torch.bfloat16, enabled=self._bfloat16):
             logits, restored = self._shared(image)
-        voxels = self._plan.crops_per_step * batch.clean[0].numel()
+        voxels = self._config.crops_per_step * batch.clean[0].numel()
         differences = total(F.l1_loss(restored.float(), batch.clean, reduction="sum"))
         segmentation: list[Tensor] = []
         targets = batch.targets

@@ -1,4 +1,4 @@
-"""Two small data sets that annotate different organs, and a plan that learns from both within seconds."""
+"""Two small data sets that annotate different organs, and a configuration that trains on both within seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fseft_edge.phantom import phantom
 from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
 from fseft_edge.runtime.scans.volume import LabelMap
 
-PLAN = """
+CONFIG = """
 name = "tiny"
 seed = 7
 organs = ["liver", "spine", "spine_right", "spine_left", "spleen"]
@@ -51,7 +51,7 @@ crops_per_step = 1
 
 
 def write_cohort(root: Path) -> None:
-    """Write the first data set, three phantoms at 6 mm of which the second lacks its liver contour, and the plan."""
+    """Write the configuration and the first data set: three phantoms at 6 mm, the second without a liver contour."""
     for folder in ("images", "labels"):
         (root / folder).mkdir()
     for seed in (1, 2, 3):
@@ -62,4 +62,4 @@ def write_cohort(root: Path) -> None:
         write_ct(root / "images" / f"case_{seed}.nii.gz", scan.volume)
         write_label_map(root / "labels" / f"case_{seed}.nii.gz", LabelMap(labels, scan.volume.affine))
     (root / "splits.json").write_text(json.dumps({"train": ["case_1", "case_2"]}))
-    (root / "plan.toml").write_text(PLAN)
+    (root / "config.toml").write_text(CONFIG)

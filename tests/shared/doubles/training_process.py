@@ -1,6 +1,6 @@
-"""What each of several training processes runs under ``torchrun``: a whole run, and one with a break.
+"""Script of each training process under ``torchrun``: a whole run, and a run with an interruption.
 
-torchrun --nproc-per-node 2 training_process.py PLAN DATA OUTPUT
+torchrun --nproc-per-node 2 training_process.py CONFIG DATA OUTPUT
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from fseft_edge.pretraining import open_processes, pretrain, read_pretraining_config
 
 if __name__ == "__main__":
-    plan, data, output = (Path(argument) for argument in sys.argv[1:])
+    path, data, output = (Path(argument) for argument in sys.argv[1:])
     with open_processes("cpu") as processes:
         run = {"data_root": data, "processes": processes}
-        pretrain(read_pretraining_config(plan), output=output / "straight", **run)
-        pretrain(read_pretraining_config(plan), output=output / "broken", stop_after=2, **run)
-        pretrain(read_pretraining_config(plan), output=output / "broken", resume=True, **run)
+        pretrain(read_pretraining_config(path), output=output / "straight", **run)
+        pretrain(read_pretraining_config(path), output=output / "broken", stop_after=1, **run)
+        pretrain(read_pretraining_config(path), output=output / "broken", resume=True, **run)
