@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichBars
-    from rich.progress import TaskID
+    from rich.progress import Task
 
 _MIN_SECONDS = 5.0
 _MIN_SHARE = 0.1
@@ -29,23 +28,17 @@ _MAX_SILENT_SECONDS = 30.0
 
 
 class ProgressTask(Protocol):
-    """One task in progress. It is a context manager; leaving the context ends the task, complete or not."""
+    """One task in progress."""
 
     def advance(self, n: float = 1) -> None:
         """Report that ``n`` more units of the total of this task are complete."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
 
 
 class Progress(Protocol):
     """Receiver of progress reports."""
 
-    def task(self, name: str, total: float) -> ProgressTask:
-        """Start a task.
+    def task(self, name: str, total: float) -> AbstractContextManager[ProgressTask]:
+        """Start a task; leaving the context ends the task, complete or not.
 
         Args:
             name: name of the work and of its object, such as "encode hn_002".
@@ -53,59 +46,19 @@ class Progress(Protocol):
         """
 
 
-class ProgressDisplay(Progress, Protocol):
-    """Progress display that controls the terminal while its context is open."""
+class SilentProgress:
+    """Progress without output."""
 
-    def __enter__(self) -> Self: ...
+    def task(self, name: str, total: float) -> AbstractContextManager[ProgressTask]:  # noqa: ARG002 - as in the protocol
+        """Return a task without output."""
+        return nullcontext(self)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def open_progress(*, quiet: bool = False, stream: TextIO | None = None) -> ProgressDisplay:
-    """Return the display for a stream: silent if ``quiet``, bars on a terminal, plain lines in a file or pipe.
-
-    Args:
-        quiet: return a display without output.
-        stream: output stream; None means stderr.
-    """
-    if quiet:
-        return SilentProgress()
-    stream = sys.stderr if stream is None else stream
-    return BarProgress(stream) if stream.isatty() else PlainProgress(stream)
-
-
-class _Scope:
-    """Context manager that calls :meth:`_finish` at its end."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._finish(failed=kind is not None)
-
-    def _finish(self, *, failed: bool) -> None:
-        """Do nothing by default."""
-
-
-class _SilentTask(_Scope):
     def advance(self, n: float = 1) -> None:
         """Do nothing."""
 
 
-class SilentProgress(_Scope):
-    """Progress display without output."""
-
-    def task(self, name: str, total: float) -> ProgressTask:  # noqa: ARG002 - the protocol defines these names
-        """Return a task without output."""
-        return _SilentTask()
-
-
-class PlainProgress(_Scope):
-    """Progress display that prints few complete lines, for log files and pipes.
+class RichProgress:
+    """Progress on a stream: one bar for each task with the remaining time on a terminal, else few complete lines.
 
     Args:
         stream: output stream.
@@ -113,86 +66,87 @@ class PlainProgress(_Scope):
     """
 
     def __init__(self, stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> None:
+        from rich.console import Console  # noqa: PLC0415 - slow to import, and not needed with --quiet
+        from rich.progress import (  # noqa: PLC0415 - slow to import, and not needed with --quiet
+            BarColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichDisplay  # noqa: PLC0415 - slow to import, not needed with --quiet
+
+        console = Console(file=stream)
         self._stream = stream
-        self._clock = clock
-
-    def task(self, name: str, total: float) -> ProgressTask:
-        """Return a task that prints occasional lines and a final line."""
-        return _PlainTask(name, total, self._stream, self._clock)
-
-
-class _PlainTask(_Scope):
-    def __init__(self, name: str, total: float, stream: TextIO, clock: Callable[[], float]) -> None:
-        self._name = name
-        self._total = total
-        self._stream = stream
-        self._clock = clock
-        self._done = 0.0
-        self._start = self._line_time = clock()
-        self._line_done = 0.0
-
-    def advance(self, n: float = 1) -> None:
-        self._done += n
-        now = self._clock()
-        silence = now - self._line_time
-        advanced = (self._done - self._line_done) / max(self._total, 1e-9)
-        enough = silence >= _MIN_SECONDS and advanced >= _MIN_SHARE
-        if self._done < self._total and (enough or silence >= _MAX_SILENT_SECONDS):
-            self._line(f"{100 * self._done / self._total:.0f} %", now)
-
-    def _finish(self, *, failed: bool) -> None:
-        self._line("stopped" if failed else "done", self._clock())
-
-    def _line(self, state: str, now: float) -> None:
-        self._stream.write(f"{self._name}: {state} ({now - self._start:.1f} s)\n")
-        self._stream.flush()
-        self._line_time, self._line_done = now, self._done
-
-
-class BarProgress(_Scope):
-    """Progress display with one bar for each task and the remaining time, on a terminal.
-
-    Args:
-        stream: terminal to write to.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console  # noqa: PLC0415 - only needed for bars
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: PLC0415 - bars only
-        from rich.progress import Progress as RichBars  # noqa: PLC0415 - only needed for bars
-
-        self._bars = RichBars(
+        self.bars = console.is_terminal
+        self.display = RichDisplay(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=Console(file=stream),
+            console=console,
+            disable=not self.bars,
+            get_time=clock,
         )
 
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
+    @contextmanager
+    def task(self, name: str, total: float) -> Iterator[ProgressTask]:
+        """Show a task. Work that succeeds before its total was reached is shown as complete."""
+        key = self.display.add_task(name, total=total)
+        shown = self.display.tasks[self.display.task_ids.index(key)]
+        task = _RichTask(self, shown)
+        try:
+            yield task
+        except BaseException:
+            task.write("stopped")
+            raise
+        else:
+            self.display.update(key, completed=total)
+            task.write("done")
+        finally:
+            self.display.stop_task(key)
 
-    def task(self, name: str, total: float) -> ProgressTask:
-        """Return a task with a separate bar."""
-        return _BarTask(self._bars, self._bars.add_task(name, total=total))
+    def write(self, line: str) -> None:
+        """Write a plain line where there are no bars."""
+        if not self.bars:
+            self._stream.write(f"{line}\n")
+            self._stream.flush()
 
-    def _finish(self, *, failed: bool) -> None:  # noqa: ARG002 - each bar shows whether its task failed
-        self._bars.stop()
 
-
-class _BarTask(_Scope):
-    def __init__(self, bars: RichBars, task: TaskID) -> None:
-        self._bars = bars
-        self._task = task
+class _RichTask:
+    def __init__(self, progress: RichProgress, shown: Task) -> None:
+        self._progress = progress
+        self._shown = shown
+        self._line_seconds, self._line_percentage = 0.0, 0.0
 
     def advance(self, n: float = 1) -> None:
-        self._bars.advance(self._task, n)
+        self._progress.display.advance(self._shown.id, n)
+        silence = self._seconds - self._line_seconds
+        advanced = self._shown.percentage - self._line_percentage
+        enough = silence >= _MIN_SECONDS and advanced >= 100 * _MIN_SHARE
+        if not self._shown.finished and (enough or silence >= _MAX_SILENT_SECONDS):
+            self.write(f"{self._shown.percentage:.0f} %")
 
-    def _finish(self, *, failed: bool) -> None:
-        """Fill the bar if the work succeeded before its total was reached; leave the bar unchanged after a failure."""
-        if not failed:
-            total = self._bars.tasks[self._bars.task_ids.index(self._task)].total
-            self._bars.update(self._task, completed=total)
-        self._bars.stop_task(self._task)
+    def write(self, state: str) -> None:
+        self._line_seconds, self._line_percentage = self._seconds, self._shown.percentage
+        self._progress.write(f"{self._shown.description}: {state} ({self._line_seconds:.1f} s)")
+
+    @property
+    def _seconds(self) -> float:
+        return self._shown.elapsed or 0.0
+
+
+@contextmanager
+def open_progress(*, quiet: bool = False, stream: TextIO | None = None) -> Iterator[Progress]:
+    """Open the display for a stream: silent if ``quiet``, bars on a terminal, plain lines in a file or pipe.
+
+    Args:
+        quiet: open a display without output.
+        stream: output stream; None means stderr.
+    """
+    if quiet:
+        yield SilentProgress()
+        return
+    progress = RichProgress(sys.stderr if stream is None else stream)
+    with progress.display:
+        yield progress

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from fseft_edge.runtime.system.progress import BarProgress, PlainProgress, SilentProgress, open_progress
+from fseft_edge.runtime.system.progress import RichProgress, open_progress
 
 
 class Terminal(io.StringIO):
@@ -23,7 +23,7 @@ class Clock:
 
 def run(total: int, seconds_each: float) -> list[str]:
     clock, stream = Clock(), io.StringIO()
-    with PlainProgress(stream, clock=clock).task("encode hn_002", total=total) as task:
+    with RichProgress(stream, clock=clock).task("encode hn_002", total=total) as task:
         for _ in range(total):
             clock.now += seconds_each
             task.advance()
@@ -53,15 +53,14 @@ def test_very_long_work_prints_a_line_at_least_every_30_seconds() -> None:
 
 def test_failing_work_ends_with_the_line_stopped() -> None:
     stream = io.StringIO()
-    with pytest.raises(ZeroDivisionError), PlainProgress(stream).task("adapt", total=10) as task:
+    with pytest.raises(ZeroDivisionError), RichProgress(stream).task("adapt", total=10) as task:
         task.advance(1 / 0)
     assert stream.getvalue().startswith("adapt: stopped")
 
 
-def test_display_fits_the_stream() -> None:
-    assert isinstance(open_progress(stream=Terminal()), BarProgress)
-    assert isinstance(open_progress(stream=io.StringIO()), PlainProgress)
-    assert isinstance(open_progress(quiet=True, stream=Terminal()), SilentProgress)
+def test_bars_are_for_terminals_and_lines_for_files() -> None:
+    assert RichProgress(Terminal()).bars
+    assert not RichProgress(io.StringIO()).bars
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()])
