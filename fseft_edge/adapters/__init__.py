@@ -1,1 +1,1 @@
-"""Adapters: the small networks that learn on cached features, and the file that holds one."""
+"""Adapters: small networks that are trained on cached features, and the adapter file."""

@@ -1,7 +1,7 @@
-"""Blocks of a cached feature map: which part of every level a block of the finest level depends on, and reading it.
+"""Blocks of a cached feature map: which voxels of every level a block of the finest level needs, and how to read them.
 
-A feature map is taken to continue beyond its border by repeating its edge, at every level. What an adapter computes
-for a voxel then depends on the voxel's position relative to the map alone, never on how the map was cut into blocks.
+Beyond its border, a feature map is continued by repeating its edge voxels, at every level. The result of an adapter for
+a voxel therefore depends only on the position of the voxel in the map, and not on the division of the map into blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Box:
-    """A box of voxels, half-open ranges along x, y and z; it may reach beyond the map."""
+    """A box of voxels as half-open ranges along x, y and z. The box may extend beyond the map."""
 
     x: Range
     y: Range
@@ -32,12 +32,12 @@ class Box:
 
     @property
     def ranges(self) -> tuple[Range, Range, Range]:
-        """The three ranges in order."""
+        """The ranges along x, y and z."""
         return self.x, self.y, self.z
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Voxels along x, y and z."""
+        """Number of voxels along x, y and z."""
         return (self.x[1] - self.x[0], self.y[1] - self.y[0], self.z[1] - self.z[0])
 
     def grown(self, halo: int) -> Box:
@@ -45,25 +45,29 @@ class Box:
         return Box(*((low - halo, high + halo) for low, high in self.ranges))
 
     def coarser(self) -> Box:
-        """Return the voxels of the next level (twice the stride) that trilinear interpolation reads for this box.
+        """Return the voxels of the next level (twice the stride) that trilinear interpolation to this box needs.
 
-        Voxel ``i`` lies at ``(i + 1/2) / 2 - 1/2`` of the coarser level, between that position's two neighbours.
+        The centre of voxel ``i`` is at the coordinate ``(i + 1/2) / 2 - 1/2`` of the coarser level. The interpolation
+        uses the two voxels next to that coordinate.
         """
         return Box(*(((low - 1) // 2, high // 2 + 1) for low, high in self.ranges))
 
 
 def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
-    """Return ``coarse`` interpolated trilinearly to the next finer level, cut to ``box``.
+    """Interpolate ``coarse`` trilinearly to the next finer level, and return the voxels of ``box``.
 
-    Interpolation is linear in every axis, so it is three products with small matrices: several times faster than
-    PyTorch's own kernel forwards and backwards, and nothing outside the box is computed.
+    Trilinear interpolation is linear along every axis, so three products with small matrices compute the result. This
+    is several times faster than the kernel of PyTorch, forwards and backwards, and computes nothing outside the box.
 
     Args:
-        coarse: ``[n, C, *coarse_box.shape]``.
-        coarse_box: where it lies; contains ``box.coarser()``.
-        box: what is wanted, in voxels of the finer level.
+        coarse: values of the coarser level, ``[n, C, *coarse_box.shape]``.
+        coarse_box: position of ``coarse``, in voxels of the coarser level; contains ``box.coarser()``.
+        box: the voxels to compute, in voxels of the finer level.
+
+    Returns:
+        ``[n, C, *box.shape]``.
     """
-    # While a graph is traced, tensors stand for values and must not stay behind in a cache.
+    # The tracing of a graph replaces tensors by placeholders. A placeholder must not remain in the cache.
     interpolation = _interpolation if torch.compiler.is_exporting() else _cached_interpolation
     x, y, z = (
         interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low, coarse.device).to(coarse.dtype)
@@ -75,18 +79,18 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
     return (x @ along_y.flatten(3)).view(count, channels, *box.shape)
 
 
-@torch.inference_mode(mode=False)  # what is cached has to serve training too
-def _interpolation(first: int, wanted: int, given: int, device: torch.device) -> Tensor:
-    """Return the matrix ``[wanted, given]`` of linear interpolation along one axis to twice as many voxels.
+@torch.inference_mode(mode=False)  # training uses the cached matrices, too
+def _interpolation(first: int, fine_count: int, coarse_count: int, device: torch.device) -> Tensor:
+    """Return the matrix ``[fine_count, coarse_count]`` that doubles the resolution along one axis by interpolation.
 
     Args:
-        first: of the wanted voxels, counted from the first that the given ones turn into.
-        wanted: how many.
-        given: how many.
-        device: where the matrix is needed.
+        first: index of the first fine voxel to compute; index 0 is the first half of coarse voxel 0.
+        fine_count: number of fine voxels to compute.
+        coarse_count: number of coarse voxels that are available.
+        device: device of the matrix.
     """
-    fine = np.arange(first, first + wanted)
-    matrix = np.zeros((wanted, given), np.float32)
+    fine = np.arange(first, first + fine_count)
+    matrix = np.zeros((fine_count, coarse_count), np.float32)
     matrix[fine - first, fine // 2] = 0.75
     matrix[fine - first, fine // 2 + 2 * (fine % 2) - 1] = 0.25
     return torch.from_numpy(matrix).to(device)
@@ -96,22 +100,22 @@ _cached_interpolation = functools.lru_cache(maxsize=256)(_interpolation)
 
 
 def read_block(features: FeatureMap, boxes: Sequence[Box], device: torch.device = _CPU) -> list[Tensor]:
-    """Return each level's box as float32 ``[1, C_l, *box.shape]``, repeating the map's edge outside.
+    """Return the box of each level as float32 ``[1, C_l, *box.shape]``; outside the map, repeat its edge voxels.
 
     Args:
-        features: the cached map.
-        boxes: one box a level, finest first, in voxels of that level; fewer boxes than levels read only the first.
-        device: where the blocks are wanted; they travel there as they are stored.
+        features: the cached feature map.
+        boxes: one box per level, finest level first, in voxels of that level. Levels without a box are not read.
+        device: device of the result. The values are copied to the device in their stored type.
     """
     return [_read_level(features, level, box, device) for level, box in enumerate(boxes)]
 
 
-def surrounded(levels: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
-    """Return what :func:`read_block` returns of a map that is held in memory and lies whole within every box.
+def pad_to_boxes(levels: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]:
+    """Return the levels of a map in memory, padded to ``boxes`` by repeating the edge voxels, like :func:`read_block`.
 
     Args:
-        levels: the whole map, ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` a level, finest first.
-        boxes: one box a level, as for :func:`read_block`; each contains its level.
+        levels: the complete map, one tensor ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` per level, finest level first.
+        boxes: one box per level, in voxels of that level; each box contains its complete level.
     """
     blocks = []
     for level, box in zip(levels, boxes, strict=False):
@@ -136,7 +140,7 @@ def _read_level(features: FeatureMap, level: int, box: Box, device: torch.device
 
 
 def tiles(shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Iterator[Box]:
-    """Yield boxes that cover ``shape`` without overlap, slice ranges outermost so that results stream along z."""
+    """Yield boxes that cover ``shape`` without overlap. The outer loop is over z, so that results stream along z."""
     starts = [range(0, size, step) for size, step in zip(shape, tile, strict=True)]
     for z in starts[2]:
         for x in starts[0]:
@@ -145,5 +149,5 @@ def tiles(shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Iterator[B
 
 
 def stack_blocks(blocks: Sequence[list[Tensor]]) -> list[Tensor]:
-    """Return blocks of equal shape as one batch, level by level."""
+    """Return blocks of equal shape as one batch, one tensor per level."""
     return [torch.cat(level) for level in zip(*blocks, strict=True)]

@@ -1,4 +1,4 @@
-"""Files of tensors that describe themselves: safetensors, with a checked description as JSON in the header."""
+"""Files of tensors with a description: safetensors, with the description as JSON in the header, and a checksum."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.system.atomic import atomic_path
 
 TUNING_KEY = "fseft_edge_tuning"
-"""Name of the description in the header of a tuning file."""
+"""Key of the description in the header of a tuning file."""
+
+
+_COPY_OR_ADAPT_AGAIN = "Copy the file again, or run `fseft-edge adapt` again."
 
 
 class SelfDescription(BaseModel):
-    """What such a file says about itself.
+    """The description in the header of a file.
 
     Attributes:
-        content_sha256: of the tensors and of everything else here; set when the file is written.
+        content_sha256: SHA-256 of the tensors and of all other fields; set when the file is written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,81 +36,85 @@ class SelfDescription(BaseModel):
 
 
 def write_described(path: Path, key: str, description: SelfDescription, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors; the file appears complete or not at all, and the same contents give the same bytes.
+    """Write tensors and their description. The file appears complete or not at all; equal contents give equal bytes.
 
     Args:
-        path: where to.
-        key: name of the description in the header, which tells one kind of file from another.
-        description: what the tensors are.
-        tensors: on any device.
+        path: file to write.
+        key: key of the description in the header; the key identifies the kind of file.
+        description: description of the tensors.
+        tensors: the tensors by name, on any device.
 
     Raises:
-        OutOfSpaceError: the disk is full, or the folder cannot be written to.
+        OutOfSpaceError: the disk is full, or the folder is not writable.
     """
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     header = _text(description, content_digest(description, stored))
     with atomic_path(path) as temporary:
-        # Not save_file: it reports a full disk as a SafetensorError.
+        # save_file would report a full disk as a SafetensorError.
         temporary.write_bytes(save(stored, metadata={key: header}))
 
 
 def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[str, dict[str, Tensor]]:
-    """Return the description, as JSON, and the tensors of a file of one kind.
+    """Return the description (as JSON) and the tensors of a file.
 
     Args:
-        path: the file.
-        key: name of the description in the header.
-        suffix: what such a file is called after, for messages.
-        schema: the version of the description that is read.
+        path: file to read.
+        key: key of the description in the header.
+        suffix: file name suffix of this kind of file, for messages.
+        schema: schema version of the description that is accepted.
 
     Raises:
         AdapterError: the file is missing, damaged, of another kind, or of an unknown schema.
     """
     if not path.is_file():
-        raise AdapterError(f"{path} is no file.", remedy=f"Give the .{suffix} file that `fseft-edge adapt` wrote.")
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise AdapterError(f"{path} {problem}.", remedy=f"Give the .{suffix} file that `fseft-edge adapt` wrote.")
     try:
         with safe_open(path, framework="pt") as opened:
             found = opened.metadata() or {}
         header = found.get(key)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged: {error}.", remedy="Copy the file again, or adapt again.") from error
+        raise AdapterError(f"{path} is damaged: {error}.", remedy=_COPY_OR_ADAPT_AGAIN) from error
     if header is None:
         remedy = f"Give the .{suffix} file that `fseft-edge adapt` wrote."
         if TUNING_KEY in found:
-            remedy = "It is a tuning: `fseft-edge merge` makes an encoder and an adapter of it."
-        raise AdapterError(f"{path} is no {suffix} file.", remedy=remedy)
+            remedy = "The file is a tuning. Run `fseft-edge merge` to make an encoder and an adapter from it."
+        raise AdapterError(f"{path} is not a valid .{suffix} file.", remedy=remedy)
     try:
         version = json.loads(header).get("schema_version")
     except (ValueError, AttributeError) as error:
         raise does_not_fit(path) from error
     if version != schema:
         raise AdapterError(
-            f"{path} has the {suffix} schema {version}, which this version does not read.",
-            remedy="Update fseft-edge, or adapt again with this version.",
+            f"{path} has the {suffix} schema version {version}, but this version of fseft-edge reads version {schema}.",
+            remedy="Update fseft-edge, or run `fseft-edge adapt` again with this version.",
         )
     return header, tensors
 
 
 def check_content(path: Path, description: SelfDescription, tensors: Mapping[str, Tensor]) -> None:
-    """Raise :class:`AdapterError` unless description and tensors are what was written."""
+    """Raise AdapterError if the checksum of the description and the tensors is not the stored checksum."""
     if description.content_sha256 != content_digest(description, tensors):
-        raise AdapterError(f"{path} has changed since it was written.", remedy="Copy the file again, or adapt again.")
+        raise AdapterError(
+            f"{path} is damaged: its contents do not match the checksum in its header.", remedy=_COPY_OR_ADAPT_AGAIN
+        )
 
 
 def does_not_fit(path: Path) -> AdapterError:
-    """Return the error for a file whose parts contradict one another."""
+    """Return the error for a file whose description and weights do not match."""
     return AdapterError(
-        f"{path} holds weights or settings that do not fit together.", remedy="Adapt again with this version."
+        f"{path} contains a description that is not valid or does not match its weights.",
+        remedy="Run `fseft-edge adapt` again with this version of fseft-edge.",
     )
 
 
 def content_digest(description: SelfDescription, tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of all that a file holds."""
+    """Return the SHA-256 of the complete contents of a file."""
     return hashlib.sha256(f"{_text(description, '')}{sha256_of_weights(tensors)}".encode()).hexdigest()
 
 
 def _text(description: SelfDescription, digest: str) -> str:
-    """Return a description as JSON, with a digest where it has always stood: at the end."""
+    """Return a description as JSON. The digest is the last field in all versions of the format."""
     rest = description.model_dump_json(exclude={"content_sha256"})
     return f'{rest[:-1]},"content_sha256":"{digest}"}}'

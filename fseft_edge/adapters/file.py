@@ -1,4 +1,4 @@
-"""The adapter file ``NAME.adapter``: weights in safetensors, everything else as JSON in its header."""
+"""The adapter file ``NAME.adapter``: weights in safetensors, and the description as JSON in the header."""
 
 from __future__ import annotations
 
@@ -24,37 +24,38 @@ from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 
 STORED_LEVELS: Final[dict[Levels, Literal["last", "pyramid"]]] = {"finest": "last", "all": "pyramid"}
-"""The words of the file format for the levels that a classifier uses."""
+"""The value of ``reads`` in the file format for each value of ``AdapterSettings.levels``."""
 _METADATA_KEY = "fseft_edge_adapter"
 
 
 @dataclass(frozen=True)
 class PostProcessing:
-    """What is done to an organ's mask.
+    """Post-processing steps for the mask of one organ.
 
     Attributes:
-        largest_component: of its 26-connected components the largest is kept, the others become background.
-        fill_holes: background that the organ encloses on all sides becomes the organ; other organs in it stay.
+        largest_component: keep the largest 26-connected component; all other components become background.
+        fill_holes: background that the organ encloses on all sides becomes the organ; other organs inside the hole
+            remain.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)  # it is part of the adapter file
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)  # the adapter file contains these fields
 
     largest_component: bool = False
     fill_holes: bool = False
 
 
 class AdapterOrgan(BaseModel):
-    """An organ of an adapter.
+    """The metadata of one organ of an adapter.
 
     Attributes:
-        name: as the user named it.
-        label: its value in the support set's annotation files.
-        support_volumes_ml: its volume in every support scan that annotates it; the size prior comes from these.
-        left_out_dsc: DSC on every support scan that annotates it, of an adapter made from the others: what to expect on
-            a new scan. Empty where nothing was validated.
-        post_processing: of its masks, unless the user of the adapter wants it otherwise; included in ``left_out_dsc``.
-        support_hu: what it looks like in every support scan that annotates it. Empty in adapters made before this was
-            kept, and then not written, so that they keep their checksum.
+        name: organ name that the user gave.
+        label: label value of the organ in the annotations of the support set.
+        support_volumes_ml: volume of the organ in every support scan that annotates it; source of the size prior.
+        left_out_dsc: DSC of leave-one-out cross-validation, for every support scan that annotates the organ. Empty
+            without validation.
+        post_processing: default post-processing of the masks; ``left_out_dsc`` includes it.
+        support_hu: HU percentiles of the organ in every support scan that annotates it. Files of older versions do not
+            contain this field. An empty field is not written, so that those files keep their checksum.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +68,7 @@ class AdapterOrgan(BaseModel):
     support_hu: tuple[HuPercentiles, ...] = ()
 
     @model_serializer(mode="wrap")
-    def _without_what_is_not_known(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_empty_hu(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialize(self)
         if not self.support_hu:
             del fields["support_hu"]
@@ -75,9 +76,18 @@ class AdapterOrgan(BaseModel):
 
 
 class AdapterDescription(SelfDescription):
-    """What an adapter is, for which encoder, and how it was trained.
+    """The description of an adapter: its encoder, its settings, its organs, and its training.
 
     Attributes:
+        encoder_id: id of the encoder whose features the adapter was trained on.
+        encoder_name: name of that encoder.
+        levels: stride and number of channels of every level of the encoder, finest level first.
+        settings: the adapter settings (see :func:`stored_settings`).
+        organs: metadata of the organs, in the order of the classes.
+        shots: number of support scans.
+        seed: seed for all random choices of the training.
+        steps: number of training steps; for a linear adapter, number of evaluations of the loss; 0 without training.
+        losses: mean loss of every epoch.
         bfloat16: whether training computed in bfloat16.
     """
 
@@ -96,8 +106,8 @@ class AdapterDescription(SelfDescription):
 
     @property
     def kind(self) -> str:
-        """What kind of adapter it is, for people."""
-        return f"{settings_of(self.settings).name}" if self.steps else "the encoder's own classifiers"
+        """The kind of adapter, as text for the user."""
+        return f"{settings_of(self.settings).name}" if self.steps else "the classifiers of the encoder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +115,9 @@ class AdapterFile:
     """A trained adapter with its description.
 
     Attributes:
-        description: what it is.
+        description: the description of the adapter.
         adapter: the network, in evaluation mode.
-        sha256: of the file it was read from; None for one that was not.
+        sha256: SHA-256 of the file that was read; None if the adapter was not read from a file.
     """
 
     description: AdapterDescription
@@ -115,17 +125,17 @@ class AdapterFile:
     sha256: str | None = None
 
     def check_encoder(self, encoder_id: str, *, path: Path) -> None:
-        """Raise :class:`AdapterError` unless the adapter was trained on this encoder's features."""
+        """Raise AdapterError if the adapter was trained on the features of another encoder."""
         if encoder_id != self.description.encoder_id:
             raise AdapterError(
-                f"{path} was trained on the encoder {self.description.encoder_name} "
-                f"({self.description.encoder_id[:12]}), not on this one ({encoder_id[:12]}).",
-                remedy="Name the encoder it was trained with by --encoder, or adapt again.",
+                f"{path} was trained with the encoder {self.description.encoder_name} "
+                f"(id {self.description.encoder_id[:12]}), but the given encoder has the id {encoder_id[:12]}.",
+                remedy="Give the encoder of the adapter with --encoder, or run `fseft-edge adapt` with this encoder.",
             )
 
 
 def stored_settings(settings: AdapterSettings) -> dict[str, str | int]:
-    """Return the settings as the description holds them."""
+    """Return adapter settings in the form that the description stores."""
     return {
         "method": settings.method,
         "reads": STORED_LEVELS[settings.levels],
@@ -135,10 +145,10 @@ def stored_settings(settings: AdapterSettings) -> dict[str, str | int]:
 
 
 def settings_of(stored: Mapping[str, str | int]) -> AdapterSettings:
-    """Return the settings that a description holds.
+    """Return the adapter settings from the form that the description stores.
 
     Raises:
-        ValueError: a setting has a value that this version does not know.
+        ValueError: this version does not know the value of a setting.
     """
     fields = dict(stored)
     if "reads" in fields:
@@ -148,15 +158,19 @@ def settings_of(stored: Mapping[str, str | int]) -> AdapterSettings:
 
 
 def write_adapter(path: Path, file: AdapterFile) -> None:
-    """Write an adapter; it appears complete or not at all, and the same adapter gives the same bytes."""
+    """Write an adapter. The file appears complete or not at all, and equal adapters give equal bytes.
+
+    Raises:
+        OutOfSpaceError: the disk is full, or the folder is not writable.
+    """
     write_described(path, _METADATA_KEY, file.description, file.adapter.state_dict())
 
 
 def read_adapter(path: Path) -> AdapterFile:
-    """Return the adapter in a file.
+    """Read an adapter file.
 
     Raises:
-        AdapterError: the file is missing, damaged, no adapter, or of an unknown schema.
+        AdapterError: the file is missing, is damaged, is not an adapter, or has an unknown schema.
     """
     header, tensors = read_described(path, _METADATA_KEY, suffix="adapter", schema=3)
     try:

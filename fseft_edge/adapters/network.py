@@ -1,16 +1,19 @@
-"""Adapters: the light networks that a site trains on frozen features (FSEFT, section on spatial adapters).
+"""Adapters: small networks that a hospital trains on frozen features (FSEFT, section on spatial adapters).
 
-=========== ====================================================== =============================================
-method      on ``last``                                            on ``pyramid``
-=========== ====================================================== =============================================
-linear      1x1x1 classifier (linear probe)                        one 1x1x1 classifier a level, upsampled, summed
-pointwise   ``x + C1(ReLU(C1(x)))``, classifier                    the same, plus: each level projected to ``width``
-spatial     ``x + C3(ReLU(C3(x)))``, classifier                    channels, the residual step at every level, coarse
-                                                                   to fine, classifier
-=========== ====================================================== =============================================
+=========== ======================================= ==============================================================
+method      levels ``finest``                       levels ``all``
+=========== ======================================= ==============================================================
+linear      1x1x1 classifier (linear probe)         one 1x1x1 classifier per level, upsampled and summed
+pointwise   ``x + C1(ReLU(C1(x)))``, classifier     the linear sum, plus a residual path: each level is projected to
+                                                    ``width`` channels, then a step ``x + C1(ReLU(C1(x)))`` at every
+                                                    level from coarse to fine, then a classifier
+spatial     ``x + C3(ReLU(C3(x)))``, classifier     the linear sum, plus the residual path with steps
+                                                    ``x + C3(ReLU(C3(x)))``
+=========== ======================================= ==============================================================
 
-The second convolution of a residual step starts at zero. Where the encoder's head knows an organ, the classifier starts
-as the head's row, so an untrained adapter is the zero-shot segmenter.
+``C1`` and ``C3`` are convolutions with kernels of 1 and 3 voxels. The second convolution of a residual step starts at
+zero. If the head of the encoder knows an organ, the classifier of that organ starts as the row of the head. An
+untrained adapter is therefore the zero-shot segmenter.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fseft_edge.adapters.blocks import Box, surrounded, upsample_into
+from fseft_edge.adapters.blocks import Box, pad_to_boxes, upsample_into
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 
 Method = Literal["linear", "pointwise", "spatial"]
@@ -32,22 +35,23 @@ Levels = Literal["finest", "all"]
 Activation = Literal["sigmoid", "softmax"]
 
 HeadRows = Sequence[tuple[Tensor, float] | None]
-"""For each organ the weight ``[C_0]`` and bias of the encoder's own classifier, None where it does not know it."""
+"""For each organ, weight ``[C_0]`` and bias of its classifier in the head of the encoder; None for a novel organ."""
 
 UNKNOWN_ORGAN_BIAS = -3.0
-"""Where a sigmoid classifier of an organ starts that the encoder does not know: nearly nothing is it."""
+"""Start value of the bias of a sigmoid classifier of a novel organ. It gives a low probability everywhere."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What kind of adapter.
+    """The kind of an adapter.
 
     Attributes:
         method: ``linear``, ``pointwise`` or ``spatial``.
-        levels: of the feature pyramid, the levels that the adapter uses: ``finest`` (level 0 only, as in the paper) or
+        levels: levels of the feature pyramid that the adapter uses: ``finest`` (only level 0, as in the paper) or
             ``all``.
-        activation: ``sigmoid`` per organ, or ``softmax`` with background.
-        width: channels that each level is projected to (``pointwise`` and ``spatial`` on the pyramid).
+        activation: ``sigmoid`` for each organ, or ``softmax`` over the background and all organs.
+        width: number of channels that each level is projected to; only for ``pointwise`` and ``spatial`` with levels
+            ``all``.
     """
 
     method: Method = "spatial"
@@ -57,7 +61,7 @@ class AdapterSettings:
 
     @property
     def name(self) -> str:
-        """A name for people, for example ``spatial on all levels``."""
+        """The settings as text for the user, for example ``spatial on all levels``."""
         return f"{self.method} on {'all levels' if self.levels == 'all' else 'the finest level'}"
 
 
@@ -72,22 +76,22 @@ class ResidualStep(nn.Module):
 
     @property
     def halo(self) -> int:
-        """Voxels of context used up on every side."""
+        """Number of context voxels that the step needs on every side."""
         return 2 * (self.first.kernel_size[0] // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the step's result on the inner voxels: ``[n, C, X - 2 h, ...]`` for a halo of ``h``."""
+        """Return the result for the inner voxels: ``[n, C, X - 2 h, ...]`` for a halo of ``h`` voxels."""
         residual: Tensor = self.second(torch.relu(self.first(x)))
-        return residual + _inner(x, self.halo)
+        return residual + _without_halo(x, self.halo)
 
 
 class Adapter(nn.Module):
-    """A trainable head on a frozen feature pyramid.
+    """A trainable network on a frozen feature pyramid.
 
     Args:
-        settings: the kind of adapter.
-        levels: the encoder's pyramid.
-        organs: number of organs ``K``; with softmax there is one more class, the background, at index 0.
+        settings: kind of adapter.
+        levels: levels of the feature pyramid of the encoder.
+        organs: number of organs ``K``; with softmax, class 0 is the background and there are ``K + 1`` classes.
     """
 
     fold: Tensor | None
@@ -116,10 +120,10 @@ class Adapter(nn.Module):
             self.classifier = nn.Conv3d(settings.width, self.classes, 1, bias=False)
 
     def start_from_head(self, rows: HeadRows) -> None:
-        """Start the classifier of known organs from the encoder's head.
+        """Initialise the classifiers of the organs that the encoder knows with the rows of its head.
 
         Args:
-            rows: the head's classifiers.
+            rows: for each organ, its classifier in the head, or None.
         """
         first, bias = self.backgrounds, self._bias()
         with torch.no_grad():
@@ -138,41 +142,41 @@ class Adapter(nn.Module):
                 self.direct.weight[k, :, 0, 0, 0] = known * self.scale(0)
                 bias[k] = (known @ self.mean(0)).double() + known_bias
                 if self.settings.levels == "all":
-                    for extra in self._other_classifiers():
+                    for extra in self._further_classifiers():
                         extra.weight[k] = 0.0
 
     def _zero(self, row: int) -> None:
-        """Empty a classifier: a linear adapter is solved with a ridge towards what stands there."""
+        """Set a classifier to zero; the ridge of the linear solver pulls the weights towards these start values."""
         for weight in self.classifiers():
             weight[row] = 0.0
 
     def classifiers(self) -> list[Tensor]:
-        """Return the weights ``[classes, C, 1, 1, 1]`` that make logits: ``direct`` first."""
-        return [layer.weight for layer in (self.direct, *self._other_classifiers())]
+        """Return the weights ``[classes, C, 1, 1, 1]`` of all classifiers; the weight of ``direct`` is the first."""
+        return [layer.weight for layer in (self.direct, *self._further_classifiers())]
 
-    def _other_classifiers(self) -> list[nn.Conv3d]:
-        """The classifiers beside ``direct``: one a coarser level, and that of the residual path."""
+    def _further_classifiers(self) -> list[nn.Conv3d]:
+        """Return all classifiers except ``direct``: one per coarser level, then the classifier of the residual path."""
         linear = [module for module in self.coarse if isinstance(module, nn.Conv3d)]
         has_residual_path = self.settings.method != "linear" and self.settings.levels == "all"
         return [*linear, self.classifier] if has_residual_path else linear
 
     def linear_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters beside the residual path, which logits are linear in; they bear a higher rate."""
+        """Return the parameters outside the residual path. The logits are linear in them, so a higher rate is safe."""
         if self.settings.levels == "finest":
             return []
         return [*self.direct.parameters(), *self.coarse.parameters()]
 
     @property
     def device(self) -> torch.device:
-        """Where the adapter computes."""
+        """Device of the adapter."""
         return self.direct.weight.device
 
     def linear_weight(self) -> Tensor:
-        """Return the weights ``[classes, D]`` of all classifiers on the CPU, in the order of :meth:`penultimate`."""
+        """Return the weights ``[classes, D]`` of all classifiers, on the CPU, in the order of :meth:`penultimate`."""
         return torch.cat([weight.detach().flatten(1) for weight in self.classifiers()], dim=1).cpu()
 
     def linear_bias(self) -> Tensor:
-        """Return the classifiers' bias ``[classes]`` on the CPU."""
+        """Return the bias ``[classes]`` of the classifiers, on the CPU."""
         return self._bias().cpu()
 
     def _bias(self) -> Tensor:
@@ -182,22 +186,22 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def set_linear(self, weight: Tensor, bias: Tensor) -> None:
-        """Replace what :meth:`linear_weight` and :meth:`linear_bias` return."""
+        """Set the weights ``[classes, D]`` and the bias ``[classes]`` of all classifiers."""
         classifiers = self.classifiers()
-        for mine, new in zip(classifiers, weight.split([mine.shape[1] for mine in classifiers], dim=1), strict=True):
-            mine.copy_(new[..., None, None, None])
+        for old, new in zip(classifiers, weight.split([old.shape[1] for old in classifiers], dim=1), strict=True):
+            old.copy_(new[..., None, None, None])
         self._bias().copy_(bias)
 
     def mean(self, level: int) -> Tensor:
-        """Return the level's channel means over the support set, ``[C_l]``."""
+        """Return the mean of each channel of a level over the support set, ``[C_l]``."""
         return self.get_buffer(f"mean_{level}")
 
     def scale(self, level: int) -> Tensor:
-        """Return the level's channel standard deviations over the support set, ``[C_l]``."""
+        """Return the standard deviation of each channel of a level over the support set, ``[C_l]``."""
         return self.get_buffer(f"scale_{level}")
 
     def boxes(self, core: Box) -> list[Box]:
-        """Return what must be read of each level so that :meth:`forward` covers ``core`` (voxels of level 0)."""
+        """Return the box of each level that :meth:`forward` needs to compute ``core`` (in voxels of level 0)."""
         boxes = [core.grown(self._halo(0))]
         for level in range(1, len(self.levels)):
             boxes.append(boxes[-1].coarser().grown(self._halo(level)))
@@ -207,8 +211,9 @@ class Adapter(nn.Module):
         """Return logits ``[n, classes, *core.shape]``.
 
         Args:
-            features: each level's part ``boxes(core)``, ``[n, C_l, ...]``.
-            core: where the wanted voxels lie (for blocks of one batch: any of them, they share their alignment).
+            features: features of each level in the boxes ``boxes(core)``, ``[n, C_l, ...]``.
+            core: box of the voxels to compute. All blocks of a batch have one alignment, so that the box of any block
+                of the batch gives the correct result.
         """
         normalised = [self._normalised(x, level) for level, x in enumerate(features)]
         boxes = self.boxes(core)
@@ -220,36 +225,45 @@ class Adapter(nn.Module):
         return self._classify(context, self.classifier) + self._linear(normalised, boxes, core)
 
     def of_maps(self, levels: Sequence[Tensor]) -> Tensor:
-        """Return logits ``[n, classes, X, Y, Z]`` of whole feature maps held in memory, ``[n, C_l, ...]`` a level."""
+        """Return logits ``[n, classes, X, Y, Z]`` of complete feature maps in memory.
+
+        Args:
+            levels: one tensor ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` per level, finest level first.
+        """
         core = Box(*((0, size) for size in levels[0].shape[2:]))
-        logits: Tensor = self(surrounded(levels, self.boxes(core)), core)
+        logits: Tensor = self(pad_to_boxes(levels, self.boxes(core)), core)
         return logits
 
     def log_odds(self, levels: Sequence[Tensor]) -> Tensor:
-        """Return each organ's log odds ``[n, K, X, Y, Z]`` of whole feature maps, as for :meth:`of_maps`."""
+        """Return the log odds ``[n, K, X, Y, Z]`` of each organ for complete feature maps in memory.
+
+        Args:
+            levels: one tensor ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` per level, finest level first.
+        """
         return torch.logit(self.probabilities(self.of_maps(levels))[:, self.backgrounds :])
 
     def penultimate(self, features: Sequence[Tensor], core: Box) -> Tensor:
-        """Return what the classifiers see, ``[n, D, *core.shape]``: logits are ``W p + b`` of it.
+        """Return the input ``p`` of the classifiers, ``[n, D, *core.shape]``. The logits are ``W p + b``.
 
-        ``W`` and ``b`` are :meth:`linear_weight` and :meth:`linear_bias`. For a linear adapter these are the normalised
-        features, every level interpolated; on the pyramid the outcome of the residual path stands behind them.
+        :meth:`linear_weight` returns ``W`` and :meth:`linear_bias` returns ``b``. For a linear adapter, ``p`` contains
+        the normalised features of every level, interpolated to level 0. With levels ``all`` and a residual path, the
+        output of the residual path follows them.
 
         Args:
-            features: as for :meth:`forward`.
-            core: likewise.
+            features: features of each level in the boxes ``boxes(core)``, ``[n, C_l, ...]``.
+            core: box of the voxels to compute, in voxels of level 0.
         """
         normalised = [self._normalised(x, level) for level, x in enumerate(features)]
         boxes = self.boxes(core)
         if self.settings.method != "linear" and self.settings.levels == "finest":
-            alone: Tensor = self.steps[0](normalised[0])
-            return alone
+            output_of_step: Tensor = self.steps[0](normalised[0])
+            return output_of_step
         wanted = [core]
         for _ in self.coarse:
             wanted.append(wanted[-1].coarser())
         below: Tensor | None = None
         for level in reversed(range(len(self.levels))):
-            here = _part(normalised[level], boxes[level], wanted[level])
+            here = _crop(normalised[level], boxes[level], wanted[level])
             if below is not None:
                 here = torch.cat([here, upsample_into(below, wanted[level + 1], wanted[level])], dim=1)
             below = here
@@ -259,7 +273,7 @@ class Adapter(nn.Module):
         return torch.cat([below, self.steps[0](self._context(normalised, boxes))], dim=1)
 
     def folded(self) -> Adapter:
-        """Return a copy for inference alone that holds the fold of :meth:`_classify` instead of computing it."""
+        """Return a copy for inference only, in which the folded convolution of :meth:`_classify` is precomputed."""
         adapter = copy.deepcopy(self).eval()
         if self.settings.method != "linear":
             classifier = adapter.direct if self.settings.levels == "finest" else adapter.classifier
@@ -267,14 +281,18 @@ class Adapter(nn.Module):
         return adapter
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return probabilities of the same shape; with softmax, class 0 is the background."""
+        """Return the probabilities of logits, in the shape of the logits; with softmax, class 0 is the background."""
         return torch.sigmoid(logits) if self.settings.activation == "sigmoid" else torch.softmax(logits, dim=1)
 
     def _normalised(self, x: Tensor, level: int) -> Tensor:
         return (x - self.mean(level)[:, None, None, None]) / self.scale(level)[:, None, None, None]
 
     def _context(self, normalised: Sequence[Tensor], boxes: Sequence[Box]) -> Tensor:
-        """Return what reaches the finest residual step on the pyramid: each level's projection and all coarser ones."""
+        """Return the input of the residual step at the finest level, for adapters with levels ``all``.
+
+        The input is the projection of the finest level plus the upsampled output of the residual steps of all coarser
+        levels.
+        """
         x: Tensor = self.project[-1](normalised[-1])
         for level in reversed(range(len(self.levels) - 1)):
             coarse: Tensor = self.steps[level + 1](x)
@@ -283,10 +301,10 @@ class Adapter(nn.Module):
         return x
 
     def _classify(self, x: Tensor, classifier: nn.Conv3d) -> Tensor:
-        """Return ``V(x + C(ReLU(C(x))))`` of the finest level's step and its classifier ``V``.
+        """Return ``V(x + C(ReLU(C(x))))``, the residual step of the finest level followed by the classifier ``V``.
 
-        For inference the step's second convolution and the classifier, linear in sequence, are folded into one
-        convolution ``V C``, which has as many outputs as there are classes instead of the step's width.
+        For inference, the second convolution of the step and the classifier are folded into one convolution ``V C``,
+        because both are linear. The folded convolution has one output per class, fewer than the channels of the step.
         """
         step = self.steps[0]
         assert isinstance(step, ResidualStep)  # noqa: S101 - narrows the type for the checker
@@ -294,23 +312,23 @@ class Adapter(nn.Module):
             logits: Tensor = classifier(step(x))
             return logits
         weight = self._folded_weight(classifier) if self.fold is None else self.fold
-        straight: Tensor = classifier(_inner(x, step.halo))
-        return straight + F.conv3d(torch.relu(step.first(x)), weight)
+        identity_path: Tensor = classifier(_without_halo(x, step.halo))
+        return identity_path + F.conv3d(torch.relu(step.first(x)), weight)
 
     def _folded_weight(self, classifier: nn.Conv3d) -> Tensor:
-        """Return ``V C`` of :meth:`_classify`, ``[classes, width, *kernel]``."""
+        """Return the folded weight ``V C`` of :meth:`_classify`, ``[classes, width, *kernel]``."""
         second = self.get_parameter("steps.0.second.weight")
         return torch.einsum("kc,cixyz->kixyz", classifier.weight[:, :, 0, 0, 0], second)
 
     def _linear(self, normalised: Sequence[Tensor], boxes: Sequence[Box], core: Box) -> Tensor:
-        """Return the sum of every level's own 1x1x1 classifier, interpolated to ``core``."""
+        """Return the sum of the 1x1x1 classifiers of all levels, interpolated to ``core``."""
         wanted = [core]
         for _ in self.coarse:
             wanted.append(wanted[-1].coarser())
-        logits: Tensor = self.direct(_part(normalised[0], boxes[0], core))
+        logits: Tensor = self.direct(_crop(normalised[0], boxes[0], core))
         below: Tensor | None = None
         for level in reversed(range(1, len(self.levels))):
-            here: Tensor = self.coarse[level - 1](_part(normalised[level], boxes[level], wanted[level]))
+            here: Tensor = self.coarse[level - 1](_crop(normalised[level], boxes[level], wanted[level]))
             below = here if below is None else here + upsample_into(below, wanted[level + 1], wanted[level])
         return logits if below is None else logits + upsample_into(below, wanted[1], core)
 
@@ -323,16 +341,16 @@ class Adapter(nn.Module):
 
 
 def zero_shot(levels: Sequence[FeatureLevel], rows: HeadRows) -> Adapter:
-    """Return the encoder's own classifiers as an adapter (see :meth:`Adapter.start_from_head`)."""
+    """Return the classifiers of the encoder's head as an adapter (see :meth:`Adapter.start_from_head`)."""
     adapter = Adapter(AdapterSettings(method="linear", levels="finest"), levels, len(rows))
     adapter.start_from_head(rows)
     return adapter.eval()
 
 
-def _part(x: Tensor, box: Box, wanted: Box) -> Tensor:
-    """Return the part ``wanted`` of what lies at ``box``."""
+def _crop(x: Tensor, box: Box, wanted: Box) -> Tensor:
+    """Return the voxels of ``wanted`` from a tensor whose voxels are those of ``box``."""
     return x[:, :, *(slice(a - low, b - low) for (a, b), (low, _) in zip(wanted.ranges, box.ranges, strict=True))]
 
 
-def _inner(x: Tensor, halo: int) -> Tensor:
+def _without_halo(x: Tensor, halo: int) -> Tensor:
     return x[:, :, halo:-halo, halo:-halo, halo:-halo] if halo else x

@@ -1,4 +1,4 @@
-"""Encoder and adapter as one ONNX file, for programs that run networks but know nothing of this toolkit."""
+"""Export of encoder and adapter as one ONNX file, for programs that do not use this toolkit."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from fseft_edge.runtime.system.atomic import atomic_path, check_writable
 
 OUTPUT = "probabilities"
 GATE = 1e-4
-"""The largest difference of a probability from the toolkit's own that a graph may have."""
+"""Largest allowed difference between a probability of the graph and a probability of the toolkit."""
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FusedGraph:
-    """A written graph.
+    """An exported graph.
 
     Attributes:
         path: the ONNX file.
-        organs: names of the organs in the order of the graph's classes; with softmax the background comes before them.
-        difference: the largest difference of a probability from the toolkit's own, over seeded windows; None where
-            onnxruntime is not installed and nothing was compared.
+        organs: organ names in the order of the output classes; with softmax, the background precedes them.
+        difference: largest difference between the probabilities of the graph and of the toolkit, over seeded windows;
+            None if onnxruntime is not installed and the comparison was not possible.
     """
 
     path: Path
@@ -53,33 +53,38 @@ class FusedGraph:
 
 
 def export_adapter(adapter: Path, output: Path, *, encoder: Path | None = None) -> FusedGraph:
-    """Write encoder and adapter as one ONNX file; the twin of ``fseft-edge export-adapter``.
+    """Write encoder and adapter as one ONNX file, like the command ``fseft-edge export-adapter``.
 
-    The graph takes ``windows``, float32 ``[n, 1, X, Y, Z]`` scaled to 0..1, any n, and returns ``probabilities``,
-    float32 ``[n, classes, X, Y, Z]``. What a caller has to know beside it stands in the file's metadata (see
-    :func:`_metadata`) and in ``docs/export-adapter.md``. The same adapter gives the same bytes.
+    The input of the graph is ``windows``, float32 ``[n, 1, X, Y, Z]`` scaled to 0..1, for any n. The output is
+    ``probabilities``, float32 ``[n, classes, X, Y, Z]``. The metadata of the file (see :func:`_metadata`) and
+    ``docs/export-adapter.md`` contain all further information that a caller needs. Equal adapters give equal bytes.
 
-    Where onnxruntime is installed, the graph is run on seeded windows and compared with the toolkit's own result
-    before it appears under its name.
+    If onnxruntime is installed, the graph is run on seeded windows and compared with the result of the toolkit. The
+    file appears only if the comparison succeeds.
 
     Args:
-        adapter: the adapter file.
-        output: the file to write, ``NAME.onnx``; an older one is replaced.
-        encoder: encoder bundle; None looks beside the adapter and in the working folder.
+        adapter: adapter file.
+        output: ONNX file to write, ``NAME.onnx``; an existing file is replaced.
+        encoder: encoder bundle; None searches the folder of the adapter, then the working folder.
 
     Raises:
-        UsageError: ``output`` is not called ``.onnx``, or lies within the encoder bundle.
-        InputError: the adapter or the encoder is not usable, does not fit the other, or is not found.
-        ParityError: the graph differs from the toolkit's own result by more than :data:`GATE`.
-        OutOfSpaceError: the disk is full or not writable.
+        UsageError: the name of ``output`` does not end in ``.onnx``, or ``output`` is inside the encoder bundle.
+        InputError: the adapter or the encoder is not usable, was not found, or they do not belong together.
+        ParityError: the result of the graph differs from the result of the toolkit by more than :data:`GATE`.
+        OutOfSpaceError: the disk is full, or the folder is not writable.
     """
     if output.suffix != ".onnx":
-        raise UsageError(f"{output} is not called .onnx.", remedy="Name the output NAME.onnx.")
+        raise UsageError(
+            f"The output {output} does not have the suffix .onnx.", remedy="Choose an output name NAME.onnx."
+        )
     file = read_adapter(adapter)
     bundle = EncoderBundle.open(encoder or find_encoder(adapter, file.description.encoder_id))
     file.check_encoder(bundle.encoder_id, path=adapter)
     if bundle.path.resolve() in output.resolve().parents:
-        raise UsageError(f"{output} lies within the encoder bundle.", remedy="Write to another folder.")
+        raise UsageError(
+            f"The output {output} is inside the encoder bundle {bundle.path}.",
+            remedy="Choose an output in another folder.",
+        )
     check_writable(output)
     fused = FusedNetwork(inference_network(bundle.network()), file.adapter.folded()).eval()
     graph = graph_of(fused, bundle.window, [OUTPUT])
@@ -88,28 +93,28 @@ def export_adapter(adapter: Path, output: Path, *, encoder: Path | None = None) 
     with atomic_path(output) as temporary:
         write_model(graph, temporary)
         if find_spec("onnxruntime") is None:
-            _LOG.warning("onnxruntime is not installed: %s was not compared with the toolkit's own result", output)
+            _LOG.warning("onnxruntime is not installed: %s was not compared with the result of the toolkit", output)
         else:
             difference = _largest_difference(temporary, file.adapter, bundle)
             if not difference <= GATE:
                 raise ParityError(
-                    f"The graph of {adapter} differs from the toolkit's own probabilities by {difference:.1e}, "
-                    f"more than the {GATE:.0e} allowed, and was not written.",
-                    remedy="Try another version of onnxruntime; if that does not help, adapt again: weights that "
-                    "magnify rounding errors so much are not sound.",
+                    f"The probabilities of the ONNX graph of {adapter} differ from those of the toolkit by "
+                    f"{difference:.1e}, but at most {GATE:.0e} is allowed. {output} was not written.",
+                    remedy="Try another version of onnxruntime. If the error remains, run `fseft-edge adapt` again, "
+                    "because the weights of this adapter amplify rounding errors.",
                 )
     return FusedGraph(output, tuple(organ.name for organ in file.description.organs), difference)
 
 
 class FusedNetwork(nn.Module):
-    """A window to probabilities: the encoder, then the adapter on the features of that window alone.
+    """A network from windows to probabilities: the encoder, then the adapter on the features of each window.
 
-    The window's features continue beyond it as a scan's map does (:mod:`fseft_edge.adapters.blocks`): every level
-    repeats its edge. A scan that fits into one window gives what the toolkit gives.
+    Beyond the window, every level of the features repeats its edge voxels, like the map of a scan
+    (:mod:`fseft_edge.adapters.blocks`). For a scan that fits into one window, the result is the result of the toolkit.
 
     Args:
-        encoder: in its form for inference.
-        adapter: trained on its features, folded.
+        encoder: encoder network in its form for inference.
+        adapter: folded adapter that was trained on the features of this encoder.
     """
 
     def __init__(self, encoder: FeatureNetwork, adapter: Adapter) -> None:
@@ -123,10 +128,11 @@ class FusedNetwork(nn.Module):
 
 
 def _metadata(file: AdapterFile, bundle: EncoderBundle) -> dict[str, str]:
-    """Return what a caller has to know beside the graph, as the file's ``metadata_props``; nothing about patients.
+    """Return the ``metadata_props`` of the ONNX file. They contain no information about patients.
 
-    Everything but plain words is JSON. An organ's ``channel`` is its place in the output, ``mask_label`` the value that
-    ``segment`` gives it, ``annotation_label`` its value in the files that the adapter learned from.
+    Values that are not strings are stored as JSON. For each organ, ``channel`` is its index in the output,
+    ``mask_label`` its label value in masks of ``segment``, and ``annotation_label`` its label value in the annotations
+    of the support set.
     """
     described = file.description
     entries = {
@@ -157,7 +163,7 @@ def _metadata(file: AdapterFile, bundle: EncoderBundle) -> dict[str, str]:
 
 
 def _largest_difference(graph: Path, adapter: Adapter, bundle: EncoderBundle) -> float:
-    """Return the largest difference of the graph's probabilities from those of the torch backend and the adapter."""
+    """Return the largest difference between the probabilities of the graph and those of the torch backend."""
     runner = GraphRunner(graph, torch.device("cpu"), torch.get_num_threads())
     largest = 0.0
     with open_session(bundle, device="cpu", backend="torch") as session:

@@ -1,3 +1,5 @@
+"""Blocks of feature maps: tiles, interpolation between levels, and voxels beyond the border of the map."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from doubles.features import random_features
 
-from fseft_edge.adapters.blocks import Box, read_block, surrounded, tiles, upsample_into
+from fseft_edge.adapters.blocks import Box, pad_to_boxes, read_block, tiles, upsample_into
 
 
 def test_tiles_cover_every_voxel_once() -> None:
@@ -19,7 +21,7 @@ def test_tiles_cover_every_voxel_once() -> None:
 
 @pytest.mark.parametrize("low", range(0, 9))
 @pytest.mark.parametrize("length", [1, 2, 5, 8])
-def test_upsampling_a_part_equals_that_part_of_the_upsampled_whole(low: int, length: int) -> None:
+def test_upsampling_of_a_part_equals_the_part_of_the_upsampled_map(low: int, length: int) -> None:
     coarse = random_features((16, 16, 16), (3,)).tensors[0][None]
     whole = F.interpolate(coarse, scale_factor=2, mode="trilinear", align_corners=False)
     low += 8
@@ -42,8 +44,7 @@ def test_a_block_beyond_the_map_repeats_its_edge() -> None:
         np.testing.assert_array_equal(block[0].numpy(), whole[index])
 
 
-def test_interpolation_first_used_for_inference_can_be_trained_through() -> None:
-    """The matrices are kept between calls, in whatever mode they were first asked for."""
+def test_interpolation_matrix_cached_in_inference_mode_can_be_used_in_training() -> None:
     coarse, box = Box((-3, 5), (-3, 5), (-3, 5)), Box((-4, 8), (-4, 8), (-4, 8))
     values = torch.randn(1, 2, *coarse.shape)
     with torch.inference_mode():
@@ -52,11 +53,11 @@ def test_interpolation_first_used_for_inference_can_be_trained_through() -> None
     again = upsample_into(trained, coarse, box)
     torch.testing.assert_close(again.detach(), first.clone(), rtol=0, atol=0)
     again.sum().backward()
-    assert float(trained.grad.sum()) == pytest.approx(again.numel(), rel=1e-5)  # weights of a voxel add up to 1
+    assert float(trained.grad.sum()) == pytest.approx(again.numel(), rel=1e-5)  # the weights of a voxel have the sum 1
 
 
-def test_interpolation_first_used_while_a_graph_is_traced_serves_afterwards() -> None:
-    """Tracing puts stand-ins in the place of tensors; none of them may stay among what is kept between calls."""
+def test_interpolation_used_while_tracing_a_graph_can_be_used_afterwards() -> None:
+    """Tracing replaces tensors by placeholders, and a placeholder must not remain in the cache of matrices."""
     coarse, box = Box((-3, 6), (-3, 6), (-3, 6)), Box((-4, 9), (-4, 9), (-4, 9))
 
     class Upsampling(torch.nn.Module):
@@ -68,9 +69,9 @@ def test_interpolation_first_used_while_a_graph_is_traced_serves_afterwards() ->
     torch.testing.assert_close(traced(values), upsample_into(values, coarse, box), rtol=0, atol=1e-6)
 
 
-def test_a_map_in_memory_continues_as_one_on_disk_does() -> None:
+def test_padding_of_a_map_in_memory_equals_reading_of_a_map_on_disk() -> None:
     features = random_features((8, 8, 8), (2, 3))
     boxes = [Box((-3, 8), (0, 11), (-2, 10)), Box((-4, 5), (-1, 9), (0, 4))]
-    blocks = surrounded([level[None] for level in features.tensors], boxes)
+    blocks = pad_to_boxes([level[None] for level in features.tensors], boxes)
     for block, expected in zip(blocks, read_block(features, boxes), strict=True):
         assert torch.equal(block, expected)

@@ -1,3 +1,5 @@
+"""Adapter networks: blocks and complete scans, start from the encoder's head, folding, and published formulas."""
+
 from __future__ import annotations
 
 import itertools
@@ -23,7 +25,7 @@ def _features() -> MemoryFeatures:
     return random_features(SHAPE, (4, 6, 8, 10))
 
 
-def _trained_like(settings: AdapterSettings, features: MemoryFeatures, organs: int = 2) -> Adapter:
+def _random_adapter(settings: AdapterSettings, features: MemoryFeatures, organs: int = 2) -> Adapter:
     torch.manual_seed(1)
     adapter = Adapter(settings, features.levels, organs)
     for parameter in adapter.parameters():
@@ -40,9 +42,9 @@ def _apply(adapter: Adapter, features: MemoryFeatures, core: Box) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-def test_a_scan_cut_into_blocks_gives_what_the_whole_scan_gives(settings: AdapterSettings) -> None:
+def test_a_scan_in_blocks_gives_the_result_of_the_complete_scan(settings: AdapterSettings) -> None:
     features = _features()
-    adapter = _trained_like(settings, features)
+    adapter = _random_adapter(settings, features)
     whole = _apply(adapter, features, Box(*((0, size) for size in SHAPE)))
     for box in tiles(SHAPE, (13, 24, 9)):
         part = _apply(adapter, features, box)
@@ -53,7 +55,7 @@ def test_a_scan_cut_into_blocks_gives_what_the_whole_scan_gives(settings: Adapte
 @pytest.mark.parametrize("settings", KINDS, ids=str)
 def test_folded_inference_equals_training_mode(settings: AdapterSettings) -> None:
     features = _features()
-    adapter = _trained_like(settings, features)
+    adapter = _random_adapter(settings, features)
     core = Box((8, 16), (8, 16), (8, 24))
     folded = _apply(adapter, features, core)
     unfolded = _apply(adapter.train(), features, core)
@@ -61,7 +63,7 @@ def test_folded_inference_equals_training_mode(settings: AdapterSettings) -> Non
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-def test_an_untrained_adapter_is_the_zero_shot_classifier_for_organs_the_head_knows(settings: AdapterSettings) -> None:
+def test_an_untrained_adapter_is_the_zero_shot_classifier_of_known_organs(settings: AdapterSettings) -> None:
     features = _features()
     adapter = Adapter(settings, features.levels, 2)
     for level in range(len(adapter.levels)):
@@ -76,10 +78,10 @@ def test_an_untrained_adapter_is_the_zero_shot_classifier_for_organs_the_head_kn
     torch.testing.assert_close(logits[known], expected, rtol=0, atol=1e-5)
 
 
-def test_the_spatial_adapter_on_the_last_level_is_the_papers_formula() -> None:
-    """``V(x + C3(ReLU(C3(x))))``, computed by plain convolutions on a map whose border is out of reach."""
+def test_the_spatial_adapter_on_the_finest_level_is_the_formula_of_the_paper() -> None:
+    """The formula is ``V(x + C3(ReLU(C3(x))))``, computed by convolutions far from the border of the map."""
     features = random_features((16, 16, 16), (4,))
-    adapter = _trained_like(AdapterSettings("spatial", "finest"), features)
+    adapter = _random_adapter(AdapterSettings("spatial", "finest"), features)
     x = (features.tensors[0][None] - adapter.mean(0)[:, None, None, None]) / adapter.scale(0)[:, None, None, None]
     step = adapter.steps[0]
     residual = nn.functional.conv3d(x, step.first.weight, padding=1).relu()
@@ -90,7 +92,7 @@ def test_the_spatial_adapter_on_the_last_level_is_the_papers_formula() -> None:
 
 
 def test_parameter_counts_on_48_channels_are_the_published_ones() -> None:
-    """The released code counts 124,416 for the spatial adapter and 49 for one organ's classifier."""
+    """The released code has 124,416 parameters in the spatial adapter and 49 in the classifier of one organ."""
     features = random_features((8, 8, 8), (48,))
     spatial = Adapter(AdapterSettings("spatial", "finest"), features.levels, 1)
     linear = Adapter(AdapterSettings("linear", "finest"), features.levels, 1)
@@ -108,12 +110,12 @@ def test_probabilities_sum_to_one_with_softmax_only() -> None:
 
 
 @pytest.mark.parametrize("settings", KINDS, ids=str)
-def test_logits_are_linear_in_what_the_classifiers_see(settings: AdapterSettings) -> None:
+def test_logits_are_linear_in_the_input_of_the_classifiers(settings: AdapterSettings) -> None:
     features = _features()
-    adapter = _trained_like(settings, features)
+    adapter = _random_adapter(settings, features)
     core = Box((8, 16), (8, 16), (8, 24))
     with torch.inference_mode():
-        seen = adapter.penultimate(read_block(features, adapter.boxes(core)), core)[0].flatten(1)
-        logits = adapter.linear_weight() @ seen + adapter.linear_bias()[:, None]
+        inputs = adapter.penultimate(read_block(features, adapter.boxes(core)), core)[0].flatten(1)
+        logits = adapter.linear_weight() @ inputs + adapter.linear_bias()[:, None]
     expected = _apply(adapter, features, core)
     assert float((logits.view(expected.shape) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

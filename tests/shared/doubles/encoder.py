@@ -1,6 +1,6 @@
-"""A tiny encoder with random weights in a real bundle, adapters for it, and phantoms on its grid as NIfTI files.
+"""A tiny encoder with random weights in an encoder bundle, adapters for it, and phantoms on its grid as NIfTI files.
 
-Its features are arbitrary but informative functions of the CT, fast to compute, and the same on every run.
+The features are arbitrary but informative functions of the CT. They are fast to compute and equal in every run.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ WINDOW = (32, 32, 32)
 SPACING = (6.0, 6.0, 6.0)
 SHAPE = (64, 48, 56)
 HEAD_ORGANS = ("liver", "left_lung")
-"""What the head of the tiny encoder claims to know; its rows are random."""
+"""The organs of the head of the tiny encoder. The rows of the head are random."""
 
 
 def label_of(organ: str) -> int:
-    """Return an organ's label value in the phantoms."""
+    """Return the label value of an organ in the phantoms."""
     return ORGANS.index(organ) + 1
 
 
 @functools.cache
 def scan(seed: int) -> Phantom:
-    """Return a trunk at the encoder's spacing."""
+    """Return a phantom of a trunk with the voxel spacing of the encoder."""
     return phantom(seed, shape=SHAPE, spacing=SPACING)
 
 
 def write_tiny_encoder(
     path: Path, *, seed: int = 0, graph: Path | None = None, architecture: str = "residual_unet"
 ) -> EncoderBundle:
-    """Write a bundle through the project's own writer; another seed is another encoder."""
+    """Write an encoder bundle. Another seed gives another encoder."""
     network, _ = _calibrated(seed)
     generator = torch.Generator().manual_seed(seed)
     contents = BundleContents(
@@ -76,9 +76,9 @@ def write_random_adapter(
     support_volumes_ml: tuple[float, ...] = (),
     deviation: float = 1.0,
 ) -> AdapterFile:
-    """Write an adapter that no training made: every organ covers roughly half of what the encoder sees.
+    """Write an adapter with random weights. The mask of every organ covers about half of the scan.
 
-    The smaller the weights' ``deviation``, the less do residual steps magnify rounding errors.
+    A smaller standard deviation of the weights, ``deviation``, gives a smaller amplification of rounding errors.
     """
     settings = settings or AdapterSettings(method="linear", levels="finest")
     generator = torch.Generator().manual_seed(seed)
@@ -113,13 +113,13 @@ def write_random_adapter(
 
 
 def write_case(root: Path, name: str, seed: int, *, only: Sequence[str] | None = None) -> tuple[Path, Path]:
-    """Write a phantom as ``root/images/name`` and ``root/labels/name``; return both paths.
+    """Write a phantom and its annotation as ``root/images/name`` and ``root/labels/name``; return both paths.
 
     Args:
-        root: folder of the two.
-        name: of the case, without suffix.
-        seed: the patient.
-        only: organs that are annotated; None annotates all.
+        root: folder of the folders ``images`` and ``labels``.
+        name: case name, without suffix.
+        seed: seed of the phantom; another seed is another patient.
+        only: organs to annotate; None annotates all organs.
     """
     patient = scan(seed)
     labels: NDArray[np.unsignedinteger] = patient.labels.array
@@ -133,7 +133,7 @@ def write_case(root: Path, name: str, seed: int, *, only: Sequence[str] | None =
 
 @functools.cache
 def _calibrated(seed: int) -> tuple[ResidualUNet, list[Tensor]]:
-    """Return the network with its norms set to the statistics of one window, and that window's features."""
+    """Return a network whose norms have the statistics of one window, and the features of that window."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ResidualUNet(CHANNELS)

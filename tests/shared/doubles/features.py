@@ -1,4 +1,4 @@
-"""A small in-memory feature map for tests of what reads features."""
+"""A small feature map in memory, for tests of code that reads features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 
 @dataclass(frozen=True)
 class MemoryFeatures:
-    """What a feature map of the store offers, held in memory: one ``[C_l, X, Y, Z]`` tensor a level."""
+    """A feature map in memory with the interface of a feature map of the store: one ``[C_l, X, Y, Z]`` per level."""
 
     tensors: tuple[Tensor, ...]
 
@@ -30,7 +30,7 @@ class MemoryFeatures:
 
 
 def random_features(shape: tuple[int, int, int], channels: tuple[int, ...], seed: int = 0) -> MemoryFeatures:
-    """Return a map of noise; ``shape`` is a multiple of the coarsest stride."""
+    """Return a feature map of random noise; ``shape`` must be a multiple of the coarsest stride."""
     generator = torch.Generator().manual_seed(seed)
     return MemoryFeatures(
         tuple(

@@ -1,4 +1,4 @@
-"""A process whose memory holds nonsense (``MALLOC_PERTURB_``): says the gradients of convolutions in bfloat16."""
+"""A program that prints gradients of convolutions in bfloat16, for runs with filled memory (``MALLOC_PERTURB_``)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fseft_edge.adaptation.bfloat16_fix import short_inputs_in_float32
 
 
 def gradients(*, guarded: bool, precision: torch.dtype = torch.bfloat16) -> list[float]:
-    """Return the largest weight gradients of kernels of 3 and 5 over so many voxels, or one more."""
+    """Return the largest weight gradient for kernels of 3 and 5 voxels, over shorter inputs and over equal inputs."""
     torch.manual_seed(0)
     largest = []
     for kernel, size in ((3, 2), (3, 3), (5, 4), (5, 5)):
         network = nn.Sequential(nn.Conv3d(8, 8, kernel, padding=kernel // 2))
-        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
+        network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # the stubs contain 2D only
         x = torch.rand(1, 8, size, size, size).contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32):
             if guarded:
