@@ -1,1 +1,1 @@
-"""The command line: each command parses, calls its Python twin and prints."""
+"""The command line: each command parses its options, calls a Python function and prints the result."""

@@ -1,4 +1,4 @@
-"""The overnight batch: `batch run`, `status`, `retry` and `cancel`."""
+"""The commands of the overnight batch: `batch run`, `status`, `retry`, `cancel` and `install-service`."""
 
 from __future__ import annotations
 
@@ -23,29 +23,37 @@ if TYPE_CHECKING:
     from fseft_edge.batch.settings import StopRequest
     from fseft_edge.dicom_output import DicomKind
 
-_LIMIT_HELP = "Minutes a case may take."
-_IDS_HELP = "Name the files of the inbox too; their names may be patients'."
-_STATE_HELP = "The state file, if it does not lie in OUTBOX; on a local disk."
+_LIMIT_HELP = "Time limit of a case in minutes."
+_IDS_HELP = "Also show the file names in the inbox, which may contain patients' names."
+_STATE_HELP = "State file of the batch, on a local disk.  [default: in OUTBOX]"
 
 
 @click.group()
 def batch() -> None:
-    """Segment every scan that arrives in a folder, overnight and unattended."""
+    """Segment every scan that arrives in a folder, overnight and without supervision."""
 
 
 @batch.command("run")
 @click.argument("inbox", type=PATH)
-@click.option("-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for results and state.")
-@click.option("--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter; may be repeated.")
-@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
-@click.option("--watch", is_flag=True, help="When all is done, wait for more.")
-@click.option("--until", metavar="HH:MM", help="Begin no case after this time of day.")
+@click.option(
+    "-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for the results and the state file."
+)
+@click.option(
+    "--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter, NAME.adapter. May be repeated."
+)
+@click.option(
+    "--encoder",
+    type=PATH,
+    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+)
+@click.option("--watch", is_flag=True, help="When all cases are done, wait for new scans.")
+@click.option("--until", metavar="HH:MM", help="Start no case after this time of day.")
 @click.option(
     "--workers",
     default="auto",
     show_default=True,
     metavar="N",
-    help="Worker processes. One keeps a GPU or a few cores busy.",
+    help="Number of worker processes. One process is enough for one GPU or a few cores.",
 )
 @click.option(
     "--limit",
@@ -59,17 +67,19 @@ def batch() -> None:
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
-    help="How often a case may crash or take too long before it is set aside.",
+    help="Number of crashes or timeouts after which a case is set aside.",
 )
 @click.option(
     "--settle",
     type=click.FloatRange(min=0),
     default=10.0,
     show_default=True,
-    help="Seconds for which a scan's files must not change.",
+    help="Time in seconds without a change of a scan's files, after which the scan is complete.",
 )
-@click.option("--one-by-one", is_flag=True, help="Do not overlap the stages of cases: slower, in less memory.")
-@click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers do the cases: tcp://HOST:8786.")
+@click.option(
+    "--one-by-one", is_flag=True, help="Each worker process handles one case at a time: slower, but needs less memory."
+)
+@click.option("--scheduler", metavar="ADDRESS", help="Dask scheduler whose workers process the cases: tcp://HOST:8786.")
 @click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @dicom_option
@@ -93,20 +103,20 @@ def run(
     dicom: tuple[DicomKind, ...],
     common: Common,
 ) -> None:
-    """Segment the scans in INBOX, each exactly once; run again after a crash, it goes on where it was.
+    """Segment each scan in INBOX exactly once. After a crash, run the command again: finished cases are not repeated.
 
-    Ctrl-C finishes the cases in hand; pressed again, it stops at once.
+    Ctrl-C ends the run after the cases in progress; a second Ctrl-C ends the run at once.
     """
     from fseft_edge.batch.coordinator import run_batch  # noqa: PLC0415 - brings in torch
-    from fseft_edge.batch.settings import (  # noqa: PLC0415 - likewise
+    from fseft_edge.batch.settings import (  # noqa: PLC0415 - brings in torch
         BatchSettings,
         StopRequest,
         parse_until,
         parse_workers,
     )
-    from fseft_edge.segmentation.segmenter import SegmentationSettings  # noqa: PLC0415 - likewise
+    from fseft_edge.segmentation.segmenter import SegmentationSettings  # noqa: PLC0415 - brings in torch
 
-    if not common.quiet:  # unattended runs say what they do; their log holds no names
+    if not common.quiet:  # an unattended run logs its actions; the log contains no names of patients
         logging.getLogger("fseft_edge.batch").setLevel(logging.INFO)
     segmentation = SegmentationSettings(
         adapters,
@@ -139,23 +149,24 @@ def run(
     stop = StopRequest()
     _listen(stop)
     summary = run_batch(settings, stop)
-    ended = f"{summary.done} done and {summary.failed} failed in this run, {summary.waiting} waiting"
+    ended = f"{summary.done} cases done and {summary.failed} failed in this run, {summary.waiting} waiting"
     click.echo(f"{ended}: {outbox / 'report.html'}")
     if summary.failed:
         raise SomeCasesFailedError(
             f"{summary.failed} cases failed.",
-            remedy=f"`fseft-edge batch status {outbox}` says why; `batch retry` lets them wait for another run.",
+            remedy=f"Run `fseft-edge batch status {outbox}` to see the reasons; `fseft-edge batch retry` returns these "
+            "cases to the queue.",
         )
 
 
 @batch.command()
 @click.argument("outbox", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the state of all cases as JSON.")
 @click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @logging_options
-def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
-    """Say where every case of OUTBOX stands."""
+def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
+    """Show the state of every case in OUTBOX."""
     with BatchStore(state_path(outbox, state)) as store:
         cases, duplicates = store.cases(), store.duplicates()
     if as_json:
@@ -166,7 +177,7 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
         name = f"{case.key}  {case.source_name}" if show_ids else case.key
         click.echo(f"{name}  {case.state}{f'  {case.reason} {case.remedy}' if case.reason else ''}")
     counts = ", ".join(f"{sum(case.state == state for case in cases)} {state.replace('_', ' ')}" for state in CaseState)
-    click.echo(f"{len(cases)} cases: {counts}; {len(duplicates)} found twice")
+    click.echo(f"{len(cases)} cases: {counts}; {len(duplicates)} duplicates skipped")
 
 
 @batch.command()
@@ -174,10 +185,10 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
 @click.argument("keys", nargs=-1, metavar="[CASE]...")
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @logging_options
-def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
-    """Let cases that failed, were set aside or cancelled wait again; all of them unless some are named."""
+def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
+    """Return failed, set-aside and cancelled cases to the queue: the named cases, or all of them without a name."""
     with BatchStore(state_path(outbox, state)) as store:
-        click.echo(f"{store.retry(keys)} cases wait again; `batch run` does them")
+        click.echo(f"{store.retry(keys)} cases returned to the queue; start `fseft-edge batch run` to process them")
 
 
 @batch.command()
@@ -185,23 +196,35 @@ def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: boo
 @click.argument("keys", nargs=-1, metavar="[CASE]...")
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @logging_options
-def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
-    """Take waiting cases out, all of them unless some are named; failures that are named too. The rest goes on."""
+def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
+    """Cancel waiting cases: the named cases, or all waiting cases without a name. A named case may also have failed."""
     with BatchStore(state_path(outbox, state)) as store:
         click.echo(f"{store.cancel(keys)} cases cancelled")
 
 
 @batch.command("install-service")
 @click.argument("inbox", type=PATH)
-@click.option("-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for results and state.")
-@click.option("--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter; may be repeated.")
-@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
-@click.option("--at", default="18:00", show_default=True, metavar="HH:MM", help="When the batch begins, every day.")
-@click.option("--until", default="06:30", show_default=True, metavar="HH:MM", help="When it begins no more cases.")
+@click.option(
+    "-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for the results and the state file."
+)
+@click.option(
+    "--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter, NAME.adapter. May be repeated."
+)
+@click.option(
+    "--encoder",
+    type=PATH,
+    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+)
+@click.option(
+    "--at", default="18:00", show_default=True, metavar="HH:MM", help="Time at which the batch starts every day."
+)
+@click.option(
+    "--until", default="06:30", show_default=True, metavar="HH:MM", help="Time after which no more cases are started."
+)
 @click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=60.0, help=_LIMIT_HELP, show_default=True)
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @dicom_option
-@click.option("--units", type=PATH, help="Folder for the unit files.  [default: ~/.config/systemd/user]")
+@click.option("--units", type=PATH, help="Folder for the systemd unit files.  [default: ~/.config/systemd/user]")
 @logging_options
 def install_service(
     *,
@@ -217,10 +240,10 @@ def install_service(
     units: Path | None,
     quiet: bool,
 ) -> None:
-    """Write systemd units that run the batch every night; nothing is started."""
+    """Write systemd units that run the batch every night. The command does not start them."""
     from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
     from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
-    from fseft_edge.segmentation.segmenter import SegmentationSettings, load_models  # noqa: PLC0415 - likewise
+    from fseft_edge.segmentation.segmenter import SegmentationSettings, load_models  # noqa: PLC0415 - brings in torch
 
     now = datetime.now().astimezone()
     begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))
@@ -237,8 +260,8 @@ def install_service(
     click.echo(f"{written.service}\n{written.timer}")
     if not quiet:
         click.echo(
-            f"Start it with: systemctl --user daemon-reload && systemctl --user enable --now {NAME}.timer\n"
-            "and let it run when nobody is logged in: loginctl enable-linger",
+            f"To start the service: systemctl --user daemon-reload && systemctl --user enable --now {NAME}.timer\n"
+            "To run the service when no user is logged in: loginctl enable-linger",
             err=True,
         )
 
@@ -250,12 +273,15 @@ def _as_dict(case: CaseRecord, *, show_ids: bool) -> dict[str, object]:
 
 
 def _listen(stop: StopRequest) -> None:
-    """Turn Ctrl-C and `kill` into requests: the first ends the run after the cases in hand, the second at once."""
+    """Handle Ctrl-C and `kill`: the first one ends the run after the cases in progress, the second one at once."""
 
-    def requested(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal handler's signature
+    def requested(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature of a signal handler
         stop.times += 1
-        click.echo("Stopping now." if stop.now else "Finishing the cases in hand; once more stops at once.", err=True)
+        click.echo(
+            "Stopping now." if stop.now else "Finishing the cases in progress. Press Ctrl-C again to stop now.",
+            err=True,
+        )
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` wants it to go on
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under `nohup` the run must continue
             signal.signal(number, requested)

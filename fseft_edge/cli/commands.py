@@ -1,4 +1,7 @@
-"""The commands. Each parses, calls its Python twin and prints the result to stdout; all else goes to stderr."""
+"""The commands. Each command parses its options, calls a Python function, and prints the result to stdout.
+
+Progress, messages and errors go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=PATH, default=Path("demo"), show_default=True, help="Folder for the results.")
 @logging_options
 def demo(output: Path, quiet: bool) -> None:
-    """Run everything once on built-in data: export, adapt, segment, evaluate, with pictures."""
+    """Run export, adapt, segment and evaluate once on built-in data, and make pictures."""
     from fseft_edge.demonstration import run_demo  # noqa: PLC0415 - only this command needs it
 
     with open_progress(quiet=quiet) as progress:
@@ -37,41 +40,59 @@ def demo(output: Path, quiet: bool) -> None:
 
 @click.command()
 @click.argument("scans", type=PATH, nargs=-1, required=True)
-@click.option("--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter; may be repeated.")
-@click.option("-o", "--output", type=PATH, required=True, help="Folder for masks and their JSON.")
-@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
+@click.option(
+    "--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter, NAME.adapter. May be repeated."
+)
+@click.option("-o", "--output", type=PATH, required=True, help="Folder for the masks and their JSON files.")
+@click.option(
+    "--encoder",
+    type=PATH,
+    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+)
 @click.option(
     "--series",
     metavar="UID",
-    help="DICOM series of the scan: its UID, an end of it, or its number in the list that an error shows."
-    "  [default: the CT series with most slices]",
+    help="DICOM series of the scan: its UID, the last characters of its UID, or its number in the list of an error "
+    "message.  [default: the CT series with the most slices]",
 )
 @click.option(
-    "--transductive", is_flag=True, help="Tune the adapters to each scan, so that organs have plausible sizes."
+    "--transductive",
+    is_flag=True,
+    help="Refit the adapters' classifiers to each scan, so that organs have plausible sizes.",
 )
-@click.option("--support-images", type=PATH, help="With --transductive: the annotated CTs that adapt was given.")
-@click.option("--support-labels", type=PATH, help="With --transductive: their annotations.")
+@click.option(
+    "--support-images",
+    type=PATH,
+    help="With --transductive: folder of the annotated CTs that the adapter was trained on.",
+)
+@click.option("--support-labels", type=PATH, help="With --transductive: folder of the annotations of these CTs.")
 @click.option(
     "--size-prior",
     "size_priors",
     multiple=True,
     metavar="NAME=LOW..HIGHml",
-    help="With --transductive: sizes that an organ may have.  [default: made of the support volumes]",
+    help="With --transductive: smallest and largest plausible volume of an organ. May be repeated.  [default: computed "
+    "from the support scans]",
 )
 @click.option(
-    "--size-volumes", type=PATH, help="With --transductive: CSV of volumes to make priors of (organ,volume_ml)."
+    "--size-volumes",
+    type=PATH,
+    help="With --transductive: CSV file (organ,volume_ml) of volumes from which to compute the plausible sizes.",
 )
 @click.option(
     "--largest-component/--all-components",
     default=None,
-    help="Keep only the largest piece of each organ, or all.  [default: what helped on scans left out of adapt]",
+    help="Keep only the largest connected component of each organ, or all components.  [default: as chosen by the "
+    "adapter's cross-validation]",
 )
 @click.option(
-    "--fill-holes/--keep-holes", default=None, help="Fill the holes of each organ, or not.  [default: likewise]"
+    "--fill-holes/--keep-holes",
+    default=None,
+    help="Fill or keep the holes in each organ.  [default: as chosen by the adapter's cross-validation]",
 )
-@click.option("--preview", is_flag=True, help="Write a picture of each mask, <case>.png.")
+@click.option("--preview", is_flag=True, help="Also write a picture of each mask, <case>.png.")
 @dicom_option
-@click.option("--json", "as_json", is_flag=True, help="Print volumes and flags as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print volumes and quality flags as JSON.")
 @common_options
 def segment(
     *,
@@ -92,12 +113,15 @@ def segment(
     as_json: bool,
     common: Common,
 ) -> None:
-    """Segment CTs (NIfTI files, folders of them, DICOM series); every mask lies on its scan's own lattice."""
-    plan = None
+    """Segment SCANS (NIfTI files, folders of NIfTI files, DICOM series); each mask has the lattice of its scan."""
+    transduction = None
     if transductive:
-        plan = _transduction_plan(support_images, support_labels, size_priors, size_volumes)
+        transduction = _transduction_inputs(support_images, support_labels, size_priors, size_volumes)
     elif support_images or support_labels or size_priors or size_volumes:
-        raise UsageError("Support scans and size priors serve --transductive.", remedy="Add it, or leave them out.")
+        raise UsageError(
+            "--support-images, --support-labels, --size-prior and --size-volumes can only be used with --transductive.",
+            remedy="Add --transductive, or remove these options.",
+        )
     from fseft_edge.segmentation.segment import segment as run  # noqa: PLC0415 - brings in torch
 
     show = _segment_json if as_json else _segment_text
@@ -109,7 +133,7 @@ def segment(
                 output,
                 encoder=encoder,
                 series=series,
-                transduction=plan,
+                transduction=transduction,
                 largest_component=largest_component,
                 fill_holes=fill_holes,
                 preview=preview,
@@ -129,15 +153,15 @@ def segment(
     click.echo(show(results))
 
 
-def _transduction_plan(
+def _transduction_inputs(
     images: Path | None, labels: Path | None, size_priors: Sequence[str], size_volumes: Path | None
 ) -> TransductionInputs:
     if images is None or labels is None:
         raise UsageError(
             "--transductive needs the annotated scans that the adapter was trained on.",
-            remedy="Name their folders by --support-images and --support-labels.",
+            remedy="Add --support-images and --support-labels with the folders of these scans.",
         )
-    from fseft_edge.adaptation.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only this mode needs it
+    from fseft_edge.adaptation.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only transduction needs it
     from fseft_edge.adaptation.transduction import TransductionInputs  # noqa: PLC0415 - brings in torch
 
     table = read_size_priors(size_volumes) if size_volumes else {}
@@ -162,36 +186,40 @@ def _segment_text(results: Sequence[SegmentedCase]) -> str:
 
 @click.command("export-adapter")
 @click.argument("adapter", type=PATH)
-@click.option("-o", "--output", type=PATH, required=True, help="The graph to write, NAME.onnx.")
-@click.option("--encoder", type=PATH, help="Encoder bundle.  [default: the adapter's, beside it or in this folder]")
+@click.option("-o", "--output", type=PATH, required=True, help="ONNX file to write, NAME.onnx.")
+@click.option(
+    "--encoder",
+    type=PATH,
+    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+)
 @logging_options
 def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: bool) -> None:
-    """Write the encoder and ADAPTER as one ONNX graph for other programs: window in, probabilities out."""
+    """Write ADAPTER and its encoder as one ONNX graph for other programs: input window, output probabilities."""
     from fseft_edge.adapters.onnx_export import export_adapter as run  # noqa: PLC0415 - brings in torch
 
     graph = run(adapter, output, encoder=encoder)
     if not quiet:
         compared = (
-            "not compared with the toolkit's own result, since onnxruntime is not installed"
+            "the graph was not tested, because onnxruntime is not installed"
             if graph.difference is None
-            else f"within {graph.difference:.1e} of the toolkit's own probabilities"
+            else f"largest difference from the probabilities of fseft-edge: {graph.difference:.1e}"
         )
         click.echo(f"{output}: {', '.join(graph.organs)}; {compared}")
 
 
 @click.command()
-@click.option("--predictions", type=PATH, required=True, help="Folder that `segment` wrote (or any label maps).")
-@click.option("--references", type=PATH, required=True, help="Folder of annotations, same file names.")
+@click.option("--predictions", type=PATH, required=True, help="Folder of masks from `segment`, or of other label maps.")
+@click.option("--references", type=PATH, required=True, help="Folder of annotations with equal file names.")
 @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=ORGAN_HELP)
 @click.option(
     "--nsd-tolerance",
     type=click.FloatRange(min=0, min_open=True),
     default=2.0,
     show_default=True,
-    help="Surface tolerance in mm.",
+    help="Tolerance of the normalised surface distance in mm.",
 )
-@click.option("--csv", "csv_file", type=PATH, help="Write the rows as CSV.")
-@click.option("--json", "json_file", type=PATH, help="Write the rows and the summary as JSON.")
+@click.option("--csv", "csv_file", type=PATH, help="CSV file to write the scores to.")
+@click.option("--json", "json_file", type=PATH, help="JSON file to write the scores and their summary to.")
 @logging_options
 def evaluate(
     *,
@@ -203,7 +231,7 @@ def evaluate(
     json_file: Path | None,
     quiet: bool,
 ) -> None:
-    """Compare masks with annotations: DSC, HD95 and normalised surface distance, per case and organ."""
+    """Compare masks with annotations: DSC, HD95 and normalised surface distance for each case and organ."""
     wanted = {organ.name: organ.label for organ in parse_organs(organs)}
     from fseft_edge.evaluation.evaluate import evaluate as run  # noqa: PLC0415 - brings in MONAI
 
@@ -218,5 +246,6 @@ def evaluate(
         click.echo(f"{failure.case}: {failure.message} {failure.remedy}", err=True)
     if result.failures:
         raise SomeCasesFailedError(
-            f"{len(result.failures)} cases could not be compared.", remedy="The reasons stand above."
+            f"{len(result.failures)} cases could not be compared.",
+            remedy="Correct the problems in the list above and run the command again.",
         )

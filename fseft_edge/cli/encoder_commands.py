@@ -1,4 +1,4 @@
-"""The commands that make encoders, their bundles and the engines beside them; see :mod:`fseft_edge.cli.commands`."""
+"""The commands for encoders, encoder bundles and engines; see :mod:`fseft_edge.cli.commands`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.encoder.engine_files import EngineLibrary
 
 _TARGET_HELP = (
-    "GPUs to build an engine for: sm_75, sm_86, ... (compute capability 7.5, 8.6, ...) or portable, separated by "
-    "commas; may be repeated.  [default: this machine's GPU{otherwise}]"
+    "GPU to build an engine for: sm_75, sm_86, ... (compute capability 7.5, 8.6, ...) or portable; separate several by "
+    "commas. May be repeated.  [default: the GPU of this machine{otherwise}]"
 )
 
 
 def _classifier(bundle: Path, adapter: Path | None) -> Classifier | None:
-    """Return what compares masks by an adapter."""
+    """Return the function with which an adapter classifies features, or None without an adapter."""
     from fseft_edge.adapters.file import read_adapter  # noqa: PLC0415 - brings in torch
-    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - brings in torch
 
     if adapter is None:
         return None
@@ -43,20 +43,24 @@ def _listed(values: tuple[str, ...]) -> list[str]:
 @click.option(
     "--model",
     default=None,
-    help="One that `fseft-edge models` lists: edge_base (built in, needs no CHECKPOINT), a published one, or custom (a "
-    "model file of `pretrain`, or a network of your own).  [default: custom with CHECKPOINT, edge_base without]",
+    help="Name of the model: edge_base (built in, needs no CHECKPOINT), a published model, or custom (a model file "
+    "from `pretrain`, or your own network). `fseft-edge models` lists all names.  [default: custom with CHECKPOINT, "
+    "edge_base without]",
 )
 @click.option(
     "--description",
     type=PATH,
-    help="TOML file about a network of your own, of which CHECKPOINT holds the weights. The code that it names is run.",
+    help="TOML file that describes your own network; CHECKPOINT contains its weights. The code that the file names is "
+    "executed.",
 )
-@click.option("-o", "--output", type=PATH, required=True, help="The encoder bundle to write, NAME.encoder.")
-@click.option("--onnx/--no-onnx", default=True, show_default=True, help="Write ONNX graphs beside the weights.")
+@click.option("-o", "--output", type=PATH, required=True, help="Encoder bundle to write, NAME.encoder.")
 @click.option(
-    "--parity-ct", type=PATH, multiple=True, help="A CT to compare backends with PyTorch on; may be repeated."
+    "--onnx/--no-onnx", default=True, show_default=True, help="Write ONNX graphs in addition to the weights, or not."
 )
-@click.option("--target", "targets", multiple=True, help=_TARGET_HELP.format(otherwise=", none without one"))
+@click.option(
+    "--parity-ct", type=PATH, multiple=True, help="CT on which backends are compared with PyTorch. May be repeated."
+)
+@click.option("--target", "targets", multiple=True, help=_TARGET_HELP.format(otherwise="; no engine without a GPU"))
 @logging_options
 def export(
     *,
@@ -69,7 +73,7 @@ def export(
     targets: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Export the frozen encoder of CHECKPOINT once, as a bundle that the other commands use."""
+    """Export the encoder of CHECKPOINT as an encoder bundle, which the other commands use."""
     from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
 
     name = model or ("custom" if checkpoint or description else "edge_base")
@@ -89,10 +93,10 @@ def export(
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
 @logging_options
-def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
-    """Say which encoders can be exported by name, which file each needs, and where it comes from."""
+def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
+    """List the encoders that can be exported by name, the file that each needs, and the source of this file."""
     from fseft_edge.export.model_list import model_entries, model_lines  # noqa: PLC0415 - only this command needs it
     from fseft_edge.export.zoo import models as known  # noqa: PLC0415 - brings in torch
 
@@ -109,24 +113,27 @@ def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_opt
 @click.option(
     "--library",
     type=click.Choice(["tensorrt_rtx", "tensorrt"]),
-    help="What builds and later runs them.  [default: TensorRT-RTX where it is installed, else TensorRT]",
+    help="Library that builds and runs the engines.  [default: TensorRT-RTX if installed, else TensorRT]",
 )
 @click.option(
     "--precision",
     type=click.Choice(["mixed", "float32"]),
-    help="Which of the bundle's graphs to build.  [default: mixed where the bundle has it]",
+    help="Precision of the engine.  [default: mixed if the bundle has a mixed graph]",
 )
 @click.option(
     "--max-batch",
     type=click.IntRange(1, 64),
     default=2,
     show_default=True,
-    help="Windows that an engine takes at once; more take more of the GPU's memory.",
+    help="Largest number of windows that an engine computes at once; a larger number needs more GPU memory.",
 )
 @click.option(
-    "--parity-ct", type=PATH, multiple=True, help="A CT to compare this GPU's engine with PyTorch on; may be repeated."
+    "--parity-ct",
+    type=PATH,
+    multiple=True,
+    help="CT on which the engine for this machine's GPU is compared with PyTorch. May be repeated.",
 )
-@click.option("--adapter", type=PATH, help="Compare masks of this adapter.  [default: of the encoder's own classifier]")
+@click.option("--adapter", type=PATH, help="Adapter whose masks are compared.  [default: the encoder's head]")
 @logging_options
 def build_engines(
     *,
@@ -139,7 +146,7 @@ def build_engines(
     adapter: Path | None,
     quiet: bool,
 ) -> None:
-    """Build the GPU engines that are missing or stale in the encoder bundle BUNDLE."""
+    """Build the missing or outdated GPU engines of the encoder bundle BUNDLE."""
     from fseft_edge.export.engines import build_engines as run  # noqa: PLC0415 - brings in torch
 
     built = run(
@@ -157,28 +164,31 @@ def build_engines(
 
 
 @click.command()
-@click.argument("plan", type=PATH)
-@click.option("--data-root", type=PATH, required=True, help="Folder that the plan's paths are relative to.")
-@click.option("-o", "--output", type=PATH, required=True, help="Folder for checkpoint, metrics and model file.")
-@click.option("--initial", type=PATH, help="Model file or checkpoint to start from.  [default: random weights]")
+@click.argument("config", metavar="CONFIG", type=PATH)
+@click.option("--data-root", type=PATH, required=True, help="Folder that the paths in CONFIG are relative to.")
+@click.option(
+    "-o", "--output", type=PATH, required=True, help="Folder for the checkpoint, the metrics and the model file."
+)
+@click.option("--initial", type=PATH, help="Model file or checkpoint with initial weights.  [default: random weights]")
 @click.option(
     "--initial-model",
     metavar="NAME",
-    help="Which model --initial is the checkpoint of, a name that `export --model` knows.  [default: a model file]",
+    help="Model of which --initial is the checkpoint, as named by `fseft-edge models`.  [default: --initial is a model "
+    "file]",
 )
-@click.option("--resume", is_flag=True, help="Continue the run that the output folder holds.")
+@click.option("--resume", is_flag=True, help="Continue the run in the output folder.")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where to train; auto takes a GPU where there is one.",
+    help="Device for training; auto uses a GPU if there is one.",
 )
-@click.option("--tensorboard", is_flag=True, help="Write events for TensorBoard, too.")
+@click.option("--tensorboard", is_flag=True, help="Also write events for TensorBoard.")
 @logging_options
 def pretrain(
     *,
-    plan: Path,
+    config: Path,
     data_root: Path,
     output: Path,
     initial: Path | None,
@@ -188,11 +198,11 @@ def pretrain(
     tensorboard: bool,
     quiet: bool,
 ) -> None:
-    """Train an encoder on the data sets that the TOML file PLAN lists; they may be annotated only in part."""
+    """Train an encoder on the data sets in the TOML file CONFIG; each data set may annotate only some of the organs."""
     from fseft_edge.pretraining import open_processes, read_pretraining_config  # noqa: PLC0415 - brings in torch
-    from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - likewise
+    from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - brings in torch
 
-    wanted = read_pretraining_config(plan)
+    wanted = read_pretraining_config(config)
     with open_processes(device) as processes, open_progress(quiet=quiet or not processes.first) as progress:
         model = run(
             wanted,

@@ -1,4 +1,4 @@
-"""The commands about the machine: what it can run, and how fast."""
+"""The commands about this machine: `doctor` and `benchmark`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fseft_edge.runtime.system.progress import open_progress
 
 @click.command()
 @click.argument("encoders", metavar="[ENCODER]...", type=PATH, nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @logging_options
-def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_options' signature
-    """Say what this machine can run, which backends can run each ENCODER bundle, and what to install."""
+def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
+    """Show what this machine can run, which backends can run each ENCODER bundle, and which software to install."""
     from fseft_edge.machine.doctor import diagnose  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.machine.doctor_page import diagnosis_tables  # noqa: PLC0415 - likewise
+    from fseft_edge.machine.doctor_page import diagnosis_tables  # noqa: PLC0415 - only this command needs it
 
     diagnosis = diagnose(encoders)
     if as_json:
@@ -37,19 +37,25 @@ def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  
     "scans",
     type=PATH,
     multiple=True,
-    help="A CT (NIfTI), or a folder of them; may be repeated.  [default: a built-in phantom]",
+    help="CT (NIfTI), or folder of CTs. May be repeated.  [default: a built-in phantom]",
 )
-@click.option("--adapter", type=PATH, help="Take the scans on to masks with this adapter.  [default: to features]")
+@click.option("--adapter", type=PATH, help="Adapter with which to segment the scans.  [default: only encode the scans]")
 @click.option(
     "--backend",
     "backends",
     multiple=True,
-    help="Measure this one; may be repeated.  [default: all that can run the encoder]",
+    help="Backend to measure. May be repeated.  [default: all backends that can run the encoder]",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Turns of each backend.")
-@click.option("--json", "json_file", type=PATH, help="Write everything as JSON.")
-@click.option("--remember", is_flag=True, help="Let `--backend auto` prefer what was fastest here.")
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of measurements of each backend."
+)
+@click.option("--json", "json_file", type=PATH, help="JSON file to write the results to.")
+@click.option(
+    "--remember",
+    is_flag=True,
+    help="Store the order of the backends by speed, so that `--backend auto` uses the fastest backend.",
+)
 @logging_options
 def benchmark(
     *,
@@ -63,10 +69,10 @@ def benchmark(
     remember: bool,
     quiet: bool,
 ) -> None:
-    """Measure how fast each backend runs the bundle ENCODER here, on windows and on whole scans, and in what memory."""
+    """Measure speed and memory of each backend with the bundle ENCODER on this machine, on windows and whole scans."""
     from fseft_edge.machine.speed import benchmark as run  # noqa: PLC0415 - brings in torch
     from fseft_edge.machine.speed_tables import speed_tables  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.runtime.system.atomic import check_writable  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.system.atomic import check_writable  # noqa: PLC0415 - only this command needs it
 
     if json_file is not None:
         check_writable(json_file)
@@ -86,10 +92,11 @@ def benchmark(
     for table in speed_tables(report):
         echo_table(table)
     if report.remembered is not None:
-        click.echo(f"Remembered for --backend auto: {report.remembered}")
+        click.echo(f"Order of backends stored for --backend auto: {report.remembered}")
     for failure in report.failures:
         click.echo(f"{failure.what}: {failure.message} {failure.remedy}", err=True)
     if report.failures:
         raise SomeCasesFailedError(
-            f"{len(report.failures)} measurements failed.", remedy="The reasons stand above; the others are shown."
+            f"{len(report.failures)} measurements failed.",
+            remedy="Correct the problems listed above and measure again; the tables contain the other measurements.",
         )

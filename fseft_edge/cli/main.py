@@ -1,4 +1,4 @@
-"""``fseft-edge``: the command group, and the one place where errors become exit codes."""
+"""``fseft-edge``: the command group, and the only place where errors become exit codes."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _COMMANDS = {
     "doctor": "machine_commands",
     "benchmark": "machine_commands",
 }
-"""By name, the module of :mod:`fseft_edge.cli` that holds it."""
+"""For each command, the module of :mod:`fseft_edge.cli` that defines it."""
 _INTERRUPTED = 130
 _UNEXPECTED = 1
-_MEMORY_REMEDY = "Close other programs, give a budget by --memory, or use a machine with more memory."
+_MEMORY_REMEDY = "Close other programs, set a limit with --memory, or use a machine with more memory."
 
 
 class _LazyGroup(click.Group):
-    """Commands live in modules of their own, which are imported when one is asked for."""
+    """A command group that imports the module of a command only when this command is needed."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - the signature is click's
         return list(_COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - the signature is click's
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"fseft_edge.cli.{_COMMANDS[cmd_name]}")
@@ -55,19 +55,20 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="fseft-edge")
 def cli() -> None:
-    """Segment organs in CT with a frozen foundation encoder and a light adapter made from a few annotated scans.
+    """Segment organs in CT scans with a frozen encoder and a small adapter that is trained on a few annotated scans.
 
-    Exit codes: 0 done, 1 unexpected, 2 wrong use, 3 bad input, 4 environment, 5 some cases failed.
+    Exit codes: 0 success; 1 unexpected error; 2 wrong use of a command or option; 3 problem with an input file;
+    4 problem with this machine (memory, disk, GPU, missing software); 5 some cases failed.
     """
 
 
-def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - the signal handler's signature
-    """End as Ctrl-C does, so that temporary files, which derive from patients' images, are removed."""
+def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - the signature of a signal handler
+    """Raise KeyboardInterrupt, so that temporary files, which contain data of patients' images, are deleted."""
     raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Run the command line; a traceback is shown only for bugs."""
+    """Run the command line; a traceback is printed only for unexpected errors."""
     logging.captureWarnings(capture=True)
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -82,16 +83,19 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         click.echo(
-            "Interrupted. Nothing is left half-written; run the command again (`pretrain` with --resume).", err=True
+            "Interrupted. No incomplete files are left. Run the command again (`pretrain`: add --resume).", err=True
         )
         sys.exit(_INTERRUPTED)
     except OSError as error:
-        click.echo(f"Error: {error}.\nCheck that the file is there and that you may read and write it.", err=True)
+        click.echo(
+            f"Error: {error}.\nCheck that the file exists and that you have the permission to read and write it.",
+            err=True,
+        )
         sys.exit(EnvironmentProblemError.exit_code)
     except Exception as error:
         if is_out_of_memory(error):
-            click.echo(f"Error: out of memory.\n{_MEMORY_REMEDY}", err=True)
+            click.echo(f"Error: Memory ran out.\n{_MEMORY_REMEDY}", err=True)
             sys.exit(OutOfMemoryError.exit_code)
         traceback.print_exc()
-        click.echo("This is a bug in fseft-edge: please report it with the lines above.", err=True)
+        click.echo("This is a bug in fseft-edge. Please report the bug together with the lines above.", err=True)
         sys.exit(_UNEXPECTED)

@@ -1,29 +1,30 @@
-"""Options that several commands share."""
+"""Options that several commands have in common."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from fseft_edge.runtime.system.progress import ProgressDisplay, open_progress
+from fseft_edge.runtime.system.progress import Progress, open_progress
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.encoder.bundle import Precision
 
 PATH = click.Path(path_type=Path)
-ORGAN_HELP = "What to segment and its label value in the annotation files: NAME=ID[,NAME=ID...]; may be repeated."
+ORGAN_HELP = "Organ and its label value in the annotation files: NAME=ID[,NAME=ID...]. May be repeated."
 _GB = click.FloatRange(min=0, min_open=True)
 
 
 @dataclass(frozen=True)
 class Common:
-    """What every command that encodes takes: where to compute, where to keep features, how much to take and to say."""
+    """Options of every command that encodes scans: device, backend, precision, cache, memory limits, messages."""
 
     device: str
     backend: str
@@ -34,16 +35,16 @@ class Common:
     vram: float | None
     quiet: bool
 
-    def progress(self) -> ProgressDisplay:
-        """Return a progress display for stderr."""
+    def progress(self) -> AbstractContextManager[Progress]:
+        """Return a progress display that writes to stderr."""
         return open_progress(quiet=self.quiet)
 
 
 def logging_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add ``--quiet`` and ``--verbose``, and set up logging to stderr; the command receives ``quiet``."""
+    """Add ``--quiet`` and ``--verbose``, and configure logging to stderr; the command receives ``quiet``."""
 
-    @click.option("-q", "--quiet", is_flag=True, help="Show errors and results only.")
-    @click.option("-v", "--verbose", is_flag=True, help="Show what is decided and why.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print only errors and results.")
+    @click.option("-v", "--verbose", is_flag=True, help="Also print decisions and their reasons.")
     @functools.wraps(command)
     def wrapped(*, quiet: bool, verbose: bool, **options: object) -> None:
         level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
@@ -55,34 +56,45 @@ def logging_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add what :class:`Common` holds, and ``--verbose``; the command receives ``common``."""
+    """Add the options of :class:`Common` and ``--verbose``; the command receives ``common``."""
 
-    @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+    @click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
     @click.option(
         "--backend",
         default="auto",
         show_default=True,
-        help="auto, torch, onnxruntime, openvino, tensorrt_rtx or tensorrt.",
+        help="Software that computes the encoder: auto, torch, onnxruntime, openvino, tensorrt_rtx or tensorrt.",
     )
     @click.option(
         "--precision",
         type=click.Choice(["auto", "float32", "mixed", "bfloat16"]),
         default="auto",
         show_default=True,
-        help="What the encoder computes in; auto takes less than float32 only where it was shown to be as good.",
+        help="Precision of the encoder's computation; auto uses less than float32 only if the bundle records that the "
+        "masks are as good.",
     )
     @click.option(
-        "--cache", type=PATH, help="Folder in which feature maps are kept for later runs; nothing is kept without it."
+        "--cache", type=PATH, help="Folder in which feature maps are stored for later runs.  [default: no cache]"
     )
     @click.option(
         "--cache-gb",
         type=click.FloatRange(min=0),
         default=50.0,
         show_default=True,
-        help="Size of the cache in GB; maps used least recently go first.",
+        help="Largest size of the cache in GB; the least recently used feature maps are deleted first.",
     )
-    @click.option("--memory", type=_GB, metavar="GB", help="Memory to take at most.  [default: 90 % of what is free]")
-    @click.option("--vram", type=_GB, metavar="GB", help="Memory of the GPU to take at most.  [default: likewise]")
+    @click.option(
+        "--memory",
+        type=_GB,
+        metavar="GB",
+        help="Memory limit for encoding and segmentation.  [default: 90 % of the free memory]",
+    )
+    @click.option(
+        "--vram",
+        type=_GB,
+        metavar="GB",
+        help="GPU memory limit for encoding and segmentation.  [default: 90 % of the free GPU memory]",
+    )
     @logging_options
     @functools.wraps(command)
     def wrapped(
@@ -103,14 +115,15 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def dicom_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Add ``--dicom``; the command receives ``dicom``, the kinds of objects to write."""
+    """Add ``--dicom``; the command receives ``dicom``, the kinds of DICOM objects to write."""
 
     @click.option(
         "--dicom",
         "dicom",
         type=click.Choice(["seg", "rtstruct"]),
         multiple=True,
-        help="Also write the mask of a DICOM series as Segmentation or RT Structure Set; may be repeated.",
+        help="For DICOM series, also write the mask as a DICOM Segmentation (seg) or an RT Structure Set (rtstruct). "
+        "May be repeated.",
     )
     @functools.wraps(command)
     def wrapped(**options: object) -> None:

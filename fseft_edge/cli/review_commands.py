@@ -1,4 +1,4 @@
-"""The command with which a person goes through a batch's masks."""
+"""The command for the review of a batch's masks by a person."""
 
 from __future__ import annotations
 
@@ -13,25 +13,33 @@ from fseft_edge.cli.options import PATH, logging_options
 
 @click.command()
 @click.argument("outbox", type=PATH)
-@click.option("--state", type=PATH, help="The batch's state, if its run had a --state.  [default: in OUTBOX]")
+@click.option(
+    "--state", type=PATH, help="State file of the batch, if `batch run` was started with --state.  [default: in OUTBOX]"
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=0,
     show_default=True,
-    help="Port of this machine (127.0.0.1) to listen on; 0 takes a free one.",
+    help="Port of the server on this machine (127.0.0.1); 0 means any free port.",
 )
-@click.option("--show-ids", is_flag=True, help="Also show the names of the scans' files, which may be patients' names.")
-@click.option("--open", "open_browser", is_flag=True, help="Open the page in this account's browser.")
+@click.option(
+    "--show-ids", is_flag=True, help="Also show the file names of the scans, which may contain patients' names."
+)
+@click.option("--open", "open_browser", is_flag=True, help="Open the page in the default browser.")
 @logging_options
 def review(*, outbox: Path, state: Path | None, port: int, show_ids: bool, open_browser: bool, quiet: bool) -> None:
-    """Look through the masks of a batch in the browser; accept, reject, leave notes."""
+    """Review the masks of the batch in OUTBOX in the browser: accept or reject masks, and write notes."""
     from fseft_edge.review.server import open_review  # noqa: PLC0415 - only this command needs it
 
     with open_review(outbox, state=state, port=port, show_ids=show_ids) as server:
         click.echo(server.address)
         if not quiet:
-            click.echo("Open this address on this machine. Whoever has it may see and decide. Ctrl-C ends.", err=True)
+            click.echo(
+                "Open this address in a browser on this machine. Do not share the address: anyone who has it can see "
+                "the scans and decide. Press Ctrl-C to end.",
+                err=True,
+            )
         if open_browser:
             webbrowser.open(server.address)
         with contextlib.suppress(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Printing a table."""
+"""Printing of tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def echo_table(table: Table) -> None:
-    """Print a table at the terminal's width, or whole where stdout is none."""
-    from rich.console import Console  # noqa: PLC0415 - only where a table is shown
+    """Print a table in the width of the terminal; if stdout is not a terminal, in a width of 160 characters."""
+    from rich.console import Console  # noqa: PLC0415 - only commands with tables need the import
 
     Console(width=None if sys.stdout.isatty() else 160).print(table)

@@ -1,4 +1,4 @@
-"""The commands of the batch: what they print, what they refuse, and the units that they write."""
+"""The commands of the batch: output, refusals and systemd units."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from doubles.encoder import write_random_adapter, write_tiny_encoder
+from doubles.errors import refused
 
 from fseft_edge.batch.service import write_units
 from fseft_edge.batch.settings import parse_until, parse_workers
@@ -24,12 +25,12 @@ from fseft_edge.runtime.errors import UsageError
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(batch, [str(argument) for argument in arguments])
+    return CliRunner().invoke(batch, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture
 def outbox(tmp_path: Path) -> Path:
-    """The outbox of a night in which one case was done and one failed."""
+    """Return an outbox in which one case is done, one has failed and one is waiting."""
     with BatchStore(state_path(tmp_path), create=True) as store:
         for key in ("case-1", "case-2", "case-3"):
             store.add(Path(f"/inbox/DOE^{key}.nii.gz"), key, key)
@@ -41,16 +42,16 @@ def outbox(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_status_names_cases_by_their_keys_unless_asked_for_more(outbox: Path) -> None:
-    said = run("status", outbox)
-    assert said.exit_code == 0
-    assert "case-2  failed  It is an MRI. Give a CT." in said.stdout
-    assert "3 cases: 1 waiting, 0 running, 1 done, 1 failed" in said.stdout
-    assert "DOE" not in said.stdout + run("status", outbox, "--json").stdout
+def test_status_shows_file_names_only_with_show_ids(outbox: Path) -> None:
+    shown = run("status", outbox)
+    assert shown.exit_code == 0
+    assert "case-2  failed  It is an MRI. Give a CT." in shown.stdout
+    assert "3 cases: 1 waiting, 0 running, 1 done, 1 failed" in shown.stdout
+    assert "DOE" not in shown.stdout + run("status", outbox, "--json").stdout
     assert "DOE^case-2.nii.gz" in run("status", outbox, "--show-ids").stdout
 
 
-def test_status_as_json_holds_all_there_is_to_know(outbox: Path) -> None:
+def test_status_as_json_contains_the_records_of_all_cases(outbox: Path) -> None:
     status = json.loads(run("status", outbox, "--json", "--show-ids").stdout)
     assert [case["state"] for case in status["cases"]] == ["done", "failed", "waiting"]
     assert status["cases"][0]["organs"][0]["flags"] == ["large"]
@@ -58,31 +59,30 @@ def test_status_as_json_holds_all_there_is_to_know(outbox: Path) -> None:
     assert status["cases"][1]["source"] == "/inbox/DOE^case-2.nii.gz"
 
 
-def test_retry_and_cancel_say_how_many(outbox: Path) -> None:
-    assert "1 cases cancelled" in run("cancel", outbox).stdout
-    assert "2 cases wait again" in run("retry", outbox).stdout
-    assert "0 cases wait again" in run("retry", outbox, "case-1").stdout
+def test_retry_and_cancel_print_the_number_of_cases(outbox: Path) -> None:
+    assert run("cancel", outbox).stdout.startswith("1 ")
+    assert run("retry", outbox).stdout.startswith("2 ")
+    assert run("retry", outbox, "case-1").stdout.startswith("0 ")
 
 
 @pytest.mark.parametrize("command", ["status", "retry", "cancel"])
 def test_a_folder_without_a_batch_is_refused(command: str, tmp_path: Path) -> None:
-    refused = run(command, tmp_path).exception
-    assert isinstance(refused, UsageError)
-    assert "no batch at" in str(refused)
+    with refused(UsageError, tmp_path):
+        run(command, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_until_is_the_next_time_a_clock_shows_it() -> None:
+def test_until_is_the_next_moment_with_this_time_of_day() -> None:
     evening = datetime(2026, 11, 20, 18, 0, 30).astimezone()
     assert parse_until("06:30", evening) == datetime(2026, 11, 21, 6, 30).astimezone()
     assert parse_until("18:01", evening) == datetime(2026, 11, 20, 18, 1).astimezone()
     assert parse_until("18:00", evening) == datetime(2026, 11, 21, 18, 0).astimezone()
     for wrong in ("25:00", "soon", "6", "", "06:30:00"):
-        with pytest.raises(UsageError, match="no time of day"):
+        with refused(UsageError, wrong):
             parse_until(wrong, evening)
 
 
-def test_until_is_what_the_clock_shows_also_when_clocks_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_until_is_a_local_time_also_when_the_clocks_change(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Europe/Berlin")
     time.tzset()
     try:
@@ -97,11 +97,11 @@ def test_workers_are_a_number_or_auto() -> None:
     assert parse_workers("auto") is None
     assert parse_workers("3") == 3
     for wrong in ("0", "-1", "many", "1.5"):
-        with pytest.raises(UsageError, match="no number of workers"):
+        with refused(UsageError, wrong):
             parse_workers(wrong)
 
 
-def test_the_units_run_the_batch_that_was_asked_for(tmp_path: Path) -> None:
+def test_the_units_contain_the_options_of_the_batch(tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "liver.adapter", write_tiny_encoder(tmp_path / "tiny.encoder"))
     made = run(
         *("install-service", tmp_path / "in box", "-o", tmp_path / "out", "--adapter", tmp_path / "liver.adapter"),
@@ -110,7 +110,7 @@ def test_the_units_run_the_batch_that_was_asked_for(tmp_path: Path) -> None:
     )
     assert made.exit_code == 0, made.output
     service, timer = (configparser.ConfigParser(interpolation=None) for _ in range(2))
-    service.optionxform = timer.optionxform = str  # type: ignore[assignment,method-assign]  # as its docs say
+    service.optionxform = timer.optionxform = str  # type: ignore[assignment,method-assign]  # as in the docs of configparser
     service.read(tmp_path / "units" / "fseft-edge-batch.service")
     timer.read(tmp_path / "units" / "fseft-edge-batch.timer")
     command = service["Service"]["ExecStart"]
@@ -122,14 +122,14 @@ def test_the_units_run_the_batch_that_was_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 @pytest.mark.parametrize("name", ["plain", "two words", 'quo"te', "100%", "$HOME", "back\\slash"])
-def test_systemd_understands_the_units(tmp_path: Path, name: str) -> None:
+def test_systemd_accepts_the_units(tmp_path: Path, name: str) -> None:
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     written = write_units(tmp_path, [str(program), "batch", str(tmp_path / name)], at="18:00", limit_minutes=60)
     for unit in (written.service, written.timer):
-        checked = subprocess.run(  # noqa: S603 - the arguments are this test's
-            ["systemd-analyze", "verify", "--man=no", str(unit)],  # noqa: S607 - wherever it is
+        checked = subprocess.run(  # noqa: S603 - fixed arguments
+            ["systemd-analyze", "verify", "--man=no", str(unit)],  # noqa: S607 - found in PATH
             capture_output=True,
             text=True,
             check=False,
@@ -138,7 +138,7 @@ def test_systemd_understands_the_units(tmp_path: Path, name: str) -> None:
         assert about_ours == []
 
 
-def test_a_line_break_cannot_stand_in_a_unit(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="line break"):
+def test_a_line_break_in_a_unit_is_refused(tmp_path: Path) -> None:
+    with refused(UsageError):
         write_units(tmp_path, ["/bin/true", "a\nExecStartPre=b"], at="18:00", limit_minutes=1)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The command line: what is printed where, and that everything is documented."""
+"""The command line: output to stdout and stderr, help, and documentation of every option."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
-from doubles.command_line import LIVER, ON_CPU, Run, Site, command_line_site, runner
+from doubles.command_line import LIVER, ON_CPU, Run, Site, assert_error_with_remedy, command_line_site, runner
 from doubles.encoder import label_of, write_random_adapter
 from doubles.repository import ROOT
 
@@ -51,8 +51,8 @@ def commands() -> dict[str, click.Command]:
     return whole | {f"{name} {part}": command for name, parts in groups.items() for part, command in parts.items()}
 
 
-def test_the_main_job_in_four_commands(site: Site, tmp_path: Path, run: Run) -> None:
-    """Adapt, segment with what is found beside the adapter, evaluate; results on stdout, the rest on stderr."""
+def test_adapt_segment_and_evaluate(site: Site, tmp_path: Path, run: Run) -> None:
+    """Adapt, segment with the encoder beside the adapter, evaluate; results go to stdout, all else to stderr."""
     shutil.copytree(site.bundle.path, tmp_path / "tiny.encoder")
     organs = ("--organ", f"{LIVER},spleen={label_of('spleen')}")
     adapted = run(*site.adapt(*organs, "--seed", 3, "--case", "case_1", output=tmp_path / "s.adapter"))
@@ -85,7 +85,7 @@ def test_the_main_job_in_four_commands(site: Site, tmp_path: Path, run: Run) -> 
     assert len(json.loads((tmp_path / "rows.json").read_text())["cases"]) == 4
 
 
-def test_json_on_stdout_is_json_and_nothing_else(site: Site, tmp_path: Path, run: Run) -> None:
+def test_stdout_is_only_json_with_the_option_json(site: Site, tmp_path: Path, run: Run) -> None:
     adapted = run(*site.adapt("--organ", LIVER, "--json", output=tmp_path / "s.adapter"))
     assert json.loads(adapted.out)["organs"][0]["name"] == "liver"
     segmented = run(*site.segment(site / "images/case_1.nii.gz", output=tmp_path / "out"), "--json")
@@ -98,31 +98,32 @@ def test_json_on_stdout_is_json_and_nothing_else(site: Site, tmp_path: Path, run
         assert "large" in organ["flags"]
 
 
-def test_an_adapter_becomes_a_graph(site: Site, tmp_path: Path, run: Run) -> None:
+def test_an_adapter_is_exported_as_a_graph(site: Site, tmp_path: Path, run: Run) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), deviation=0.2)
     arguments = ("export-adapter", tmp_path / "a.adapter", "--encoder", site.bundle.path, "-o", tmp_path / "a.onnx")
     outcome = run(*arguments)
     assert (outcome.code, outcome.err) == (0, "")
-    within = r"within \d\.\de-\d\d of the toolkit's own probabilities"
-    assert re.fullmatch(rf"{re.escape(str(tmp_path))}/a\.onnx: liver, spleen; {within}\n", outcome.out)
+    (line,) = outcome.out.splitlines()
+    assert re.match(rf"{re.escape(str(tmp_path))}/a\.onnx: liver, spleen; ", line)
+    assert re.search(r"\d\.\de-\d\d", line)
     assert (tmp_path / "a.onnx").stat().st_size > 10_000
 
 
-def test_quiet_prints_results_only(site: Site, tmp_path: Path, run: Run) -> None:
+def test_quiet_prints_only_results(site: Site, tmp_path: Path, run: Run) -> None:
     outcome = run(*site.segment(site / "images", output=tmp_path), "--quiet")
     assert len(outcome.out.splitlines()) == 2
     assert outcome.err == ""
 
 
-def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(
+def test_the_error_of_a_small_memory_limit_names_the_smallest_possible_limit(
     site: Site, tmp_path: Path, run: Run
 ) -> None:
     command = ["segment", site / "images/case_1.nii.gz", "--adapter", site / "a.adapter", *ON_CPU]
-    refused = run(*command, "-o", tmp_path / "no", "--memory", 0.01)
-    assert refused.code == 4
-    assert "A budget of 0.01 GB is too small for " in refused.err
+    outcome = run(*command, "-o", tmp_path / "no", "--memory", 0.01)
+    assert outcome.code == 4
+    assert_error_with_remedy(outcome)
     assert not (tmp_path / "no").exists()
-    smallest = re.search(r"Give --memory (\d+\.\d\d) or more", refused.err)
+    smallest = re.search(r"--memory (\d+\.\d\d)", outcome.err)
     assert smallest is not None
     masks = []
     for name, more in (("ample", []), ("least", ["--memory", float(smallest[1]) + 0.1])):
@@ -130,19 +131,20 @@ def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_works(
         masks.append((tmp_path / name / "case_1.nii.gz").read_bytes())
     assert masks[0] == masks[1]
 
-    refused = run(*site.adapt("--organ", LIVER, "--memory", 0.01, output=tmp_path / "no.adapter"), "--cache", tmp_path)
-    assert refused.code == 4
-    assert "too small for encoding this scan" in refused.err
+    outcome = run(*site.adapt("--organ", LIVER, "--memory", 0.01, output=tmp_path / "no.adapter"), "--cache", tmp_path)
+    assert outcome.code == 4
+    assert "--memory" in outcome.err
+    assert_error_with_remedy(outcome)
 
 
 @pytest.mark.parametrize("option", ["--memory", "--vram"])
-def test_a_budget_of_nothing_is_wrong_use(site: Site, tmp_path: Path, run: Run, option: str) -> None:
+def test_a_memory_limit_of_zero_is_refused(site: Site, tmp_path: Path, run: Run, option: str) -> None:
     outcome = run(*site.segment(site / "images", output=tmp_path / "out"), option, 0)
     assert outcome.code == 2
     assert option in outcome.err
 
 
-def test_the_demo_prints_its_figures_and_where_the_pictures_are(
+def test_the_demo_prints_its_scores_and_the_path_of_the_pictures(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = EvaluationRow("phantom_11", "liver", "scored", 0.625, 4.0, 0.5, 1500.0, 1600.0)
@@ -164,7 +166,7 @@ def test_the_demo_prints_its_figures_and_where_the_pictures_are(
     assert folders == [tmp_path / "demo"]
     (line,) = (line for line in outcome.out.splitlines() if "phantom_11" in line)
     assert re.search(r"liver.*0\.625.*0\.875", line)
-    assert f"Pictures: {tmp_path / 'demo' / 'index.html'}" in outcome.out
+    assert str(tmp_path / "demo" / "index.html") in outcome.out
 
 
 def test_the_version_is_printed(run: Run) -> None:
@@ -176,19 +178,20 @@ def test_the_version_is_printed(run: Run) -> None:
 @pytest.mark.parametrize(
     "command", [[], *(name.split() for name in commands())], ids=lambda names: " ".join(names) or "all"
 )
-def test_help_explains_every_option(run: Run, command: list[str]) -> None:
+def test_help_describes_every_option(run: Run, command: list[str]) -> None:
     outcome = run(*command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Usage: ")
     if command:
         for parameter in commands()[" ".join(command)].params:
             if isinstance(parameter, click.Option):
+                assert parameter.help
                 assert parameter.opts[-1] in outcome.out
     else:
         assert all(name.split()[0] in outcome.out for name in commands())
 
 
-def test_help_and_the_package_import_nothing_heavy() -> None:
+def test_help_and_the_package_import_no_large_libraries() -> None:
     script = """
 import sys
 import tempfile
@@ -224,8 +227,8 @@ def test_every_command_and_option_is_documented() -> None:
 OF_OTHER_PROGRAMS = {"--query-gpu", "--format", "--user", "--now", "--nthreads", "--nproc-per-node"}
 
 
-def test_every_command_and_option_that_docs_and_messages_name_exists() -> None:
-    """A remedy that names a command which is not there helps nobody."""
+def test_every_command_and_option_in_docs_and_messages_exists() -> None:
+    """Otherwise a remedy could name a command that does not exist."""
     root = DOCS.parent
     sources = [
         *(root / "runtime").rglob("*.py"),
@@ -245,7 +248,7 @@ def test_every_command_and_option_that_docs_and_messages_name_exists() -> None:
         named = re.findall(r"(?:`|^|\$ |\n)fseft-edge ([a-z]+(?:-[a-z]+)*)\b", text)
         unknown += [f"{path.relative_to(root)}: fseft-edge {name}" for name in named if name not in commands()]
     for path in sources:
-        named = re.findall(r"(?<![\w(-])(--[a-z][a-z-]+)\b(?!\s*:)", path.read_text(encoding="utf-8"))
+        named = re.findall(r"(?<![\w(-])(--[a-z][a-z-]++)\b(?!\s*:)", path.read_text(encoding="utf-8"))
         unknown += [
             f"{path.relative_to(root)}: {name}"
             for name in named

@@ -1,4 +1,4 @@
-"""What every error of the command line ends in: its exit code, its sentence and its remedy, and nothing left."""
+"""Errors of the command line: exit code, the file or option that the message names, remedy, no files left."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.command_line import LIVER, ON_CPU, Run, Site, command_line_site, runner
+from doubles.command_line import LIVER, ON_CPU, Run, Site, assert_error_with_remedy, command_line_site, runner
 from doubles.encoder import write_tiny_encoder
 
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
@@ -40,22 +40,22 @@ ERRORS: dict[str, Case] = {
     "a missing option": (2, ["--adapter"], lambda s, t: ["segment", "ct.nii.gz", "-o", t / "out"]),
     "a malformed organ": (
         2,
-        ["'liver'", "--organ NAME=ID"],
+        ["'liver'", "--organ"],
         lambda s, t: s.adapt("--organ", "liver", output=t / "out"),
     ),
     "an organ named twice": (
         2,
-        ["'liver' is named twice", "once"],
+        ["'liver'"],
         lambda s, t: s.adapt("--organ", "liver=1,liver=2", output=t / "out"),
     ),
     "an unknown device": (
         2,
-        ["'gpu'", "cpu, cuda"],
+        ["'gpu'"],
         lambda s, t: [*s.segment(s / "images/case_1.nii.gz", output=t / "out"), "--device", "gpu"],
     ),
     "an unknown backend": (
         2,
-        ["'abacus'", "onnxruntime"],
+        ["'abacus'"],
         lambda s, t: [*s.segment(s / "images/case_1.nii.gz", output=t / "out"), "--backend", "abacus"],
     ),
     "a negative seed": (
@@ -73,17 +73,17 @@ ERRORS: dict[str, Case] = {
     ),
     "transduction without support": (
         2,
-        ["--transductive needs the annotated scans", "--support-images"],
+        ["--transductive", "--support-images"],
         lambda s, t: [*s.segment(s / "images/case_1.nii.gz", output=t / "out"), "--transductive"],
     ),
     "a prior without transduction": (
         2,
-        ["serve --transductive", "Add it"],
+        ["--size-prior", "--transductive"],
         lambda s, t: [*s.segment(s / "images/case_1.nii.gz", output=t / "out"), "--size-prior", "liver=1..2ml"],
     ),
     "a prior upside down": (
         2,
-        ["A size prior of 2 to 1 ml is impossible", "the smaller volume first"],
+        ["2 to 1 ml"],
         lambda s, t: [
             *s.segment(s / "images/case_1.nii.gz", output=t / "out"),
             *("--transductive", "--support-images", s / "images", "--support-labels", s / "labels"),
@@ -92,7 +92,7 @@ ERRORS: dict[str, Case] = {
     ),
     "a prior of another organ": (
         2,
-        ["prior of tail concerns no organ", "They segment"],
+        ["tail"],
         lambda s, t: [
             *s.segment(s / "images/case_1.nii.gz", output=t / "out"),
             *("--transductive", "--support-images", s / "images", "--support-labels", s / "labels"),
@@ -101,84 +101,84 @@ ERRORS: dict[str, Case] = {
     ),
     "an output among the inputs": (
         2,
-        ["images holds the scans", "another folder"],
+        ["{s}/images"],
         lambda s, t: s.segment(s / "images", output=s / "images"),
     ),
     "an existing bundle": (
         2,
-        ["tiny.encoder already exists", "another name"],
+        ["tiny.encoder"],
         lambda s, t: ["export", "-o", s.bundle.path],
     ),
-    "a demo's folder that is not": (
+    "another folder instead of a demo's folder": (
         2,
-        ["images exists and is not a demo's folder", "--output"],
+        ["{s}/images", "--output"],
         lambda s, t: ["demo", "-o", s / "images"],
     ),
     "a missing scan": (
         3,
-        ["none.nii.gz does not exist", "name"],
+        ["none.nii.gz"],
         lambda s, t: s.segment(s / "none.nii.gz", output=t / "out"),
     ),
     "a truncated scan": (
         3,
-        ["truncated.nii.gz is truncated or damaged", "Copy the file again"],
+        ["truncated.nii.gz"],
         lambda s, t: s.segment(s / "bad/truncated.nii.gz", output=t / "out"),
     ),
     "a time series": (
         3,
-        ["series.nii.gz has 4 dimensions", "split"],
+        ["series.nii.gz", "4"],
         lambda s, t: s.segment(s / "bad/series.nii.gz", output=t / "out"),
     ),
     "labels instead of a scan": (
         3,
-        ["labels/case_1.nii.gz does not look like a CT", "Give the CT in HU"],
+        ["labels/case_1.nii.gz", "HU"],
         lambda s, t: s.segment(s / "labels/case_1.nii.gz", output=t / "out"),
     ),
     "an annotation on another lattice": (
         3,
-        ["images/case_1.nii.gz and the labels", "shifted/case_1.nii.gz", "Resample the labels"],
+        ["images/case_1.nii.gz", "shifted/case_1.nii.gz"],
         lambda s, t: s.adapt("--organ", LIVER, "--labels", s / "shifted", output=t / "out"),
     ),
-    "a label that is nowhere": (
+    "a missing label": (
         3,
-        ["the label 99 (tumour)", "--organ NAME=ID"],
+        ["99", "tumour", "--organ"],
         lambda s, t: s.adapt("--organ", "tumour=99", output=t / "out"),
     ),
-    "auto told what to read": (
+    "auto with levels": (
         2,
-        ["--method auto chooses what is read", "--levels"],
+        ["--method auto", "--levels"],
         lambda s, t: s.adapt("--organ", LIVER, "--method", "auto", "--levels", "finest", output=t / "out"),
     ),
     "auto without validation": (
         2,
-        ["--method auto chooses by validation", "--no-validate"],
+        ["--method auto", "--no-validate"],
         lambda s, t: s.adapt("--organ", LIVER, "--method", "auto", "--no-validate", output=t / "out"),
     ),
-    "a case that is nowhere": (
+    "a missing case": (
         3,
-        ["case_7", "share their file name"],
+        ["case_7"],
         lambda s, t: s.adapt("--organ", LIVER, "--case", "case_7", output=t / "out"),
     ),
     "a bundle with a changed byte": (
         3,
-        ["broken.encoder/encoder.safetensors has changed", "Export the encoder again"],
+        ["broken.encoder/encoder.safetensors"],
         lambda s, t: s.adapt("--organ", LIVER, "--encoder", s / "elsewhere/broken.encoder", output=t / "out"),
     ),
     "a bundle of a newer version": (
         3,
-        ["'net_of_2030' is unknown", "Update fseft-edge"],
+        ["'net_of_2030'"],
         lambda s, t: s.adapt(
             *("--organ", LIVER, "--backend", "auto", "--encoder", s / "elsewhere/future.encoder"), output=t / "out"
         ),
     ),
-    "no bundle": (
+    "a folder instead of a bundle": (
         3,
-        ["images is no encoder bundle", "fseft-edge export"],
+        ["{s}/images"],
         lambda s, t: s.adapt("--organ", LIVER, "--encoder", s / "images", output=t / "out"),
     ),
     "an adapter of another encoder": (
         3,
-        ["other.adapter was trained on the encoder", "--encoder"],
+        ["other.adapter", "--encoder"],
         lambda s, t: [
             *s.segment(s / "images/case_1.nii.gz", adapter="elsewhere/other.adapter", output=t / "out"),
             *("--encoder", s.bundle.path),
@@ -186,42 +186,42 @@ ERRORS: dict[str, Case] = {
     ),
     "a graph of another encoder": (
         3,
-        ["other.adapter was trained on the encoder", "--encoder"],
+        ["other.adapter", "--encoder"],
         lambda s, t: [
             *("export-adapter", s / "elsewhere/other.adapter", "-o", t / "out.onnx", "--encoder", s.bundle.path)
         ],
     ),
     "a graph without an encoder": (
         3,
-        ["alone.adapter was trained with is neither beside it nor", "--encoder"],
+        ["alone.adapter", "--encoder"],
         lambda s, t: ["export-adapter", s / "alone/alone.adapter", "-o", t / "out.onnx"],
     ),
     "a graph of another name": (
         2,
-        ["out.engine is not called .onnx", "NAME.onnx"],
+        ["out.engine", "NAME.onnx"],
         lambda s, t: ["export-adapter", s / "a.adapter", "-o", t / "out.engine"],
     ),
-    "no adapter": (
+    "a text file instead of an adapter": (
         3,
-        ["text.adapter is damaged", "again"],
+        ["text.adapter"],
         lambda s, t: s.segment(s / "images/case_1.nii.gz", adapter="bad/text.adapter", output=t / "out"),
     ),
-    "a checkpoint that is none": (
+    "a text file instead of a checkpoint": (
         3,
-        ["text.adapter", "again"],
+        ["text.adapter"],
         lambda s, t: ["export", s / "bad/text.adapter", "-o", t / "out", "--no-onnx"],
     ),
     "no predictions": (
         3,
-        ["nowhere does not exist"],
+        ["nowhere"],
         lambda s, t: ["evaluate", "--predictions", s / "nowhere", "--references", s / "labels", "--organ", LIVER],
     ),
-    "a plan that is none": (
+    "a damaged configuration": (
         3,
-        ["plan.toml"],
-        lambda s, t: ["pretrain", s / "bad/plan.toml", "--data-root", s.root, "-o", t / "out"],
+        ["config.toml"],
+        lambda s, t: ["pretrain", s / "bad/config.toml", "--data-root", s.root, "-o", t / "out"],
     ),
-    "a GPU that is not there": (
+    "a missing GPU": (
         4,
         ["cuda:99", "--device cpu"],
         lambda s, t: [*s.segment(s / "images/case_1.nii.gz", output=t / "out"), "--device", "cuda:99"],
@@ -229,32 +229,28 @@ ERRORS: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize(("code", "fragments", "arguments"), ERRORS.values(), ids=ERRORS)
-def test_an_error_ends_in_its_exit_code_and_two_lines_on_stderr(
+@pytest.mark.parametrize(("code", "named", "arguments"), ERRORS.values(), ids=ERRORS)
+def test_an_error_ends_with_its_exit_code_and_two_lines_on_stderr(
     site: Site,
     tmp_path: Path,
     run: Run,
     code: int,
-    fragments: list[str],
+    named: list[str],
     arguments: Callable[[Site, Path], list[object]],
 ) -> None:
     before = sorted(path for path in site.root.rglob("*") if site / "cache" not in path.parents)
     outcome = run(*arguments(site, tmp_path))
     assert outcome.code == code, outcome.err
     assert outcome.out == ""
-    assert "Traceback" not in outcome.err
-    for fragment in fragments:
-        assert fragment in outcome.err
-    _, separator, message = outcome.err.partition("Error: ")
-    assert separator
-    if code != 2:
-        assert len(message.splitlines()) == 2
+    for name in named:
+        assert name.format(s=site.root) in outcome.err
+    assert_error_with_remedy(outcome)
     assert list(tmp_path.iterdir()) == []
     after = sorted(path for path in site.root.rglob("*") if site / "cache" not in path.parents)
     assert after == before
 
 
-def test_a_missing_backend_is_an_error_of_the_environment_that_says_what_to_install(
+def test_a_missing_backend_is_an_environment_error_with_the_command_to_install_it(
     site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "graph.onnx").touch()
@@ -267,11 +263,12 @@ def test_a_missing_backend_is_an_error_of_the_environment_that_says_what_to_inst
     )
     assert outcome.code == 4
     assert "pip install 'fseft-edge[cpu]'" in outcome.err
+    assert_error_with_remedy(outcome)
     assert not (tmp_path / "out").exists()
 
 
 def _full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let every file written into ``folder`` be ``/dev/full``, a device on which every write fails with ENOSPC."""
+    """Redirect every file written into ``folder`` to ``/dev/full``, on which every write fails with ENOSPC."""
     temporary_sibling = atomic._temporary_sibling
 
     def on_full_device(target: Path) -> Path:
@@ -297,7 +294,7 @@ FULL: dict[str, Callable[[Site, Path], list[object]]] = {
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 @pytest.mark.parametrize("arguments", FULL.values(), ids=FULL)
-def test_a_full_disk_is_named_and_nothing_is_left(
+def test_the_error_of_a_full_disk_names_the_file_and_leaves_no_files(
     site: Site,
     tmp_path: Path,
     run: Run,
@@ -308,13 +305,13 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     outcome = run(*arguments(site, tmp_path / "out"))
     assert outcome.code == 4, outcome.err
     assert outcome.out == ""
-    assert re.search(r"Error: There is no room left to write .*out/\S+\.\nFree some space", outcome.err)
-    assert "Traceback" not in outcome.err
+    assert re.search(r"Error: .*out/\S+", outcome.err)
+    assert_error_with_remedy(outcome)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("command", FULL)
-def test_a_folder_that_may_not_be_written_to_is_named(
+def test_the_error_of_a_folder_without_write_permission_names_the_file(
     site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     mkdir = os.mkdir
@@ -327,17 +324,18 @@ def test_a_folder_that_may_not_be_written_to_is_named(
     monkeypatch.setattr(os, "mkdir", refusing)
     outcome = run(*FULL[command](site, tmp_path / "out"))
     assert (outcome.code, outcome.out) == (4, ""), outcome.err
-    assert re.search(r"Error: \S+/out/\S+ cannot be written: Permission denied\.\nWrite to a folder", outcome.err)
+    assert re.search(r"Error: .*/out/\S+", outcome.err)
+    assert_error_with_remedy(outcome)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", FULL)
-def test_an_output_below_a_file_is_named(site: Site, tmp_path: Path, run: Run, command: str) -> None:
+def test_the_error_of_an_output_below_a_file_names_the_file(site: Site, tmp_path: Path, run: Run, command: str) -> None:
     (tmp_path / "out").touch()
     outcome = run(*FULL[command](site, tmp_path / "out" / "below"))
     assert (outcome.code, outcome.out) == (4, ""), outcome.err
     assert str(tmp_path / "out") in outcome.err
-    assert "Traceback" not in outcome.err
+    assert_error_with_remedy(outcome)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -347,7 +345,7 @@ def _interrupt(*_: object, **__: object) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("command", ["adapt", "segment"])
-def test_an_interrupt_while_encoding_ends_in_130_and_leaves_nothing(
+def test_an_interrupt_while_encoding_ends_with_130_and_leaves_no_files(
     site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setattr(EncoderSession, "encode", _interrupt)
@@ -361,7 +359,7 @@ def test_an_interrupt_while_encoding_ends_in_130_and_leaves_nothing(
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] in ([], ["lock"])
 
 
-def test_termination_ends_as_an_interrupt_does(
+def test_termination_ends_like_an_interrupt(
     site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def terminate(*_: object) -> list[torch.Tensor]:
@@ -397,21 +395,21 @@ def test_an_interrupt_while_a_mask_is_written_keeps_the_earlier_one(
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_a_bug_shows_its_traceback_and_ends_in_1(
+def test_an_unexpected_error_prints_its_traceback_and_ends_with_1(
     site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("the dog ate it")
+        raise RuntimeError("an unexpected error")
 
     monkeypatch.setattr("fseft_edge.segmentation.segment.segment", broken)
     outcome = run(*site.segment("ct.nii.gz", output=tmp_path))
     assert (outcome.code, outcome.out) == (1, "")
     assert "Traceback" in outcome.err
-    assert "the dog ate it" in outcome.err
-    assert "bug in fseft-edge" in outcome.err
+    assert "an unexpected error" in outcome.err
+    assert "bug" in outcome.err.splitlines()[-1]
 
 
-def test_used_up_memory_is_an_error_of_the_environment(
+def test_too_little_memory_is_an_environment_error(
     site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(*_: object, **__: object) -> None:
@@ -420,14 +418,14 @@ def test_used_up_memory_is_an_error_of_the_environment(
     monkeypatch.setattr("fseft_edge.segmentation.segment.segment", greedy)
     outcome = run(*site.segment("ct.nii.gz", output=tmp_path))
     assert (outcome.code, outcome.out) == (4, "")
-    assert "memory" in outcome.err
-    assert "Traceback" not in outcome.err
+    assert "memory" in outcome.err.lower()
+    assert_error_with_remedy(outcome)
 
 
-def test_a_failed_case_among_several_gives_its_reason_and_exit_code_5(site: Site, tmp_path: Path) -> None:
-    """In a process of its own, since the reason goes through the log."""
+def test_a_failed_case_among_several_is_reported_and_ends_with_5(site: Site, tmp_path: Path) -> None:
+    """The command runs in another process, because the reason is written to the log."""
     arguments = [*site.segment(site / "images", site / "bad/truncated.nii.gz", output=tmp_path / "out"), "--verbose"]
-    done = subprocess.run(  # noqa: S603 - the arguments are this test's
+    done = subprocess.run(  # noqa: S603 - fixed arguments
         [sys.executable, "-c", "from fseft_edge.cli.main import main; main()", *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -435,9 +433,11 @@ def test_a_failed_case_among_several_gives_its_reason_and_exit_code_5(site: Site
         check=False,
     )
     assert done.returncode == 5, done.stderr
-    assert f"{site / 'bad/truncated.nii.gz'} is truncated or damaged" in done.stderr
-    assert "Error: 1 of 3 cases failed: truncated." in done.stderr
-    assert "encoding with torch in float32 on cpu" in done.stderr
+    reasons, _, error = done.stderr.partition("Error: ")
+    assert str(site / "bad/truncated.nii.gz") in reasons
+    assert all(word in reasons for word in ("torch", "float32", "cpu"))  # --verbose logs how scans are encoded
+    assert all(word in error for word in ("1", "3", "truncated"))
+    assert len(error.splitlines()) == 2
     assert "Traceback" not in done.stderr
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
         str(tmp_path / "out" / f"case_{number}.nii.gz") for number in (1, 2)
@@ -447,7 +447,7 @@ def test_a_failed_case_among_several_gives_its_reason_and_exit_code_5(site: Site
     ]
 
 
-def test_masks_that_cannot_be_compared_end_in_5_and_the_others_are_shown(site: Site, tmp_path: Path, run: Run) -> None:
+def test_masks_that_cannot_be_compared_end_with_5(site: Site, tmp_path: Path, run: Run) -> None:
     predictions = tmp_path / "predictions"
     shutil.copytree(site / "labels", predictions)
     shutil.copy(site / "shifted/case_2.nii.gz", predictions)

@@ -1,4 +1,4 @@
-"""Fine-tuning from the command line: ``adapt`` with such a method, ``merge``, and what they refuse."""
+"""Fine-tuning from the command line: ``adapt`` with a method of fine-tuning, ``merge``, and refusals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from doubles.encoder import label_of, write_case, write_tiny_encoder
+from doubles.errors import refused
 
 from fseft_edge.adaptation.cross_validation import Candidate
 from fseft_edge.adaptation.training import TrainingSettings
@@ -25,7 +26,7 @@ SHORT = ("--steps", 2, "--crops", 1, "--device", "cpu")
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +70,30 @@ def test_the_description_is_printed_as_json(site: Path, tmp_path: Path) -> None:
     assert "content_sha256" not in described
 
 
-def test_a_tuning_is_called_so(site: Path, tmp_path: Path) -> None:
+def test_the_name_of_a_tuning_must_end_in_tuning(site: Path, tmp_path: Path) -> None:
     (tmp_path / "a.adapter").touch()
-    refused = adapt(site, tmp_path / "a.adapter", "--method", "bitfit", *SHORT)
-    assert isinstance(refused.exception, UsageError)
-    assert "no name of a tuning" in str(refused.exception)
+    with refused(UsageError, tmp_path / "a.adapter", ".tuning"):
+        adapt(site, tmp_path / "a.adapter", "--method", "bitfit", *SHORT)
     assert (tmp_path / "a.adapter").read_bytes() == b""
 
 
-def test_memory_is_saved_by_portions_and_checkpointing(site: Path, tmp_path: Path) -> None:
+def test_portions_and_checkpointing_can_be_used_together(site: Path, tmp_path: Path) -> None:
     saving = ("--accumulate", 2, "--gradient-checkpointing", "--crops", 2)
     tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", *SHORT, *saving)
     assert tuned.exit_code == 0, tuned.output
 
 
-def test_auto_with_a_budget_leaves_the_adapter_and_adds_what_does_better(
+def test_auto_with_a_time_limit_keeps_the_adapter_and_adds_a_better_tuning(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is tried does better than an adapter that finds nothing; JSON is one line a file."""
+    """The trial of fine-tuning is replaced by one that always finds a better tuning; JSON has one line per file."""
     found = adapt(site, tmp_path / "b.tuning", "--method", "bitfit", *SHORT)
     assert found.exit_code == 0, found.output
     tuning = read_tuning(tmp_path / "b.tuning")
-    asked: list[float] = []
+    minutes_given: list[float] = []
 
     def tried(adapter: AdapterFile, *scans: object, minutes: float, **more: object) -> TuningFile:
-        asked.append(minutes)
+        minutes_given.append(minutes)
         return tuning
 
     monkeypatch.setattr("fseft_edge.finetuning.choosing.try_finetuning", tried)
@@ -103,41 +103,39 @@ def test_auto_with_a_budget_leaves_the_adapter_and_adds_what_does_better(
     first, second = (json.loads(line) for line in chosen.stdout.splitlines())
     assert first["settings"]["method"] == "linear"
     assert second["method"] == "bitfit"
-    assert asked == [7]
+    assert minutes_given == [7]
     assert "fseft-edge merge" in chosen.stderr
     assert (tmp_path / "a.adapter").exists()
 
 
-def test_a_budget_is_refused_before_any_work_where_the_tuning_has_no_place(site: Path, tmp_path: Path) -> None:
-    refused = adapt(site, tmp_path / "a.tuning", "--method", "auto", "--time-limit", 7)
-    assert isinstance(refused.exception, UsageError)
-    assert "does not end in .adapter" in str(refused.exception)
+def test_a_time_limit_is_refused_before_training_if_the_tuning_cannot_be_written(site: Path, tmp_path: Path) -> None:
+    with refused(UsageError, tmp_path / "a.tuning", ".adapter"):
+        adapt(site, tmp_path / "a.tuning", "--method", "auto", "--time-limit", 7)
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "named"),
     [
-        (("--method", "lora", "--activation", "softmax"), "--activation says nothing"),
-        (("--method", "full", "--epochs", 3), "--epochs says nothing"),
-        (("--method", "full", "--cache", "features"), "--cache says nothing"),
-        (("--method", "linear", "--decoder", "tuned"), "--decoder says nothing"),
-        (("--method", "spatial", "--steps", 3), "--steps says nothing"),
-        (("--method", "spatial", "--gradient-checkpointing"), "--gradient-checkpointing says nothing"),
-        (("--method", "spatial", "--time-limit", 3), "--time-limit serves --method auto"),
-        (("--method", "auto", "--time-limit", 3, "--activation", "softmax"), "sigmoid"),
-        (("--method", "auto", "--time-limit", 3, "--decoder", "new"), "--decoder says nothing"),
-        (("--method", "lora", "--memory", 3), "--memory says nothing"),
-        (("--method", "adaptformer"), "no place for adaptformer"),
-        (("--method", "decoder", "--decoder", "frozen"), "nothing of this encoder would learn"),
+        (("--method", "lora", "--activation", "softmax"), ("--activation", "--method lora")),
+        (("--method", "full", "--epochs", 3), ("--epochs", "--method full")),
+        (("--method", "full", "--cache", "features"), ("--cache", "--method full")),
+        (("--method", "linear", "--decoder", "tuned"), ("--decoder", "--method linear")),
+        (("--method", "spatial", "--steps", 3), ("--steps", "--method spatial")),
+        (("--method", "spatial", "--gradient-checkpointing"), ("--gradient-checkpointing", "--method spatial")),
+        (("--method", "spatial", "--time-limit", 3), ("--time-limit", "--method auto")),
+        (("--method", "auto", "--time-limit", 3, "--activation", "softmax"), ("--activation softmax", "--time-limit")),
+        (("--method", "auto", "--time-limit", 3, "--decoder", "new"), ("--decoder", "--method auto")),
+        (("--method", "lora", "--memory", 3), ("--memory", "--method lora")),
+        (("--method", "adaptformer"), ("adaptformer",)),
+        (("--method", "decoder", "--decoder", "frozen"), ("--method decoder", "--decoder frozen")),
     ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+    ids=lambda value: " ".join(map(str, value)),
 )
-def test_what_contradicts_a_method_is_refused(
-    site: Path, tmp_path: Path, more: tuple[object, ...], message: str
+def test_options_that_contradict_the_method_are_refused(
+    site: Path, tmp_path: Path, more: tuple[object, ...], named: tuple[str, ...]
 ) -> None:
-    refused = adapt(site, tmp_path / "out" / "a.tuning", *more)
-    assert isinstance(refused.exception, UsageError)
-    assert message in str(refused.exception)
+    with refused(UsageError, *named):
+        adapt(site, tmp_path / "out" / "a.tuning", *more)
     assert not (tmp_path / "out").exists()
 
 

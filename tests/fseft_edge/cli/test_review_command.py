@@ -1,8 +1,7 @@
-"""``fseft-edge review`` and ``adapt --from-reviewed`` as a user runs them."""
+"""The commands ``fseft-edge review`` and ``adapt --from-reviewed``."""
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from doubles.command_line import Run, assert_error_with_remedy, runner
 from doubles.encoder import label_of, write_tiny_encoder
 from doubles.reviewed import PATIENT, Batch, run_batch
 
@@ -30,11 +30,9 @@ def command(*arguments: object) -> list[str]:
     return [str(Path(sys.executable).with_name("fseft-edge")), *map(str, arguments)]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(  # noqa: S603 - our own command
-        command(*arguments), capture_output=True, text=True, timeout=SECONDS, check=False, env=environment
-    )
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return runner(monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def reviewing(batch: Batch) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_it_prints_its_address_serves_and_ends_with_what_was_decided(
+def test_review_prints_its_address_and_at_the_end_the_number_of_decisions(
     batch: Batch, reviewing: subprocess.Popen[str], stop: signal.Signals
 ) -> None:
     address = reviewing.stdout.readline().strip()
@@ -66,20 +64,22 @@ def test_it_prints_its_address_serves_and_ends_with_what_was_decided(
     assert PATIENT not in err
 
 
-def test_without_a_batch_it_says_what_to_name(tmp_path: Path) -> None:
-    ended = run("review", tmp_path)
-    assert ended.returncode == 2
-    assert "Name the OUTBOX" in ended.stderr
+def test_a_folder_without_a_batch_is_refused(tmp_path: Path, run: Run) -> None:
+    outcome = run("review", tmp_path)
+    assert outcome.code == 2
+    assert str(tmp_path) in outcome.err
+    assert_error_with_remedy(outcome)
 
 
-def test_an_adapter_is_made_from_what_was_accepted(batch: Batch, tmp_path: Path) -> None:
+def test_an_adapter_is_trained_on_accepted_masks(batch: Batch, tmp_path: Path, run: Run) -> None:
     write_tiny_encoder(tmp_path / "tiny.encoder")
     batch.decide(batch.keys[0], Decision.ACCEPTED)
     adapt = ["adapt", "--encoder", tmp_path / "tiny.encoder", "-o", tmp_path / "a.adapter"]
     cheap = ["--organ", f"liver={label_of('liver')}", "--method", "linear", "--levels", "finest", "--no-validate"]
     for wrong in (["--corrected", tmp_path], ["--state", tmp_path / "s"], [], ["--images", tmp_path]):
-        ended = run(*adapt, *cheap, *wrong)
-        assert (ended.returncode, "--from-reviewed" in ended.stderr) == (2, True)
-    ended = run(*adapt, *cheap, "--from-reviewed", batch.outbox, "--device", "cpu", "--backend", "torch")
-    assert ended.returncode == 0, ended.stderr
+        outcome = run(*adapt, *cheap, *wrong)
+        assert (outcome.code, "--from-reviewed" in outcome.err) == (2, True)
+        assert_error_with_remedy(outcome)
+    outcome = run(*adapt, *cheap, "--from-reviewed", batch.outbox, "--device", "cpu", "--backend", "torch")
+    assert outcome.code == 0, outcome.err
     assert read_adapter(tmp_path / "a.adapter").description.shots == 1

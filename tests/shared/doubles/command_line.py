@@ -1,4 +1,4 @@
-"""The command line as a user meets it: run in this process, at a small site."""
+"""The command line, run in this process with a small site."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ON_CPU = ("--device", "cpu", "--backend", "torch")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -33,8 +33,21 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
+def assert_error_with_remedy(outcome: Outcome) -> None:
+    """Check that stderr ends with ``Error: MESSAGE`` and a second line with a remedy, or is a usage error of click."""
+    assert "Traceback" not in outcome.err
+    before, separator, error = outcome.err.partition("Error: ")
+    assert separator
+    if before.startswith("Usage: "):
+        assert "--help" in before
+        return
+    lines = error.splitlines()
+    assert len(lines) == 2
+    assert all(line.strip() for line in lines)
+
+
 def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return what runs ``fseft-edge`` as its console script does, in this process."""
+    """Return a function that runs ``fseft-edge`` like its console script, but in this process."""
 
     def run_main(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["fseft-edge", *map(str, arguments)])
@@ -51,7 +64,7 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 @dataclass(frozen=True)
 class Site:
-    """Two annotated scans, an encoder, an adapter, and files that are not what they should be."""
+    """A folder with two annotated scans, an encoder, an adapter, and damaged or wrong files."""
 
     root: Path
     bundle: EncoderBundle
@@ -69,7 +82,7 @@ class Site:
 
 
 def command_line_site(root: Path) -> Site:
-    """Write a site into an empty folder."""
+    """Write the files of a site into an empty folder."""
     for seed in (1, 2):
         write_case(root, f"case_{seed}", seed)
     site = Site(root, write_tiny_encoder(root / "tiny.encoder"))
@@ -89,7 +102,7 @@ def command_line_site(root: Path) -> Site:
     (root / "bad" / "truncated.nii.gz").write_bytes((site / "images/case_1.nii.gz").read_bytes()[:9000])
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.int16), np.eye(4)), root / "bad" / "series.nii.gz")
     (root / "bad" / "text.adapter").write_text("liver, spleen")
-    (root / "bad" / "plan.toml").write_text("not = [a plan")
+    (root / "bad" / "config.toml").write_text("not = [a table")
     (root / "shifted").mkdir()
     for name in ("case_1", "case_2"):
         labels = nib.load(site / "labels" / f"{name}.nii.gz")
