@@ -1,11 +1,11 @@
 """Procedural CTs of the trunk with exact ground truth: for tests, demonstrations and pre-training without patients.
 
-A phantom is plausible, not real. Figures measured on phantoms show that the machinery works and how settings compare;
-they never stand in for accuracy on patients.
+Phantoms are plausible, but not real. Results on phantoms show that the software works and how settings compare. They
+are not a measure of the accuracy on patients.
 
-The anatomy depends on the seed alone: it is a set of analytic shapes in the patient's own frame, evaluated in world
-coordinates at every voxel centre. Another lattice, spacing or orientation samples the same anatomy; another
-:class:`Site` scans the same anatomy. Only the noise belongs to one lattice.
+The anatomy depends only on the seed. It consists of analytic shapes in the coordinate system of the patient's trunk,
+which are evaluated at every voxel centre in world coordinates. The anatomy is therefore independent of lattice, voxel
+spacing, orientation and :class:`Site`. Only the noise depends on the lattice.
 """
 
 from __future__ import annotations
@@ -38,16 +38,20 @@ ORGANS: tuple[str, ...] = (
     "spine",
     "ribs",
 )
-"""Organ k of this tuple has label k + 1. Right and left are the patient's; the gallbladder may be missing."""
+"""The organs; the organ at index k has the label value k + 1. Right and left are the patient's.
+
+The gallbladder is missing in some patients.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Phantom:
-    """A synthetic CT and what is in it.
+    """A synthetic CT with its ground truth.
 
     Attributes:
         volume: the CT, int16 HU `[X, Y, Z]`.
-        labels: ground truth at the voxel centres of the same lattice, uint8; values are places in `ORGANS` plus one.
+        labels: ground truth at the voxel centres of the CT, uint8 `[X, Y, Z]`; a label value is an index in `ORGANS`
+            plus one, 0 is background.
     """
 
     volume: Volume
@@ -62,21 +66,22 @@ def phantom(
     site: Site = SITES["reference"],
     affine: NDArray[np.float64] | None = None,
 ) -> Phantom:
-    """A patient's CT with its ground truth.
+    """Return the CT of a synthetic patient with its ground truth.
 
-    An average trunk is 350 mm wide and 260 mm deep; it goes on above and below any field of view, and its origin, level
-    with the first lumbar vertebra, lies within 12 mm of the world's.
+    An average trunk is 350 mm wide and 260 mm deep, and extends above and below any field of view. The origin of the
+    trunk is at the level of the first lumbar vertebra, within 12 mm of the origin of the world coordinates.
 
-    Structures are painted in this order, the later over the earlier: body and muscle wall, pelvis and psoas, lungs and
-    heart, bowel, liver, stomach, spleen, gallbladder, kidneys, pancreas, great vessels, spine, ribs.
+    Structures are painted in this order, and a later structure covers an earlier structure: body and muscle wall,
+    pelvis and psoas, lungs and heart, bowel, liver, stomach, spleen, gallbladder, kidneys, pancreas, great vessels,
+    spine, ribs.
 
     Args:
-        seed: the patient, from 0.
-        shape: voxels along the lattice's axes.
-        spacing: mm per voxel along them; ignored when `affine` is given.
-        site: the scanner and its protocol.
-        affine: voxel to world, 4x4, RAS+ mm, any orientation; without it the lattice lies along the world's axes with
-            the trunk's origin in the middle.
+        seed: number of the patient, from 0.
+        shape: number of voxels along each axis of the lattice.
+        spacing: voxel spacing in mm along each axis; ignored if `affine` is given.
+        site: scanner and protocol.
+        affine: matrix from voxel to world coordinates, 4x4, RAS+ mm, any orientation; None means a lattice along the
+            world axes with the origin of the trunk in the middle.
     """
     if affine is None:
         affine = np.diag([*spacing, 1.0])

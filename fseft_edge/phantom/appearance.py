@@ -1,4 +1,4 @@
-"""What a scanner makes of the anatomy: tissue values by contrast phase, blur, noise, calibration."""
+"""The appearance of the anatomy in a CT: tissue values by contrast phase, blur, noise, calibration."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ _ENHANCED = {
 
 @dataclass(frozen=True)
 class Site:
-    """How a hospital scans: reconstruction kernel, dose, contrast protocol and calibration.
+    """A scanner and its protocol: reconstruction kernel, dose, contrast phase and calibration.
 
     Attributes:
-        kernel_fwhm_mm: full width at half maximum of the reconstruction's point spread, mm.
+        kernel_fwhm_mm: full width at half maximum of the point spread function of the reconstruction, mm.
         noise_hu: standard deviation of the noise, HU.
-        contrast_phase: intravenous contrast; "native" is without.
-        hu_offset: added to every value, HU.
-        hu_scale: every value's factor, applied before the offset.
+        contrast_phase: phase of the intravenous contrast; "native" means without contrast.
+        hu_offset: offset that is added to every value, HU.
+        hu_scale: factor of every value, applied before the offset.
     """
 
     kernel_fwhm_mm: float = 2.5
@@ -99,19 +99,20 @@ class Site:
     def __post_init__(self) -> None:
         if self.contrast_phase not in ("native", *_ENHANCED):
             raise UsageError(
-                f"No contrast phase is called {self.contrast_phase!r}.",
-                remedy="Choose 'native', 'arterial' or 'portal'.",
+                f"The contrast phase {self.contrast_phase!r} is unknown.",
+                remedy="Set contrast_phase to 'native', 'arterial' or 'portal'.",
             )
         if self.kernel_fwhm_mm < 0 or self.noise_hu < 0:
             raise UsageError(
-                "A site's blur and noise must not be negative.", remedy="Give 0 to switch either of them off."
+                f"kernel_fwhm_mm is {self.kernel_fwhm_mm} and noise_hu is {self.noise_hu}; neither may be negative.",
+                remedy="Set kernel_fwhm_mm and noise_hu to 0 or more; 0 means no blur or no noise.",
             )
 
     def tissue_hu(self, enhancement: float = 1.0) -> dict[str, float]:
-        """Mean HU of each tissue in this site's contrast phase, before its calibration.
+        """Return the mean HU of each tissue in the contrast phase of this site, before calibration.
 
         Args:
-            enhancement: how strongly contrast shows, 1 on average: factor of enhanced less unenhanced HU.
+            enhancement: factor of the difference between enhanced and unenhanced HU, 1 on average.
         """
         enhanced = _ENHANCED.get(self.contrast_phase, {})
         return _UNENHANCED | {
@@ -130,16 +131,16 @@ SITES: dict[str, Site] = {
 def reconstruct(
     hu: NDArray[np.float32], spacing: NDArray[np.float64], site: Site, rng: np.random.Generator
 ) -> NDArray[np.int16]:
-    """The scanner's image, int16 HU `[X, Y, Z]`, of an ideal one.
+    """Return the image of a scanner, int16 HU `[X, Y, Z]`, computed from an ideal image.
 
-    The noise is white noise seen through the kernel, less part of a wider blur of itself: filtered back-projection
-    leaves little noise at the lowest spatial frequencies.
+    The noise is white noise blurred by the kernel, minus half of this noise after a wider blur, because filtered
+    back-projection gives little noise at the lowest spatial frequencies.
 
     Args:
-        hu: the ideal image, HU `[X, Y, Z]`; overwritten.
-        spacing: mm per voxel, `[3]`.
-        site: the scanner.
-        rng: where the noise comes from.
+        hu: ideal image, HU `[X, Y, Z]`; overwritten.
+        spacing: voxel spacing in mm, `[3]`.
+        site: scanner and protocol.
+        rng: generator for the noise.
     """
     sigma = site.kernel_fwhm_mm / _FWHM_PER_SIGMA / spacing
     if site.kernel_fwhm_mm > 0:

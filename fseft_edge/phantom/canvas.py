@@ -1,7 +1,8 @@
-"""A lattice seen from inside the patient, and the shapes that are painted on it.
+"""A lattice in the coordinates of the patient's trunk, and the shapes that are painted on this lattice.
 
-A shape is a distance in mm at every voxel centre, negative inside. Distances are approximate but true near the surface,
-which is what makes edges soft by one voxel and no more (partial volume).
+A shape is an array with the distance in mm from every voxel centre to the surface of the shape, negative inside. The
+distances are approximate, but accurate near the surface. Therefore an edge is blurred over one voxel only (partial
+volume effect).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from fseft_edge.phantom.patient import Patient
 Field = NDArray[np.float32]
 Box = tuple[slice, slice, slice]
 
-_DEFORMATION_MM = 5.0  # the most that the smooth deformation moves a point along an axis
+_DEFORMATION_MM = 5.0  # largest displacement by the smooth deformation along an axis
 _DEFORMATION_WAVES_MM = (260.0, 170.0)
 _BEND_PERIOD_MM = 420.0  # along the spine
 
 
 @dataclass(frozen=True)
 class Region:
-    """Part of a canvas: the trunk coordinates (mm) of its voxel centres, and which part it is."""
+    """A box of a canvas: the trunk coordinates (mm) of its voxel centres, and its position in the canvas."""
 
     x: Field
     y: Field
@@ -33,12 +34,12 @@ class Region:
 
 
 class Canvas:
-    """The lattice's ideal CT in HU and its labels, both `[X, Y, Z]`, painted structure by structure.
+    """The ideal CT in HU and the label map, both `[X, Y, Z]`, on which structures are painted one after another.
 
     Args:
-        shape: voxels along the lattice's axes.
-        affine: voxel to world, 4x4, RAS+ mm.
-        patient: whose trunk frame the lattice is seen in.
+        shape: number of voxels along each axis of the lattice.
+        affine: matrix from voxel to world coordinates, 4x4, RAS+ mm.
+        patient: the patient whose trunk coordinates are used.
     """
 
     def __init__(self, shape: tuple[int, int, int], affine: NDArray[np.float64], patient: Patient) -> None:
@@ -62,7 +63,7 @@ class Canvas:
         self.whole = Region(x, y, z, (slice(None), slice(None), slice(None)))
 
     def _deform(self, x: Field, y: Field, z: Field) -> None:
-        """Bends the spine's axis and moves every point smoothly by up to `_DEFORMATION_MM`, in place."""
+        """Bend the axis of the spine, and move every point smoothly by at most `_DEFORMATION_MM`, in place."""
         rng = self.patient.rng("deformation")
         moves = [
             sum(plane_wave(x, y, z, rng, wave) for wave in _DEFORMATION_WAVES_MM)
@@ -79,7 +80,10 @@ class Canvas:
         z += moves[2]
 
     def region(self, lower: ArrayLike, upper: ArrayLike, margin: float = 4.0) -> Region:
-        """The voxels that hold the trunk-frame box `lower` to `upper` (mm), with a margin; may be none."""
+        """Return the voxels that contain the box `lower` to `upper` in trunk coordinates (mm), with a margin.
+
+        The region is empty if the box is outside the lattice.
+        """
         reach = margin + self.edge_mm + _DEFORMATION_MM + np.array([*np.abs(self.patient.bend_mm), 0.0])
         ends = np.stack([np.asarray(lower, dtype=np.float64) - reach, np.asarray(upper, dtype=np.float64) + reach])
         corners = np.stack(np.meshgrid(*ends.T, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -99,14 +103,14 @@ class Canvas:
         label: int | None = 0,
         within: int | None = None,
     ) -> None:
-        """Paints a shape over what is there.
+        """Paint a shape over the present content.
 
         Args:
-            region: where the distance was evaluated.
-            distance: mm to the shape's surface, negative inside.
-            hu: the shape's value, one or one a voxel of the region.
-            label: what its voxels become; None leaves the labels as they are.
-            within: paint only on voxels that carry this label.
+            region: region in which the distance was computed.
+            distance: distance in mm to the surface of the shape, negative inside.
+            hu: value of the shape, one value or one value per voxel of the region.
+            label: label value of the shape's voxels; None does not change the label map.
+            within: paint only voxels with this label value; None paints all voxels.
         """
         coverage = np.clip(np.float32(0.5) - distance / np.float32(self.edge_mm), 0, 1)
         inside = distance < 0
@@ -124,7 +128,7 @@ class Canvas:
 def ellipsoid(
     region: Region, centre: ArrayLike, radii: ArrayLike, rotation: NDArray[np.float64] | None = None
 ) -> Field:
-    """Distance to an ellipsoid whose axes are the rows of `rotation` (the trunk's own when None)."""
+    """Return the distance to an ellipsoid whose axes are the rows of `rotation`; None means the axes of the trunk."""
     middle, half = np.asarray(centre, dtype=np.float32), np.asarray(radii, dtype=np.float32)
     x, y, z = region.x - middle[0], region.y - middle[1], region.z - middle[2]
     if rotation is not None:
@@ -137,7 +141,7 @@ def ellipsoid(
 
 
 def tube(region: Region, points: NDArray[np.float64], radii: ArrayLike) -> Field:
-    """Distance to a chain of straight tubes through `points` `[n, 3]` whose radius goes from one to the next."""
+    """Return the distance to a chain of straight tubes through `points` `[n, 3]` with linearly interpolated radii."""
     width = np.asarray(radii, dtype=np.float32)
     nearest = np.full(region.x.shape, np.inf, dtype=np.float32)
     for start, end, r0, r1 in zip(points[:-1], points[1:], width[:-1], width[1:], strict=True):
@@ -150,7 +154,7 @@ def tube(region: Region, points: NDArray[np.float64], radii: ArrayLike) -> Field
 
 
 def smooth_path(points: ArrayLike, steps: int = 4) -> NDArray[np.float64]:
-    """A Catmull-Rom curve through the points, `steps` points a span, `[n, 3]`."""
+    """Return a Catmull-Rom curve through the points, `[n, 3]`, with `steps` points between two given points."""
     knots = np.asarray(points, dtype=np.float64)
     padded = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
     t = np.linspace(0, 1, steps, endpoint=False)[:, None]
@@ -162,7 +166,7 @@ def smooth_path(points: ArrayLike, steps: int = 4) -> NDArray[np.float64]:
 
 
 def waves(region: Region, rng: np.random.Generator, wavelength_mm: float, count: int = 4) -> Field:
-    """A smooth random field of about unit amplitude: a sum of `count` plane waves in random directions."""
+    """Return a smooth random field of amplitude about 1: a sum of `count` plane waves in random directions."""
     total = np.zeros(region.x.shape, dtype=np.float32)
     for _ in range(count):
         total += plane_wave(region.x, region.y, region.z, rng, wavelength_mm * rng.uniform(0.75, 1.5))
@@ -170,7 +174,7 @@ def waves(region: Region, rng: np.random.Generator, wavelength_mm: float, count:
 
 
 def plane_wave(x: Field, y: Field, z: Field, rng: np.random.Generator, wavelength_mm: float) -> Field:
-    """A sine of amplitude 1 in a random direction with a random phase."""
+    """Return a plane wave of amplitude 1 with random direction and random phase."""
     direction = rng.normal(size=3)
     direction *= 2 * np.pi / wavelength_mm / np.linalg.norm(direction)
     a, b, c = (np.float32(v) for v in direction)

@@ -1,4 +1,4 @@
-"""The abdomen's organs, painted in the order of `paint_abdomen`: what comes later covers what came before."""
+"""The organs of the abdomen, painted in the order of `paint_abdomen`: a later organ covers an earlier organ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tissue = dict[str, float]
 
 
 def paint_abdomen(canvas: Canvas, trunk: Trunk, tissue: Tissue, labels: Mapping[str, int]) -> None:
-    """Bowel, liver, stomach, spleen, gallbladder, kidneys, pancreas, vena cava and aorta, in this order."""
+    """Paint bowel, liver, stomach, spleen, gallbladder, kidneys, pancreas, vena cava and aorta, in this order."""
     _paint_bowel(canvas, trunk, tissue)
     _paint_liver(canvas, trunk, tissue, labels["liver"])
     _paint_stomach(canvas, trunk, tissue, labels["stomach"])
@@ -26,7 +26,7 @@ def paint_abdomen(canvas: Canvas, trunk: Trunk, tissue: Tissue, labels: Mapping[
 
 
 def _paint_bowel(canvas: Canvas, trunk: Trunk, tissue: Tissue) -> None:
-    """Colon with gas and faeces, and loops of small bowel; not labelled."""
+    """Paint the colon with gas and faeces, and loops of small bowel, without a label."""
     rng = canvas.patient.rng("bowel")
     half_x, half_y = canvas.patient.cavity
     side = half_x - 34
@@ -73,13 +73,13 @@ def _paint_bowel(canvas: Canvas, trunk: Trunk, tissue: Tissue) -> None:
 
 
 def _paint_liver(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int) -> None:
-    """Under the right dome, thinning to the left across the midline; vessels and lesions are part of the label."""
+    """Paint the liver below the right dome of the diaphragm; its label includes vessels and lesions."""
     patient = canvas.patient
     rng = patient.rng("liver")
     region = canvas.region([-85, -110, -130], [160, 125, 90])
     part = trunk.crop(region)
     x, y, z = region.x, region.y, region.z
-    reach = rng.uniform(-62, -22)  # how far the left lobe goes
+    reach = rng.uniform(-62, -22)  # left end of the left lobe, mm
     bulk = ellipsoid(region, (rng.uniform(52, 62), 6, rng.uniform(-10, 0)), (108, 104, rng.uniform(84, 96)))
     under = rng.uniform(-88, -62) + 0.5 * (95 - x) + 0.28 * np.clip(20 - y, 0, None) + 5 * waves(region, rng, 110, 3)
     left = (reach - x) * 0.8 + 0.35 * np.clip(30 - y, -40, None) * np.clip((40 - x) / 60, 0, 1)
@@ -107,14 +107,14 @@ def _paint_liver(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int) -> No
 
 
 def _rounded(a: Field, b: Field, radius: float = 14.0) -> Field:
-    """The intersection of two shapes with its edge rounded (a smooth maximum)."""
+    """Return the intersection of two shapes with a rounded edge (a smooth maximum)."""
     blend = np.clip(radius - np.abs(a - b), 0, None)
     rounded: Field = np.maximum(a, b) + np.square(blend) / np.float32(4 * radius)
     return rounded
 
 
 def _paint_stomach(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int) -> None:
-    """From the left dome forward and down to the midline; wall, content (contrast or food) and gas on top."""
+    """Paint the stomach from the left dome to the midline: wall, content (contrast or food) and gas."""
     patient = canvas.patient
     rng = patient.rng("stomach")
     low = rng.uniform(-75, -45)
@@ -148,7 +148,7 @@ def _paint_stomach(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int) -> 
 
 
 def _paint_spleen(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int) -> None:
-    """Against the wall behind and to the left, under the left dome."""
+    """Paint the spleen at the left posterior wall, below the left dome of the diaphragm."""
     patient = canvas.patient
     rng = patient.rng("spleen")
     size = rng.uniform(0.88, 1.1) * (rng.uniform(1.3, 1.5) if patient.large_spleen else 1.0)
@@ -166,7 +166,7 @@ def _paint_spleen(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int) -> N
 
 
 def _paint_gallbladder(canvas: Canvas, tissue: Tissue, label: int) -> None:
-    """Under the liver on the right; missing in one patient of ten."""
+    """Paint the gallbladder below the liver; one patient in ten has no gallbladder."""
     rng = canvas.patient.rng("gallbladder")
     if rng.random() < 0.1:
         return
@@ -181,12 +181,12 @@ def _paint_gallbladder(canvas: Canvas, tissue: Tissue, label: int) -> None:
 
 
 def _paint_kidney(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int, side: float) -> None:
-    """Bean beside the spine in its own fat, hilum to the middle; the right one (side = 1) lies lower."""
+    """Paint a kidney with its fat beside the spine; the right kidney (side = 1) is lower than the left (side = -1)."""
     rng = canvas.patient.rng("right_kidney" if side > 0 else "left_kidney")
     centre = np.array([side * rng.uniform(62, 70), rng.uniform(-46, -38), rng.uniform(-72, -52) + (side < 0) * 16])
     size = rng.uniform(0.92, 1.1)
     lean, roll = rng.uniform(0.1, 0.28), rng.uniform(0.4, 0.8)
-    # Upper poles lean to the spine, the hilum looks forward: long axis along z, flat axis turned by `roll` about it.
+    # The upper pole leans towards the spine, and the hilum points medially and forward, rotated by `roll`.
     long_axis = np.array([-side * np.sin(lean), 0.12, np.cos(lean)])
     long_axis /= np.linalg.norm(long_axis)
     hilum_axis = np.array([-side * np.cos(roll), np.sin(roll), 0.0])
@@ -213,7 +213,7 @@ def _paint_kidney(canvas: Canvas, trunk: Trunk, tissue: Tissue, label: int, side
 
 
 def _paint_pancreas(canvas: Canvas, tissue: Tissue, label: int) -> None:
-    """From the duodenum's curve across the spine to the spleen, behind the stomach; the duodenum is not labelled."""
+    """Paint the duodenum without a label, and the pancreas from the duodenum across the spine to the spleen."""
     rng = canvas.patient.rng("pancreas")
     rise = rng.uniform(0, 16)
     knots = [
@@ -240,7 +240,7 @@ def _paint_pancreas(canvas: Canvas, tissue: Tissue, label: int) -> None:
 
 
 def _paint_great_vessels(canvas: Canvas, tissue: Tissue, label: int) -> None:
-    """Vena cava on the spine's right; aorta on its left, down to where it divides. Only the aorta is labelled."""
+    """Paint the vena cava and the iliac arteries without a label, and the aorta down to its bifurcation."""
     rng = canvas.patient.rng("vessels")
     front = SPINE_Y + 27
     wide = rng.uniform(9.5, 13)

@@ -1,4 +1,4 @@
-"""One patient: everything about the anatomy that a seed decides, whatever the lattice or the site."""
+"""A patient: the anatomical properties that depend only on the seed, not on the lattice or the site."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Patient:
-    """Size, pose and findings of one patient, in the trunk's own frame.
+    """Size, pose and findings of a patient, in trunk coordinates.
 
-    The trunk's frame is millimetres, x to the patient's right, y to the front, z to the head, with its origin in the
-    middle of the trunk at the level of the first lumbar vertebra; a patient of average size has scale 1.
+    Trunk coordinates are in mm: x to the patient's right, y to the front, z to the head. Their origin is in the middle
+    of the trunk at the level of the first lumbar vertebra.
 
     Attributes:
-        seed: what everything else follows from.
-        rotation: trunk frame to world, `[3, 3]`.
-        translation: the trunk's origin in world mm, `[3]`.
-        scale: the patient's size against the average along x, y and z, `[3]`.
-        bend_mm: amplitude of the spine's curve along x (scoliosis) and y, `[2]`.
-        bend_phase: where along z the two curves bend, radians, `[2]`.
+        seed: number that determines all other attributes.
+        rotation: rotation from trunk to world coordinates, `[3, 3]`.
+        translation: origin of the trunk in world coordinates, mm, `[3]`.
+        scale: size of the patient along x, y and z, relative to the average, `[3]`.
+        bend_mm: amplitude of the curvature of the spine along x (scoliosis) and y, mm, `[2]`.
+        bend_phase: phase of the two curvatures along z, radians, `[2]`.
         cavity: half widths of the trunk's cavity along x and y, mm, `[2]`.
-        fat_mm: thickness of subcutaneous fat at the flanks.
+        fat_mm: thickness of the subcutaneous fat at the flanks.
         wall_mm: thickness of the muscle wall.
-        dome_mm: height of the diaphragm's dome.
-        vertebra_shift: where the vertebrae lie along z, mm.
-        enhancement: how strongly contrast shows in this patient, 1 on average.
-        large_spleen, liver_lesions, kidney_cyst, effusion, arms_down, oral_contrast: findings and circumstances.
+        dome_mm: height of the dome of the diaphragm.
+        vertebra_shift: position of the vertebrae along z, mm.
+        enhancement: strength of the contrast enhancement, 1 on average.
+        large_spleen: True for an enlarged spleen.
+        liver_lesions: number of lesions in the liver.
+        kidney_cyst: True if kidneys may have a cyst.
+        effusion: True for a pleural effusion.
+        arms_down: True for arms beside the trunk.
+        oral_contrast: True for oral contrast in stomach and bowel.
     """
 
     seed: int
@@ -53,7 +58,7 @@ class Patient:
 
     @classmethod
     def of(cls, seed: int) -> Patient:
-        """The patient that a seed stands for."""
+        """Return the patient with a seed."""
         rng = np.random.default_rng([seed, 0])
         size = float(np.clip(rng.normal(1.0, 0.045), 0.91, 1.09))
         angles = np.radians(np.clip(rng.normal(0.0, (2.0, 2.5, 4.0)), (-5, -6, -9), (5, 6, 9)))
@@ -79,12 +84,12 @@ class Patient:
         )
 
     def rng(self, structure: str) -> np.random.Generator:
-        """The structure's own random numbers, so that no structure depends on what is drawn before it."""
+        """Return the random generator of a structure; each structure has its own, so structures are independent."""
         return np.random.default_rng([self.seed, 1 + zlib.crc32(structure.encode())])
 
 
 def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Rotations about x, then y, then z, by `angles` in radians, as one matrix `[3, 3]`."""
+    """Return the matrix `[3, 3]` of a rotation about x, then y, then z, by `angles` in radians."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
     about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])

@@ -1,4 +1,4 @@
-"""The trunk's wall and what lies against it: skin, fat, muscle, diaphragm, lungs, heart, spine, ribs, pelvis."""
+"""The wall of the trunk and adjacent structures: skin, fat, muscle, diaphragm, lungs, heart, spine, ribs, pelvis."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from fseft_edge.phantom.canvas import Canvas, Field, Region, ellipsoid, smooth_p
 
 SPINE_Y = -62.0  # centre of the vertebral bodies
 _CANAL_Y = SPINE_Y - 27.0
-_BODY_CENTRE_Y = -12.0  # the wall is thicker behind: the long muscles of the back
-_EXPONENT = 2.35  # of the superellipse that a trunk's cross-section is
+_BODY_CENTRE_Y = -12.0  # the back muscles make the posterior wall thicker
+_EXPONENT = 2.35  # exponent of the superellipse that describes an axial cross-section of the trunk
 
 
 @dataclass(frozen=True)
 class Trunk:
-    """Fields that place structures against the wall, each `[x, y, z]` over one region.
+    """Fields for positioning structures relative to the wall of the trunk, each `[x, y, z]` in one region.
 
     Attributes:
-        region: where.
-        wall: distance to the cavity's surface, mm, negative inside.
-        level: 0 on the trunk's axis, 1 on the cavity's surface.
-        outer: distance to the muscle wall's outer surface, mm.
-        below_diaphragm: mm above (positive) or below (negative) the diaphragm.
+        region: region in which the fields were computed.
+        wall: distance to the surface of the cavity, mm, negative inside.
+        level: 0 on the axis of the trunk, 1 on the surface of the cavity.
+        outer: distance to the outer surface of the muscle wall, mm, negative inside.
+        below_diaphragm: height relative to the diaphragm, mm, positive above and negative below.
     """
 
     region: Region
@@ -33,7 +33,7 @@ class Trunk:
     below_diaphragm: Field
 
     def crop(self, region: Region) -> Trunk:
-        """The same fields over a region of the canvas."""
+        """Return these fields in a region of the canvas."""
         box = region.box
         return replace(
             self,
@@ -46,7 +46,7 @@ class Trunk:
 
 
 def trunk_of(canvas: Canvas) -> Trunk:
-    """The wall's fields over the whole canvas."""
+    """Return the fields of the trunk on the whole canvas."""
     patient, region = canvas.patient, canvas.whole
     rng = patient.rng("wall")
     x, y, z = region.x, region.y, region.z
@@ -71,7 +71,7 @@ def trunk_of(canvas: Canvas) -> Trunk:
 
 
 def _superellipse(x: Field, y: Field, half_x: Field, half_y: Field) -> tuple[Field, Field]:
-    """Radial distance (mm) to a superellipse, and the level (1 on it)."""
+    """Return the radial distance (mm) to a superellipse, and the level, which is 1 on the superellipse."""
     n = np.float32(_EXPONENT)
     level = (np.abs(x / half_x) ** n + np.abs(y / half_y) ** n) ** (1 / n)
     np.maximum(level, np.float32(1e-3), out=level)
@@ -80,7 +80,7 @@ def _superellipse(x: Field, y: Field, half_x: Field, half_y: Field) -> tuple[Fie
 
 
 def paint_body(canvas: Canvas, trunk: Trunk, tissue: dict[str, float]) -> None:
-    """Skin, subcutaneous fat, muscle wall, visceral fat; sometimes arms, and the table."""
+    """Paint skin, subcutaneous fat, muscle wall and visceral fat; in some patients also arms and the table."""
     patient, region = canvas.patient, trunk.region
     rng = patient.rng("body")
     x, y = region.x, region.y
@@ -100,13 +100,13 @@ def paint_body(canvas: Canvas, trunk: Trunk, tissue: dict[str, float]) -> None:
     muscle = tissue["muscle"] - np.float32(25) * np.clip(streaks - 1.0, 0, 1)
     canvas.paint(region, trunk.outer, muscle)
     canvas.paint(region, trunk.wall, tissue["visceral_fat"] + 6 * streaks)
-    # Fat between the layers of the wall, and around the rectus in front.
+    # fat between the muscle layers of the wall and around the rectus abdominis
     layers = np.maximum(np.abs(trunk.wall - 6) - 1.0, np.abs(x) - 120)
     canvas.paint(region, np.maximum(layers, region.z + 30), tissue["muscle"] - 60.0)
 
 
 def _paint_arms(canvas: Canvas, tissue: dict[str, float]) -> None:
-    """Upper arms beside the trunk."""
+    """Paint the upper arms beside the trunk."""
     patient = canvas.patient
     side = (patient.cavity[0] + patient.wall_mm + 1.2 * patient.fat_mm + 48) * 1.04
     for sign in (-1.0, 1.0):
@@ -119,7 +119,7 @@ def _paint_arms(canvas: Canvas, tissue: dict[str, float]) -> None:
 
 
 def paint_chest(canvas: Canvas, trunk: Trunk, tissue: dict[str, float], *, right: int, left: int) -> None:
-    """Lungs (labels `right` and `left`) with vessels, heart and oesophagus between them, sometimes an effusion."""
+    """Paint lungs (label values `right`, `left`) with vessels, heart, oesophagus and, in some patients, an effusion."""
     patient = canvas.patient
     rng = patient.rng("chest")
     region = canvas.region([-170, -120, -70], [170, 130, 400])
@@ -158,22 +158,23 @@ def paint_chest(canvas: Canvas, trunk: Trunk, tissue: dict[str, float], *, right
 
 
 def _vertebra_number(z: Field, shift: float) -> tuple[Field, Field]:
-    """How many vertebrae up from the twelfth thoracic one (at z = shift), and a vertebra's height there, mm.
+    """Return the number of vertebrae above the twelfth thoracic vertebra (at z = shift), and their height in mm.
 
-    Heights fall from 35 mm in the lumbar to 25 mm in the upper thoracic spine; the number is the integral of 1/height.
+    The height decreases from 35 mm in the lumbar spine to 25 mm in the upper thoracic spine. The number of vertebrae is
+    the integral of 1 / height.
     """
     height = np.clip(30 - np.float32(0.03) * (z - np.float32(shift)), 15, 45)
     return (-np.log(height / 30) / np.float32(0.03)), height
 
 
 def paint_spine(canvas: Canvas, trunk: Trunk, tissue: dict[str, float], *, label: int) -> None:
-    """Vertebral bodies, discs, arches and processes, all labelled; the canal and its cord are not."""
+    """Paint vertebral bodies, discs, arches and processes with a label; paint the spinal canal without a label."""
     patient = canvas.patient
     rng = patient.rng("spine")
     region = canvas.region([-52, -150, -420], [52, -35, 420])
     x, y, z = region.x, region.y - np.float32(_CANAL_Y), region.z
     number, height = _vertebra_number(z, patient.vertebra_shift)
-    offset = (number - np.rint(number)) * height  # mm above the vertebra's middle
+    offset = (number - np.rint(number)) * height  # mm above the middle of the vertebra
     lumbar = np.clip((height - 25) / 10, 0, 1)
     size = np.float32(rng.uniform(0.94, 1.06))
     disc_edge = np.abs(offset) - (height / 2 - (2 + 2 * lumbar))
@@ -200,15 +201,16 @@ def paint_spine(canvas: Canvas, trunk: Trunk, tissue: dict[str, float], *, label
 
 
 def paint_ribs(canvas: Canvas, trunk: Trunk, tissue: dict[str, float], *, label: int) -> None:
-    """Twelve pairs of ribs that slope down around the cavity; cartilage and sternum in front are bare of a label.
+    """Paint twelve pairs of ribs with a label; paint rib cartilage and sternum without a label.
 
-    All ribs are one shape: along a rib, the vertebra's number less the drop reached at that angle stays a whole number.
+    All ribs are computed as one shape: on the centre line of a rib, the number of the vertebra, corrected by the drop
+    of the rib at this angle, is an integer.
     """
     patient = canvas.patient
     rng = patient.rng("ribs")
     region = canvas.region([-185, -145, -130], [185, 150, 400])
     part = trunk.crop(region)
-    angle = np.arctan2(np.abs(region.x), -region.y - 20) / np.float32(np.pi)  # 0 behind, 1 in front
+    angle = np.arctan2(np.abs(region.x), -region.y - 20) / np.float32(np.pi)  # 0 posterior, 1 anterior
     number, height = _vertebra_number(region.z, patient.vertebra_shift)
     drop = np.float32(rng.uniform(3.6, 4.4))
     along = number - 0.25 + drop * np.where(angle < 0.72, angle / 0.72, 1 - 1.6 * (angle - 0.72))
@@ -230,7 +232,7 @@ def paint_ribs(canvas: Canvas, trunk: Trunk, tissue: dict[str, float], *, label:
 
 
 def paint_pelvis(canvas: Canvas, trunk: Trunk, tissue: dict[str, float]) -> None:
-    """The wings of the iliac bones along the cavity's wall, and the muscles that lie on the spine's front and sides."""
+    """Paint the wings of the iliac bones along the cavity, and the muscles in front of and beside the spine."""
     patient = canvas.patient
     rng = patient.rng("pelvis")
     for sign in (-1.0, 1.0):
