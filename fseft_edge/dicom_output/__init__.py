@@ -1,4 +1,4 @@
-"""Masks as DICOM objects of the study that the scan belongs to: Segmentation and RT Structure Set."""
+"""Masks as DICOM objects in the study of the scan: Segmentation and RT Structure Set."""
 
 from __future__ import annotations
 
@@ -39,29 +39,34 @@ def write_dicom_results(
     source: Sequence[Dataset],
     algorithm: SegmentationAlgorithm,
 ) -> tuple[WrittenDicom, ...]:
-    """Write a mask as ``folder/<stem>.seg.dcm`` and ``folder/<stem>.rtstruct.dcm``, whichever are asked for.
+    """Write a mask as ``folder/<stem>.seg.dcm``, ``folder/<stem>.rtstruct.dcm`` or both.
 
-    Each file appears complete or not at all, and the same result gives the same bytes. An organ without a voxel is left
-    out; of an empty mask no file is written, and an older one of that name is removed.
+    Each file appears complete or not at all. Equal results give equal bytes. An organ without voxels is omitted. If the
+    whole mask is empty, no file is written, and an existing file of that name is deleted.
 
     Args:
-        folder: made if need be.
-        stem: of the file names.
-        kinds: ``"seg"``, ``"rtstruct"`` or both; written in this order.
-        labels: the mask, on the lattice of the source.
+        folder: output folder; created if it does not exist.
+        stem: first part of the file names.
+        kinds: objects to write, ``"seg"``, ``"rtstruct"`` or both, in the order of writing.
+        labels: the mask, on the lattice of the source series.
         organs: every organ of the mask.
-        source: headers of the CT images, without their voxels, in any order; or that of one multi-frame image.
-        algorithm: what made the mask.
+        source: headers of the CT images without pixel data, in any order, or the header of one multi-frame image.
+        algorithm: encoder and adapters that made the mask.
+
+    Returns:
+        One entry for each object, in the order of ``kinds``.
 
     Raises:
-        UsageError: a kind is unknown.
-        InputError: a header lacks what identifies it, or the headers are not of one series.
-        GeometryError: a header lacks its place in space, or series and label map do not agree.
-        LabelError: the mask holds a value that is no organ's.
+        UsageError: a name in ``kinds`` is unknown.
+        InputError: a header has no UID or no size, or the headers do not belong to one series.
+        GeometryError: a header has no position, orientation or spacing, or the lattices of series and mask differ.
+        LabelError: the mask contains a label value that does not belong to an organ.
         OutOfSpaceError: the disk is full or not writable.
     """
     wanted = tuple(kinds)
     for kind in wanted:
         if kind not in _WRITERS:
-            raise UsageError(f"The DICOM object {kind!r} is unknown.", remedy=f"Choose from {', '.join(_WRITERS)}.")
+            raise UsageError(
+                f"The kind of DICOM object {kind!r} is unknown.", remedy=f"Choose from: {', '.join(_WRITERS)}."
+            )
     return tuple(_WRITERS[kind](folder / f"{stem}.{kind}.dcm", labels, organs, source, algorithm) for kind in wanted)

@@ -1,4 +1,4 @@
-"""The outline of a mask in one plane, as closed polygons that need no rule for holes."""
+"""The outline of a mask in one plane as closed polygons. Holes are part of a polygon, so no fill rule is needed."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from numpy.typing import NDArray
 
 
 def closed_contours(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float64]]:
-    """Yield one closed polygon for each connected piece (4 neighbours) of a plane's mask.
+    """Yield one closed polygon for each 4-connected component of the mask in one plane.
 
-    Vertices lie half-way between a pixel of the mask and its neighbour outside it (marching squares at one half), so
-    every pixel centre is strictly inside or outside. Corners are cut: a piece loses half a pixel of area against its
-    pixels, and gains half a pixel for each hole. A hole is joined to the outline by a channel of no width, the
-    "keyhole" of PS3.3 C.8.8.6.3, which runs through pixels of the mask.
+    Vertices are halfway between a pixel of the mask and a neighbouring pixel outside the mask (marching squares with
+    iso-value 0.5), so every pixel centre is strictly inside or outside. Marching squares cuts corners: the area of a
+    polygon is half a pixel less than that of its pixels, plus half a pixel for each hole. A hole is joined to the
+    outline by a channel of zero width through pixels of the mask, the "keyhole" of PS3.3 section C.8.8.6.3.
 
     Args:
-        mask: ``[rows, columns]``.
+        mask: boolean array ``[rows, columns]``.
 
     Yields:
-        float64 ``[n, 2]``, column and row of each vertex, in pixels with centres at whole numbers; the first vertex is
-        not repeated at the end.
+        float64 ``[n, 2]``, column and row of each vertex in pixels; pixel centres have integer coordinates. The first
+        vertex is not repeated at the end.
     """
-    from contourpy import FillType, contour_generator  # noqa: PLC0415 - only where contours are drawn
+    from contourpy import FillType, contour_generator  # noqa: PLC0415 - only needed for contours
 
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     if not rows.size:
         return
     top, left = int(rows[0]), int(columns[0])
     piece = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    # A margin closes the outline of what reaches the edge of the image.
+    # A margin of one pixel closes the outline of components at the border of the image.
     filled = contour_generator(z=np.pad(piece, 1).astype(np.float64), fill_type=FillType.OuterOffset).filled(0.5, 2.0)
     for points, offsets in zip(*filled, strict=True):
         rings = [points[start : stop - 1] for start, stop in pairwise(offsets)]
-        yield _without_straight_vertices(_keyholed(rings[0], rings[1:])) + np.array([left - 1, top - 1])
+        yield _without_straight_vertices(_joined_to_holes(rings[0], rings[1:])) + np.array([left - 1, top - 1])
 
 
-def _keyholed(outline: NDArray[np.float64], holes: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Join holes to their outline.
+def _joined_to_holes(outline: NDArray[np.float64], holes: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Join the holes of a component to its outline.
 
-    A hole's leftmost vertex lies between two pixels of a row. The same row, followed to the left through pixels of the
-    mask, meets the outline, or a hole further left and joined before, at a vertex of it.
+    The leftmost vertex of a hole is between two pixels of a row. To the left in this row there are only pixels of the
+    mask, up to a vertex of the outline or of a hole that is further left and was joined before.
     """
     path = outline
     for hole in sorted(holes, key=lambda ring: float(ring[:, 0].min())):
@@ -55,7 +55,7 @@ def _keyholed(outline: NDArray[np.float64], holes: Sequence[NDArray[np.float64]]
 
 
 def _without_straight_vertices(path: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Drop vertices at which the path goes straight on; those at which it turns back stay."""
+    """Remove vertices at which the path continues in a straight line; keep vertices at which it reverses."""
     arriving = path - np.roll(path, 1, axis=0)
     leaving = np.roll(path, -1, axis=0) - path
     turn = arriving[:, 0] * leaving[:, 1] - arriving[:, 1] * leaving[:, 0]

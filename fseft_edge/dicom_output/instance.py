@@ -1,4 +1,4 @@
-"""What a Segmentation and an RT Structure Set have in common: whose it is, what made it, its UIDs, its file."""
+"""Common parts of Segmentation and RT Structure Set: patient and study, algorithm, organs, UIDs, writing the file."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ TOOLKIT: Final = "fseft-edge"
 DicomKind = Literal["seg", "rtstruct"]
 
 SERIES_NUMBERS: Final[dict[DicomKind, int]] = {"seg": 9901, "rtstruct": 9902}
-"""Far from those that a scanner gives, so that results stand at the end of a study."""
+"""Larger than the series numbers of scanners, so that results are at the end of a study."""
 
 PENDING_UID: Final = UID("2.25.0")
-"""Stands in for a UID that is derived from the content once that is complete."""
+"""Placeholder of a UID that is computed from the content when the content is complete."""
 
 _PATIENT_AND_STUDY: Final = (
     "SpecificCharacterSet",
@@ -63,18 +63,18 @@ _REQUIRED: Final = (
     "StudyID",
     "AccessionNumber",
 )
-"""Type 2 in the Patient and General Study modules (PS3.3 C.7.1.1, C.7.2.1): there, though perhaps empty."""
+"""Type 2 in the Patient and General Study modules (PS3.3 C.7.1.1, C.7.2.1): must be present, but may be empty."""
 
 
 @dataclass(frozen=True)
 class SegmentationAlgorithm:
-    """What made a mask, as its DICOM objects tell it.
+    """Description of the algorithm that made a mask, for its DICOM objects.
 
     Attributes:
-        encoder_id: of the encoder bundle.
-        adapters: of each organ, by name, the sha256 of the adapter file that it came from.
+        encoder_id: id of the encoder bundle.
+        adapters: sha256 of the adapter file of each organ, by organ name.
         transductive: whether the adapters were refitted to the scan.
-        version: of the toolkit.
+        version: version of the toolkit.
     """
 
     encoder_id: str
@@ -84,12 +84,12 @@ class SegmentationAlgorithm:
 
     @classmethod
     def of(cls, encoder_id: str, files: Sequence[AdapterFile], *, transductive: bool = False) -> SegmentationAlgorithm:
-        """Return the algorithm that these adapters on this encoder are."""
+        """Return the description of these adapters on this encoder."""
         adapters = {organ.name: file.sha256 or "" for file in files for organ in file.description.organs}
         return cls(encoder_id, adapters, transductive)
 
     def item(self, organ: str) -> Dataset:
-        """Return an item of the Algorithm Identification Macro (PS3.3 section 10.16) for one organ."""
+        """Return the item of the Algorithm Identification Macro (PS3.3 section 10.16) for one organ."""
         parameters = {
             "encoder_id": self.encoder_id,
             "adapter_sha256": self.adapters.get(organ, ""),
@@ -105,13 +105,13 @@ class SegmentationAlgorithm:
 
 @dataclass(frozen=True)
 class WrittenDicom:
-    """What became of a mask as one DICOM object.
+    """Result of writing a mask as one DICOM object.
 
     Attributes:
-        kind: which object.
-        path: the file; None where the whole mask is empty and no file was written.
-        organs: names of those in the file, in the order of their numbers in it, from 1.
-        omitted: names of organs without a voxel, which the file does not mention.
+        kind: kind of the object.
+        path: path of the file; None if the whole mask is empty, so that no file was written.
+        organs: names of the organs in the file, in the order of their numbers, which start at 1.
+        omitted: names of the organs without voxels, which are not in the file.
     """
 
     kind: DicomKind
@@ -122,7 +122,7 @@ class WrittenDicom:
 
 @dataclass(frozen=True, eq=False)
 class NumberedOrgan:
-    """An organ that goes into the file: its number there, from 1, its label in the mask, its code and its colour."""
+    """An organ in the file: its number in the file, from 1, its label value in the mask, its code and its colour."""
 
     number: int
     name: str
@@ -134,34 +134,34 @@ class NumberedOrgan:
 def present_organs(
     planes: NDArray[np.unsignedinteger], organs: Sequence[SegmentedOrgan]
 ) -> tuple[tuple[NumberedOrgan, ...], tuple[str, ...]]:
-    """Return the organs that have a voxel, numbered in the order given, and the names of those that have none.
+    """Return the organs that have voxels, numbered in the given order, and the names of the organs without voxels.
 
     Args:
         planes: label values ``[planes, rows, columns]``.
         organs: every organ of the mask.
 
     Raises:
-        LabelError: the mask holds a value that is no organ's.
+        LabelError: the mask contains a label value that does not belong to an organ.
     """
-    held = np.zeros(np.iinfo(planes.dtype).max + 1, bool)
+    used = np.zeros(np.iinfo(planes.dtype).max + 1, bool)
     for plane in planes:
-        held[plane] = True
-    present = [organ for organ in organs if held[organ.label]]
-    unknown = set(np.flatnonzero(held).tolist()) - {0} - {organ.label for organ in organs}
+        used[plane] = True
+    present = [organ for organ in organs if used[organ.label]]
+    unknown = set(np.flatnonzero(used).tolist()) - {0} - {organ.label for organ in organs}
     if unknown:
         raise LabelError(
-            f"The mask holds the value {min(unknown)}, which stands for no organ.",
-            remedy="Give every organ of the mask, each with its label.",
+            f"The mask contains the label value {min(unknown)}, which does not belong to any of the given organs.",
+            remedy="Give every organ of the mask with its label value.",
         )
     numbered = tuple(
         NumberedOrgan(number, organ.name, organ.label, organ_code(organ.name), _colour(number))
         for number, organ in enumerate(present, start=1)
     )
-    return numbered, tuple(organ.name for organ in organs if not held[organ.label])
+    return numbered, tuple(organ.name for organ in organs if not used[organ.label])
 
 
 def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
-    """Put the source's patient and study into a dataset, unchanged: the new object belongs to the same ones."""
+    """Copy the attributes of patient and study from the source to a dataset of the same study."""
     for keyword in _PATIENT_AND_STUDY:
         if keyword in source:
             target[keyword] = source[keyword]
@@ -170,7 +170,7 @@ def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
 
 
 def name_private_codes(dataset: Dataset, organs: Sequence[NumberedOrgan]) -> None:
-    """Say whose the private coding scheme is, where a code of it is used (PS3.3 C.12.1)."""
+    """Declare the private coding scheme if an organ has a code of that scheme (PS3.3 section C.12.1)."""
     if any(organ.code.private for organ in organs):
         scheme = Dataset()
         scheme.CodingSchemeDesignator = PRIVATE_SCHEME
@@ -179,10 +179,10 @@ def name_private_codes(dataset: Dataset, organs: Sequence[NumberedOrgan]) -> Non
 
 
 def write_instance(path: Path, dataset: Dataset) -> None:
-    """Give a finished dataset its UIDs and write it; the same content gives the same UIDs and the same bytes.
+    """Set the UIDs of a complete dataset and write it. Equal content gives equal UIDs and equal bytes.
 
-    The UIDs of instance, series and dimension organization come from a hash of all else in the dataset: source images,
-    mask, names, adapters, versions. So two files of one SOP Instance UID never differ.
+    The UIDs of instance, series and dimension organization are computed from a hash of everything else in the dataset:
+    source images, mask, names, adapters, versions. Two files with the same SOP Instance UID are therefore identical.
 
     Raises:
         OutOfSpaceError: the disk is full or not writable.
@@ -209,6 +209,6 @@ def _dimension_items(dataset: Dataset) -> Iterator[Dataset]:
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """Return a colour that is far from those of the numbers before it: hues a golden section apart."""
+    """Return an RGB colour that differs clearly from those of smaller numbers: hues are a golden section apart."""
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 0.75, 1.0))
     return red, green, blue

@@ -1,7 +1,7 @@
-"""Names of organs as coded concepts: which SNOMED CT code stands for ``kidney_left``.
+"""Coded concepts of organ names, for example the SNOMED CT code of ``kidney_left``.
 
-No code value is written here. The tables name concepts by their keywords in pydicom's copy of the standard's context
-groups (PS3.16), and their values come from there.
+This module contains no code values. Its tables contain the keywords of concepts in pydicom's copy of the context groups
+of the standard (PS3.16); the code values come from that copy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 PRIVATE_SCHEME: Final = "99FSEFTEDGE"
-"""Designator of names that no table here knows; "99" marks a private coding scheme (PS3.16, section 8.2)."""
+"""Coding scheme of names that are in no table below; "99" marks a private coding scheme (PS3.16 section 8.2)."""
 
 Side = Literal["Left", "Right"]
 
@@ -39,7 +39,7 @@ _PAIRED: Final = {
     "submandibular": "SubmandibularGland",
     "submandibulargland": "SubmandibularGland",
 }
-"""Organs of which there are two: the name's side becomes a modifier."""
+"""Paired organs: the side in the name becomes a laterality modifier."""
 
 _SINGLE: Final = {
     "aorta": "Aorta",
@@ -101,12 +101,12 @@ _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 @dataclass(frozen=True)
 class OrganCode:
-    """What an organ is called in DICOM.
+    """Codes of an organ in DICOM.
 
     Attributes:
-        category: of CID 7150, Segmentation Property Categories.
-        kind: of CID 7151 and the groups that it includes, or one of :data:`PRIVATE_SCHEME`.
-        side: of CID 244, Laterality; None where the name tells none, or the organ is not one of two.
+        category: code from CID 7150, Segmentation Property Categories.
+        kind: code from CID 7151 and the context groups included in it, or a code of :data:`PRIVATE_SCHEME`.
+        side: code from CID 244, Laterality; None if the name has no side or the organ is not paired.
     """
 
     category: Code
@@ -115,16 +115,16 @@ class OrganCode:
 
     @property
     def private(self) -> bool:
-        """Whether the name stands in no table here."""
+        """Whether the code belongs to the private coding scheme, because the name is in no table of this module."""
         return self.kind.scheme_designator == PRIVATE_SCHEME
 
 
 def organ_code(name: str) -> OrganCode:
-    """Return the coded concept of an organ's name.
+    """Return the coded concept of an organ name.
 
-    Capitals, spaces, ``_`` and ``-``, a plural ``s`` and the place of the side do not matter: ``left_kidney``,
-    ``kidney_left``, ``Kidney_L`` and ``Left Kidney`` are one. A name with more in it than an organ and its side
-    (``liver_segment_4``) is not guessed at; it gets a private code, whose meaning is the name.
+    Upper or lower case, spaces, ``_`` and ``-``, a plural ``s`` and the position of the side have no effect:
+    ``left_kidney``, ``kidney_left``, ``Kidney_L`` and ``Left Kidney`` get the same code. A name with further words
+    (``liver_segment_4``) gets a private code, whose meaning is the name.
     """
     words = [word.lower() for word in _WORDS.findall(name)]
     sides = [_SIDES[word] for word in words if word in _SIDES]
@@ -134,7 +134,7 @@ def organ_code(name: str) -> OrganCode:
         if len(sides) <= 1 and key in _PAIRED:
             side = getattr(codes.CID244, sides[0]) if sides else None
             return OrganCode(anatomical, getattr(codes.SCT, _PAIRED[key]), side)
-        sided = f"{''.join(sides).lower()}{key}"  # the left atrium has a code of its own
+        sided = f"{''.join(sides).lower()}{key}"  # the left atrium has a separate code
         if sided in _SINGLE:
             return OrganCode(anatomical, getattr(codes.SCT, _SINGLE[sided]))
         if not sides and key in _ABNORMAL:
@@ -152,6 +152,6 @@ def code_item(code: Code) -> Dataset:
 
 
 def _private_code(name: str) -> Code:
-    """Return a code of our own; a code value has room for 16 characters (VR SH)."""
+    """Return a code of the private scheme. A code value has at most 16 characters (VR SH)."""
     value = name if re.fullmatch(r"[A-Za-z0-9_-]{1,16}", name) else hashlib.sha256(name.encode()).hexdigest()[:16]
     return Code(value, PRIVATE_SCHEME, name[:64])

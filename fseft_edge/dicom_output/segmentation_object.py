@@ -1,4 +1,4 @@
-"""A mask as a DICOM Segmentation (PS3.3 A.51), made by highdicom."""
+"""A mask as a DICOM Segmentation (PS3.3 section A.51), written with highdicom."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _NO_DATE: Final = ("19000101", "000000")
-"""Stands for the date of a scan that tells none, as de-identified ones may; a Segmentation must have one."""
+"""Date and time for scans without a date, such as de-identified scans: a Segmentation must have a date."""
 
 _GEOMETRY: Final = (
     "SOPClassUID",
@@ -60,7 +60,7 @@ _GEOMETRY: Final = (
     "LossyImageCompressionRatio",
     "LossyImageCompressionMethod",
 )
-"""All that the Segmentation needs of an image, beside patient and study."""
+"""All attributes of an image that the Segmentation needs, except those of patient and study."""
 
 
 def write_dicom_segmentation(
@@ -70,29 +70,29 @@ def write_dicom_segmentation(
     source: Sequence[Dataset],
     algorithm: SegmentationAlgorithm,
 ) -> WrittenDicom:
-    """Write a mask as a DICOM Segmentation of type BINARY, one segment an organ, frames only where an organ is.
+    """Write a mask as a DICOM Segmentation of type BINARY: one segment per organ, without empty frames.
 
-    The same mask of the same series by the same adapters and versions gives the same bytes. Where the whole mask is
-    empty there is nothing that a Segmentation could hold: no file is written, and one of that name is removed.
+    Equal masks of the same series by the same adapters and versions give equal bytes. A Segmentation cannot be empty:
+    if the whole mask is empty, no file is written, and an existing file of that name is deleted.
 
     Args:
-        path: the file; an older one is replaced.
-        labels: the mask, on the lattice of the source.
+        path: path of the file; an existing file is replaced.
+        labels: the mask, on the lattice of the source series.
         organs: every organ of the mask.
-        source: headers of the CT images, without their voxels, in any order; or that of one multi-frame image.
-        algorithm: what made the mask.
+        source: headers of the CT images without pixel data, in any order, or the header of one multi-frame image.
+        algorithm: encoder and adapters that made the mask.
 
     Raises:
-        InputError: a header lacks what identifies it, or the headers are not of one series.
-        GeometryError: a header lacks its place in space, or series and label map do not agree.
-        LabelError: the mask holds a value that is no organ's.
+        InputError: a header has no UID or no size, or the headers do not belong to one series.
+        GeometryError: a header has no position, orientation or spacing, or the lattices of series and mask differ.
+        LabelError: the mask contains a label value that does not belong to an organ.
         OutOfSpaceError: the disk is full or not writable.
     """
     check_writable(path)
     series = SourceSeries.of(source, labels)
     numbered, omitted = present_organs(series.labels, organs)
     if not numbered:
-        _LOG.warning("%s is not written: the mask is empty.", path)
+        _LOG.warning("%s was not written, because the mask is empty.", path)
         path.unlink(missing_ok=True)
         return WrittenDicom("seg", None, (), omitted)
     write_instance(path, _segmentation(series, numbered, algorithm))
@@ -108,7 +108,7 @@ def _segmentation(
     segmentation = Segmentation(
         source_images=[_geometry(image, series.slice_spacing) for image in series.images],
         pixel_array=_segment_numbers(series.labels, organs),
-        # The LABELMAP type of 2024 would be smaller, but few programs read it yet.
+        # The type LABELMAP of 2024 gives smaller files, but few programs can read it yet.
         segmentation_type="BINARY",
         segment_descriptions=[_description(organ, algorithm) for organ in organs],
         series_instance_uid=PENDING_UID,
@@ -118,7 +118,7 @@ def _segmentation(
         manufacturer=TOOLKIT,
         manufacturer_model_name=TOOLKIT,
         software_versions=algorithm.version,
-        device_serial_number="none",  # must not be empty (PS3.3 C.7.5.2); software has no serial number
+        device_serial_number="none",  # must not be empty (PS3.3 section C.7.5.2), but software has no serial number
         transfer_syntax_uid=ExplicitVRLittleEndian,
         content_label="ORGANS",
         content_description="Organs, segmented automatically",
@@ -129,7 +129,7 @@ def _segmentation(
     )
     copy_patient_and_study(series.first, segmentation)
     name_private_codes(segmentation, organs)
-    # Times of the writing would make every run's bytes different.
+    # The time of writing would make the bytes of every run different.
     for keyword in ("InstanceCreationDate", "InstanceCreationTime"):
         del segmentation[keyword]
     for item in segmentation.ContributingEquipmentSequence:
@@ -138,7 +138,7 @@ def _segmentation(
 
 
 def _geometry(image: Dataset, slice_spacing: float) -> Dataset:
-    """Return the part of a header that highdicom works on, so that no other value in it can trouble it."""
+    """Return only the attributes of a header that highdicom needs, so that no other value can cause an error."""
     kept = Dataset()
     kept.Modality = "CT"
     for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex"):
@@ -156,7 +156,7 @@ def _geometry(image: Dataset, slice_spacing: float) -> Dataset:
 def _segment_numbers(
     planes: NDArray[np.unsignedinteger], organs: Sequence[NumberedOrgan]
 ) -> NDArray[np.unsignedinteger]:
-    """Return segment numbers in place of labels: with organs left out they still count from 1 without a gap."""
+    """Return segment numbers instead of label values. Segment numbers start at 1 and have no gaps."""
     numbers = np.zeros(np.iinfo(planes.dtype).max + 1, np.uint8 if len(organs) < 256 else np.uint16)
     for organ in organs:
         numbers[organ.label] = organ.number
@@ -174,7 +174,7 @@ def _description(organ: NumberedOrgan, algorithm: SegmentationAlgorithm) -> Segm
         segment_label=organ.name,
         segmented_property_category=organ.code.category,
         segmented_property_type=organ.code.kind,
-        # No person took part in this scan's segmentation; those who annotated the support set did so on other scans.
+        # No person contributed to the segmentation of this scan: the annotations belong to other scans.
         algorithm_type="AUTOMATIC",
         algorithm_identification=AlgorithmIdentificationSequence.from_sequence(
             DicomSequence([algorithm.item(organ.name)])
@@ -188,7 +188,7 @@ def _description(organ: NumberedOrgan, algorithm: SegmentationAlgorithm) -> Segm
 
 
 def _scan_date(image: Dataset) -> tuple[str, str]:
-    """Return date and time of the scan: the mask shows the patient as of then, whenever it was computed."""
+    """Return date and time of the scan, because the mask shows the patient at that time."""
     for when in ("Series", "Study"):
         if image.get(f"{when}Date"):
             return str(image[f"{when}Date"].value), str(image.get(f"{when}Time") or _NO_DATE[1])

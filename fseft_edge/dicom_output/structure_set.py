@@ -1,6 +1,7 @@
-"""A mask as an RT Structure Set (PS3.3 A.19), for programs that plan radiotherapy.
+"""A mask as an RT Structure Set (PS3.3 section A.19), for radiotherapy planning systems.
 
-Written with pydicom alone: highdicom has no such object, and no well-kept library does (docs/dicom-output.md).
+The object is written with pydicom only: neither highdicom nor another well-maintained library can write RT Structure
+Sets (docs/dicom-output.md).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 _DETACHED_STUDY: Final = "1.2.840.10008.3.1.2.3.1"
-"""Retired, but still the class by which structure sets refer to a study, and what readers expect."""
+"""SOP class of the reference to a study. It is retired, but structure sets still use it and programs expect it."""
 
 _CONTOUR_DATA: Final = Tag("ContourData")
 
@@ -53,30 +54,30 @@ def write_structure_set(
     source: Sequence[Dataset],
     algorithm: SegmentationAlgorithm,
 ) -> WrittenDicom:
-    """Write a mask as an RT Structure Set: an ROI an organ, CLOSED_PLANAR contours in the planes of the source images.
+    """Write a mask as an RT Structure Set: one ROI per organ, with CLOSED_PLANAR contours in the source planes.
 
-    Contours run as :func:`fseft_edge.dicom_output.contours.closed_contours` says; coordinates are rounded to 0.001 mm.
-    The same mask of the same series by the same adapters and versions gives the same bytes. Where the whole mask is
-    empty no file is written, and one of that name is removed.
+    The contours come from :func:`fseft_edge.dicom_output.contours.closed_contours`. Coordinates are rounded to
+    0.001 mm. Equal masks of the same series by the same adapters and versions give equal bytes. If the whole mask is
+    empty, no file is written, and an existing file of that name is deleted.
 
     Args:
-        path: the file; an older one is replaced.
-        labels: the mask, on the lattice of the source.
+        path: path of the file; an existing file is replaced.
+        labels: the mask, on the lattice of the source series.
         organs: every organ of the mask.
-        source: headers of the CT images, without their voxels, in any order; or that of one multi-frame image.
-        algorithm: what made the mask.
+        source: headers of the CT images without pixel data, in any order, or the header of one multi-frame image.
+        algorithm: encoder and adapters that made the mask.
 
     Raises:
-        InputError: a header lacks what identifies it, or the headers are not of one series.
-        GeometryError: a header lacks its place in space, or series and label map do not agree.
-        LabelError: the mask holds a value that is no organ's.
+        InputError: a header has no UID or no size, or the headers do not belong to one series.
+        GeometryError: a header has no position, orientation or spacing, or the lattices of series and mask differ.
+        LabelError: the mask contains a label value that does not belong to an organ.
         OutOfSpaceError: the disk is full or not writable.
     """
     check_writable(path)
     series = SourceSeries.of(source, labels)
     numbered, omitted = present_organs(series.labels, organs)
     if not numbered:
-        _LOG.warning("%s is not written: the mask is empty.", path)
+        _LOG.warning("%s was not written, because the mask is empty.", path)
         path.unlink(missing_ok=True)
         return WrittenDicom("rtstruct", None, (), omitted)
     write_instance(path, _structure_set(series, numbered, algorithm))
@@ -86,7 +87,7 @@ def write_structure_set(
 def _structure_set(series: SourceSeries, organs: Sequence[NumberedOrgan], algorithm: SegmentationAlgorithm) -> Dataset:
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
-    # Implicit, because in the explicit syntaxes a contour's coordinates may not exceed 64 KiB of text.
+    # Implicit VR, because explicit VR limits the coordinates of a contour to 64 KiB of text.
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = RTStructureSetStorage
     dataset.SOPClassUID = RTStructureSetStorage
@@ -105,7 +106,7 @@ def _structure_set(series: SourceSeries, organs: Sequence[NumberedOrgan], algori
     dataset.PositionReferenceIndicator = series.first.get("PositionReferenceIndicator", "")
     dataset.StructureSetLabel = "ORGANS"
     dataset.StructureSetDescription = "Organs, segmented automatically; to be checked before use"
-    # May be empty, and a time of the writing would make every run's bytes different.
+    # May be empty; the time of writing would make the bytes of every run different.
     dataset.StructureSetDate = ""
     dataset.StructureSetTime = ""
     dataset.ApprovalStatus = "UNAPPROVED"
@@ -166,9 +167,9 @@ def _contour(polygon: NDArray[np.float64], plane: SourcePlane) -> Dataset:
     contour.ContourImageSequence = [_image(plane)]
     contour.ContourGeometricType = "CLOSED_PLANAR"
     contour.NumberOfContourPoints = len(polygon)
-    # Adding zero turns a rounded -0.0 into 0.0.
+    # Adding 0.0 changes a rounded -0.0 to 0.0.
     numbers = (plane.points(polygon).round(3) + 0.0).ravel().tolist()
-    # Left unparsed: of masks with many contours, pydicom's check of each number takes a third of the time.
+    # Without pydicom's check of each number, which takes a third of the time for masks with many contours.
     texts = [f"{number:.3f}" for number in numbers]
     contour[_CONTOUR_DATA] = DataElement(_CONTOUR_DATA, "DS", texts, already_converted=True)
     return contour

@@ -1,1 +1,1 @@
-"""Segmentation: from CT scans and adapters to masks on disk. Start at ``segment.py``."""
+"""Segmentation: from CT scans and adapter files to mask files. Start reading at ``segment.py``."""

@@ -1,4 +1,4 @@
-"""Segmentation: one mask a scan, on the scan's own lattice."""
+"""Segment scans: one mask per scan, on the lattice of the scan."""
 
 from __future__ import annotations
 
@@ -48,38 +48,42 @@ def segment(
 ) -> list[SegmentedCase]:
     """Segment CTs and write ``output/<case>.nii.gz`` and ``output/<case>.json``.
 
-    Labels are 1..K in the adapters' order. Where organs overlap, the more probable one has the voxel.
+    Label values are 1 to K, in the order of the adapters and of their organs. Where organs overlap, the voxel gets the
+    organ with the higher probability.
 
     Args:
-        scans: NIfTI files, folders of them, and DICOM series in folders, zip archives or files of their own.
+        scans: NIfTI files, DICOM files, zip archives of DICOM files, and folders of NIfTI or DICOM files.
         adapters: adapter files, all trained on the same encoder.
-        output: folder, made if need be.
-        encoder: encoder bundle; None looks beside the first adapter and in the working folder.
-        series: which DICOM series of the only scan, by number or UID; None takes the CT series with most slices.
-        transduction: refit the adapters to each scan under a prior on organ sizes; None uses them as they are.
-        largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
-            to help (see :mod:`fseft_edge.adaptation.cross_validation`).
-        fill_holes: fill what an organ encloses on all sides; None likewise.
-        preview: also write ``output/<case>.png``, three planes with the organs outlined.
-        dicom: also write the masks as DICOM: ``seg`` (Segmentation), ``rtstruct`` (RT Structure Set) or both. All scans
-            have to be DICOM.
-        cache: folder in which feature maps are kept; None keeps none.
-        cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
-        device: where to compute (see :func:`fseft_edge.runtime.encoder.session.open_session`).
-        backend: the inference engine (see the same).
-        precision: what the encoder computes in (see the same).
-        memory_gb: memory that may be taken, in units of 1e9 bytes; None: 90 % of what is free.
-        vram_gb: memory of the GPU that may be taken; None likewise.
-        progress: where to show progress.
+        output: output folder; created if it does not exist.
+        encoder: encoder bundle; None searches for it beside the first adapter and in the working folder.
+        series: number or UID of the DICOM series to segment, if exactly one scan is given; None means the CT series
+            with the most slices.
+        transduction: refit the classifiers of the adapters to each scan under a prior on organ sizes; None uses the
+            adapters unchanged.
+        largest_component: keep only the largest 26-connected component of each organ; None uses the setting stored in
+            the adapter (see :mod:`fseft_edge.adaptation.cross_validation`).
+        fill_holes: fill cavities that an organ encloses on all sides; None uses the setting stored in the adapter.
+        preview: also write ``output/<case>.png``, a picture of three planes with the organ outlines.
+        dicom: DICOM objects to write beside each mask file: ``seg`` (Segmentation), ``rtstruct`` (RT Structure Set) or
+            both. All scans have to be DICOM series.
+        cache: folder of the feature map cache; None means that no feature map is kept.
+        cache_gb: maximum size of the cache in units of 1e9 bytes; the least recently used maps are deleted first. None
+            means no limit.
+        device: device to compute on (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        backend: inference engine (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        precision: number format of the encoder (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
+        vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
+        progress: display of the progress; None shows nothing.
 
     Returns:
-        The cases in the order given.
+        The segmented cases in the order of the scans.
 
     Raises:
-        UsageError: nothing to segment or to segment with, or the output would take a scan's place.
-        InputError: the only case, an adapter or the encoder is not usable.
-        OutOfMemoryError: the budget is too small for the only case.
-        SomeCasesFailedError: of several cases some failed; the others are written.
+        UsageError: no scan or no adapter is given, or the output folder contains the scans.
+        InputError: the only scan, an adapter or the encoder is not usable.
+        OutOfMemoryError: the memory budget is too small for the only scan.
+        SomeCasesFailedError: several scans were given and some of them failed; the masks of the others are written.
     """
     progress = progress or SilentProgress()
     settings = SegmentationSettings(
@@ -118,14 +122,14 @@ def segment(
     if failed:
         raise SomeCasesFailedError(
             f"{len(failed)} of {len(paths)} cases failed: {', '.join(failed)}.",
-            remedy="The reasons stand above; the other cases are written.",
+            remedy="Read the reasons in the messages above. The masks of the other cases were written.",
             completed=done,
         )
     return done
 
 
 def _outcomes(paths: Sequence[Path], segmenter: Segmenter, output: Path) -> Iterator[Future[SegmentedCase]]:
-    """Yield what became of each case; their stages overlap where no budget says what they may take together."""
+    """Yield the outcome of each case. Stages of several cases overlap only if no memory budget limits them."""
     if len(paths) > 1 and segmenter.settings.budget == AS_MUCH_AS_IS_FREE:
         yield from overlapped(
             paths, segmenter.open, segmenter.encode, lambda encoded: segmenter.finish(encoded, output)
@@ -135,6 +139,6 @@ def _outcomes(paths: Sequence[Path], segmenter: Segmenter, output: Path) -> Iter
         outcome: Future[SegmentedCase] = Future()
         try:
             outcome.set_result(segmenter.finish(segmenter.encode(segmenter.open(path)), output))
-        except Exception as error:  # the case's own trouble, which its outcome tells
+        except Exception as error:  # raised again by result() of this case's outcome
             outcome.set_exception(error)
         yield outcome

@@ -1,4 +1,4 @@
-"""What every case goes through on its way from a file to a mask: read, encode, finish."""
+"""The stages that turn the file of one scan into a mask file: open, encode, finish."""
 
 from __future__ import annotations
 
@@ -47,28 +47,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """With what, and how, scans are segmented. Paths and plain values: it can be handed to another process.
+    """Settings of a segmentation. They consist of paths and plain values, so they can be sent to another process.
 
     Attributes:
         adapters: adapter files, all trained on the same encoder.
-        encoder: encoder bundle; None looks beside the first adapter and in the working folder.
-        series: which DICOM series of a scan (see :func:`fseft_edge.runtime.scans.dicom.choose_series`).
-        transduction: refit the adapters to each scan under a prior on organ sizes; None uses them as they are.
-        largest_component: keep only the largest 26-connected component of each organ; None does what the adapter found
-            to help (see :mod:`fseft_edge.adaptation.cross_validation`).
-        fill_holes: fill what an organ encloses on all sides; None likewise.
-        preview: also write a picture of three planes with the organs outlined.
-        dicom: objects to write beside the mask of a DICOM series: ``seg``, ``rtstruct`` or both.
-        cache: folder in which feature maps are kept; None keeps none.
-        cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
-        device: where to compute (see :func:`fseft_edge.runtime.encoder.session.open_session`).
-        backend: the inference engine (see the same).
-        precision: what the encoder computes in (see the same).
-        memory_gb: memory that may be taken, in units of 1e9 bytes; None: 90 % of what is free.
-        vram_gb: memory of the GPU that may be taken; None likewise.
+        encoder: encoder bundle; None searches for it beside the first adapter and in the working folder.
+        series: DICOM series of a scan (see :func:`fseft_edge.runtime.scans.dicom.choose_series`).
+        transduction: refit the classifiers of the adapters to each scan under a prior on organ sizes; None uses the
+            adapters unchanged.
+        largest_component: keep only the largest 26-connected component of each organ; None uses the setting stored in
+            the adapter (see :mod:`fseft_edge.adaptation.cross_validation`).
+        fill_holes: fill cavities that an organ encloses on all sides; None uses the setting stored in the adapter.
+        preview: also write a picture of three planes with the organ outlines.
+        dicom: DICOM objects to write beside the mask file of a DICOM series: ``seg``, ``rtstruct`` or both.
+        cache: folder of the feature map cache; None means that no feature map is kept.
+        cache_gb: maximum size of the cache in units of 1e9 bytes; the least recently used maps are deleted first. None
+            means no limit.
+        device: device to compute on (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        backend: inference engine (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        precision: number format of the encoder (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
+        vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
 
     Raises:
-        UsageError: a budget is not positive.
+        UsageError: a memory budget is not positive.
     """
 
     adapters: tuple[Path, ...]
@@ -88,10 +90,10 @@ class SegmentationSettings:
     vram_gb: float | None = None
 
     def __post_init__(self) -> None:
-        self.budget  # noqa: B018 - an impossible one is refused here
+        self.budget  # noqa: B018 - raises UsageError if a budget is not positive
 
     def absolute(self, encoder: Path) -> SegmentationSettings:
-        """Return the same with absolute paths, for a process that works in another folder, and with this encoder."""
+        """Return these settings with absolute paths and this encoder, for a process that works in another folder."""
         return replace(
             self,
             adapters=tuple(path.absolute() for path in self.adapters),
@@ -101,13 +103,13 @@ class SegmentationSettings:
 
     @property
     def budget(self) -> Budget:
-        """Memory that may be taken."""
+        """Memory that may be used."""
         return Budget.of(self.memory_gb, self.vram_gb)
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModels:
-    """The files that settings name, read and found to belong together."""
+    """The adapters and the encoder bundle that the settings name, read from disk and checked for consistency."""
 
     adapters: tuple[AdapterFile, ...]
     bundle: EncoderBundle
@@ -115,7 +117,7 @@ class LoadedModels:
 
 @dataclass(frozen=True, eq=False)
 class OpenedCase:
-    """A scan that was read, and how it will be turned into a mask."""
+    """A scan that was read, its grid, and the memory plan of its segmentation."""
 
     scan: Scan
     volume: Volume
@@ -125,7 +127,7 @@ class OpenedCase:
 
 @dataclass(frozen=True, eq=False)
 class EncodedCase:
-    """A scan with its features; ``resources`` holds the store that they lie in."""
+    """A scan with its feature map; closing ``resources`` closes the feature store that contains the map."""
 
     opened: OpenedCase
     scan: EncodedScan
@@ -133,15 +135,15 @@ class EncodedCase:
 
 
 def load_models(settings: SegmentationSettings) -> LoadedModels:
-    """Read adapters and encoder.
+    """Read the adapters and the encoder, and check that they belong together.
 
     Raises:
-        UsageError: no adapter is given, or two segment the same organ.
+        UsageError: no adapter is given, or two adapters segment the same organ.
         InputError: an adapter or the encoder is not usable.
     """
     files = tuple(read_adapter(path) for path in settings.adapters)
     if not files:
-        raise UsageError("No adapter was given.", remedy="Name at least one by --adapter.")
+        raise UsageError("No adapter was given.", remedy="Give at least one adapter file with --adapter.")
     encoder = settings.encoder or find_encoder(settings.adapters[0], files[0].description.encoder_id)
     bundle = EncoderBundle.open(encoder)
     for path, file in zip(settings.adapters, files, strict=True):
@@ -154,10 +156,11 @@ def load_models(settings: SegmentationSettings) -> LoadedModels:
 
 @contextlib.contextmanager
 def open_segmenter(settings: SegmentationSettings, progress: Progress | None = None) -> Iterator[Segmenter]:
-    """Open the encoder and make ready what all cases share.
+    """Open the encoder, move the adapters to its device, and prepare transduction if the settings ask for it.
 
     Raises:
-        FseftEdgeError: see :func:`load_models` and :func:`fseft_edge.runtime.encoder.session.open_session`.
+        FseftEdgeError: any error of :func:`load_models` or of
+            :func:`fseft_edge.runtime.encoder.session.open_session`.
     """
     progress = progress or SilentProgress()
     models = load_models(settings)
@@ -214,7 +217,7 @@ def _refitter(
 
 @dataclass(frozen=True, eq=False)
 class Segmenter:
-    """An opened encoder with adapters, and the stages that take a scan from its file to its mask."""
+    """An open encoder with its adapters, and the three stages from the file of a scan to its mask file."""
 
     settings: SegmentationSettings
     adapters: Sequence[AdapterFile]
@@ -223,26 +226,27 @@ class Segmenter:
     _refit: _Refit
 
     def open(self, path: Path) -> OpenedCase:
-        """Read a scan and plan its way to a mask."""
+        """Read a scan and plan the memory use of its segmentation."""
         scan = find_scan(path, self.settings.series)
         volume = scan.read()
         grid = Grid.of(volume, self.bundle.preprocessing)
-        # Before the long work, not after it.
+        # A budget that is too small is reported before the long computation.
         held = held_after_encoding(self.bundle, self.session)
         adapters = [file.adapter for file in self.adapters]
         try:
             plan = plan_segmentation(grid, adapters, self.settings.budget, held)
-        except OutOfMemoryError as refused:
+        except OutOfMemoryError as segmentation_error:
             try:
                 plan_encoding(layout_of(grid, self.bundle), self.bundle, self.session, self.settings.budget)
-            except OutOfMemoryError as also_refused:
-                if also_refused.least > refused.least:  # what is said to be enough has to be enough for both
-                    raise also_refused from None
+            except OutOfMemoryError as encoding_error:
+                # The message names a budget that is enough for both steps.
+                if encoding_error.least > segmentation_error.least:
+                    raise encoding_error from None
             raise
         return OpenedCase(scan, volume, grid, plan)
 
     def encode(self, opened: OpenedCase) -> EncodedCase:
-        """Return the scan with its features, from the cache if they are there."""
+        """Return the scan with its feature map. A map in the cache is not computed again."""
         with ExitStack() as stack:
             store = stack.enter_context(open_store(self.settings.cache, self.settings.cache_gb))
             scan = encode_scan(
@@ -256,13 +260,13 @@ class Segmenter:
             return EncodedCase(opened, scan, stack.pop_all())
 
     def finish(self, encoded: EncodedCase, output: Path) -> SegmentedCase:
-        """Decide every voxel and write mask, JSON and, where asked for, picture into ``output``."""
+        """Label every voxel; write mask file, JSON file and the optional picture and DICOM objects into ``output``."""
         opened = encoded.opened
         with encoded.resources:
             refitted, outcomes = self._refit(self.adapters, encoded.scan)
             found = in_smaller_pieces(opened.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
-        labels = LabelMap(post_process(found.labels, self._treatment), opened.volume.affine)
-        organs = tuple(_measured(opened.volume, labels, found.confidence, self.adapters, outcomes))
+        labels = LabelMap(post_process(found.labels, self._post_processing), opened.volume.affine)
+        organs = tuple(_measured_organs(opened.volume, labels, found.confidence, self.adapters, outcomes))
         name = scan_name(opened.scan.path)
         case = SegmentedCase(name, output / f"{name}.nii.gz", organs)
         _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
@@ -275,7 +279,7 @@ class Segmenter:
         return case
 
     def _write_dicom(self, case: SegmentedCase, labels: LabelMap, series: DicomSeries) -> None:
-        from fseft_edge.dicom_output import SegmentationAlgorithm, write_dicom_results  # noqa: PLC0415 - only for this
+        from fseft_edge.dicom_output import SegmentationAlgorithm, write_dicom_results  # noqa: PLC0415 - imports pydicom
 
         write_dicom_results(
             case.mask.parent,
@@ -290,7 +294,7 @@ class Segmenter:
         )
 
     @property
-    def _treatment(self) -> list[PostProcessing]:
+    def _post_processing(self) -> list[PostProcessing]:
         keep, fill = self.settings.largest_component, self.settings.fill_holes
         return [
             PostProcessing(
@@ -302,7 +306,7 @@ class Segmenter:
         ]
 
 
-def _measured(
+def _measured_organs(
     volume: Volume,
     labels: LabelMap,
     confidence: Sequence[float | None],
@@ -316,12 +320,12 @@ def _measured(
         mask = labels.array == label
         volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
         hu = hu_percentiles(volume, mask)
-        sure = confidence[label - 1] if hu else None  # post-processing may have taken what was found
+        certainty = confidence[label - 1] if hu else None  # post-processing may have removed every voxel
         flags = quality_flags(
             mask,
             volume_ml,
             organ.support_volumes_ml,
-            confidence=sure,
+            confidence=certainty,
             method=file.adapter.settings.method,
             median_hu=hu.median if hu else None,
             support_hu=organ.support_hu,
@@ -335,7 +339,7 @@ def _measured(
             volume_ml=round(volume_ml, 3),
             flags=flags,
             support_ml=(min(known), max(known)) if known else None,
-            confidence=None if sure is None else round(sure, 4),
+            confidence=None if certainty is None else round(certainty, 4),
             median_hu=hu.median if hu else None,
         )
 

@@ -15,7 +15,7 @@ MASKS = hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, ma
 
 
 def filled(polygon: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Pixels whose centre lies in a polygon, as matplotlib sees it."""
+    """Return the pixels whose centre is inside a polygon, computed by matplotlib."""
     rows, columns = np.indices(shape)
     centres = np.stack([columns.ravel(), rows.ravel()], axis=1)
     return Polygon(np.vstack([polygon, polygon[:1]])).contains_points(centres).reshape(shape)
@@ -27,7 +27,7 @@ def area(polygon: NDArray[np.float64]) -> float:
 
 
 @given(MASKS)
-def test_contours_enclose_exactly_the_pixels_of_the_mask_by_union_and_by_exclusion(mask: NDArray[np.bool_]) -> None:
+def test_contours_enclose_exactly_the_mask_by_union_and_by_exclusive_or(mask: NDArray[np.bool_]) -> None:
     united, excluding = np.zeros_like(mask), np.zeros_like(mask)
     for polygon in closed_contours(mask):
         inside = filled(polygon, mask.shape)
@@ -38,8 +38,8 @@ def test_contours_enclose_exactly_the_pixels_of_the_mask_by_union_and_by_exclusi
 
 
 @given(MASKS)
-def test_area_is_that_of_the_pixels_less_half_a_pixel_a_piece_plus_half_a_pixel_a_hole(mask: NDArray[np.bool_]) -> None:
-    """Marching squares cut an eighth of a pixel off every corner; corners of a closed outline sum up to four."""
+def test_the_area_is_that_of_the_pixels_except_for_the_cut_corners(mask: NDArray[np.bool_]) -> None:
+    """Marching squares cuts an eighth of a pixel off every corner, half a pixel per closed outline."""
     _, pieces = ndimage.label(mask)
     _, background = ndimage.label(~np.pad(mask, 1), np.ones((3, 3)))
     polygons = list(closed_contours(mask))
@@ -47,20 +47,20 @@ def test_area_is_that_of_the_pixels_less_half_a_pixel_a_piece_plus_half_a_pixel_
     assert sum(map(area, polygons)) == pytest.approx(mask.sum() - pieces / 2 + (background - 1) / 2)
 
 
-def test_a_ring_is_one_polygon_with_a_channel_through_the_ring_alone() -> None:
+def test_a_ring_is_one_polygon_with_a_channel_through_pixels_of_the_ring() -> None:
     mask = np.zeros((9, 9), bool)
     mask[1:8, 1:8] = True
     mask[3:6, 4:6] = False
     (polygon,) = closed_contours(mask)
     vertices = [tuple(vertex) for vertex in polygon.tolist()]
     twice = {vertex for vertex in vertices if vertices.count(vertex) == 2}
-    assert len(twice) == 2  # where the channel leaves the outline and where it meets the hole
+    assert len(twice) == 2  # both ends of the channel
     ends = sorted(twice)
     assert [row for _, row in ends] == [ends[0][1]] * 2
     assert all(mask[int(ends[0][1]), column] for column in range(int(np.ceil(ends[0][0])), int(ends[1][0]) + 1))
 
 
-def test_a_rectangle_has_eight_vertices_however_large() -> None:
+def test_a_rectangle_of_any_size_has_eight_vertices() -> None:
     (polygon,) = closed_contours(np.ones((200, 300), bool))
     assert sorted(map(tuple, polygon.tolist())) == sorted(
         [(0, -0.5), (299, -0.5), (0, 199.5), (299, 199.5), (-0.5, 0), (-0.5, 199), (299.5, 0), (299.5, 199)]

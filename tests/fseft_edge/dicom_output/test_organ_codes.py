@@ -9,7 +9,7 @@ from fseft_edge.dicom_output.organ_codes import PRIVATE_SCHEME, organ_code
 LEFT, RIGHT = "7771000", "24028007"
 
 PUBLISHED = {
-    # Code values as PS3.16 2024 prints them: CID 7151 and the context groups it includes, and CID 244.
+    # Code values copied from PS3.16 2024: CID 7151 and the context groups included in it, and CID 244.
     "brainstem": "119238007",
     "spinal_cord": "2748008",
     "mandible": "91609006",
@@ -38,7 +38,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize(("name", "value"), PUBLISHED.items())
-def test_organs_have_the_codes_that_the_standard_prints(name: str, value: str) -> None:
+def test_organs_have_the_codes_of_the_standard(name: str, value: str) -> None:
     code = organ_code(name)
     assert (code.kind.value, code.kind.scheme_designator, code.side) == (value, "SCT", None)
     assert code.category.value == "91723000"
@@ -54,14 +54,14 @@ def test_organs_have_the_codes_that_the_standard_prints(name: str, value: str) -
         (["lung_left", "left_lung"], "39607008", LEFT),
     ],
 )
-def test_the_side_of_a_paired_organ_is_a_modifier_however_it_is_spelt(names: list[str], value: str, side: str) -> None:
+def test_the_side_of_a_paired_organ_is_a_modifier_in_every_spelling(names: list[str], value: str, side: str) -> None:
     for name in names:
         code = organ_code(name)
         assert code.side is not None
         assert (code.kind.value, code.side.value) == (value, side), name
 
 
-def test_spelling_of_one_organ_does_not_matter() -> None:
+def test_all_spellings_of_an_organ_have_one_code() -> None:
     assert {organ_code(name) for name in ("SpinalCord", "spinal_cord", "Spinal Cord", "SPINAL_CORD")} == {
         organ_code("spinalcord")
     }
@@ -70,7 +70,7 @@ def test_spelling_of_one_organ_does_not_matter() -> None:
 @pytest.mark.parametrize(
     "name", ["liver_left", "liver_segment_4", "portal_and_splenic_vein", "PTV_high", "left_right_lung"]
 )
-def test_a_name_that_no_table_knows_is_never_given_the_code_of_something_else(name: str) -> None:
+def test_an_unknown_name_gets_a_private_code(name: str) -> None:
     code = organ_code(name)
     assert code.private
     assert (code.kind.scheme_designator, code.kind.meaning) == (PRIVATE_SCHEME, name)
@@ -85,12 +85,12 @@ def test_private_codes_of_long_names_differ() -> None:
     )
 
 
-def test_abnormal_tissue_is_of_another_category() -> None:
+def test_abnormal_tissue_has_another_category() -> None:
     assert organ_code("tumor").category == codes.CID7150.MorphologicallyAbnormalStructure
 
 
 @pytest.mark.parametrize("table", [organ_codes._PAIRED, organ_codes._SINGLE, organ_codes._ABNORMAL])
-def test_every_entry_names_a_concept_of_the_standards_own_lists(table: dict[str, str]) -> None:
+def test_every_table_entry_names_a_snomed_concept_of_the_standard(table: dict[str, str]) -> None:
     for name, keyword in table.items():
         code = getattr(codes.SCT, keyword)
         assert code.scheme_designator == "SCT"

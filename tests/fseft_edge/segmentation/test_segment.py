@@ -1,4 +1,4 @@
-"""Segmentation: from scans and adapters to masks on the scans' own lattices."""
+"""Segmentation: from scans and adapters to mask files on the lattices of the scans."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.encoder import SHAPE, SPACING, label_of, scan, write_case, write_random_adapter, write_tiny_encoder
+from doubles.errors import refused
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -106,11 +107,11 @@ def probabilities(encoded: EncodedScan, file: AdapterFile) -> NDArray[np.float32
     return whole
 
 
-ORIENTATIONS = ["RAS", "LPS", "PLI", "SAR", "IRP"]
+ORIENTATIONS = ["RAS", "LPS", "PLI", "IRP"]
 
 
-def test_the_mask_of_a_scan_is_the_same_however_its_axes_are_stored(site: Site, tmp_path: Path) -> None:
-    """An oblique, anisotropic trunk stored in several orientations: the masks are permutations of one another."""
+def test_the_mask_does_not_depend_on_the_stored_order_of_the_axes(site: Site, tmp_path: Path) -> None:
+    """The masks of an oblique, anisotropic scan stored in several orientations are permutations of one another."""
     turn = np.array([[0.98, -0.19, 0.0], [0.19, 0.98, 0.06], [-0.01, -0.06, 0.998]])
     affine = np.eye(4)
     affine[:3, :3] = turn * (5.0, 7.0, 6.5)
@@ -140,8 +141,8 @@ def test_the_mask_of_a_scan_is_the_same_however_its_axes_are_stored(site: Site, 
         np.testing.assert_array_equal(mask, masks[0])
 
 
-def test_a_mask_lies_on_a_finer_scans_own_lattice(site: Site, tmp_path: Path) -> None:
-    """Segmented at 6 mm, delivered at the scan's 4 x 5 x 3 mm, with the volume of the 6 mm mask."""
+def test_the_mask_is_on_the_finer_lattice_of_the_scan(site: Site, tmp_path: Path) -> None:
+    """The encoder works at 6 mm; the mask has the spacing of the scan, 4 x 5 x 3 mm."""
     fine = phantom(1, shape=(90, 56, 110), spacing=(4.0, 5.0, 3.0)).volume
     write_ct(tmp_path / "fine.nii.gz", fine)
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
@@ -155,7 +156,7 @@ def test_a_mask_lies_on_a_finer_scans_own_lattice(site: Site, tmp_path: Path) ->
     np.testing.assert_allclose(written.header.get_sform(), fine.affine, atol=1e-4)
 
 
-def test_labels_are_numbered_in_the_adapters_order_and_overlap_goes_to_the_more_probable(
+def test_label_values_follow_the_adapters_and_overlap_goes_to_the_more_probable_organ(
     site: Site, encoded: EncodedScan, tmp_path: Path
 ) -> None:
     first = write_random_adapter(tmp_path / "1.adapter", site.bundle, ("liver", "spleen"), seed=1)
@@ -177,7 +178,7 @@ def test_labels_are_numbered_in_the_adapters_order_and_overlap_goes_to_the_more_
     assert [organ.name for organ in swapped.organs] == ["aorta", "liver", "spleen"]
 
 
-def test_a_softmax_adapter_gives_each_voxel_to_its_most_probable_class(
+def test_a_softmax_adapter_labels_each_voxel_with_its_most_probable_class(
     site: Site, encoded: EncodedScan, tmp_path: Path
 ) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), seed=4, settings=SOFTMAX)
@@ -187,7 +188,7 @@ def test_a_softmax_adapter_gives_each_voxel_to_its_most_probable_class(
     np.testing.assert_array_equal(labels_in(case), wanted)
 
 
-def test_softmax_and_sigmoid_adapters_share_a_mask(site: Site, encoded: EncodedScan, tmp_path: Path) -> None:
+def test_softmax_and_sigmoid_adapters_can_be_combined(site: Site, encoded: EncodedScan, tmp_path: Path) -> None:
     soft = write_random_adapter(tmp_path / "1.adapter", site.bundle, ("liver", "spleen"), seed=4, settings=SOFTMAX)
     sigmoid = write_random_adapter(tmp_path / "2.adapter", site.bundle, ("aorta",), seed=5)
     background, liver, spleen = probabilities(encoded, soft)
@@ -207,7 +208,7 @@ def test_softmax_and_sigmoid_adapters_share_a_mask(site: Site, encoded: EncodedS
         assert confidence == pytest.approx(candidate[wanted == label].mean(), rel=1e-5)
 
 
-def test_the_summary_says_what_the_mask_holds(site: Site, tmp_path: Path) -> None:
+def test_the_summary_describes_the_mask(site: Site, tmp_path: Path) -> None:
     organs = ("liver", "spleen")
     write_random_adapter(tmp_path / "a.adapter", site.bundle, organs, support_volumes_ml=(1.0, 2.0))
     (case,) = site.segment([site.image("case_2")], [tmp_path / "a.adapter"], tmp_path / "out")
@@ -241,13 +242,13 @@ def test_the_summary_says_what_the_mask_holds(site: Site, tmp_path: Path) -> Non
     assert case.mask == tmp_path / "out" / "case_2.nii.gz"
 
 
-def test_nothing_in_the_summary_tells_where_the_scan_lay(site: Site, tmp_path: Path) -> None:
+def test_the_summary_does_not_contain_the_path_of_the_scan(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out")
     assert str(site.root) not in (tmp_path / "out" / "case_1.json").read_text()
 
 
-def test_an_organ_that_is_nowhere_is_listed_as_empty(site: Site, tmp_path: Path) -> None:
+def test_an_organ_without_voxels_is_listed_as_empty(site: Site, tmp_path: Path) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"))
     with torch.no_grad():
         file.adapter.direct.weight[1] = 0.0
@@ -260,8 +261,8 @@ def test_an_organ_that_is_nowhere_is_listed_as_empty(site: Site, tmp_path: Path)
     assert not (labels_in(case) == 2).any()
 
 
-def test_hu_unlike_those_of_the_support_set_are_flagged(site: Site, tmp_path: Path) -> None:
-    """The adapter is made of one scan; in another, the same anatomy is 300 HU denser."""
+def test_hu_that_differ_from_the_support_set_are_flagged(site: Site, tmp_path: Path) -> None:
+    """The adapter is trained on one scan; in another scan the same anatomy is 300 HU denser."""
     file = adapt(
         site.bundle.path,
         site.image("case_1"),
@@ -269,6 +270,8 @@ def test_hu_unlike_those_of_the_support_set_are_flagged(site: Site, tmp_path: Pa
         [OrganLabel("liver", label_of("liver"))],
         tmp_path / "a.adapter",
         settings=AdapterSettings("linear", "all"),
+        training=TrainingSettings(block=16, variations=0),
+        validate=False,
         cache=site.cache,
         device="cpu",
         backend="torch",
@@ -289,7 +292,7 @@ def test_hu_unlike_those_of_the_support_set_are_flagged(site: Site, tmp_path: Pa
     assert "implausible_hu" in denser.flags
 
 
-def test_a_rerun_writes_the_same_bytes(site: Site, tmp_path: Path) -> None:
+def test_a_second_run_writes_equal_bytes(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), settings=SPATIAL)
     for output in ("first", "second"):
         site.segment([site.image("case_3")], [tmp_path / "a.adapter"], tmp_path / output, cache=None, preview=True)
@@ -299,7 +302,7 @@ def test_a_rerun_writes_the_same_bytes(site: Site, tmp_path: Path) -> None:
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
 
 
-def test_a_result_of_an_earlier_run_is_replaced(site: Site, tmp_path: Path) -> None:
+def test_results_of_an_earlier_run_are_replaced(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, seed=1)
     write_random_adapter(tmp_path / "b.adapter", site.bundle, seed=2)
     (first,) = site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out")
@@ -317,70 +320,67 @@ def test_folders_and_files_are_segmented_in_the_order_given(site: Site, tmp_path
     assert (tmp_path / "out" / "aa.nii.gz").read_bytes() == (tmp_path / "out" / "case_1.nii.gz").read_bytes()
 
 
-def test_two_scans_of_one_name_are_refused_before_anything_is_written(site: Site, tmp_path: Path) -> None:
+def test_two_scans_with_one_mask_name_are_refused_before_any_output(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     write_ct(tmp_path / "other" / "case_1.nii", scan(2).volume)
-    with pytest.raises(UsageError) as caught:
+    with refused(UsageError, site.image("case_1"), tmp_path / "other" / "case_1.nii"):
         site.segment([site.root / "images", tmp_path / "other"], [tmp_path / "a.adapter"], tmp_path / "out")
-    assert str(site.image("case_1")) in caught.value.message
-    assert str(tmp_path / "other" / "case_1.nii") in caught.value.message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scan_is_never_overwritten_by_its_own_mask(site: Site, tmp_path: Path) -> None:
+def test_a_mask_never_overwrites_its_scan(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     shutil.copytree(site.root / "images", tmp_path / "scans")
     before = {path.name: path.read_bytes() for path in (tmp_path / "scans").iterdir()}
-    with pytest.raises(UsageError, match="scans holds the scans"):
+    with refused(UsageError, tmp_path / "out" / ".." / "scans"):
         site.segment([tmp_path / "scans"], [tmp_path / "a.adapter"], tmp_path / "out" / ".." / "scans")
     assert {path.name: path.read_bytes() for path in (tmp_path / "scans").iterdir()} == before
 
 
 def test_an_output_that_is_a_file_is_refused(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
-    (tmp_path / "out").write_text("mine")
-    with pytest.raises(UsageError, match="out"):
+    (tmp_path / "out").write_text("content")
+    with refused(UsageError, tmp_path / "out"):
         site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
+    assert (tmp_path / "out").read_text() == "content"
 
 
-def test_one_bad_scan_of_three_leaves_the_others_segmented(
+def test_one_unusable_scan_of_three_does_not_stop_the_others(
     site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     scans = tmp_path / "scans"
     shutil.copytree(site.root / "images", scans)
     (scans / "case_2.nii.gz").write_bytes(site.image("case_2").read_bytes()[:20_000])
-    with caplog.at_level(logging.ERROR), pytest.raises(SomeCasesFailedError) as caught:
+    with caplog.at_level(logging.ERROR), refused(SomeCasesFailedError, "case_2") as caught:
         site.segment([scans], [tmp_path / "a.adapter"], tmp_path / "out", preview=True)
     assert caught.value.exit_code == 5
-    assert "1 of 3 cases failed: case_2" in caught.value.message
     assert [case.case for case in caught.value.completed] == ["case_1", "case_3"]
-    assert f"{scans / 'case_2.nii.gz'} is truncated" in caplog.text
+    assert str(scans / "case_2.nii.gz") in caplog.text
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == [f"case_{n}.{kind}" for n in (1, 3) for kind in ("json", "nii.gz", "png")]
 
 
-def test_the_only_scans_own_error_is_raised(site: Site, tmp_path: Path) -> None:
+def test_the_error_of_the_only_scan_is_raised(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     patient = scan(1)
     write_ct(tmp_path / "mr.nii.gz", Volume(np.clip(patient.volume.array, 0, 1000), patient.volume.affine))
-    with pytest.raises(NotACtError, match=r"mr\.nii\.gz"):
+    with refused(NotACtError, tmp_path / "mr.nii.gz"):
         site.segment([tmp_path / "mr.nii.gz"], [tmp_path / "a.adapter"], tmp_path / "out")
-    with pytest.raises(UnreadableFileError, match=r"none\.nii\.gz"):
+    with refused(UnreadableFileError, tmp_path / "none.nii.gz"):
         site.segment([tmp_path / "none.nii.gz"], [tmp_path / "a.adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_to_segment_or_to_segment_with_is_wrong_use(site: Site, tmp_path: Path) -> None:
+def test_no_scan_or_no_adapter_is_a_usage_error(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
-    with pytest.raises(UsageError, match="No CT"):
+    with refused(UsageError, "CT"):
         site.segment([], [tmp_path / "a.adapter"], tmp_path / "out")
-    with pytest.raises(UsageError, match="No adapter"):
+    with refused(UsageError, "adapter"):
         site.segment([site.image("case_1")], [], tmp_path / "out")
 
 
-def test_the_encoder_is_found_beside_the_adapter_by_its_id_not_its_name(site: Site, tmp_path: Path) -> None:
+def test_the_encoder_is_found_beside_the_adapter_by_its_id_and_not_by_its_name(site: Site, tmp_path: Path) -> None:
     write_tiny_encoder(tmp_path / "a_other.encoder", seed=9)
     shutil.copytree(site.bundle.path, tmp_path / "renamed.encoder")
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
@@ -398,18 +398,18 @@ def test_the_encoder_is_found_in_the_working_folder(
     assert (tmp_path / "out" / "case_1.nii.gz").exists()
 
 
-def test_an_encoder_that_is_nowhere_is_an_input_error_that_names_the_adapter(
+def test_a_missing_encoder_is_an_input_error_that_names_the_adapter(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     write_tiny_encoder(tmp_path / "other.encoder", seed=9)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"a\.adapter") as caught:
+    with refused(InputError, tmp_path / "a.adapter") as caught:
         site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out", encoder=None)
     assert "--encoder" in caught.value.remedy
 
 
-def test_a_damaged_bundle_beside_the_adapter_does_not_hide_the_right_one(site: Site, tmp_path: Path) -> None:
+def test_a_damaged_bundle_beside_the_adapter_is_skipped(site: Site, tmp_path: Path) -> None:
     (tmp_path / "a_damaged.encoder").mkdir()
     shutil.copytree(site.bundle.path, tmp_path / "b.encoder")
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
@@ -417,14 +417,14 @@ def test_a_damaged_bundle_beside_the_adapter_does_not_hide_the_right_one(site: S
     assert (tmp_path / "out" / "case_1.nii.gz").exists()
 
 
-def test_an_adapter_of_another_encoder_is_refused_before_any_work(
+def test_an_adapter_of_another_encoder_is_refused_before_encoding(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write_tiny_encoder(tmp_path / "other.encoder", seed=9)
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     write_random_adapter(tmp_path / "b.adapter", other)
     monkeypatch.setattr(EncoderSession, "encode", _no_encoding)
-    with pytest.raises(AdapterError, match=r"b\.adapter was trained on"):
+    with refused(AdapterError, tmp_path / "b.adapter"):
         site.segment([site.image("case_1")], [tmp_path / "a.adapter", tmp_path / "b.adapter"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -433,7 +433,7 @@ def _no_encoding(self: EncoderSession, windows: torch.Tensor) -> list[torch.Tens
     raise AssertionError("a scan was encoded")
 
 
-def test_a_scan_in_the_cache_is_not_encoded_again_whatever_adapter_asks(
+def test_a_scan_in_the_cache_is_not_encoded_again_for_any_adapter(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, seed=1)
@@ -448,7 +448,7 @@ def test_a_scan_in_the_cache_is_not_encoded_again_whatever_adapter_asks(
         site.segment([site.image("case_2")], [tmp_path / "a.adapter"], tmp_path / "c", cache=cache)
 
 
-def test_several_adapters_share_one_encoding(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_adapters_use_one_feature_map(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[int] = []
     encode = EncoderSession.encode
 
@@ -460,14 +460,14 @@ def test_several_adapters_share_one_encoding(site: Site, tmp_path: Path, monkeyp
     for seed in range(3):
         write_random_adapter(tmp_path / f"{seed}.adapter", site.bundle, (f"organ_{seed}",), seed=seed)
     site.segment([site.image("case_1")], [tmp_path / "0.adapter"], tmp_path / "one", cache=None)
-    alone = sum(counted)
+    windows_of_one = sum(counted)
     counted.clear()
     adapters = [tmp_path / f"{seed}.adapter" for seed in range(3)]
     site.segment([site.image("case_1")], adapters, tmp_path / "three", cache=None)
-    assert sum(counted) == alone > 0
+    assert sum(counted) == windows_of_one > 0
 
 
-def test_without_a_cache_nothing_stays_behind(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_no_temporary_file_remains(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
@@ -475,7 +475,7 @@ def test_without_a_cache_nothing_stays_behind(site: Site, tmp_path: Path, monkey
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
-def test_a_preview_is_a_picture_and_only_made_when_asked_for(site: Site, tmp_path: Path) -> None:
+def test_a_preview_picture_is_written_only_on_request(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"))
     site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out")
     assert not (tmp_path / "out" / "case_1.png").exists()
@@ -486,8 +486,8 @@ def test_a_preview_is_a_picture_and_only_made_when_asked_for(site: Site, tmp_pat
 
 
 @pytest.mark.real_ct
-def test_a_mask_of_a_real_ct_lies_on_its_lattice(site: Site, real_ct: Path, tmp_path: Path) -> None:
-    """The slab is thinner than the encoder's window."""
+def test_the_mask_of_a_real_ct_is_on_its_lattice(site: Site, real_ct: Path, tmp_path: Path) -> None:
+    """The scan is thinner than the window of the encoder."""
     path = next((real_ct / "abdomen").glob("ct_sm.nii*"))
     write_random_adapter(tmp_path / "a.adapter", site.bundle, settings=SPATIAL)
     (case,) = site.segment([path], [tmp_path / "a.adapter"], tmp_path / "out")
@@ -497,10 +497,10 @@ def test_a_mask_of_a_real_ct_lies_on_its_lattice(site: Site, real_ct: Path, tmp_
     assert read_adapter(tmp_path / "a.adapter").description.organs[0].name == case.organs[0].name
 
 
-def test_a_transductive_run_says_what_became_of_every_organ(
+def test_a_transductive_run_records_the_result_of_every_organ(
     site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Through the whole command: the support volumes' prior for one organ, one given by hand for the other."""
+    """One organ has its prior from a table, the other has a prior given by the user."""
     organs = [OrganLabel(name, label_of(name)) for name in ("liver", "spleen")]
     adapter = tmp_path / "a.adapter"
     adapt(
@@ -526,8 +526,8 @@ def test_a_transductive_run_says_what_became_of_every_organ(
     )
     (case,) = site.segment([site.image("case_3")], [adapter], tmp_path / "out", transduction=plan)
     summary = json.loads((tmp_path / "out" / "case_3.json").read_text())
-    assert "case_3 was not in the adapter's support set: left out" in caplog.text
-    assert "case_1 was not" not in caplog.text
+    assert "case_3" in caplog.text  # not in the support set of the adapter
+    assert "case_1" not in caplog.text
     liver, spleen = summary["transduction"]
     assert (liver["name"], liver["prior"]) == ("liver", {"low_ml": 1.0, "high_ml": 1e6})
     assert (spleen["name"], spleen["prior"]) == ("spleen", {"low_ml": 1.0, "high_ml": 2.0})
@@ -541,7 +541,7 @@ def test_a_transductive_run_says_what_became_of_every_organ(
     assert summary["adapters"] == plain["adapters"]
 
 
-def test_the_mask_is_that_of_the_tuned_adapter(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mask_comes_from_the_refitted_adapter(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
 
     def emptied(adapter: Adapter, _: EncodedScan, __: object, priors: Sequence[SizePrior], **___: object) -> Transduced:
@@ -560,7 +560,7 @@ def test_the_mask_is_that_of_the_tuned_adapter(site: Site, tmp_path: Path, monke
     assert all("outside_prior" in case.organs[0].flags for case in refitted)
 
 
-def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Site, tmp_path: Path) -> None:
+def test_a_prior_of_the_user_precedes_the_table_and_the_support_set(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen", "left_lung"))
     file = read_adapter(tmp_path / "a.adapter")
     organs = [
@@ -568,54 +568,54 @@ def test_priors_come_from_the_hand_then_the_table_then_the_support_set(site: Sit
         for organ in file.description.organs
     ]
     file = replace(file, description=file.description.model_copy(update={"organs": tuple(organs)}))
-    by_hand, table = SizePrior(1, 2), SizePrior(3, 4)
-    plan = TransductionInputs(tmp_path, tmp_path, {"liver": by_hand}, {"liver": table, "spleen": table})
-    assert plan.priors_for(file) == [by_hand, table, SizePrior.from_volumes([100.0])]
+    given, table = SizePrior(1, 2), SizePrior(3, 4)
+    plan = TransductionInputs(tmp_path, tmp_path, {"liver": given}, {"liver": table, "spleen": table})
+    assert plan.priors_for(file) == [given, table, SizePrior.from_volumes([100.0])]
 
 
-def test_a_table_of_other_organs_alone_is_refused(site: Site, tmp_path: Path) -> None:
+def test_a_table_that_contains_only_other_organs_is_refused(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
     plan = TransductionInputs(tmp_path, tmp_path, table={"heart": SizePrior(1, 2)})
-    with pytest.raises(UsageError, match="holds heart, none of them"):
+    with refused(UsageError, "heart"):
         plan.check([read_adapter(tmp_path / "a.adapter")])
 
 
-def test_overlapping_cases_give_the_bytes_of_one_after_another(site: Site, tmp_path: Path) -> None:
-    """A budget has them done one after another. Without a cache, each has a store of its own."""
+def test_overlapped_and_sequential_cases_give_equal_bytes(site: Site, tmp_path: Path) -> None:
+    """With a memory budget the cases run one after another. Without a cache each case has a separate feature store."""
     write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), settings=SPATIAL)
     scans = [site.image(f"case_{number}") for number in (1, 2, 3)]
-    for name, budget in (("overlapping", None), ("one_by_one", 64.0)):
+    for name, budget in (("overlapped", None), ("sequential", 64.0)):
         site.segment(scans, [tmp_path / "a.adapter"], tmp_path / name, memory_gb=budget, cache=None)
-    for path in sorted((tmp_path / "overlapping").iterdir()):
-        assert path.read_bytes() == (tmp_path / "one_by_one" / path.name).read_bytes()
-    assert len(list((tmp_path / "overlapping").iterdir())) == 6
+    for path in sorted((tmp_path / "overlapped").iterdir()):
+        assert path.read_bytes() == (tmp_path / "sequential" / path.name).read_bytes()
+    assert len(list((tmp_path / "overlapped").iterdir())) == 6
 
 
-@pytest.mark.parametrize(("encoding", "segmenting", "said"), [(9, 5, 9), (5, 9, 9), (None, 5, 5)])
-def test_what_a_refused_budget_is_told_is_enough_for_encoding_and_segmenting(
+@pytest.mark.parametrize(("encoding", "segmenting", "least"), [(9, 5, 9), (5, 9, 9), (None, 5, 5)])
+def test_the_reported_budget_is_enough_for_encoding_and_segmentation(
     site: Site,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     encoding: int | None,
     segmenting: int,
-    said: int,
+    least: int,
 ) -> None:
-    def needs(least: int | None) -> Callable[..., None]:
+    def needs(minimum: int | None) -> Callable[..., None]:
         def planned(*_: object) -> None:
-            if least is not None:
-                raise OutOfMemoryError(f"at least {least}", remedy="Give it.", least=least)
+            if minimum is not None:
+                raise OutOfMemoryError(f"{minimum} GB", remedy="Give more memory.", least=minimum)
 
         return planned
 
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     monkeypatch.setattr("fseft_edge.segmentation.segmenter.plan_encoding", needs(encoding))
     monkeypatch.setattr("fseft_edge.segmentation.segmenter.plan_segmentation", needs(segmenting))
-    with pytest.raises(OutOfMemoryError, match=f"at least {said}"):
+    with refused(OutOfMemoryError, f"{least} GB"):
         site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out", memory_gb=1.0)
 
 
 @pytest.mark.parametrize("settings", [SPATIAL, SOFTMAX], ids=["sigmoid", "softmax"])
-def test_what_is_not_carried_back_changes_no_label(
+def test_skipped_pieces_do_not_change_any_label(
     site: Site, encoded: EncodedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: AdapterSettings
 ) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), settings=settings)
@@ -625,19 +625,19 @@ def test_what_is_not_carried_back_changes_no_label(
     assert set(np.unique(found)) == {0, 1, 2}
 
 
-def test_masks_are_treated_as_the_adapter_says_unless_told_otherwise(site: Site, tmp_path: Path) -> None:
+def test_post_processing_follows_the_adapter_unless_the_user_sets_it(site: Site, tmp_path: Path) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle)
     organ = file.description.organs[0].model_copy(update={"post_processing": PostProcessing(largest_component=True)})
     file = replace(file, description=file.description.model_copy(update={"organs": (organ,)}))
     write_adapter(tmp_path / "treated.adapter", file)
     image = [site.image("case_1")]
     (plain,) = site.segment(image, [tmp_path / "a.adapter"], tmp_path / "plain")
-    (asked,) = site.segment(image, [tmp_path / "a.adapter"], tmp_path / "asked", largest_component=True)
+    (switched_on,) = site.segment(image, [tmp_path / "a.adapter"], tmp_path / "on", largest_component=True)
     (treated,) = site.segment(image, [tmp_path / "treated.adapter"], tmp_path / "treated")
-    (refused,) = site.segment(image, [tmp_path / "treated.adapter"], tmp_path / "refused", largest_component=False)
+    (off,) = site.segment(image, [tmp_path / "treated.adapter"], tmp_path / "off", largest_component=False)
     assert not np.array_equal(labels_in(plain), labels_in(treated))
-    assert np.array_equal(labels_in(asked), labels_in(treated))
-    assert np.array_equal(labels_in(plain), labels_in(refused))
+    assert np.array_equal(labels_in(switched_on), labels_in(treated))
+    assert np.array_equal(labels_in(plain), labels_in(off))
     (filled,) = site.segment(image, [tmp_path / "treated.adapter"], tmp_path / "filled", fill_holes=True)
     expected = post_process(labels_in(plain), [PostProcessing(largest_component=True, fill_holes=True)])
     assert np.array_equal(labels_in(filled), expected)
