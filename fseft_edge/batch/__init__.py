@@ -1,1 +1,1 @@
-"""The overnight batch: cases found, done exactly once or set aside with a reason, whatever happens meanwhile."""
+"""The overnight batch: it segments every scan of a folder exactly once, or records why a scan failed."""

@@ -1,4 +1,4 @@
-"""One case of a batch, from its source in the inbox to its folder in the outbox: the stages, and what comes of them."""
+"""The stages of one case of a batch, from its source in the inbox to its result folder in the outbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fseft_edge.runtime.system.memory import is_out_of_memory
 from fseft_edge.segmentation.segmenter import EncodedCase, OpenedCase, Segmenter
 
 RECORD_FILE: Final = "batch.json"
-"""In a case's folder: what it was made with and how it went. The folder appears whole, so where this is, all is."""
+"""Record of the options and times of a case in its result folder. The folder appears complete, by one rename."""
 
 _SCHEMA_VERSION: Final = 1
 Result = TypeVar("Result")
@@ -28,14 +28,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class CaseTask:
-    """A case to do."""
+    """A case that a worker has to segment."""
 
     key: str
     source: Path
 
 
 class CaseError(Exception):
-    """What went wrong with a case, without a word that could name a patient; ``outcome`` says it."""
+    """Failure of a case. ``outcome`` contains the reason, without any text that could contain a patient's name."""
 
     def __init__(self, outcome: Outcome) -> None:
         super().__init__(outcome.reason)
@@ -43,8 +43,8 @@ class CaseError(Exception):
 
 
 @dataclass(eq=False)
-class CaseUnderWay:
-    """A case between its stages, with the time that each took."""
+class CaseInProgress:
+    """A case between two stages, with the wall time of each completed stage in seconds."""
 
     task: CaseTask
     link: tempfile.TemporaryDirectory[str]
@@ -55,49 +55,50 @@ class CaseUnderWay:
 
 @dataclass(frozen=True, eq=False)
 class CaseWork:
-    """The stages of a case, each of which raises :class:`CaseError` only.
+    """The stages of a case. Each stage raises only :class:`CaseError`.
 
-    The source is read through a link named by the case's key, so that no file name of the inbox gets into a message,
-    a log or a result.
+    The source is read through a symbolic link whose name is the key of the case. No file name of the inbox can
+    therefore appear in a message, a log line or a result.
 
     Attributes:
-        segmenter: with which scans are segmented.
-        outbox: folder of the results; each case gets a folder of its own there.
-        fingerprint: what all cases of the outbox are segmented with.
+        segmenter: open encoder and adapters.
+        outbox: folder of the results, with one folder for each case.
+        fingerprint: options fingerprint of the outbox: all options that determine the masks, as text.
     """
 
     segmenter: Segmenter
     outbox: Path
     fingerprint: str
 
-    def read(self, task: CaseTask) -> CaseUnderWay:
+    def read(self, task: CaseTask) -> CaseInProgress:
         """Read the scan."""
         try:
-            case = CaseUnderWay(task, tempfile.TemporaryDirectory(prefix="fseft-edge-"))
+            case = CaseInProgress(task, tempfile.TemporaryDirectory(prefix="fseft-edge-"))
             link = Path(case.link.name) / f"{task.key}{_suffix(task.source)}"
             link.symlink_to(task.source.absolute())
-        except OSError as error:  # its own words name the source
+        except OSError as error:  # str(error) contains the name of the source
             problem = OutOfSpaceError(
-                f"No temporary file can be made: {error.strerror}.", remedy="See to the disk that TMPDIR lies on."
+                f"No temporary file can be created: {error.strerror}.",
+                remedy="Check that the disk of the folder TMPDIR has free space and is writable.",
             )
-            raise CaseError(outcome_of(problem, task.key, task.source)) from None
+            raise CaseError(failed_outcome(problem, task.key, task.source)) from None
         case.opened = self._stage(case, lambda: self.segmenter.open(link))
         return case
 
-    def encode(self, case: CaseUnderWay) -> CaseUnderWay:
-        """Compute its features."""
+    def encode(self, case: CaseInProgress) -> CaseInProgress:
+        """Compute the feature map of the scan."""
         opened = case.opened
-        assert opened is not None  # noqa: S101 - stages come in order
+        assert opened is not None  # noqa: S101 - the caller runs the stages in order
         case.encoded = self._stage(case, lambda: self.segmenter.encode(opened))
         return case
 
-    def finish(self, case: CaseUnderWay) -> Outcome:
-        """Make the mask and put the case's folder into the outbox, whole."""
+    def finish(self, case: CaseInProgress) -> Outcome:
+        """Compute the mask and write the result folder of the case into the outbox, complete or not at all."""
         encoded = case.encoded
-        assert encoded is not None  # noqa: S101 - stages come in order
+        assert encoded is not None  # noqa: S101 - the caller runs the stages in order
         return self._stage(case, lambda: self._finish(case, encoded))
 
-    def _finish(self, case: CaseUnderWay, encoded: EncodedCase) -> Outcome:
+    def _finish(self, case: CaseInProgress, encoded: EncodedCase) -> Outcome:
         started = time.monotonic()
         read, encode = case.seconds
         with case.link, atomic_folder(self.outbox / case.task.key, overwrite=True) as folder:
@@ -108,7 +109,7 @@ class CaseWork:
         return outcome
 
     @staticmethod
-    def _stage(case: CaseUnderWay, work: Callable[[], Result]) -> Result:
+    def _stage(case: CaseInProgress, work: Callable[[], Result]) -> Result:
         started = time.monotonic()
         try:
             result = work()
@@ -116,35 +117,36 @@ class CaseWork:
             if case.encoded is not None:
                 case.encoded.resources.close()
             case.link.cleanup()
-            raise CaseError(outcome_of(error, case.task.key, Path(case.link.name))) from None
+            raise CaseError(failed_outcome(error, case.task.key, Path(case.link.name))) from None
         case.seconds.append(time.monotonic() - started)
         return result
 
 
-def outcome_of(error: Exception, key: str, folder: Path) -> Outcome:
-    """Return what an error says of a case, in words that name it by its key alone."""
+def failed_outcome(error: Exception, key: str, folder: Path) -> Outcome:
+    """Return the outcome of a case that raised an error. Its text names the case only by its key."""
     if not isinstance(error, FseftEdgeError) and is_out_of_memory(error):
         error = OutOfMemoryError(
-            "Memory ran out.", remedy="Close other programs, give a budget by --memory, or use a larger machine."
+            "There was not enough free memory.",
+            remedy="Close other programs, limit the memory with --memory, or use a machine with more memory.",
         )
     if isinstance(error, FseftEdgeError):
         reason, remedy = (
             text.replace(f"{folder}/", "").replace(str(folder), key) for text in (error.message, error.remedy)
         )
         return Outcome(CaseState.FAILED, problem=type(error).__name__, reason=reason, remedy=remedy)
-    # An unforeseen error's own words may quote the file: where it arose is enough to find it.
+    # The text of an unexpected error may contain data of the file: only its place in the code is reported.
     where = traceback.extract_tb(error.__traceback__)[-1]
     return Outcome(
         CaseState.FAILED,
         problem=type(error).__name__,
         reason=f"An unexpected {type(error).__name__} in {Path(where.filename).name}, line {where.lineno}.",
-        remedy="This is a bug in fseft-edge: please report it. `fseft-edge segment` on this scan shows all of it.",
+        remedy="This is a bug: please report it. Run `fseft-edge segment` on this scan to see the full error.",
     )
 
 
 def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
-    """Write into a case's folder what the state of the batch holds of it."""
-    assert outcome.seconds is not None  # noqa: S101 - of a case that is done
+    """Write organs, times and options fingerprint into the result folder of a case, as in the state of the batch."""
+    assert outcome.seconds is not None  # noqa: S101 - every case that is done has times
     record = {
         "schema_version": _SCHEMA_VERSION,
         "recipe": fingerprint,
@@ -155,7 +157,7 @@ def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
 
 
 def read_record(folder: Path, fingerprint: str) -> Outcome | None:
-    """Return the outcome of a case that is in the outbox already, or None where none of this fingerprint is."""
+    """Return the outcome of a case whose result is in the outbox; None if there is none with this fingerprint."""
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         if record["schema_version"] != _SCHEMA_VERSION or record["recipe"] != fingerprint:
@@ -167,5 +169,5 @@ def read_record(folder: Path, fingerprint: str) -> Outcome | None:
 
 
 def _suffix(source: Path) -> str:
-    """Return what the reader tells files by, and nothing else of the name."""
+    """Return the suffix by which the reader recognises the file type, and no other part of the file name."""
     return next((suffix for suffix in (*SUFFIXES, ".zip") if source.name.lower().endswith(suffix)), "")

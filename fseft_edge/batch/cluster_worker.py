@@ -1,4 +1,4 @@
-"""What a Dask worker does with a case of a batch."""
+"""The function that a Dask worker runs for each case of a batch."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from fseft_edge.batch.worker import WorkerSettings
 from fseft_edge.outbox.records import Outcome
 from fseft_edge.segmentation.segmenter import Segmenter, open_segmenter
 
-_SCRATCH: Final = "fseft-edge-worker-"
+_SCRATCH_PREFIX: Final = "fseft-edge-worker-"
 
 
 @dataclass
-class _Open:
-    """The encoder that this process has open, for one case after another."""
+class _OpenSegmenter:
+    """The segmenter that this process keeps open from case to case."""
 
     settings: WorkerSettings
     segmenter: Segmenter
     resources: ExitStack
 
 
-_open: list[_Open] = []
-"""Of this process; at most one."""
+_open: list[_OpenSegmenter] = []
+"""At most one element."""
 
 
 def do_case(settings: WorkerSettings, task: CaseTask) -> Outcome:
-    """Segment one case; the encoder stays open for the next.
+    """Segment one case. The encoder stays open for the next case.
 
     Raises:
-        FseftEdgeError: this worker cannot segment at all.
+        FseftEdgeError: this worker cannot segment any case.
     """
     segmenter = _segmenter(settings)
     work = CaseWork(segmenter, settings.outbox, settings.fingerprint)
@@ -51,21 +51,21 @@ def _segmenter(settings: WorkerSettings) -> Segmenter:
         return _open[0].segmenter
     while _open:
         _open.pop().resources.close()
-    tempfile.tempdir = str(_scratch())
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)  # it quotes what it reads
+    tempfile.tempdir = str(_scratch_folder())
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)  # its messages quote values of the file
     with ExitStack() as stack:
         segmenter = stack.enter_context(open_segmenter(settings.segmentation))
-        _open.append(_Open(settings, segmenter, stack.pop_all()))
+        _open.append(_OpenSegmenter(settings, segmenter, stack.pop_all()))
     return segmenter
 
 
-def _scratch() -> Path:
-    """Return a folder for this process's temporary files; those of processes that are gone are removed."""
+def _scratch_folder() -> Path:
+    """Return the folder for temporary files of this process; delete the folders of processes that have ended."""
     root = Path(tempfile.gettempdir())
-    ours = root if root.name.startswith(_SCRATCH) else root / f"{_SCRATCH}{os.getpid()}"
-    for folder in ours.parent.glob(f"{_SCRATCH}*"):
-        number = folder.name.removeprefix(_SCRATCH)
-        if folder != ours and number.isdecimal() and not Path(f"/proc/{number}").exists():
+    own = root if root.name.startswith(_SCRATCH_PREFIX) else root / f"{_SCRATCH_PREFIX}{os.getpid()}"
+    for folder in own.parent.glob(f"{_SCRATCH_PREFIX}*"):
+        number = folder.name.removeprefix(_SCRATCH_PREFIX)
+        if folder != own and number.isdecimal() and not Path(f"/proc/{number}").exists():
             shutil.rmtree(folder, ignore_errors=True)
-    ours.mkdir(mode=0o700, exist_ok=True)
-    return ours
+    own.mkdir(mode=0o700, exist_ok=True)
+    return own

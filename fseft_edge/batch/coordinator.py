@@ -1,4 +1,4 @@
-"""The coordinator of a batch: finds cases, hands them to workers, and writes down what became of each."""
+"""The coordinator of a batch: it finds cases, gives them to workers, and records their outcomes."""
 
 from __future__ import annotations
 
@@ -12,71 +12,74 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final, Protocol
 
-from fseft_edge.batch.case_work import CaseTask, outcome_of, read_record
+from fseft_edge.batch.case_work import CaseTask, failed_outcome, read_record
 from fseft_edge.batch.cluster_pool import ClusterWorkerPool
 from fseft_edge.batch.inbox import Arrival, Inbox, signature_of
 from fseft_edge.batch.local_pool import LocalWorkerPool
-from fseft_edge.batch.messages import Lost, PoolEvent
+from fseft_edge.batch.messages import CaseLost, PoolEvent
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.worker import WorkerSettings
 from fseft_edge.outbox.content_key import content_key
 from fseft_edge.outbox.folders import (
     check_folders,
-    clear_leftovers,
-    no_room,
-    only_one_run,
-    outbox_number,
-    place_of_state,
+    checked_state_path,
+    disk_problem,
+    lock_outbox,
+    outbox_id,
+    remove_partial_results,
     scratch_folder,
 )
 from fseft_edge.outbox.records import CaseState, Outcome
-from fseft_edge.outbox.store import GONE, UNREADABLE, BatchStore
+from fseft_edge.outbox.store import SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings, load_models
 
 _LOG = logging.getLogger(__name__)
 
-POLL: Final = 1.0  # seconds between two looks at what workers say
-_REPORT: Final = 60.0  # seconds between two reports while cases are done
-_LOOK: Final = 5.0  # seconds between two looks into the inbox
+_POLL_SECONDS: Final = 1.0  # longest wait for events of the workers
+_REPORT_SECONDS: Final = 60.0  # shortest time between two reports
+_INBOX_SECONDS: Final = 5.0  # longest time between two looks into the inbox
 
 
 class WorkerPool(Protocol):
-    """Those who do the cases."""
+    """Runs cases in worker processes."""
 
     @property
-    def in_hand(self) -> int:
-        """How many cases they have."""
+    def in_progress(self) -> int:
+        """Number of cases that were given to workers and have not ended."""
 
-    def room(self, *, exclusive: bool) -> bool:
-        """Whether another case can be handed over; one that has to be alone needs a worker without any."""
+    def has_capacity(self, *, exclusive: bool) -> bool:
+        """Whether another case can be submitted. An exclusive case needs a worker that has no case."""
 
-    def hand_over(self, task: CaseTask, *, exclusive: bool) -> None:
-        """Give them a case."""
+    def submit(self, task: CaseTask, *, exclusive: bool) -> None:
+        """Give a case to a worker."""
 
     def events(self, timeout: float) -> list[PoolEvent]:
-        """Return what happened, waiting at most so many seconds for the first of it."""
+        """Return the events since the last call; wait at most ``timeout`` seconds for the first event."""
 
     def close(self, *, now: bool = False) -> list[str]:
-        """Let them go, at once or when they have finished; return the cases that were lost by it."""
+        """Stop the workers, at once or after their present cases; return the keys of the cases that did not end."""
 
 
 def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> BatchSummary:
-    """Segment every scan of the inbox into the outbox, each exactly once, whatever happens meanwhile.
+    """Segment every scan of the inbox into the outbox, each scan exactly once.
 
-    Every case gets a folder ``outbox/<key>/``, which appears whole, and a row in the state. Called again it goes on
-    where it was. See docs/batch.md.
+    Every case gets a result folder ``outbox/<key>/``, which appears complete by one rename, and a row in the state
+    file. A run that was interrupted continues when this function is called again. See docs/batch.md.
 
     Args:
-        settings: what, where and how.
-        stop: lets a signal handler end the run.
+        settings: folders and options of the batch.
+        stop: request to stop the run, which a signal handler can set.
+
+    Returns:
+        Numbers of cases that ended in this run and of cases that are still waiting.
 
     Raises:
-        UsageError: another run holds this outbox, or inbox and outbox overlap.
-        BatchStateError: the state is damaged, newer, or of other adapters.
+        UsageError: another run has locked this outbox, or inbox and outbox overlap.
+        BatchStateError: the state file is damaged, was written by a newer version, or belongs to other adapters.
         InputError: an adapter, the encoder or the inbox is not usable.
-        OutOfSpaceError: there is no room for results; cases in hand wait again.
+        OutOfSpaceError: there is no free disk space for results; cases in progress are returned to the queue.
         EnvironmentProblemError: workers cannot start.
     """
     stop = stop or StopRequest()
@@ -84,31 +87,31 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
     models = load_models(settings.segmentation)
     settings = settings.absolute(models.bundle.path)
     fingerprint = _fingerprint(settings.segmentation, models)
-    state = place_of_state(settings.outbox, settings.state)
+    state = checked_state_path(settings.outbox, settings.state)
     with (
-        only_one_run(settings.outbox, state),
+        lock_outbox(settings.outbox, state),
         BatchStore(state, create=True) as store,
         scratch_folder(settings.outbox) as scratch,
     ):
-        _check_belongs(settings.outbox, store)
-        before = store.noted("recipe")
-        if before not in (None, fingerprint):
+        _check_same_outbox(settings.outbox, store)
+        earlier = store.metadata("recipe")
+        if earlier not in (None, fingerprint):
             raise BatchStateError(
-                f"{settings.outbox} holds results of other adapters, or of other options.",
-                remedy="Use another OUTBOX, or the same adapters and options as before.",
+                f"The results in {settings.outbox} were made with other adapters or other options.",
+                remedy="Give another OUTBOX, or the same adapters and options as before.",
             )
-        store.note("recipe", fingerprint)
-        store.put_back_all()
+        store.set_metadata("recipe", fingerprint)
+        store.requeue_running()
         store.forget_unreadable()
-        clear_leftovers(settings.outbox)
+        remove_partial_results(settings.outbox)
         try:
             return _Run(settings, store, fingerprint, scratch, stop).run()
         finally:
-            clear_leftovers(settings.outbox)
+            remove_partial_results(settings.outbox)
 
 
 class _Run:
-    """One run of a batch, with what it holds open."""
+    """One run of a batch, with its open state file and its worker pool."""
 
     def __init__(
         self, settings: BatchSettings, store: BatchStore, fingerprint: str, scratch: Path, stop: StopRequest
@@ -120,158 +123,168 @@ class _Run:
         self._stop = stop
         self._inbox = Inbox(settings.inbox, settings.settle)
         self._done = self._failed = 0
-        self._trouble: OutOfSpaceError | None = None
+        self._disk_problem: OutOfSpaceError | None = None
         self._pool: WorkerPool | None = None
-        self._changed = True
-        self._reported = float("-inf")
-        self._report_seconds = 0.0
+        self._report_outdated = True
+        self._last_report = float("-inf")
+        self._report_duration = 0.0
 
     def run(self) -> BatchSummary:
-        looked = float("-inf")
+        last_look = float("-inf")
+        interval = min(_INBOX_SECONDS, max(self._settings.settle, _POLL_SECONDS))
         try:
             while True:
-                if not self._ending and time.monotonic() - looked >= min(_LOOK, max(self._settings.settle, POLL)):
-                    self._look()
-                    looked = time.monotonic()
-                if not self._ending:
-                    self._hand_over()
-                in_hand = self._pool.in_hand if self._pool else 0
-                if self._stop.now or (not in_hand and (self._ending or self._nothing_more)):
+                if not self._stopping and time.monotonic() - last_look >= interval:
+                    self._look_into_inbox()
+                    last_look = time.monotonic()
+                if not self._stopping:
+                    self._submit_waiting()
+                in_progress = self._pool.in_progress if self._pool else 0
+                if self._stop.now or (not in_progress and (self._stopping or self._all_ended)):
                     break
                 if self._pool is None:
-                    time.sleep(POLL)
+                    time.sleep(_POLL_SECONDS)
                     continue
-                for event in self._pool.events(POLL):
-                    self._note(event)
+                for event in self._pool.events(_POLL_SECONDS):
+                    self._handle(event)
                 self._report_when_due()
         finally:
             if self._pool is not None:
-                for key in self._pool.close(now=self._stop.now or self._pool.in_hand > 0):
-                    self._store.put_back(key)
-        if self._trouble is not None:
-            raise self._trouble
+                for key in self._pool.close(now=self._stop.now or self._pool.in_progress > 0):
+                    self._store.requeue(key)
+        if self._disk_problem is not None:
+            raise self._disk_problem
         self._report()
         waiting = sum(case.state == CaseState.WAITING for case in self._store.cases())
         return BatchSummary(self._done, self._failed, waiting)
 
     def _report_when_due(self) -> None:
-        """Write the report now and then; the longer it takes, the more seldom."""
-        if time.monotonic() - self._reported >= max(_REPORT, 10 * self._report_seconds):
-            begun = time.monotonic()
+        """Write the report if enough time has passed; at most a tenth of the time goes into reports."""
+        if time.monotonic() - self._last_report >= max(_REPORT_SECONDS, 10 * self._report_duration):
+            started = time.monotonic()
             self._report()
-            self._reported = time.monotonic()
-            self._report_seconds = self._reported - begun
+            self._last_report = time.monotonic()
+            self._report_duration = self._last_report - started
 
     def _report(self) -> None:
-        """Write the report; one that cannot be written costs no case."""
-        if not self._changed:
+        """Write the report if it is outdated. An error while writing it does not stop the batch."""
+        if not self._report_outdated:
             return
         try:
             write_report(self._settings.outbox, self._store, show_ids=self._settings.show_ids)
-            self._changed = False
+            self._report_outdated = False
         except FseftEdgeError as error:
-            _LOG.warning("the report was not written: %s", error)
+            _LOG.warning("The report was not written: %s", error)
 
     @property
-    def _ending(self) -> bool:
-        """Whether no case is begun any more."""
+    def _stopping(self) -> bool:
+        """Whether no further case may be started."""
         late = self._settings.until is not None and datetime.now().astimezone() >= self._settings.until
-        return self._stop.soon or late or self._trouble is not None
+        return self._stop.soon or late or self._disk_problem is not None
 
     @property
-    def _nothing_more(self) -> bool:
+    def _all_ended(self) -> bool:
         waiting = any(self._store.next_waiting(exclusive=exclusive) for exclusive in (True, False))
-        return not (self._settings.watch or self._inbox.unsettled or waiting)
+        return not (self._settings.watch or self._inbox.has_incomplete or waiting)
 
-    def _look(self) -> None:
+    def _look_into_inbox(self) -> None:
         try:
-            settled = self._inbox.settled()
+            complete = self._inbox.complete_arrivals()
         except UnreadableFileError as error:
             if not self._settings.watch:
                 raise
-            _LOG.warning("%s Looking again later.", error.message)  # a network drive that comes back
+            # A network drive may be connected again later.
+            _LOG.warning("%s The batch will look into the inbox again.", error.message)
             return
-        for arrival in settled:
-            if not self._ending and self._store.key_of(arrival.source, arrival.signature) is None:
+        for arrival in complete:
+            if not self._stopping and self._store.key_of(arrival.source, arrival.signature) is None:
                 self._add(arrival)
 
     def _add(self, arrival: Arrival) -> None:
         try:
             key = content_key(arrival.source)
         except FseftEdgeError as error:
-            # Known by its place instead, so that it is listed, and looked at again when it changes.
-            key = f"{UNREADABLE}{sha256(os.fsencode(arrival.source) + arrival.signature.encode()).hexdigest()[:12]}"
+            # The key depends on path and signature instead, so that the file is listed, and read again if it changes.
+            digest = sha256(os.fsencode(arrival.source) + arrival.signature.encode()).hexdigest()
+            key = f"{UNREADABLE_PREFIX}{digest[:12]}"
             if self._store.add(arrival.source, arrival.signature, key):
-                self._end(key, outcome_of(error, key, arrival.source))
+                self._end(key, failed_outcome(error, key, arrival.source))
             return
         if not self._store.add(arrival.source, arrival.signature, key):
             return
         outcome = read_record(self._settings.outbox / key, self._fingerprint)
-        if outcome is not None:  # done in a run whose state is lost, or just before the machine went down
+        if outcome is not None:  # from a run whose state file is lost, or that was killed before it recorded the result
             self._store.end(key, outcome)
-            self._changed = True
+            self._report_outdated = True
 
-    def _hand_over(self) -> None:
+    def _submit_waiting(self) -> None:
         for exclusive in (True, False):
             while (
-                self._has_room(exclusive=exclusive)
+                self._has_capacity(exclusive=exclusive)
                 and (case := self._store.next_waiting(exclusive=exclusive)) is not None
             ):
                 outcome = read_record(self._settings.outbox / case.key, self._fingerprint)
                 source = self._source(case.key)
                 if outcome is not None or source is None:
-                    self._end(case.key, outcome or _gone(case.key))
+                    self._end(case.key, outcome or _source_missing(case.key))
                     continue
                 if self._pool is None:
                     self._pool = self._new_pool()
-                    if not self._pool.room(exclusive=exclusive):
+                    if not self._pool.has_capacity(exclusive=exclusive):
                         break
                 if self._store.start(case.key):
-                    self._pool.hand_over(CaseTask(case.key, source), exclusive=exclusive)
+                    self._pool.submit(CaseTask(case.key, source), exclusive=exclusive)
 
-    def _has_room(self, *, exclusive: bool) -> bool:
-        """Whether looking at waiting cases is worth it; workers are started for the first that has to be done."""
-        return self._pool is None or self._pool.room(exclusive=exclusive)
+    def _has_capacity(self, *, exclusive: bool) -> bool:
+        """Whether a waiting case can be submitted. The worker pool is started for the first case that needs it."""
+        return self._pool is None or self._pool.has_capacity(exclusive=exclusive)
 
     def _source(self, key: str) -> Path | None:
-        """Return where a case lies unchanged."""
-        places = self._store.sources_of(key)
-        return next((place for place, signature in places.items() if signature_of(place) == signature), None)
+        """Return a path at which the scan of a case is still unchanged, or None."""
+        paths = self._store.sources_of(key)
+        return next((path for path, signature in paths.items() if signature_of(path) == signature), None)
 
-    def _note(self, event: PoolEvent) -> None:
-        if isinstance(event, Lost):
-            self._note_lost(event)
+    def _handle(self, event: PoolEvent) -> None:
+        if isinstance(event, CaseLost):
+            self._handle_lost(event)
             return
-        if event.outcome.problem == OutOfSpaceError.__name__ and self._waits_for_room(event.key):
+        if event.outcome.problem == OutOfSpaceError.__name__ and self._requeued_for_space(event.key):
             return
         outcome = event.outcome
-        if self._source(event.key) is None and not self._may_stand(event.key, outcome):
-            # It grew, was replaced or went away while it was read: nobody knows of what the mask is.
+        if self._source(event.key) is None and not self._is_valid(event.key, outcome):
+            # The scan was changed or removed while it was read, so the content behind the mask is unknown.
             shutil.rmtree(self._settings.outbox / event.key, ignore_errors=True)
-            outcome = _gone(event.key)
+            outcome = _source_missing(event.key)
         self._end(event.key, outcome)
 
-    def _waits_for_room(self, key: str) -> bool:
-        """Put back a case that found no room: until the next run or, where there is room now, to be done alone."""
-        self._scratch.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have been there
-        self._trouble = no_room([self._settings.outbox, self._scratch])
-        if self._trouble is not None:
-            self._store.put_back(key)
-            return True
-        return self._store.put_back(key, exclusive=True, attempted=True) < self._settings.attempts
+    def _requeued_for_space(self, key: str) -> bool:
+        """Return a case that found no free disk space to the queue, if it may be tried again.
 
-    def _may_stand(self, key: str, outcome: Outcome) -> bool:
-        """Whether an outcome holds although the scan does not lie where it lay, as it lay there."""
-        left = [place for place in self._store.sources_of(key) if signature_of(place) is not None]
-        if not left:  # taken away: a mask that is there was made of what had been read
+        If a disk is still full, the run stops and the case waits for the next run. Otherwise the case becomes exclusive
+        and the attempt counts.
+
+        Returns:
+            Whether the case was returned to the queue. If not, it has used all its attempts.
+        """
+        self._scratch.mkdir(mode=0o700, exist_ok=True)  # a clean-up program may have deleted the folder
+        self._disk_problem = disk_problem([self._settings.outbox, self._scratch])
+        if self._disk_problem is not None:
+            self._store.requeue(key)
+            return True
+        return self._store.requeue(key, exclusive=True, attempted=True) < self._settings.attempts
+
+    def _is_valid(self, key: str, outcome: Outcome) -> bool:
+        """Whether an outcome is valid although no path of the case has its recorded signature any more."""
+        left = [path for path in self._store.sources_of(key) if signature_of(path) is not None]
+        if not left:  # the scan was removed; a complete mask was made from content that had been read before
             return outcome.state == CaseState.DONE
         try:
-            return any(content_key(place) == key for place in left)  # permissions or dates were changed, no more
+            return any(content_key(path) == key for path in left)  # only permissions or dates were changed
         except UnreadableFileError:
             return False
 
-    def _note_lost(self, lost: Lost) -> None:
-        attempts = self._store.put_back(lost.key, exclusive=True, attempted=lost.blamed)
+    def _handle_lost(self, lost: CaseLost) -> None:
+        attempts = self._store.requeue(lost.key, exclusive=True, attempted=lost.counts)
         if attempts >= self._settings.attempts:
             times = f"{attempts} times" if attempts > 1 else "once"
             self._end(
@@ -280,16 +293,16 @@ class _Run:
                     CaseState.SET_ASIDE,
                     problem="Crash",
                     reason=f"{lost.key} was tried {times}: {lost.cause}.",
-                    remedy="Try `fseft-edge segment` on it, or give more memory or time; then `batch retry`.",
+                    remedy="Try `fseft-edge segment` on this scan. Allow more memory or time, then use `batch retry`.",
                 ),
             )
 
     def _end(self, key: str, outcome: Outcome) -> None:
-        if outcome.problem == GONE:
-            self._store.lose(key, outcome)
+        if outcome.problem == SOURCE_MISSING:
+            self._store.mark_missing(key, outcome)
         else:
             self._store.end(key, outcome)
-        self._changed = True
+        self._report_outdated = True
         if outcome.state == CaseState.DONE:
             self._done += 1
             _LOG.info("%s is done", key)
@@ -300,7 +313,7 @@ class _Run:
     def _new_pool(self) -> WorkerPool:
         settings = self._settings
         workers = settings.workers or 1
-        of_each = WorkerSettings(
+        worker_settings = WorkerSettings(
             settings.segmentation,
             settings.outbox,
             self._fingerprint,
@@ -310,22 +323,22 @@ class _Run:
         )
         limit = settings.limit_minutes * 60
         if settings.scheduler is not None:
-            return ClusterWorkerPool(of_each, settings.scheduler, limit, _LOG.info)
-        return LocalWorkerPool(of_each, workers, limit, _LOG.info)
+            return ClusterWorkerPool(worker_settings, settings.scheduler, limit, _LOG.info)
+        return LocalWorkerPool(worker_settings, workers, limit, _LOG.info)
 
 
-def _gone(key: str) -> Outcome:
+def _source_missing(key: str) -> Outcome:
     return Outcome(
         CaseState.FAILED,
-        problem=GONE,
-        reason=f"{key} was changed or taken away before it was done.",
-        remedy="Back in the inbox it is found by itself; another scan in its place is a case of its own. "
-        "`batch cancel` with this case takes it off the list.",
+        problem=SOURCE_MISSING,
+        reason=f"The scan of {key} was changed or removed before it was segmented.",
+        remedy="Put the scan back into the inbox; the batch finds it. A changed scan becomes a new case. "
+        "Use `batch cancel` with this key to remove the case from the list of failures.",
     )
 
 
 def _fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> str:
-    """Return what decides on the masks, as text."""
+    """Return the options fingerprint: everything that determines the masks, as JSON text."""
     return json.dumps(
         {
             "encoder": models.bundle.encoder_id,
@@ -339,15 +352,12 @@ def _fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> st
     )
 
 
-def _check_belongs(outbox: Path, store: BatchStore) -> None:
-    """Make sure that a state is of this outbox; both hold the same number, which outlives a new name.
-
-    Raises:
-        BatchStateError: it is of another.
-    """
-    own, theirs = outbox_number(outbox), store.noted("outbox")
-    if theirs not in (None, own):
+def _check_same_outbox(outbox: Path, store: BatchStore) -> None:
+    """Raise BatchStateError if the state file belongs to another outbox. Both store the same identifier."""
+    own, recorded = outbox_id(outbox), store.metadata("outbox")
+    if recorded not in (None, own):
         raise BatchStateError(
-            f"The state {store.path} is of another outbox.", remedy="Give every OUTBOX a --state of its own."
+            f"The state file {store.path} belongs to another outbox than {outbox}.",
+            remedy="Give each OUTBOX its own --state file.",
         )
-    store.note("outbox", own)
+    store.set_metadata("outbox", own)

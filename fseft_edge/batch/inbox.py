@@ -1,4 +1,4 @@
-"""What lies in the inbox: scans whose files have stopped growing, known by their content."""
+"""The inbox of a batch: which files and folders are scans, and which of them are complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ARCHIVE: Final = ".zip"
 
 @dataclass(frozen=True)
 class Arrival:
-    """A file or folder that may be a scan; its signature changes when a file in it grows, comes or goes."""
+    """A file or folder that may be a scan. Its signature changes when a file is changed, added or removed."""
 
     source: Path
     signature: str
@@ -27,19 +27,20 @@ class Arrival:
 
 @dataclass
 class Inbox:
-    """A folder that scans arrive in.
+    """A folder in which scans arrive.
 
-    A NIfTI file or a ZIP archive, at any depth, is a scan. So is a folder directly in the inbox that holds neither, or
-    DICOM files too: those of one patient, nested as they may be. A DICOM file directly in the inbox is one by itself.
-    Names that begin with a dot are left alone: copying programs use them for what is not complete.
+    The following are scans: a NIfTI file or a ZIP archive at any depth; a DICOM file directly in the inbox; a folder
+    directly in the inbox that contains DICOM files, or files but no NIfTI file and no ZIP archive. Such a folder has to
+    contain the DICOM files of one patient; subfolders are allowed. Names that begin with a dot are ignored, because
+    copying programs use such names for incomplete files.
 
     Args:
         folder: the inbox.
-        settle: seconds for which nothing about a scan may change before it is taken for complete.
-        clock: seconds; only differences count.
+        settle: a scan is complete when it has not changed for this many seconds.
+        clock: function that returns a time in seconds; only differences of times are used.
 
     Raises:
-        UnreadableFileError: there is no such folder.
+        UnreadableFileError: the folder does not exist.
     """
 
     folder: Path
@@ -49,10 +50,13 @@ class Inbox:
 
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
-            raise UnreadableFileError(f"{self.folder} is no folder.", remedy="Name the folder that scans arrive in.")
+            raise UnreadableFileError(
+                f"The inbox {self.folder} does not exist or is not a folder.",
+                remedy="Give the folder in which scans arrive.",
+            )
 
-    def settled(self) -> list[Arrival]:
-        """Look, and return what has not changed for long enough."""
+    def complete_arrivals(self) -> list[Arrival]:
+        """Look into the inbox; return the scans that have not changed for ``settle`` seconds."""
         now = self.clock()
         seen = {arrival.source: arrival for arrival in arrivals(self.folder)}
         self._since = {
@@ -64,14 +68,14 @@ class Inbox:
         return [arrival for source, arrival in seen.items() if now - self._since[source][1] >= self.settle]
 
     @property
-    def unsettled(self) -> bool:
-        """Whether something seen at the last look may still be growing."""
+    def has_incomplete(self) -> bool:
+        """Whether a scan found at the last look may still be incomplete."""
         now = self.clock()
         return any(now - since < self.settle for _, since in self._since.values())
 
 
 def arrivals(folder: Path) -> list[Arrival]:
-    """Return everything in the inbox that may be a scan, by name.
+    """Return everything in the inbox that may be a scan, sorted by name.
 
     Raises:
         UnreadableFileError: the inbox cannot be listed.
@@ -80,16 +84,17 @@ def arrivals(folder: Path) -> list[Arrival]:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise UnreadableFileError(
-            f"The inbox {folder} cannot be read: {error.strerror}.", remedy="Check that it is there and may be read."
+            f"The inbox {folder} cannot be read: {error.strerror}.",
+            remedy="Check that the folder exists and that this account may read it.",
         ) from error
     found: list[Arrival] = []
     for entry in entries:
-        if not os.path.isdir(entry):  # noqa: PTH112 - is_dir() raises where a link leads to what may not be looked at
+        if not os.path.isdir(entry):  # noqa: PTH112 - is_dir() raises PermissionError for a link into a folder without access
             found += [_arrival(entry, [entry])] if _is_one_file(entry) or _is_dicom(entry) else []
             continue
         try:
             files = sorted(files_below(entry))
-        except OSError:  # listed all the same: content_key says what is wrong
+        except OSError:  # listed nevertheless, so that content_key reports the reason
             found.append(_arrival(entry, [entry]))
             continue
         scans = [file for file in files if _is_one_file(file)]
@@ -101,9 +106,9 @@ def arrivals(folder: Path) -> list[Arrival]:
 
 
 def signature_of(source: Path) -> str | None:
-    """Return the signature of what lies there now, or None where nothing does."""
+    """Return the present signature of a file or folder, or None if it does not exist or cannot be listed."""
     try:
-        if os.path.isdir(source):  # noqa: PTH112 - as above
+        if os.path.isdir(source):  # noqa: PTH112 - is_dir() raises PermissionError for some links
             return _arrival(source, sorted(files_below(source))).signature
         return _arrival(source, [source]).signature if source.exists() else None
     except OSError:
@@ -115,7 +120,7 @@ def _is_one_file(path: Path) -> bool:
 
 
 def _is_dicom(file: Path) -> bool:
-    """Whether a file begins as DICOM does (PS3.10 7.1); False for what cannot be read."""
+    """Whether a file has the DICOM prefix (PS3.10 section 7.1); False if it cannot be read."""
     try:
         with open_regular_file(file) as stream:
             return stream.read(132)[128:] == b"DICM"
@@ -128,7 +133,7 @@ def _arrival(source: Path, files: list[Path]) -> Arrival:
     for file in files:
         try:
             status = file.stat()
-        except OSError:  # gone, or a dangling link: it counts by its name
+        except OSError:  # deleted meanwhile, or a dangling link: only its name enters the signature
             digest.update(repr(str(file)).encode())
             continue
         digest.update(repr((str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())

@@ -1,4 +1,4 @@
-"""Worker processes on this machine: started, fed, watched, and replaced when they die."""
+"""A worker pool on this machine: it starts worker processes, gives them cases, and replaces those that die."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from multiprocessing.context import SpawnProcess
 from typing import Final
 
 from fseft_edge.batch.case_work import CaseTask
-from fseft_edge.batch.messages import Broken, Ended, Lost, PoolEvent, Ready, StageBegun, StageEnded
+from fseft_edge.batch.messages import (
+    CaseEnded,
+    CaseLost,
+    PoolEvent,
+    StageEnded,
+    StageStarted,
+    WorkerFailed,
+    WorkerReady,
+)
 from fseft_edge.batch.worker import WorkerSettings, work
 from fseft_edge.runtime.errors import EnvironmentProblemError
 
-IN_HAND: Final = 3
-"""Cases that a pipelined worker has: one being read, one encoded, one finished."""
+PIPELINE_DEPTH: Final = 3
+"""Number of cases in a worker that overlaps stages: one case is read, one is encoded, one is finished."""
 
-_LEAST_STARTS: Final = 3
-_LONGEST_START: Final = 600.0  # seconds for a worker to open its encoder, or --limit where that is longer
-_PATIENCE: Final = 10.0  # seconds for a worker to end by itself once it has nothing left to do
+_MAX_FAILED_STARTS: Final = 3
+_START_SECONDS: Final = 600.0  # longest time in which a worker opens its encoder, unless --limit is longer
+_STOP_SECONDS: Final = 10.0  # longest time in which an idle worker ends after it was told to
 _CONTEXT: Final = get_context("spawn")
 
 
 @dataclass(eq=False)
-class _Clock:
-    """Seconds that a case was worked on; waiting between stages does not count."""
+class _CaseClock:
+    """Measures the time in which a worker computes a case; waiting between stages does not count."""
 
     spent: float = 0.0
     since: float | None = None
@@ -39,82 +47,82 @@ class _Clock:
 
 @dataclass(eq=False)
 class _Worker:
-    """One process, and what it has in hand."""
+    """One worker process, and its cases in progress."""
 
     process: SpawnProcess
     mailbox: Connection
     started: float = field(default_factory=time.monotonic)
     ready: bool = False
     exclusive: bool = False
-    cases: dict[str, _Clock] = field(default_factory=dict)
+    cases: dict[str, _CaseClock] = field(default_factory=dict)
 
 
 class LocalWorkerPool:
     """Worker processes on this machine.
 
     Args:
-        settings: of every worker.
-        count: how many.
-        limit: seconds that a case may be worked on.
-        say: what is told about workers.
+        settings: settings of every worker.
+        count: number of worker processes.
+        limit: time limit of a case in seconds.
+        log: function that writes a log line about workers.
     """
 
-    def __init__(self, settings: WorkerSettings, count: int, limit: float, say: Callable[[str], None]) -> None:
+    def __init__(self, settings: WorkerSettings, count: int, limit: float, log: Callable[[str], None]) -> None:
         self._settings = settings
         self._limit = limit
-        self._say = say
+        self._log = log
         self._failed_starts = 0
-        self._workers = [self._started() for _ in range(count)]
+        self._workers = [self._start_worker() for _ in range(count)]
 
     @property
-    def in_hand(self) -> int:
-        """How many cases the workers have."""
+    def in_progress(self) -> int:
+        """Number of cases that were given to workers and have not ended."""
         return sum(len(worker.cases) for worker in self._workers)
 
-    def room(self, *, exclusive: bool) -> bool:
-        """Whether another case can be handed over; one that has to be alone needs a worker without any."""
+    def has_capacity(self, *, exclusive: bool) -> bool:
+        """Whether another case can be submitted. An exclusive case needs a worker that has no case."""
         return self._free(exclusive=exclusive) is not None
 
-    def hand_over(self, task: CaseTask, *, exclusive: bool) -> None:
-        """Give a case to a worker that has room."""
+    def submit(self, task: CaseTask, *, exclusive: bool) -> None:
+        """Give a case to a worker that can take another one."""
         worker = self._free(exclusive=exclusive)
-        assert worker is not None  # noqa: S101 - room() was asked
-        worker.cases[task.key] = _Clock()
+        assert worker is not None  # noqa: S101 - the caller asked has_capacity()
+        worker.cases[task.key] = _CaseClock()
         worker.exclusive = exclusive
         try:
             worker.mailbox.send(task)
-        except OSError:  # it has just died, which the next look at it shows
+        except OSError:  # the worker has just died; events() will report it
             return
 
     def events(self, timeout: float) -> list[PoolEvent]:
-        """Return what happened, waiting at most so many seconds for the first of it.
+        """Return the events since the last call; wait at most ``timeout`` seconds for the first event.
 
         Raises:
             EnvironmentProblemError: workers cannot start.
         """
-        waited = [thing for worker in self._workers for thing in (worker.mailbox, worker.process.sentinel)]
-        connection.wait(waited, timeout)
+        handles = [handle for worker in self._workers for handle in (worker.mailbox, worker.process.sentinel)]
+        connection.wait(handles, timeout)
         events: list[PoolEvent] = []
         for number, worker in enumerate(self._workers):
             events += self._received(worker)
             late = [key for key, clock in worker.cases.items() if clock.seconds() > self._limit]
             if late:
-                self._say(f"{late[0]} takes too long: its worker is ended")
+                self._log(f"{late[0]} exceeded the time limit: its worker is stopped")
                 worker.process.kill()
                 worker.process.join()
                 events += self._received(worker)
-            if not worker.ready and time.monotonic() - worker.started > max(self._limit, _LONGEST_START):
+            if not worker.ready and time.monotonic() - worker.started > max(self._limit, _START_SECONDS):
                 worker.process.kill()
                 worker.process.join()
             if worker.process.is_alive():
                 continue
             events += self._received(worker)
             events += self._lost(worker, [key for key in late if key in worker.cases])
-            self._workers[number] = self._started()
+            self._workers[number] = self._start_worker()
         return events
 
     def close(self, *, now: bool = False) -> list[str]:
-        """End the workers, at once or when they have finished; return the cases that were lost by it."""
+        """Stop the workers, at once or after their present cases; return the keys of the cases that did not end."""
         for worker in self._workers:
             if not now:
                 try:
@@ -123,29 +131,29 @@ class LocalWorkerPool:
                     continue
         for worker in self._workers:
             if not now:
-                worker.process.join(_PATIENCE)
+                worker.process.join(_STOP_SECONDS)
             if worker.process.is_alive():
                 worker.process.kill()
             worker.process.join()
             worker.mailbox.close()
         return [key for worker in self._workers for key in worker.cases]
 
-    def _started(self) -> _Worker:
-        ours, theirs = _CONTEXT.Pipe()
-        process = _CONTEXT.Process(target=work, args=(theirs, self._settings), name="fseft-edge worker")
-        # A worker inherits this while it imports what it needs; it leaves Ctrl-C to the coordinator.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
+    def _start_worker(self) -> _Worker:
+        own_end, worker_end = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=work, args=(worker_end, self._settings), name="fseft-edge worker")
+        # The worker inherits this setting while it imports its modules: only the coordinator reacts to Ctrl-C.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if _in_main_thread() else None
         try:
             process.start()
         finally:
-            if before is not None:
-                signal.signal(signal.SIGINT, before)
-        theirs.close()
-        return _Worker(process, ours)
+            if previous is not None:
+                signal.signal(signal.SIGINT, previous)
+        worker_end.close()
+        return _Worker(process, own_end)
 
     def _free(self, *, exclusive: bool) -> _Worker | None:
-        room = 1 if exclusive or not self._settings.pipeline else IN_HAND
-        free = [worker for worker in self._workers if not worker.exclusive and len(worker.cases) < room]
+        capacity = 1 if exclusive or not self._settings.pipeline else PIPELINE_DEPTH
+        free = [worker for worker in self._workers if not worker.exclusive and len(worker.cases) < capacity]
         return min(free, key=lambda worker: len(worker.cases), default=None)
 
     def _received(self, worker: _Worker) -> list[PoolEvent]:
@@ -158,46 +166,47 @@ class LocalWorkerPool:
             except (EOFError, OSError):
                 return events
             match message:
-                case Ready(how):
+                case WorkerReady(backend):
                     worker.ready = True
                     self._failed_starts = 0
-                    self._say(f"a worker is ready: {how}")
-                case Broken(problem, text, remedy):
+                    self._log(f"A worker is ready: {backend}")
+                case WorkerFailed(problem, text, remedy):
                     raise EnvironmentProblemError(f"A worker cannot start ({problem}): {text}", remedy=remedy)
-                case StageBegun(key):
+                case StageStarted(key):
                     worker.cases[key].since = time.monotonic()
                 case StageEnded(key):
                     clock = worker.cases[key]
                     clock.spent, clock.since = clock.seconds(), None
-                case Ended(key):
+                case CaseEnded(key):
                     del worker.cases[key]
                     worker.exclusive = worker.exclusive and bool(worker.cases)
                     events.append(message)
 
     def _lost(self, worker: _Worker, late: list[str]) -> list[PoolEvent]:
-        """Return what a worker that is gone had in hand."""
+        """Return one event for each case of a worker that has ended."""
         code = worker.process.exitcode
         worker.mailbox.close()
         if not worker.ready:
             self._failed_starts += 1
-            if self._failed_starts >= _LEAST_STARTS:
+            if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise EnvironmentProblemError(
-                    f"Worker processes end before they are ready ({_ending(code)}).",
-                    remedy="See what `fseft-edge doctor` says, and whether there is enough memory.",
+                    f"{self._failed_starts} worker processes ended before they were ready ({_exit_reason(code)}).",
+                    remedy="Run `fseft-edge doctor`, and check that there is enough free memory.",
                 )
         if late:
             cause = f"it took longer than {self._limit / 60:g} minutes"
-            return [Lost(key, key in late, cause if key in late else "") for key in worker.cases]
-        cause = f"its worker process ended unexpectedly ({_ending(code)})"
-        self._say(f"a worker ended unexpectedly ({_ending(code)}) with {', '.join(worker.cases) or 'nothing'} in hand")
-        return [Lost(key, len(worker.cases) == 1 and worker.ready, cause) for key in worker.cases]
+            return [CaseLost(key, key in late, cause if key in late else "") for key in worker.cases]
+        cause = f"its worker process ended unexpectedly ({_exit_reason(code)})"
+        cases = ", ".join(worker.cases) or "none"
+        self._log(f"A worker ended unexpectedly ({_exit_reason(code)}). Its cases in progress: {cases}")
+        return [CaseLost(key, len(worker.cases) == 1 and worker.ready, cause) for key in worker.cases]
 
 
-def _ending(code: int | None) -> str:
-    """Say how a process ended."""
+def _exit_reason(code: int | None) -> str:
+    """Return a phrase that states how a process ended."""
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        return f"{name}, perhaps for want of memory" if name == "SIGKILL" else name
+        return f"{name}, perhaps because memory ran out" if name == "SIGKILL" else name
     return f"exit code {code}"
 
 

@@ -1,4 +1,4 @@
-"""What workers tell the coordinator."""
+"""Messages of workers, and the events that a worker pool reports to the coordinator."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fseft_edge.outbox.records import Outcome
 
 
 @dataclass(frozen=True)
-class Ready:
-    """A worker has its encoder open; ``how`` says with what it computes."""
+class WorkerReady:
+    """A worker has opened its encoder. ``backend`` states backend, precision and device."""
 
-    how: str
+    backend: str
 
 
 @dataclass(frozen=True)
-class Broken:
-    """A worker cannot work at all; the error, as its parts."""
+class WorkerFailed:
+    """A worker cannot segment any case. The fields are class name, message and remedy of the error."""
 
     problem: str
     message: str
@@ -24,41 +24,42 @@ class Broken:
 
 
 @dataclass(frozen=True)
-class StageBegun:
-    """A case entered a stage."""
+class StageStarted:
+    """A stage of a case started."""
 
     key: str
 
 
 @dataclass(frozen=True)
 class StageEnded:
-    """A case left a stage."""
+    """A stage of a case ended without an error."""
 
     key: str
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A case came to an end by itself."""
+class CaseEnded:
+    """A case is done or has failed."""
 
     key: str
     outcome: Outcome
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A case's worker is gone.
+class CaseLost:
+    """The worker of a case ended before the case did.
 
     Attributes:
-        key: the case.
-        blamed: it was alone in the worker, or took too long; else another may have been the cause.
-        cause: what happened to the worker, a clause.
+        key: key of the case.
+        counts: whether this counts as an attempt of the case: it was the only case in the worker, or it exceeded the
+            time limit. Otherwise another case may have been the cause.
+        cause: what happened to the worker, as a clause for the middle of a sentence.
     """
 
     key: str
-    blamed: bool
+    counts: bool
     cause: str
 
 
-WorkerMessage = Ready | Broken | StageBegun | StageEnded | Ended
-PoolEvent = Ended | Lost
+WorkerMessage = WorkerReady | WorkerFailed | StageStarted | StageEnded | CaseEnded
+PoolEvent = CaseEnded | CaseLost

@@ -1,4 +1,4 @@
-"""systemd units that run a batch every night."""
+"""systemd unit files that run a batch every night."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ NAME: Final = "fseft-edge-batch"
 
 @dataclass(frozen=True)
 class InstalledService:
-    """The units that were written."""
+    """Paths of the unit files that were written."""
 
     service: Path
     timer: Path
 
 
 def write_units(folder: Path, command: Sequence[str], *, at: str, limit_minutes: float) -> InstalledService:
-    """Write a service and a timer that starts it every day.
+    """Write a systemd service and a timer that starts it every day.
 
     Args:
-        folder: where systemd looks: ``~/.config/systemd/user`` for an account's own, ``/etc/systemd/system`` for the
-            machine's.
-        command: the program, by its absolute path, and its arguments.
-        at: time of day, HH:MM.
-        limit_minutes: how long the cases in hand get to finish when the service is stopped.
+        folder: folder of the unit files: ``~/.config/systemd/user`` for one account, ``/etc/systemd/system`` for the
+            whole machine.
+        command: absolute path of the program, and its arguments.
+        at: time of day at which the batch starts, HH:MM.
+        limit_minutes: time in which the cases in progress can finish after the service was told to stop.
 
     Raises:
-        UsageError: an argument holds a line break, which a unit file cannot.
-        OutOfSpaceError: the folder cannot be written to.
+        UsageError: an argument contains a line break, which is not possible in a unit file.
+        OutOfSpaceError: the folder is not writable.
     """
     service, timer = folder / f"{NAME}.service", folder / f"{NAME}.timer"
-    # SIGTERM to the coordinator alone finishes the cases in hand; what is left at the end is killed, which costs them.
+    # KillMode=mixed sends SIGTERM only to the coordinator, which then finishes the cases in progress. Processes that
+    # still run after TimeoutStopSec are killed; their cases wait for the next run.
     _write(
         service,
         f"""\
@@ -75,14 +76,17 @@ WantedBy=timers.target
 
 
 def _folders(command: Sequence[str]) -> list[str]:
-    """Return the folders among the arguments, which may be mounts that have to be there first."""
+    """Return the absolute paths among the arguments: they may be on drives that have to be mounted first."""
     return [word for word in command[1:] if Path(word).is_absolute()]
 
 
 def _quoted(word: str) -> str:
-    """Return an argument as systemd reads it back (systemd.service(5), "Command lines")."""
+    """Return an argument with the quoting of unit files (systemd.service(5), section "Command lines")."""
     if "\n" in word:
-        raise UsageError("A line break cannot stand in a unit file.", remedy="Choose plainer names for folders.")
+        raise UsageError(
+            f"The argument {word!r} contains a line break, which is not possible in a systemd unit file.",
+            remedy="Use file and folder names without line breaks.",
+        )
     plain = word.replace("%", "%%").replace("$", "$$")
     if shlex.quote(word) == word:
         return plain

@@ -1,4 +1,4 @@
-"""How a batch is run, and what came of it."""
+"""Settings, summary and stop request of a batch run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from fseft_edge.segmentation.segmenter import SegmentationSettings
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How a batch is run.
+    """Settings of a batch run.
 
     Attributes:
-        inbox: folder that scans arrive in (see :class:`fseft_edge.batch.inbox.Inbox`).
-        outbox: folder of the results; made if need be.
-        segmentation: with what scans are segmented.
-        state: the state file, where it shall not lie in the outbox.
-        watch: go on looking for scans when all are done.
-        until: begin no case after this moment.
-        workers: worker processes; None: as many as are useful on this machine.
-        limit_minutes: how long a case may be worked on.
-        attempts: how often a case may crash its worker, or take too long, before it is set aside.
-        settle: seconds for which a scan's files must not have changed.
-        pipeline: read the next case and finish the last while one is encoded.
-        show_ids: name the files of the inbox in the report, which may be patients' names.
-        scheduler: address of a Dask scheduler whose workers do the cases, instead of processes on this machine.
+        inbox: folder in which scans arrive (see :class:`fseft_edge.batch.inbox.Inbox`).
+        outbox: folder of the results; created if it does not exist.
+        segmentation: settings of the segmentation.
+        state: state file; None means the state file in the outbox.
+        watch: when all cases have ended, wait for new scans.
+        until: start no case after this moment; None means no limit.
+        workers: number of worker processes; None means the number that is useful on this machine.
+        limit_minutes: time limit of a case in minutes.
+        attempts: number of attempts in which a case may crash its worker or exceed the time limit. After the last one,
+            the case is set aside.
+        settle: a scan is complete when its files have not changed for this many seconds.
+        pipeline: overlap stages: while one case is encoded, the next case is read and the previous case is finished.
+        scheduler: address of a Dask scheduler whose workers run the cases; None means worker processes on this machine.
+        show_ids: show the file names of the inbox in the report. They may contain patients' names.
     """
 
     inbox: Path
@@ -45,7 +46,7 @@ class BatchSettings:
     show_ids: bool = False
 
     def absolute(self, encoder: Path) -> BatchSettings:
-        """Return the same with absolute paths, which mean the same to workers, and to a run from another folder."""
+        """Return these settings with absolute paths, which are valid in workers and in runs from another folder."""
         return replace(
             self,
             inbox=self.inbox.absolute(),
@@ -57,7 +58,7 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """What a run did: cases that it ended, by how, and what still waits."""
+    """Numbers of cases that this run finished, of cases that failed in it, and of cases that still wait."""
 
     done: int
     failed: int
@@ -66,45 +67,53 @@ class BatchSummary:
 
 @dataclass
 class StopRequest:
-    """Whether somebody wants the run to end: after the cases in hand, or now. Set from a signal handler."""
+    """Request to stop the run, after the cases in progress or at once. A signal handler counts up ``times``."""
 
     times: int = 0
 
     @property
     def soon(self) -> bool:
-        """No case is begun any more."""
+        """Whether no further case may be started."""
         return self.times > 0
 
     @property
     def now(self) -> bool:
-        """Cases in hand are dropped; they wait again."""
+        """Whether the cases in progress are stopped and returned to the queue."""
         return self.times > 1
 
 
 def parse_until(text: str, now: datetime) -> datetime:
-    """Return the next moment at which a clock shows ``HH:MM``.
+    """Return the next moment after ``now`` with this time of day.
+
+    Args:
+        text: time of day, ``HH:MM``.
+        now: present moment.
 
     Raises:
-        UsageError: it is no time of day.
+        UsageError: the text is not a time of day.
     """
     try:
         at = datetime.strptime(text, "%H:%M").time()
     except ValueError:
-        raise UsageError(f"{text} is no time of day.", remedy="Write it as HH:MM, e.g. 06:30.") from None
-    # Without an offset, so that a night in which the clocks change ends when they show it.
+        raise UsageError(
+            f"{text!r} is not a time of day.", remedy="Give a time of day as HH:MM, for example 06:30."
+        ) from None
+    # Computed without UTC offset: the local time of day is then right if daylight saving time begins or ends.
     day = now.replace(tzinfo=None)
     moment = datetime.combine(day, at)
     return (moment if moment > day else moment + timedelta(days=1)).astimezone()
 
 
 def parse_workers(text: str) -> int | None:
-    """Return a number of worker processes, or None for ``auto``.
+    """Return the number of worker processes, or None for ``auto``.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: the text is not ``auto`` and not a number from 1.
     """
     if text == "auto":
         return None
     if not text.isdecimal() or not int(text):
-        raise UsageError(f"{text} is no number of workers.", remedy="Give auto, or a number from 1.")
+        raise UsageError(
+            f"{text!r} is not a number of worker processes.", remedy="Give --workers auto, or a number from 1."
+        )
     return int(text)

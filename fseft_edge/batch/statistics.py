@@ -1,4 +1,4 @@
-"""What a batch amounts to: how many cases ended how, in what time, made with what."""
+"""Statistics of a batch: numbers of cases by outcome, times, and the encoder and adapters that were used."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fseft_edge.outbox.records import CaseRecord, CaseState
 
 @dataclass(frozen=True)
 class ReportedCase:
-    """A case with what lies in the outbox of it.
+    """A case with its result files, for the report.
 
     Attributes:
-        record: what the state says.
-        picture: the preview, whether it is there or not.
-        description: what ``<key>.json`` says; empty where there is none that can be read.
-        complaints: of a case that is done, what is missing of its results or unreadable.
+        record: record of the case in the state file.
+        picture: path of the preview picture, which may not exist.
+        description: content of ``<key>.json``; empty if the file is missing or damaged.
+        complaints: sentences about missing or damaged result files of a case that is done.
     """
 
     record: CaseRecord
@@ -30,38 +30,38 @@ class ReportedCase:
 
     @property
     def failed(self) -> bool:
-        """Whether there is no mask, and somebody has to see to it."""
+        """Whether the case failed or was set aside, so that a person has to look at the reason."""
         return self.record.state in (CaseState.FAILED, CaseState.SET_ASIDE)
 
     @property
     def done(self) -> bool:
-        """Whether there should be a mask."""
+        """Whether the case is done, so that there should be a mask."""
         return self.record.state == CaseState.DONE
 
     @property
     def flagged(self) -> bool:
-        """Whether somebody should look at its mask."""
+        """Whether a person should check the mask: it has flags, or result files are missing or damaged."""
         return self.done and bool(self.complaints or any(organ.flags for organ in self.record.organs))
 
 
 @dataclass(frozen=True)
 class BatchStatistics:
-    """A batch in figures.
+    """Statistics of a batch.
 
     Attributes:
-        found: cases, whatever became of them.
-        done: that have a mask.
-        flagged: of these, those to look at.
-        failed: for a reason that lies in the scan.
-        set_aside: that crashed their worker or took too long, as often as a case may.
-        waiting: that are still to be done, those begun included.
-        cancelled: taken out by somebody.
-        duplicates: files or folders that hold what another one held before.
-        began: when the first case was begun, seconds since the epoch; None where none was.
-        ended: when the last one ended; None where none has.
-        busy_seconds: during which at least one case was at work; waiting for new scans does not count.
-        organs: that the adapters segment, in their order.
-        made_with: encoder, adapters and version, one line for each combination.
+        found: number of all cases.
+        done: number of cases that have a mask.
+        flagged: number of cases whose mask a person should check.
+        failed: number of cases that failed because of the scan itself.
+        set_aside: number of cases that crashed their worker or exceeded the time limit in all allowed attempts.
+        waiting: number of cases that have not ended, including the running ones.
+        cancelled: number of cases that a person cancelled.
+        duplicates: number of files or folders with the same content as one found earlier.
+        began: start of the first case, in seconds since the epoch; None if no case was started.
+        ended: end of the last case, in seconds since the epoch; None if no case has ended.
+        busy_seconds: time in which at least one case was running; waiting for new scans does not count.
+        organs: names of the segmented organs, in the order of the adapters.
+        made_with: lines that state encoder, adapters and version, one line for each combination in use.
     """
 
     found: int
@@ -80,12 +80,12 @@ class BatchStatistics:
 
     @property
     def cases_per_hour(self) -> float | None:
-        """Cases that were done in an hour of work; None before the first."""
+        """Number of cases done per hour of ``busy_seconds``; None if no case is done."""
         return 3600 * self.done / self.busy_seconds if self.done and self.busy_seconds else None
 
 
 def reported(outbox: Path, record: CaseRecord) -> ReportedCase:
-    """Return a case with what lies in ``outbox/<key>/`` of it; what is missing or damaged there is said, not raised."""
+    """Return a case with its result files. Missing or damaged files become complaints and raise no error."""
     folder = outbox / record.key
     description: dict[str, Any] = {}
     complaints: list[str] = []
@@ -104,12 +104,12 @@ def reported(outbox: Path, record: CaseRecord) -> ReportedCase:
 def _read_object(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no object")
+        raise ValueError(f"{path} does not contain a JSON object")
     return found
 
 
 def statistics_of(cases: Sequence[ReportedCase], duplicates: int) -> BatchStatistics:
-    """Return the figures of a batch."""
+    """Return the statistics of a batch."""
     states = Counter(case.record.state for case in cases)
     spans = [
         (case.record.started_at, case.record.finished_at)
@@ -144,7 +144,7 @@ def _covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def _made_with(description: dict[str, Any]) -> str:
-    """Return encoder, adapters and version as ``<key>.json`` names them; empty where it does not."""
+    """Return encoder, adapters and version from ``<key>.json`` as one line; empty if an entry is missing."""
     try:
         encoder = f"encoder {description['encoder']['name']} ({description['encoder']['id'][:12]})"
         adapters = "; ".join(

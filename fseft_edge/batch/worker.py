@@ -1,4 +1,4 @@
-"""The worker process of a batch: the encoder, opened once, and cases through its stages, side by side."""
+"""The main function of a worker process: it opens the encoder once and runs the stages of its cases, overlapped."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ from typing import Final, TypeVar
 
 import torch
 
-from fseft_edge.batch.case_work import CaseError, CaseTask, CaseUnderWay, CaseWork
-from fseft_edge.batch.messages import Broken, Ended, Ready, StageBegun, StageEnded, WorkerMessage
+from fseft_edge.batch.case_work import CaseError, CaseInProgress, CaseTask, CaseWork
+from fseft_edge.batch.messages import (
+    CaseEnded,
+    StageEnded,
+    StageStarted,
+    WorkerFailed,
+    WorkerMessage,
+    WorkerReady,
+)
 from fseft_edge.runtime.errors import FseftEdgeError
 from fseft_edge.runtime.system.overlap import overlapped
 from fseft_edge.segmentation.segmenter import SegmentationSettings, open_segmenter
@@ -31,15 +38,15 @@ After = TypeVar("After")
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker is told at its start.
+    """Settings that a worker gets when it starts.
 
     Attributes:
-        segmentation: with what cases are segmented.
+        segmentation: settings of the segmentation.
         outbox: folder of the results.
-        fingerprint: see :class:`fseft_edge.batch.case_work.CaseWork`.
-        scratch: folder for temporary files, which the coordinator clears.
-        threads: CPU threads.
-        pipeline: whether stages of several cases overlap.
+        fingerprint: options fingerprint of the outbox (see :class:`fseft_edge.batch.case_work.CaseWork`).
+        scratch: folder for temporary files; the coordinator deletes it.
+        threads: number of CPU threads.
+        pipeline: whether the stages of several cases overlap.
     """
 
     segmentation: SegmentationSettings
@@ -51,7 +58,7 @@ class WorkerSettings:
 
 
 class _Mailbox:
-    """Messages to the coordinator, from any thread."""
+    """Sends messages to the coordinator, from any thread."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -61,21 +68,21 @@ class _Mailbox:
         with self._lock:
             try:
                 self._connection.send(message)
-            except OSError:  # the coordinator is gone
+            except OSError:  # the coordinator has ended
                 os._exit(1)
 
 
 def work(connection: Connection, settings: WorkerSettings) -> None:
-    """Do the cases that come through the connection until None comes: the main function of the process."""
-    _live_and_die_with_parent()
-    _keep_quiet()
+    """Run the cases received through the connection until None is received: the main function of the process."""
+    _end_with_coordinator()
+    _silence_logging()
     tempfile.tempdir = str(settings.scratch)
     torch.set_num_threads(settings.threads)
     mailbox = _Mailbox(connection)
     try:
         with open_segmenter(settings.segmentation) as segmenter:
             session = segmenter.session
-            mailbox.send(Ready(f"{session.backend} ({session.precision}) on {session.device}"))
+            mailbox.send(WorkerReady(f"{session.backend} ({session.precision}) on {session.device}"))
             stages = _Stages(CaseWork(segmenter, settings.outbox, settings.fingerprint), mailbox)
             if settings.pipeline:
                 for outcome in overlapped(_tasks(connection), stages.read, stages.encode, stages.finish):
@@ -84,14 +91,14 @@ def work(connection: Connection, settings: WorkerSettings) -> None:
                 for task in _tasks(connection):
                     stages.finish(stages.encode(stages.read(task)))
     except FseftEdgeError as error:
-        mailbox.send(Broken(type(error).__name__, error.message, error.remedy))
+        mailbox.send(WorkerFailed(type(error).__name__, error.message, error.remedy))
 
 
 def _tasks(connection: Connection) -> Iterator[CaseTask]:
     while True:
         try:
             task: CaseTask | None = connection.recv()
-        except EOFError:  # the coordinator is gone, and what it wanted with it
+        except EOFError:  # the coordinator has ended
             os._exit(1)
         if task is None:
             return
@@ -100,39 +107,39 @@ def _tasks(connection: Connection) -> Iterator[CaseTask]:
 
 @dataclass(frozen=True, eq=False)
 class _Stages:
-    """The stages of :class:`CaseWork`, which tell the coordinator; a case that failed passes the rest as None."""
+    """The stages of :class:`CaseWork` with messages to the coordinator; a failed case passes later stages as None."""
 
     work: CaseWork
     mailbox: _Mailbox
 
-    def read(self, task: CaseTask) -> CaseUnderWay | None:
-        return self._told(task.key, self.work.read, task)
+    def read(self, task: CaseTask) -> CaseInProgress | None:
+        return self._reported(task.key, self.work.read, task)
 
-    def encode(self, case: CaseUnderWay | None) -> CaseUnderWay | None:
-        return None if case is None else self._told(case.task.key, self.work.encode, case)
+    def encode(self, case: CaseInProgress | None) -> CaseInProgress | None:
+        return None if case is None else self._reported(case.task.key, self.work.encode, case)
 
-    def finish(self, case: CaseUnderWay | None) -> None:
+    def finish(self, case: CaseInProgress | None) -> None:
         if case is None:
             return
-        outcome = self._told(case.task.key, self.work.finish, case)
+        outcome = self._reported(case.task.key, self.work.finish, case)
         if outcome is not None:
-            self.mailbox.send(Ended(case.task.key, outcome))
+            self.mailbox.send(CaseEnded(case.task.key, outcome))
 
-    def _told(self, key: str, stage: Callable[[Before], After], given: Before) -> After | None:
-        self.mailbox.send(StageBegun(key))
+    def _reported(self, key: str, stage: Callable[[Before], After], argument: Before) -> After | None:
+        self.mailbox.send(StageStarted(key))
         try:
-            result = stage(given)
+            result = stage(argument)
         except CaseError as error:
-            self.mailbox.send(Ended(key, error.outcome))
+            self.mailbox.send(CaseEnded(key, error.outcome))
             return None
-        except BaseException:  # of what nobody foresaw: the coordinator isolates the case, and no traceback names it
+        except BaseException:  # a bug: end without a traceback, which could contain names; the case is tried again
             os._exit(1)
         self.mailbox.send(StageEnded(key))
         return result
 
 
-def _live_and_die_with_parent() -> None:
-    """Leave Ctrl-C to the coordinator, and do not outlive it: an orphan's result would come in beside a new run's."""
+def _end_with_coordinator() -> None:
+    """Ignore Ctrl-C, and let the kernel end this process with the coordinator, so that it cannot disturb a new run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
@@ -140,8 +147,8 @@ def _live_and_die_with_parent() -> None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _keep_quiet() -> None:
-    """Let no library write what it read in a file: what there is to say of a case is in its outcome."""
+def _silence_logging() -> None:
+    """Turn off all log output: libraries quote data of the files. Everything about a case is in its outcome."""
     logging.captureWarnings(capture=True)
     logging.getLogger().addHandler(logging.NullHandler())
     logging.getLogger().setLevel(logging.CRITICAL + 1)

@@ -1,1 +1,1 @@
-"""The outbox of a batch: its state, the results of its cases, and which masks were accepted."""
+"""The outbox of a batch: the state file, the result folders of the cases, and the masks that were accepted."""

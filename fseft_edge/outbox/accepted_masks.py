@@ -1,4 +1,4 @@
-"""Accepted masks as annotations: what a batch's review adds to a support set."""
+"""Accepted masks of a reviewed batch as annotations for a support set."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReviewedBatch:
-    """A batch whose accepted masks are to be learned from.
+    """A batch whose accepted masks are used as annotations.
 
     Attributes:
-        outbox: its results.
-        state: its state where that does not lie in the outbox.
-        corrected: folder of masks ``<key>.nii.gz`` that take the place of the batch's own, with the same label values.
+        outbox: outbox of the batch.
+        state: state file of the batch; None means the state file in the outbox.
+        corrected: folder of corrected mask files ``<key>.nii.gz``, which replace the masks of the batch. They have the
+            same label values as the masks of the batch. None means that no mask was corrected.
     """
 
     outbox: Path
@@ -38,43 +39,46 @@ class ReviewedBatch:
 
 
 def accepted_annotations(
-    batch: ReviewedBatch, organs: Sequence[OrganLabel], by_hand: Iterable[Path] = ()
+    batch: ReviewedBatch, organs: Sequence[OrganLabel], annotated: Iterable[Path] = ()
 ) -> list[tuple[Path, LabelMap]]:
-    """Return the CT and the mask of every accepted case, the mask's organs under the label values of ``organs``.
+    """Return the CT file and the mask of every accepted case. Organs in the mask have the label values of ``organs``.
 
-    A batch numbers its organs anew, so they are matched by name: ``<key>.json`` says which label of the mask is which
-    organ. Organs that are not asked for become background; one that a mask does not hold counts as not annotated there.
+    A batch gives its organs new label values, so organs are matched by name: ``<key>.json`` states the label value of
+    each organ in the mask. Voxels of organs that are not in ``organs`` become background. An organ that a mask does not
+    contain counts as not annotated in that scan.
 
     Args:
-        batch: the batch.
-        organs: what to take, and the label value that it gets.
-        by_hand: CTs that somebody annotated; they are not taken a second time with the batch's mask.
+        batch: the reviewed batch.
+        organs: the wanted organs, with the label value that each organ gets.
+        annotated: CTs that a person annotated. If such a CT is also a case of the batch, its mask is not used.
 
     Raises:
-        UsageError: there is no batch, or no mask in it was accepted.
-        InputError: a corrected mask is of no case of the batch, or a scan has changed since its mask was made.
-        LabelError: a JSON does not say which label is which organ.
+        UsageError: there is no batch, or no mask in the batch was accepted.
+        InputError: a corrected mask does not belong to any case of the batch, or a scan has changed since its mask was
+            made.
+        LabelError: a JSON file does not state the label value of each organ.
     """
     with BatchStore(state_path(batch.outbox, batch.state)) as store:
         cases = store.cases()
     accepted = [case for case in cases if case.review is not None and case.review.decision == Decision.ACCEPTED]
     if not accepted:
         raise UsageError(
-            f"No mask in {batch.outbox} was accepted.", remedy=f"Look through them: fseft-edge review {batch.outbox}"
+            f"No mask in {batch.outbox} was accepted.",
+            remedy=f"Review the masks with: fseft-edge review {batch.outbox}",
         )
     corrected = _corrected(batch, cases, accepted)
-    known = {content_key(image) for image in by_hand}
-    taken = []
+    annotated_keys = {content_key(image) for image in annotated}
+    pairs = []
     for case in accepted:
-        if case.key in known:
-            _LOG.warning("%s has an annotation in --labels too: its reviewed mask is left out", case.key)
+        if case.key in annotated_keys:
+            _LOG.warning("%s also has an annotation in --labels: its mask from the batch is not used", case.key)
             continue
         check_source(case)
         own = batch.outbox / case.key / f"{case.key}.nii.gz"
         values = organ_labels(own.with_name(f"{case.key}.json"))
         mask = read_label_map(corrected.get(case.key, own))
-        taken.append((case.source, _renumbered(mask, values, organs)))
-    return taken
+        pairs.append((case.source, _renumbered(mask, values, organs)))
+    return pairs
 
 
 def _corrected(batch: ReviewedBatch, cases: Sequence[CaseRecord], accepted: Sequence[CaseRecord]) -> Mapping[str, Path]:
@@ -84,17 +88,17 @@ def _corrected(batch: ReviewedBatch, cases: Sequence[CaseRecord], accepted: Sequ
     unknown = sorted(corrected.keys() - {case.key for case in cases})
     if unknown:
         raise InputError(
-            f"{batch.corrected} holds {', '.join(unknown)}, which are no cases of {batch.outbox}.",
-            remedy="Name a corrected mask by its case's key: <key>.nii.gz.",
+            f"{batch.corrected} contains masks for {', '.join(unknown)}, which are not cases of {batch.outbox}.",
+            remedy="Name each corrected mask file after the key of its case: <key>.nii.gz.",
         )
     unused = sorted(corrected.keys() - {case.key for case in accepted})
     if unused:
-        _LOG.warning("%s: corrected but not accepted, left out", ", ".join(unused))
+        _LOG.warning("%s: the mask was corrected but not accepted, so it is not used", ", ".join(unused))
     return corrected
 
 
 def _renumbered(mask: LabelMap, values: Mapping[str, int], organs: Sequence[OrganLabel]) -> LabelMap:
-    """Return the mask with each organ under the label value that it is asked for by."""
+    """Return the mask with the label value of each organ replaced by its label value in ``organs``."""
     highest = max((organ.label for organ in organs), default=0)
     table = np.zeros(int(mask.array.max()) + 1, dtype=np.min_scalar_type(highest))
     for organ in organs:

@@ -1,4 +1,4 @@
-"""The key of a case: a pseudonym that depends on the content of its files alone."""
+"""The key of a case: a pseudonym that depends only on the content of the files of the scan."""
 
 from __future__ import annotations
 
@@ -17,38 +17,39 @@ _CHUNK: Final = 1 << 20
 
 
 def content_key(source: Path) -> str:
-    """Return a scan's pseudonym: ``case-`` and 12 digits of the sha256 of its content.
+    """Return the pseudonym of a scan: ``case-`` and the first 12 hexadecimal digits of the sha256 of its content.
 
-    Names, dates and the order of the files in a folder do not count: the same series sent again is the same case.
+    File names, dates and the order of the files in a folder have no effect: a series that is sent again gets the same
+    key.
 
     Raises:
         UnreadableFileError: a file cannot be read.
     """
     try:
-        if os.path.isdir(source):  # noqa: PTH112 - is_dir() raises where a link leads to what may not be looked at
+        if os.path.isdir(source):  # noqa: PTH112 - is_dir() raises PermissionError for a link into a folder without access
             digests = sorted(_sha256(file) for file in files_below(source))
             digest = hashlib.sha256(b"".join(digests)).hexdigest()
         else:
             digest = _sha256(source).hex()
     except OSError as error:
-        # The name of a file within may be a patient's: only what the user knows is named.
+        # The name of a file inside the folder may contain a patient's name: the message names only `source`.
         raise UnreadableFileError(
-            f"{source} cannot be read: {error.strerror}.", remedy="Check the permissions, or copy it again."
+            f"{source} cannot be read: {error.strerror}.", remedy="Check its permissions, or copy it again."
         ) from error
     return f"case-{digest[:_KEY_DIGITS]}"
 
 
 def open_regular_file(file: Path) -> BinaryIO:
-    """Open a regular file; without O_NONBLOCK a named pipe would wait for somebody to write."""
-    stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115 - of a descriptor; the caller closes it
+    """Open a regular file for reading. O_NONBLOCK keeps a named pipe from waiting for a program that writes to it."""
+    stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115 - opens a file descriptor; the caller closes it
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     return stream
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file in a folder and below it; names that begin with a dot are left out.
+    """Yield every file in a folder and its subfolders, without names that begin with a dot.
 
     Raises:
         OSError: a folder cannot be listed.

@@ -1,4 +1,4 @@
-"""The outbox: one run at a time, on a disk with room, with its temporary files where the next run finds them."""
+"""The outbox folder: locks against a second run, checks of its disk, and removal of temporary files."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ _PROBE_BYTES: Final = 1 << 20
 
 
 def check_folders(inbox: Path, outbox: Path) -> None:
-    """Make sure that results are not taken for scans.
+    """Check that results in the outbox cannot be found as scans in the inbox.
 
     Raises:
-        UsageError: the outbox is a file, or one of the two lies in the other.
+        UsageError: the outbox is a file, or inbox and outbox are the same folder, or one is inside the other.
     """
     if outbox.exists() and not outbox.is_dir():
-        raise UsageError(f"{outbox} is a file.", remedy="Name a folder for the results.")
+        raise UsageError(f"The outbox {outbox} is a file, not a folder.", remedy="Give a folder for the results.")
     inbox, outbox = inbox.resolve(), outbox.resolve()
     if inbox == outbox or inbox in outbox.parents or outbox in inbox.parents:
         raise UsageError(
-            "INBOX and OUTBOX lie within one another, so results would be taken for scans.",
-            remedy="Name two folders side by side.",
+            f"The inbox {inbox} and the outbox {outbox} overlap, so results would be read as scans.",
+            remedy="Give two folders of which neither contains the other.",
         )
 
 
-def place_of_state(outbox: Path, state: Path | None) -> Path:
-    """Return where the state lies; SQLite needs a local disk.
+def checked_state_path(outbox: Path, state: Path | None) -> Path:
+    """Return the path of the state file after a check of its file system: SQLite needs a local disk.
 
     Raises:
-        UsageError: it would lie on a network drive.
+        UsageError: the path is on a network drive.
     """
     path = state_path(outbox, state)
     kind = network_file_system(path)
     if kind is not None:
         raise UsageError(
-            f"The state {path} would lie on a network drive ({kind}), where a crash can damage it.",
-            remedy="Name a file on a local disk by --state; the results may stay where they are.",
+            f"The state file {path} is on a network drive ({kind}), where a crash can damage it.",
+            remedy="Give a file on a local disk with --state. The outbox may stay on the network drive.",
         )
     return path
 
 
 @contextlib.contextmanager
-def only_one_run(outbox: Path, state: Path) -> Iterator[None]:
-    """Hold the outbox and the state, so that one run at a time writes there.
+def lock_outbox(outbox: Path, state: Path) -> Iterator[None]:
+    """Lock the outbox and the state file, so that only one run at a time writes to them.
 
     Raises:
-        UsageError: another run holds one of them.
-        OutOfSpaceError: one of them cannot be written to.
+        UsageError: another run has locked the outbox or the state file.
+        OutOfSpaceError: a lock file cannot be written.
     """
     locks = dict.fromkeys([outbox / STATE_FOLDER / "lock", state.with_name(f"{state.name}.lock")])
     with contextlib.ExitStack() as stack:
@@ -70,22 +70,22 @@ def only_one_run(outbox: Path, state: Path) -> Iterator[None]:
                 stack.enter_context(FileLock(path, timeout=0))
             except Timeout:
                 raise UsageError(
-                    f"Another `batch run` works on {outbox} or with its state.",
-                    remedy="Wait for it, end it, or use another OUTBOX.",
+                    f"Another `batch run` is using {outbox} or its state file.",
+                    remedy="Wait until the other run has ended, stop it, or give another OUTBOX.",
                 ) from None
             except OSError as error:
                 raise OutOfSpaceError(
-                    f"{path.parent} cannot be written to: {error.strerror}.",
-                    remedy="Name an OUTBOX that this account may write to, on a disk with free space.",
+                    f"Files cannot be written to {path.parent}: {error.strerror}.",
+                    remedy="Give an OUTBOX in which this account may write, on a disk with free space.",
                 ) from error
         yield
 
 
-def outbox_number(outbox: Path) -> str:
-    """Return the outbox's own number, which it gets when it is first used and keeps when it is renamed.
+def outbox_id(outbox: Path) -> str:
+    """Return the identifier of an outbox. The first run creates it; it does not change when the folder is renamed.
 
     Raises:
-        OutOfSpaceError: it cannot be written.
+        OutOfSpaceError: the identifier cannot be written.
     """
     file = outbox / STATE_FOLDER / "id"
     if not file.exists():
@@ -96,19 +96,21 @@ def outbox_number(outbox: Path) -> str:
 
 @contextlib.contextmanager
 def scratch_folder(outbox: Path) -> Iterator[Path]:
-    """Give a folder for workers' temporary files, cleared of what an earlier run of this outbox left."""
+    """Provide an empty folder for temporary files of workers; files of an earlier run of this outbox are deleted."""
     name = f"fseft-edge-batch-{sha256(str(outbox.resolve()).encode()).hexdigest()[:12]}"
     folder = Path(tempfile.gettempdir()) / name
     if folder.is_symlink() or (folder.exists() and folder.stat().st_uid != os.getuid()):
         raise EnvironmentProblemError(
-            f"{folder} belongs to somebody else.", remedy="Set TMPDIR to a folder of this account."
+            f"The folder for temporary files {folder} belongs to another account.",
+            remedy="Set the environment variable TMPDIR to a folder of this account.",
         )
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(mode=0o700)
     except OSError as error:
         raise OutOfSpaceError(
-            f"{folder} cannot be made: {error.strerror}.", remedy="Set TMPDIR to a folder with free space."
+            f"The folder for temporary files {folder} cannot be created: {error.strerror}.",
+            remedy="Set the environment variable TMPDIR to a folder with free disk space.",
         ) from error
     try:
         yield folder
@@ -116,8 +118,8 @@ def scratch_folder(outbox: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def clear_leftovers(outbox: Path) -> None:
-    """Remove results that were being written when their worker died; nobody may be writing now."""
+def remove_partial_results(outbox: Path) -> None:
+    """Delete results whose worker died while it wrote them. No other process may be writing to the outbox."""
     for leftover in outbox.glob(".*.partial*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -125,8 +127,8 @@ def clear_leftovers(outbox: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def no_room(folders: Sequence[Path]) -> OutOfSpaceError | None:
-    """Return why nothing could be written now, or None where there is room again: then one case alone was too large."""
+def disk_problem(folders: Sequence[Path]) -> OutOfSpaceError | None:
+    """Return an error if a folder cannot be written now; None if all can, so only one case was too large for a disk."""
     for folder in folders:
         try:
             with tempfile.TemporaryFile(dir=folder) as probe:
@@ -135,7 +137,7 @@ def no_room(folders: Sequence[Path]) -> OutOfSpaceError | None:
                 os.fsync(probe.fileno())
         except OSError as error:
             return OutOfSpaceError(
-                f"{folder} cannot be written to: {error.strerror}.",
-                remedy="Free some space on that disk, then run the batch again: it goes on where it was.",
+                f"Files cannot be written to {folder}: {error.strerror}.",
+                remedy="Free some space on that disk, then run the same command again. It does the remaining cases.",
             )
     return None

@@ -1,4 +1,4 @@
-"""What is known of a case of a batch."""
+"""Records of a case of a batch: its state, its outcome, its review."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from fseft_edge.masks.result import SegmentedOrgan
 
 
 class CaseState(StrEnum):
-    """Where a case stands."""
+    """State of a case."""
 
     WAITING = "waiting"
     RUNNING = "running"
     DONE = "done"
-    FAILED = "failed"  # refused for a reason that lies in the scan; the same again would fail again
-    SET_ASIDE = "set_aside"  # crashed its worker, or took too long, as often as a case may
+    FAILED = "failed"  # the scan itself is the reason, so another attempt would fail again
+    SET_ASIDE = "set_aside"  # crashed its worker or exceeded the time limit in all allowed attempts
     CANCELLED = "cancelled"
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will be done unless somebody asks for it."""
+        """Whether the batch does nothing more with the case unless a person requests it."""
         return self not in (CaseState.WAITING, CaseState.RUNNING)
 
 
 class Decision(StrEnum):
-    """What a person made of a mask."""
+    """Decision of a reviewer on a mask."""
 
     ACCEPTED = "accepted"
     REJECTED = "rejected"
@@ -34,7 +34,7 @@ class Decision(StrEnum):
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Wall time of a case's stages, seconds: reading, encoding, and the rest (adapters, way back, writing)."""
+    """Wall time of the stages of a case, in seconds: reading; encoding; adapters, resampling and writing."""
 
     read: float
     encode: float
@@ -42,13 +42,13 @@ class StageSeconds:
 
     @property
     def total(self) -> float:
-        """Of all stages."""
+        """Wall time of all stages together, in seconds."""
         return self.read + self.encode + self.finish
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended: done with its organs, or with a problem."""
+    """Outcome of a case: organs and times if it is done; kind of error, reason and remedy if it is not."""
 
     state: CaseState
     organs: tuple[SegmentedOrgan, ...] = ()
@@ -60,7 +60,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Review:
-    """A person's decision on a mask, with a note in their own words; ``at`` is in seconds since the epoch."""
+    """Decision of a reviewer on a mask, with a free-text note; ``at`` is the time in seconds since the epoch."""
 
     decision: Decision
     note: str
@@ -69,20 +69,22 @@ class Review:
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One case.
+    """Record of one case in the state file.
 
     Attributes:
-        key: its pseudonym, ``case-`` and 12 digits of the sha256 of the files' content; also the name of its results.
-        source: the file or folder in the inbox. Its name may be a patient's.
-        state: where it stands.
-        attempts: how often it crashed its worker or took too long, alone in it.
-        found_at, started_at, finished_at: seconds since the epoch.
-        problem: of a case that failed or was set aside: the kind of error, by the name of its class.
-        reason: the sentence that says what is wrong; names the case by its key alone.
-        remedy: what can be done about it.
-        organs: of a case that is done, as ``segment`` returns them.
-        seconds: of a case that is done.
-        review: where somebody looked at it.
+        key: pseudonym of the case, ``case-`` and the first 12 hexadecimal digits of the sha256 of the content of its
+            files; also the name of its result folder and result files.
+        source: file or folder in the inbox. Its name may contain a patient's name.
+        state: state of the case.
+        attempts: number of attempts in which the case crashed its worker or exceeded the time limit, without other
+            cases in that worker.
+        found_at, started_at, finished_at: times in seconds since the epoch.
+        problem: class name of the error, if the case failed or was set aside; else empty.
+        reason: error message, if the case failed or was set aside; else empty. It names the case only by its key.
+        remedy: remedy of the error, if the case failed or was set aside; else empty.
+        organs: organs as returned by ``segment``, if the case is done; else empty.
+        seconds: wall time of each stage, if the case is done; else None.
+        review: decision of a reviewer, if there is one; else None.
     """
 
     key: str
@@ -101,18 +103,18 @@ class CaseRecord:
 
     @property
     def source_name(self) -> str:
-        """The source's name as it can be shown: what is no text, or would break a line, is replaced."""
+        """Name of the source for display, see :func:`printable`."""
         return printable(self.source.name)
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A file or folder of the inbox that holds what another one held before it; it is not done twice."""
+    """A file or folder of the inbox with the same content as one found earlier; it is not segmented again."""
 
     source: Path
     key: str
 
 
 def printable(name: str) -> str:
-    """Return the name of a file as it can be shown and written: what is no text, or would break a line, is replaced."""
+    """Return a file name for display. Undecodable bytes, line breaks and control characters are replaced."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)

@@ -1,4 +1,4 @@
-"""The scan that a mask was made of: still there, and still the same."""
+"""The source scan of a case: read it only if its content is still the content from which the mask was made."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from fseft_edge.runtime.scans.volume import Volume
 
 
 def check_source(case: CaseRecord) -> None:
-    """Make sure that a case's scan is the one that its mask was made of.
+    """Check that the scan of a case has not changed since its mask was made.
 
     Raises:
-        UnreadableFileError: it cannot be read any more.
-        InputError: something else lies in its place.
+        UnreadableFileError: the scan cannot be read.
+        InputError: the file or folder now has other content.
     """
     if content_key(case.source) != case.key:
         raise InputError(
             f"The scan of {case.key} has changed since its mask was made.",
-            remedy="Put the scan back; or reject the case, and let the batch do what lies there now.",
+            remedy="Restore the original scan, or reject the case and run the batch on the changed scan.",
         )
 
 
 def read_source(case: CaseRecord) -> Volume:
-    """Read the scan that a mask was made of.
+    """Read the scan from which the mask of a case was made.
 
     Raises:
-        InputError: it cannot be read any more, or something else lies in its place.
+        InputError: the scan cannot be read, or the file or folder now has other content.
     """
     check_source(case)
     return read_scan(case.source)

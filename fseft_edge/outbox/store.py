@@ -1,8 +1,8 @@
-"""The state of a batch: an SQLite file that a crash, at any moment, leaves consistent.
+"""The state of a batch: an SQLite file that stays consistent if a crash happens at any moment.
 
-WAL mode with ``synchronous=FULL``: a transaction that has returned survives a power cut. One process writes (the
-coordinator, which holds the outbox's lock) and any may read; `retry`, `cancel` and the review write single rows beside
-it.
+The database uses WAL mode with ``synchronous=FULL``, so a completed transaction survives a power cut. The coordinator,
+which has locked the outbox, is the main writer. `retry`, `cancel` and the review change single rows at the same time.
+Any process may read.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SCHEMA_VERSION: Final = 1
 STATE_FOLDER: Final = ".fseft-edge"
 STATE_FILE: Final = "state.sqlite"
 
-UNREADABLE: Final = "unread-"
-"""How keys begin of what lies in the inbox and cannot be read: they come from its place, not from its content."""
+UNREADABLE_PREFIX: Final = "unread-"
+"""Prefix of the keys of files and folders that cannot be read. Such a key depends on the path, not on the content."""
 
-GONE: Final = "Gone"
-"""The problem of a case whose scan was changed or taken away before it was done."""
+SOURCE_MISSING: Final = "Gone"
+"""Value of ``problem`` of a case whose scan was changed or removed before it was segmented."""
 
 _SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -49,32 +49,33 @@ _BUSY_SECONDS: Final = 30.0
 
 
 def state_path(outbox: Path, state: Path | None = None) -> Path:
-    """Return where the state of an outbox lies: in it, unless another place is named."""
+    """Return the path of the state file: ``state`` if it is given, else the state file in the outbox."""
     return state or outbox / STATE_FOLDER / STATE_FILE
 
 
 class BatchStore:
-    """The cases of one outbox.
+    """The state of all cases of one outbox.
 
-    A context manager; leaving it closes the file.
+    This is a context manager; leaving the context closes the file.
 
     Args:
         path: the SQLite file.
-        create: make it where there is none.
+        create: create the file if it does not exist.
 
     Raises:
-        UsageError: there is none.
-        BatchStateError: it is damaged, no state of a batch, or from a newer version.
-        OutOfSpaceError: the disk is full or cannot be written to.
+        UsageError: the file does not exist.
+        BatchStateError: the file is damaged, is not the state of a batch, or was written by a newer version.
+        OutOfSpaceError: the disk is full or not writable.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self.path = path
         if not create and not path.is_file():
-            raise self._none()
-        with self._explained():
+            raise self._no_batch()
+        with self._database_errors():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Every statement is its own transaction unless `_transaction` opens one. One thread at a time uses it.
+            # Every statement is a transaction unless `_transaction` opens a larger one. The caller makes sure that only
+            # one thread at a time uses the connection.
             self._connection = sqlite3.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -88,8 +89,9 @@ class BatchStore:
         version = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
         if version > SCHEMA_VERSION:
             raise BatchStateError(
-                f"The state {self.path} was written by a newer version of fseft-edge (schema {version}).",
-                remedy="Update fseft-edge on this machine, or use another OUTBOX.",
+                f"The state file {self.path} was written by a newer version of fseft-edge (schema {version}; this "
+                f"version reads {SCHEMA_VERSION}).",
+                remedy="Update fseft-edge on this machine, or give another OUTBOX.",
             )
         tables = {
             row["name"] for row in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
@@ -97,20 +99,21 @@ class BatchStore:
         if version == SCHEMA_VERSION and tables >= {"meta", "cases", "sources"}:
             return
         if not tables and not create:
-            raise self._none()
+            raise self._no_batch()
         if tables:
             raise BatchStateError(
-                f"{self.path} is an SQLite file, but no state of a batch.", remedy="Name another OUTBOX or --state."
+                f"{self.path} is an SQLite file, but not the state file of a batch.",
+                remedy="Give another OUTBOX, or another file with --state.",
             )
         with self._transaction():
             for statement in _SCHEMA.split(";")[:-1]:
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def _none(self) -> UsageError:
+    def _no_batch(self) -> UsageError:
         return UsageError(
-            f"There is no batch at {self.path}.",
-            remedy="Name the OUTBOX of a `batch run`, and its --state if it had one.",
+            f"There is no batch: the state file {self.path} does not exist or is empty.",
+            remedy="Name the OUTBOX of a `batch run`, and its --state file if that run had one.",
         )
 
     def __enter__(self) -> Self:
@@ -122,45 +125,47 @@ class BatchStore:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the state file."""
         self._connection.close()
 
-    # What is there
+    # Queries
 
     def cases(self) -> list[CaseRecord]:
-        """Return every case, in the order in which they were found."""
+        """Return all cases in the order in which they were found."""
         return [_record(row) for row in self._execute("SELECT * FROM cases ORDER BY found_at, key")]
 
     def case(self, key: str) -> CaseRecord:
-        """Return one case.
+        """Return the case with this key.
 
         Raises:
-            UsageError: there is none of that key.
+            UsageError: there is no case with this key.
         """
         rows = self._execute("SELECT * FROM cases WHERE key = ?", key)
         if not rows:
-            raise UsageError(f"There is no case {key}.", remedy="`fseft-edge batch status OUTBOX` lists the cases.")
+            raise UsageError(
+                f"There is no case {key} in this batch.", remedy="List the cases with `fseft-edge batch status OUTBOX`."
+            )
         return _record(rows[0])
 
     def duplicates(self) -> list[Duplicate]:
-        """Return what lies in the inbox more than once, without the first of each."""
+        """Return the files and folders whose content was already found elsewhere, without the source of each case."""
         rows = self._execute(
             "SELECT path, sources.key FROM sources JOIN cases USING (key) WHERE path <> source ORDER BY path"
         )
         return [Duplicate(_as_path(row["path"]), row["key"]) for row in rows]
 
     def key_of(self, source: Path, signature: str) -> str | None:
-        """Return the case that what lies there, with this signature, has become; None where it is new."""
+        """Return the key of the case that was found at this path with this signature; None if it is new."""
         rows = self._execute("SELECT key FROM sources WHERE path = ? AND signature = ?", _as_text(source), signature)
         return str(rows[0]["key"]) if rows else None
 
     def sources_of(self, key: str) -> dict[Path, str]:
-        """Return where a case was found, with the signature it had there."""
+        """Return the paths at which a case was found, with the signature at each path."""
         rows = self._execute("SELECT path, signature FROM sources WHERE key = ? ORDER BY path", key)
         return {_as_path(row["path"]): row["signature"] for row in rows}
 
     def next_waiting(self, *, exclusive: bool) -> CaseRecord | None:
-        """Return the case that waits longest, of those that have to run alone or of the others."""
+        """Return the waiting case that was found first, among the exclusive cases or among all others."""
         rows = self._execute(
             "SELECT * FROM cases WHERE state = ? AND alone = ? ORDER BY found_at, key LIMIT 1",
             CaseState.WAITING,
@@ -168,19 +173,19 @@ class BatchStore:
         )
         return _record(rows[0]) if rows else None
 
-    def noted(self, name: str) -> str | None:
-        """Return what is noted of the whole batch under a name: ``recipe``, ``outbox``."""
+    def metadata(self, name: str) -> str | None:
+        """Return a value that belongs to the whole batch, ``recipe`` or ``outbox``; None if it is not set."""
         rows = self._execute("SELECT value FROM meta WHERE name = ?", name)
         return str(rows[0]["value"]) if rows else None
 
-    # What happens
+    # Changes
 
-    def note(self, name: str, value: str) -> None:
-        """Note something of the whole batch."""
+    def set_metadata(self, name: str, value: str) -> None:
+        """Set a value that belongs to the whole batch."""
         self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", name, value)
 
     def add(self, source: Path, signature: str, key: str) -> bool:
-        """Note what lies in the inbox; return whether a case waits for it: a new one, or one that was gone."""
+        """Record a scan of the inbox; return whether this made it a waiting case (new, or missing before)."""
         with self._transaction():
             self._forget_unreadable("SELECT key FROM sources WHERE path = ?", _as_text(source))
             new = self._connection.execute(
@@ -191,37 +196,39 @@ class BatchStore:
                 "INSERT OR REPLACE INTO sources (path, signature, key) VALUES (?, ?, ?)",
                 (_as_text(source), signature, key),
             )
-            # The first place that a case was found in may be gone, or hold something else now.
+            # The path recorded as source may be missing now, or may have other content.
             self._connection.execute(
                 "UPDATE cases SET source = ? WHERE key = ? AND source NOT IN (SELECT path FROM sources WHERE key = ?)",
                 (_as_text(source), key, key),
             )
-            back = self._connection.execute(
+            found_again = self._connection.execute(
                 "UPDATE cases SET state = ?, finished_at = NULL, problem = '', reason = '', remedy = ''"
                 " WHERE key = ? AND problem = ?",
-                (CaseState.WAITING, key, GONE),
+                (CaseState.WAITING, key, SOURCE_MISSING),
             ).rowcount
-        return bool(new or back)
+        return bool(new or found_again)
 
-    def lose(self, key: str, outcome: Outcome) -> None:
-        """Note that a case is nowhere any more; where it lay is forgotten, so that it is found again there."""
+    def mark_missing(self, key: str, outcome: Outcome) -> None:
+        """Record that the scan of a case is missing; delete its paths, so that the scan can be found there again."""
         self.end(key, outcome)
         self._execute("DELETE FROM sources WHERE key = ?", key)
 
     def forget_unreadable(self) -> None:
-        """Forget what could not be read, so that it is looked at again."""
+        """Delete all cases that could not be read, so that the next look into the inbox finds them again."""
         with self._transaction():
             self._forget_unreadable("SELECT key FROM cases")
 
     def _forget_unreadable(self, keys: str, *values: object) -> None:
-        """Forget cases that could not even be read to be known by their content."""
-        found = [str(row[0]) for row in self._connection.execute(keys, values) if str(row[0]).startswith(UNREADABLE)]
+        """Delete those of the selected cases that have no content key because they could not be read."""
+        found = [
+            str(row[0]) for row in self._connection.execute(keys, values) if str(row[0]).startswith(UNREADABLE_PREFIX)
+        ]
         for key in found:
             self._connection.execute("DELETE FROM sources WHERE key = ?", (key,))
             self._connection.execute("DELETE FROM cases WHERE key = ?", (key,))
 
     def start(self, key: str) -> bool:
-        """Note that a waiting case is begun; False when it waits no more."""
+        """Mark a waiting case as running; return False if it is not waiting any more."""
         return self._changed(
             "UPDATE cases SET state = ?, started_at = ? WHERE key = ? AND state = ?",
             CaseState.RUNNING,
@@ -231,7 +238,7 @@ class BatchStore:
         )
 
     def end(self, key: str, outcome: Outcome) -> None:
-        """Note how a case ended."""
+        """Record the outcome of a case."""
         self._execute(
             "UPDATE cases SET state = ?, finished_at = ?, organs = ?, seconds = ?, problem = ?, reason = ?, remedy = ?"
             " WHERE key = ?",
@@ -245,13 +252,16 @@ class BatchStore:
             key,
         )
 
-    def put_back(self, key: str, *, exclusive: bool = False, attempted: bool = False) -> int:
-        """Let a case that was begun wait again; return how often it was attempted.
+    def requeue(self, key: str, *, exclusive: bool = False, attempted: bool = False) -> int:
+        """Return a running case to the queue.
 
         Args:
-            key: the case.
-            exclusive: from now on nothing else runs beside it in its worker.
-            attempted: the attempt counts against it.
+            key: key of the case.
+            exclusive: from now on, run the case without other cases in its worker.
+            attempted: count this attempt.
+
+        Returns:
+            Number of counted attempts of the case.
         """
         with self._transaction():
             self._connection.execute(
@@ -261,23 +271,26 @@ class BatchStore:
             )
         return self.case(key).attempts
 
-    def put_back_all(self) -> int:
-        """Let all cases that were begun wait again, after the process that had them is gone; return how many."""
-        with self._explained():
+    def requeue_running(self) -> int:
+        """Return all running cases to the queue, after the process that ran them has ended. Return their number."""
+        with self._database_errors():
             return self._connection.execute(
                 "UPDATE cases SET state = ?, started_at = NULL WHERE state = ?", (CaseState.WAITING, CaseState.RUNNING)
             ).rowcount
 
     def retry(self, keys: Sequence[str]) -> int:
-        """Let ended cases that are not done wait again, their attempts forgotten; all of them when none is named.
+        """Return failed, set-aside and cancelled cases to the queue, with their attempts set to 0.
+
+        Args:
+            keys: keys of the cases; empty means all such cases.
 
         Returns:
-            How many.
+            Number of cases returned to the queue.
         """
         again = (CaseState.FAILED, CaseState.SET_ASIDE, CaseState.CANCELLED)
         wanted = [case for case in self._named(keys) if case.state in again]
         for case in wanted:
-            if case.key.startswith(UNREADABLE):  # found anew, by its content
+            if case.key.startswith(UNREADABLE_PREFIX):  # the next look into the inbox finds it again
                 with self._transaction():
                     self._forget_unreadable("SELECT ?", case.key)
                 continue
@@ -291,7 +304,15 @@ class BatchStore:
         return len(wanted)
 
     def cancel(self, keys: Sequence[str]) -> int:
-        """Take waiting cases out, all of them when none is named; a failure that is named too. Return how many."""
+        """Cancel waiting cases.
+
+        Args:
+            keys: keys of the cases; empty means all waiting cases. Failed and set-aside cases are cancelled only if
+                their key is given.
+
+        Returns:
+            Number of cancelled cases.
+        """
         may_be = (CaseState.WAITING, CaseState.FAILED, CaseState.SET_ASIDE) if keys else (CaseState.WAITING,)
         return sum(
             self._changed(
@@ -306,13 +327,15 @@ class BatchStore:
         )
 
     def review(self, key: str, decision: Decision, note: str) -> None:
-        """Note what a person made of a mask; a later decision takes the place of an earlier one.
+        """Record the decision of a reviewer on a mask; it replaces an earlier decision.
 
         Raises:
-            UsageError: there is no such case, or it is not done.
+            UsageError: there is no case with this key, or the case is not done.
         """
         if self.case(key).state != CaseState.DONE:
-            raise UsageError(f"{key} has no mask to decide on.", remedy="Review cases that are done.")
+            raise UsageError(
+                f"{key} has no mask that can be reviewed.", remedy="Review only cases in the state `done`."
+            )
         self._execute(
             "UPDATE cases SET decision = ?, note = ?, decided_at = ? WHERE key = ?", decision, note, time.time(), key
         )
@@ -321,16 +344,16 @@ class BatchStore:
         return [self.case(key) for key in keys] if keys else self.cases()
 
     def _changed(self, statement: str, *values: object) -> bool:
-        with self._explained():
+        with self._database_errors():
             return self._connection.execute(statement, values).rowcount > 0
 
     def _execute(self, statement: str, *values: object) -> list[sqlite3.Row]:
-        with self._explained():
+        with self._database_errors():
             return self._connection.execute(statement, values).fetchall()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._explained():
+        with self._database_errors():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -341,23 +364,23 @@ class BatchStore:
                 raise
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _database_errors(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.OperationalError, OSError) as error:
             if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
                 raise BatchStateError(
-                    f"The state {self.path} is held by another program.",
-                    remedy="End what has it open. The state belongs on a local disk.",
+                    f"Another program has locked the state file {self.path}.",
+                    remedy="Close the program that has the file open. Keep the state file on a local disk.",
                 ) from error
             raise OutOfSpaceError(
-                f"The state {self.path} cannot be written: {error}.",
-                remedy="Free some space on that disk, or name a file on another by --state.",
+                f"The state file {self.path} cannot be written: {error}.",
+                remedy="Free some space on that disk, or give a file on another disk with --state.",
             ) from error
         except sqlite3.DatabaseError as error:
             raise BatchStateError(
-                f"The state {self.path} is damaged: {error}.",
-                remedy="Move it away and run again: results that are there are recognised and not made again.",
+                f"The state file {self.path} is damaged: {error}.",
+                remedy="Move the file away and run the batch again. Existing results are recognised and kept.",
             ) from error
 
 
@@ -384,7 +407,7 @@ def _record(row: sqlite3.Row) -> CaseRecord:
 
 
 def _as_text(path: Path) -> str:
-    """Return a path as text that SQLite takes, whatever bytes are in it: all but plain ASCII is percent-encoded."""
+    """Return a path as ASCII text: every byte outside printable ASCII is percent-encoded, so any path can be stored."""
     return quote_from_bytes(os.fsencode(path), safe=_PLAIN)
 
 

@@ -1,4 +1,4 @@
-"""A batch of DICOM series: done under pseudonyms, refused without a name, sent twice and done once."""
+"""A batch of DICOM series: pseudonyms in all results, errors without names, duplicates recognised."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from fseft_edge.segmentation.segmenter import SegmentationSettings
 SURNAME = PATIENT.partition("^")[0]
 
 
-def test_a_night_of_dicom_names_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_of_dicom_series_names_no_patient(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Three series are complete: one of them is a copy. One has a gap, and one folder contains two patients."""
     caplog.set_level("DEBUG")
     inbox, outbox = tmp_path / "inbox", tmp_path / "outbox"
-    series = Series(np.asarray(scan(1).volume.array, np.int16), spacing=SPACING)
+    series = Series(np.asarray(scan(1).volume.array[16:48, 8:40, 16:40], np.int16), spacing=SPACING)
     names = [f"{PATIENT}/IM{number:03d}" for number in range(series.hu.shape[2])]
     series.write(inbox / f"{PATIENT} exam", names=names)
     copied = shutil.copytree(inbox / f"{PATIENT} exam" / PATIENT, inbox / f"{PATIENT} sent again")
     (copied / "IM000").rename(copied / "renamed")
     series.write(inbox / f"{PATIENT} gap", lambda dataset, _: setattr(dataset, "PatientComments", "x"), names)
-    (inbox / f"{PATIENT} gap" / names[20]).unlink()
+    (inbox / f"{PATIENT} gap" / names[10]).unlink()
     both = series.write(inbox / f"{PATIENT} and another", names=names)
     Series(series.hu[:, :, :9]).write(both / "b", lambda dataset, _: setattr(dataset, "PatientID", "another"))
-    zipped(Series(series.hu[:, :, :30], spacing=SPACING).write(tmp_path / "z"), inbox / f"{PATIENT}.zip")
+    zipped(Series(series.hu[:, :, :16], spacing=SPACING).write(tmp_path / "z"), inbox / f"{PATIENT}.zip")
     write_random_adapter(tmp_path / "liver.adapter", write_tiny_encoder(tmp_path / "tiny.encoder"))
 
     segmentation = SegmentationSettings(

@@ -1,4 +1,4 @@
-"""The inbox: what is a scan, when it is complete, and that it is known by its content."""
+"""The inbox: which files are scans, when a scan is complete, and keys that depend on the content only."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from doubles.errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,7 +51,7 @@ def test_nifti_files_archives_and_folders_of_other_files_are_scans(tmp_path: Pat
     assert found == ["a.nii.gz", "b.nii", "c.zip", "dicom", "ward/2/e.NII.GZ", "ward/d.nii.gz"]
 
 
-def test_dicom_beside_other_scans_is_not_passed_over(tmp_path: Path) -> None:
+def test_dicom_files_beside_other_scans_are_found(tmp_path: Path) -> None:
     dicom = bytes(128) + b"DICM and more"
     put(tmp_path / "patient" / "prior.nii.gz")
     put(tmp_path / "patient" / "series" / "IM1", dicom)
@@ -61,44 +62,44 @@ def test_dicom_beside_other_scans_is_not_passed_over(tmp_path: Path) -> None:
     assert found == ["enhanced.dcm", "patient/prior.nii.gz", "patient", "plain/scan.nii"]
 
 
-def test_a_scan_counts_once_nothing_about_it_has_changed_for_long_enough(tmp_path: Path) -> None:
+def test_a_scan_is_complete_when_it_has_not_changed_for_the_settle_time(tmp_path: Path) -> None:
     clock = Clock()
     inbox = Inbox(tmp_path, settle=10, clock=clock)
     file = put(tmp_path / "a.nii", b"1")
-    assert inbox.settled() == []
-    assert inbox.unsettled
+    assert inbox.complete_arrivals() == []
+    assert inbox.has_incomplete
     clock.now = 9
     put(file, b"12")
-    assert inbox.settled() == []
+    assert inbox.complete_arrivals() == []
     clock.now = 18
-    assert inbox.settled() == []
+    assert inbox.complete_arrivals() == []
     clock.now = 19
-    assert [arrival.source for arrival in inbox.settled()] == [file]
-    assert not inbox.unsettled
+    assert [arrival.source for arrival in inbox.complete_arrivals()] == [file]
+    assert not inbox.has_incomplete
 
 
-def test_a_folder_is_complete_when_none_of_its_files_grows_or_joins(tmp_path: Path) -> None:
+def test_a_folder_is_complete_when_its_files_have_not_changed(tmp_path: Path) -> None:
     clock = Clock()
     inbox = Inbox(tmp_path, settle=10, clock=clock)
     for number in range(3):
         put(tmp_path / "series" / "deep" / str(number))
         clock.now += 9
-        assert inbox.settled() == []
+        assert inbox.complete_arrivals() == []
     clock.now += 10
-    assert [arrival.source.name for arrival in inbox.settled()] == ["series"]
+    assert [arrival.source.name for arrival in inbox.complete_arrivals()] == ["series"]
     (tmp_path / "series" / "deep" / "1").unlink()
-    assert inbox.settled() == []
+    assert inbox.complete_arrivals() == []
 
 
 def test_an_old_date_does_not_make_a_file_complete(tmp_path: Path) -> None:
-    """Archives are unpacked, and copies made, with the dates of the originals."""
+    """Copied or unpacked files keep the dates of the originals."""
     inbox = Inbox(tmp_path, settle=10, clock=Clock())
     os.utime(put(tmp_path / "a.nii"), (0, 0))
-    assert inbox.settled() == []
+    assert inbox.complete_arrivals() == []
 
 
 @given(st.lists(st.binary(max_size=30), min_size=1, max_size=6, unique=True), st.randoms())
-def test_a_series_is_known_by_its_content_alone(
+def test_the_key_of_a_series_depends_only_on_its_content(
     tmp_path_factory: pytest.TempPathFactory, contents: list[bytes], random: object
 ) -> None:
     first, second = tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")
@@ -111,7 +112,7 @@ def test_a_series_is_known_by_its_content_alone(
     assert content_key(first) != content_key(second)
 
 
-def test_a_copied_file_is_the_same_case_and_another_is_not(tmp_path: Path) -> None:
+def test_a_copied_file_has_the_key_of_the_original_and_another_file_has_not(tmp_path: Path) -> None:
     a = put(tmp_path / "a.nii", b"a" * 3_000_000)
     shutil.copy(a, tmp_path / "b.nii")
     c = put(tmp_path / "c.nii", b"a" * 2_999_999 + b"b")
@@ -119,18 +120,18 @@ def test_a_copied_file_is_the_same_case_and_another_is_not(tmp_path: Path) -> No
     assert content_key(a).startswith("case-")
 
 
-def test_what_cannot_be_read_is_said_without_naming_what_lies_within(tmp_path: Path) -> None:
+def test_the_error_of_an_unreadable_folder_does_not_name_the_files_inside(tmp_path: Path) -> None:
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "DOE JOHN").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UnreadableFileError, match="cannot be read") as caught:
+    with refused(UnreadableFileError, tmp_path / "series") as caught:
         content_key(tmp_path / "series")
     assert "DOE" not in str(caught.value)
-    assert len(arrivals(tmp_path)) == 1  # it is still listed
+    assert len(arrivals(tmp_path)) == 1  # the folder is still listed
 
 
-def test_an_inbox_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableFileError, match="is no folder"):
+def test_a_missing_inbox_is_refused(tmp_path: Path) -> None:
+    with refused(UnreadableFileError, tmp_path / "nowhere"):
         Inbox(tmp_path / "nowhere", settle=0)
-    with pytest.raises(UnreadableFileError, match="cannot be read"):
+    with refused(UnreadableFileError, tmp_path / "nowhere"):
         arrivals(tmp_path / "nowhere")
     assert signature_of(tmp_path / "nowhere") is None
