@@ -1,1 +1,1 @@
-"""Going through a batch's masks in the browser: a server for this machine alone, and its page."""
+"""Review of the masks of a batch in the browser: a web server for this machine only, and its page."""

@@ -1,4 +1,4 @@
-"""Who may talk to the review's server: whoever has the address that it printed, in a page of its own."""
+"""Access control of the review server: only the person who has the printed address, in a page of this server."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def _secret() -> str:
 
 @dataclass(frozen=True)
 class Access:
-    """The secrets of one server, new whenever it starts.
+    """The secrets of one server. Every server creates new ones when it starts.
 
     Attributes:
-        port: where it listens.
-        token: part of the printed address; exchanged for the cookie once, and so kept out of the browser's history.
-        session: the cookie's value. It differs from the token, so that neither gives the other away.
+        port: port on which the server listens.
+        token: random part of the printed address. The first request exchanges it for the cookie, so that it does not
+            stay in the address bar.
+        session: value of the cookie. It differs from the token, so that neither reveals the other.
     """
 
     port: int
@@ -30,28 +31,28 @@ class Access:
 
     @property
     def address(self) -> str:
-        """What to open in the browser."""
+        """Address to open in the browser; it contains the token."""
         return f"http://{HOST}:{self.port}/?token={self.token}"
 
     @property
     def cookie(self) -> str:
-        """The ``Set-Cookie`` header. Browsers share cookies between ports, so its name tells servers apart."""
+        """Value of the ``Set-Cookie`` header. Browsers share cookies between ports, so its name contains the port."""
         return f"{self._cookie_name}={self.session}; Path=/; HttpOnly; SameSite=Strict"
 
     def is_our_host(self, host: str | None) -> bool:
-        """Whether a ``Host`` header names this server, and not a foreign name that points here (DNS rebinding)."""
+        """Whether a ``Host`` header names this server, and not a foreign host name (DNS rebinding)."""
         return host in (f"{HOST}:{self.port}", f"localhost:{self.port}")
 
     def is_our_origin(self, origin: str | None) -> bool:
-        """Whether an ``Origin`` header names a page of this server."""
+        """Whether an ``Origin`` header states that the request comes from a page of this server."""
         return origin is not None and origin.startswith("http://") and self.is_our_host(origin.removeprefix("http://"))
 
-    def opens(self, token: str) -> bool:
-        """Whether this is the token; takes as long for one that is nearly right."""
+    def is_token(self, token: str) -> bool:
+        """Whether a text is the token. The comparison takes constant time."""
         return _same(token, self.token)
 
-    def is_known(self, cookies: str | None) -> bool:
-        """Whether a ``Cookie`` header holds the session."""
+    def has_session(self, cookies: str | None) -> bool:
+        """Whether a ``Cookie`` header contains the session."""
         pairs = (pair.strip().partition("=") for pair in (cookies or "").split(";"))
         return any(name == self._cookie_name and _same(value, self.session) for name, _, value in pairs)
 

@@ -1,4 +1,4 @@
-"""The cases of a batch as a reviewer meets them: what needs eyes first, and what was decided."""
+"""The cases of a batch for a reviewer: their order, their description, their files and the decisions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.volume import Volume
 
 LONGEST_NOTE = 2000
-"""Characters."""
+"""Largest number of characters in a note."""
 
 _FAILURES = (CaseState.FAILED, CaseState.SET_ASIDE)
 
 
 @dataclass(frozen=True)
 class ReviewCount:
-    """How many of the masks were decided on."""
+    """Number of reviewed masks, and number of all masks."""
 
     decided: int
     masks: int
@@ -33,57 +33,58 @@ class ReviewCount:
 
 
 class ReviewCases:
-    """The cases of one outbox, for several threads.
+    """The cases of one outbox. Several threads may use it at the same time.
 
     Args:
-        outbox: the batch's results.
-        store: its state.
-        show_ids: also give the names of the sources, which may be patients' names.
+        outbox: outbox of the batch.
+        store: state of the batch.
+        show_ids: also show the file names of the scans, which may contain patients' names.
     """
 
     def __init__(self, outbox: Path, store: BatchStore, *, show_ids: bool = False) -> None:
         self._outbox = outbox
         self._store = store
         self._show_ids = show_ids
-        self._one_at_a_time = threading.Lock()
+        self._lock = threading.Lock()
 
     def listed(self) -> list[CaseRecord]:
         """Return the cases in the order of :func:`in_review_order`."""
-        with self._one_at_a_time:
+        with self._lock:
             return in_review_order(self._store.cases())
 
     def case(self, key: str) -> CaseRecord:
-        """Return one case.
+        """Return the case with this key.
 
         Raises:
-            UsageError: there is none of that key.
+            UsageError: there is no case with this key.
         """
-        with self._one_at_a_time:
+        with self._lock:
             return self._store.case(key)
 
     def decide(self, key: str, decision: Decision, note: str) -> None:
-        """Note what the reviewer made of a mask.
+        """Record the decision of the reviewer on a mask.
 
         Raises:
-            UsageError: the note is too long, there is no such case, or it has no mask.
+            UsageError: the note is too long, there is no case with this key, or the case has no mask.
         """
         if len(note) > LONGEST_NOTE:
             raise UsageError(
-                f"A note of {len(note)} characters is longer than {LONGEST_NOTE}.", remedy="Write a shorter one."
+                f"The note has {len(note)} characters, but at most {LONGEST_NOTE} are allowed.",
+                remedy="Write a shorter note.",
             )
-        with self._one_at_a_time:
+        with self._lock:
             self._store.review(key, decision, note)
 
     def scan(self, case: CaseRecord) -> Volume:
-        """Read the CT that a mask was made of, see :func:`fseft_edge.outbox.sources.read_source`."""
+        """Read the CT from which a mask was made (see :func:`fseft_edge.outbox.sources.read_source`)."""
         return read_source(case)
 
     def result(self, case: CaseRecord, suffix: str) -> BinaryIO:
-        """Open a result of a case, see :func:`fseft_edge.outbox.result_files.open_result`."""
+        """Open a result file of a case (see :func:`fseft_edge.outbox.result_files.open_result`)."""
         return open_result(self._outbox, case.key, suffix)
 
-    def described(self, case: CaseRecord) -> dict[str, Any]:
-        """Return what the page shows of a case, as JSON holds it."""
+    def description(self, case: CaseRecord) -> dict[str, Any]:
+        """Return the data of a case that the page shows, ready for JSON."""
         return {
             "key": case.key,
             "name": case.source_name if self._show_ids else None,
@@ -96,14 +97,14 @@ class ReviewCases:
         }
 
     def without_name(self, text: str, case: CaseRecord) -> str:
-        """Return a text with the source's name replaced by the key, unless names are shown."""
+        """Return a text in which the name of the source is replaced by the key, unless names are shown."""
         if self._show_ids:
             return text
         return text.replace(str(case.source), case.key).replace(case.source.name, case.key)
 
 
 def in_review_order(cases: Sequence[CaseRecord]) -> list[CaseRecord]:
-    """Return failures first, then masks with flags, then other masks, then what has not ended; each as found."""
+    """Return the cases in this order: failures, masks with flags, other masks, cases that have not ended."""
 
     def rank(case: CaseRecord) -> int:
         if case.state in _FAILURES:
@@ -116,6 +117,6 @@ def in_review_order(cases: Sequence[CaseRecord]) -> list[CaseRecord]:
 
 
 def review_count(cases: Sequence[CaseRecord]) -> ReviewCount:
-    """Return how many of the masks were decided on."""
+    """Return the number of reviewed masks and of all masks."""
     masks = [case for case in cases if case.state == CaseState.DONE]
     return ReviewCount(sum(case.review is not None for case in masks), len(masks))

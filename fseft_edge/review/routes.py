@@ -1,7 +1,7 @@
-"""What the review's server answers: its own page, the cases of the batch, and decisions on them.
+"""Replies of the review server: the page, the cases of the batch, and decisions on them.
 
-A request's path never becomes a path of the file system: static files come from a table made at the start, and a case
-is looked up in the batch's state by its key.
+The path of a request is never used as a path in the file system: static files come from a fixed table, and a case is
+looked up by its key in the state of the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fseft_edge.runtime.errors import FseftEdgeError, InputError, UsageError
 from fseft_edge.runtime.scans.nifti import stream_hu
 
 LARGEST_BODY: Final = 16 << 10
-"""Bytes of a request: several times a note of the longest length."""
+"""Largest number of bytes in the body of a request; a note of the longest length fits several times."""
 
 _STATIC: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
@@ -30,7 +30,7 @@ _STATIC: Final = {
     "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
     "/niivue.umd.js": ("niivue.umd.js", "text/javascript; charset=utf-8"),
 }
-_OF_A_CASE: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/(?P<what>scan\.nii|mask\.nii\.gz|picture\.png)")
+_CASE_FILE: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/(?P<what>scan\.nii|mask\.nii\.gz|picture\.png)")
 _DECISION: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/decision")
 _BINARY: Final = "application/octet-stream"
 _PIECE_BYTES: Final = 1 << 20
@@ -38,7 +38,7 @@ _PIECE_BYTES: Final = 1 << 20
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: its status, what it holds, of which length, and anything else to say in its headers."""
+    """A reply: status, content type, length in bytes, content in pieces, and additional headers."""
 
     status: HTTPStatus
     content_type: str
@@ -48,16 +48,16 @@ class Reply:
 
 
 def text_reply(status: HTTPStatus, message: str, *headers: tuple[str, str]) -> Reply:
-    """Return a sentence for a person who sees it in the browser."""
+    """Return a plain-text reply for a person in the browser."""
     body = f"{message}\n".encode("utf-8", "replace")
     return Reply(status, "text/plain; charset=utf-8", len(body), [body], headers)
 
 
 class Routes:
-    """The answers to requests that may be answered.
+    """The replies to requests that passed the access control.
 
     Args:
-        cases: of the batch.
+        cases: cases of the batch.
     """
 
     def __init__(self, cases: ReviewCases) -> None:
@@ -66,30 +66,30 @@ class Routes:
         self._static = {path: (kind, (static / name).read_bytes()) for path, (name, kind) in _STATIC.items()}
 
     def get(self, path: str) -> Reply:
-        """Return what lies at a path."""
+        """Return the reply to a GET request."""
         if path in self._static:
             kind, body = self._static[path]
             return Reply(HTTPStatus.OK, kind, len(body), [body])
         if path == "/cases":
             return self._list()
-        if matched := _OF_A_CASE.fullmatch(path):
+        if matched := _CASE_FILE.fullmatch(path):
             return self._with_case(matched["key"], lambda case: self._file(case, matched["what"]))
-        return _problem(HTTPStatus.NOT_FOUND, "There is nothing here.")
+        return _problem(HTTPStatus.NOT_FOUND, "This address does not exist.")
 
     def post(self, path: str, body: bytes) -> Reply:
-        """Note a decision."""
+        """Record a decision and return the reply to the POST request."""
         matched = _DECISION.fullmatch(path)
         if not matched:
-            return _problem(HTTPStatus.NOT_FOUND, "There is nothing here.")
+            return _problem(HTTPStatus.NOT_FOUND, "This address does not exist.")
         try:
             given = json.loads(body)
             decision, note = Decision(given["decision"]), given["note"]
             if not isinstance(note, str) or set(given) != {"decision", "note"}:
-                raise ValueError("a note is text")
-            note.encode()  # half a surrogate pair is no text either
+                raise ValueError("the note is not text")
+            note.encode()  # an unpaired surrogate cannot be stored
         except (ValueError, KeyError, TypeError, RecursionError):
             return _problem(
-                HTTPStatus.BAD_REQUEST, 'A decision is {"decision": "accepted" or "rejected", "note": text}.'
+                HTTPStatus.BAD_REQUEST, 'The body must be {"decision": "accepted" or "rejected", "note": text}.'
             )
         return self._with_case(matched["key"], lambda case: self._decide(case, decision, note))
 
@@ -97,7 +97,7 @@ class Routes:
         try:
             case = self._cases.case(key)
         except UsageError:
-            return _problem(HTTPStatus.NOT_FOUND, f"There is no case {key}.")
+            return _problem(HTTPStatus.NOT_FOUND, f"There is no case {key} in this batch.")
         try:
             return answer(case)
         except FseftEdgeError as error:
@@ -107,20 +107,20 @@ class Routes:
 
     def _list(self) -> Reply:
         cases = self._cases.listed()
-        progress = review_count(cases)
+        count = review_count(cases)
         return _json(
             HTTPStatus.OK,
             {
-                "cases": [self._cases.described(case) for case in cases],
-                "decided": progress.decided,
-                "masks": progress.masks,
+                "cases": [self._cases.description(case) for case in cases],
+                "decided": count.decided,
+                "masks": count.masks,
                 "longest_note": LONGEST_NOTE,
             },
         )
 
     def _decide(self, case: CaseRecord, decision: Decision, note: str) -> Reply:
         self._cases.decide(case.key, decision, note)
-        return _json(HTTPStatus.OK, self._cases.described(self._cases.case(case.key)))
+        return _json(HTTPStatus.OK, self._cases.description(self._cases.case(case.key)))
 
     def _file(self, case: CaseRecord, what: str) -> Reply:
         if what == "scan.nii":

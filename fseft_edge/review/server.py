@@ -1,4 +1,4 @@
-"""The review's server: this machine alone, and there only whoever has the address that it printed."""
+"""The web server of the review. It serves only this machine, and only clients that know the printed address."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CONTENT_SECURITY_POLICY: Final = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self' data:",  # NiiVue keeps the glyphs of its letters as a picture in its script
+        "img-src 'self' data:",  # the script of NiiVue contains its font as a picture
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
@@ -40,15 +40,15 @@ _HEADERS: Final = (
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
 )
-_NOT_YOURS: Final = "Open the address that `fseft-edge review` printed: it holds the key."
+_ACCESS_DENIED: Final = "Access denied. Open the complete address that `fseft-edge review` printed."
 _IDLE_SECONDS: Final = 60.0
 
 
 class ReviewServer(ThreadingHTTPServer):
-    """Serves one outbox until it is shut down; made by :func:`open_review`."""
+    """The server of one outbox, created by :func:`open_review`."""
 
     daemon_threads = True
-    allow_reuse_address = False  # no other program shall take over an address that somebody has open
+    allow_reuse_address = False  # no other program can take over the address of an open page
 
     def __init__(self, port: int, cases: ReviewCases) -> None:
         super().__init__((HOST, port), _Handler)
@@ -58,15 +58,15 @@ class ReviewServer(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What to open in the browser; whoever has it may see and decide."""
+        """Address to open in the browser. Everyone who has it can see the masks and decide."""
         return self.access.address
 
     def progress(self) -> ReviewCount:
-        """Return how many of the masks were decided on."""
+        """Return the number of reviewed masks and of all masks."""
         return review_count(self._cases.listed())
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of a browser that has gone away; anything else is a bug, shown as such."""
+        """Ignore a browser that closed the connection; show any other error, because it is a bug."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]  # typeshed names private types
 
@@ -75,35 +75,37 @@ class ReviewServer(ThreadingHTTPServer):
 def open_review(
     outbox: Path, *, state: Path | None = None, port: int = 0, show_ids: bool = False
 ) -> Iterator[ReviewServer]:
-    """Give a server of the review page of a batch; call its ``serve_forever`` to serve.
+    """Open the review server of a batch. Call its method ``serve_forever`` to serve the page.
 
     Args:
-        outbox: the batch's results.
-        state: the batch's state where it does not lie in the outbox.
-        port: where to listen on this machine; 0 takes a free one.
-        show_ids: show the names of the scans' files too, which may be patients' names.
+        outbox: outbox of the batch.
+        state: state file of the batch; None means the state file in the outbox.
+        port: port of this machine on which to listen; 0 means any free port.
+        show_ids: also show the file names of the scans, which may contain patients' names.
 
     Raises:
         UsageError: there is no batch.
-        BatchStateError: its state is damaged.
-        EnvironmentProblemError: the port is taken.
+        BatchStateError: the state file is damaged.
+        EnvironmentProblemError: the port is in use.
     """
     if not outbox.is_dir():
-        raise UsageError(f"{outbox} is no folder.", remedy="Name the OUTBOX of a `batch run`.")
+        raise UsageError(
+            f"The outbox {outbox} does not exist or is not a folder.", remedy="Name the OUTBOX of a `batch run`."
+        )
     with BatchStore(state_path(outbox, state)) as store:
         try:
             server = ReviewServer(port, ReviewCases(outbox, store, show_ids=show_ids))
         except OSError as error:
             raise EnvironmentProblemError(
                 f"Port {port} of this machine cannot be used: {error.strerror or error}.",
-                remedy="Name another by --port, or leave it out to take a free one.",
+                remedy="Give another port with --port, or remove --port to use any free port.",
             ) from error
         with server:
             yield server
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request: refused, or answered by the routes."""
+    """Handler of one request: it refuses the request, or sends the reply of the routes."""
 
     server: ReviewServer
     server_version = "fseft-edge"
@@ -113,24 +115,24 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self._send(self._refusal() or self._reply())
 
-    # The names are http.server's. Methods without one are refused by it, see `send_error`.
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _answer  # noqa: N815 - http.server's names
+    # http.server calls these methods. It refuses other request methods with `send_error`.
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = do_CONNECT = _answer  # noqa: N815 - names required by http.server
 
     def _refusal(self) -> Reply | None:
-        """The answer to whoever may not ask; None for the reviewer."""
+        """Return the reply to a request without access; None if the request has access."""
         access = self.server.access
         if len(self.headers.get_all("Host", [])) != 1 or not access.is_our_host(self.headers["Host"]):
-            return text_reply(HTTPStatus.FORBIDDEN, _NOT_YOURS)
+            return text_reply(HTTPStatus.FORBIDDEN, _ACCESS_DENIED)
         path, _, query = self.path.partition("?")
         if self.command == "GET" and path == "/" and query.startswith("token="):
-            if not access.opens(unquote(query.removeprefix("token="))):
-                return text_reply(HTTPStatus.FORBIDDEN, _NOT_YOURS)
+            if not access.is_token(unquote(query.removeprefix("token="))):
+                return text_reply(HTTPStatus.FORBIDDEN, _ACCESS_DENIED)
             return text_reply(HTTPStatus.SEE_OTHER, "Welcome.", ("Location", "/"), ("Set-Cookie", access.cookie))
-        # Pages of other servers on this machine count as the same site, so the cookie comes with what they ask for.
+        # For a browser, pages of other servers on this machine are "same-site", so their requests contain the cookie.
         foreign_page = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
         foreign_post = self.command == "POST" and not access.is_our_origin(self.headers.get("Origin"))
-        if foreign_page or foreign_post or not access.is_known(self.headers.get("Cookie")):
-            return text_reply(HTTPStatus.FORBIDDEN, _NOT_YOURS)
+        if foreign_page or foreign_post or not access.has_session(self.headers.get("Cookie")):
+            return text_reply(HTTPStatus.FORBIDDEN, _ACCESS_DENIED)
         return None
 
     def _reply(self) -> Reply:
@@ -138,14 +140,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             return self.server.routes.get(path)
         if self.command != "POST":
-            return text_reply(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and POST.", ("Allow", "GET, POST"))
+            return text_reply(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and POST are supported.", ("Allow", "GET, POST"))
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
-            return text_reply(HTTPStatus.LENGTH_REQUIRED, "Say how long the request is.")
+            return text_reply(HTTPStatus.LENGTH_REQUIRED, "The request has no valid Content-Length.")
         if len(length) > 9 or int(length) > LARGEST_BODY:
             return text_reply(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too long.")
         if self.headers.get_content_type() != "application/json":
-            return text_reply(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "Decisions come as JSON.")
+            return text_reply(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be JSON.")
         return self.server.routes.post(path, self.rfile.read(int(length)))
 
     def _send(self, reply: Reply) -> None:
@@ -162,10 +164,10 @@ class _Handler(BaseHTTPRequestHandler):
             for piece in reply.pieces:
                 self.wfile.write(piece)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002 - http.server's signature
-        """Refuse what http.server could not read, in one sentence that repeats nothing of it."""
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002 - signature required by http.server
+        """Refuse a request that http.server cannot read, without repeating any part of it."""
         self.close_connection = True
-        self._send(text_reply(HTTPStatus(code), _NOT_YOURS))
+        self._send(text_reply(HTTPStatus(code), _ACCESS_DENIED))
 
-    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - http.server's signature
-        """Keep quiet: the request line may hold the token."""
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - signature required by http.server
+        """Write no log: the request line may contain the token."""

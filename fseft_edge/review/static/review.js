@@ -1,4 +1,4 @@
-// The page: which case, what is shown of it, what was decided. Every text goes in by textContent.
+// The page: list of cases, description of the current case, decisions. All text is set with textContent, never as HTML.
 
 import { canDraw, colourOf, Viewer, WINDOWS } from "/viewer.js";
 
@@ -8,12 +8,12 @@ const FAILURES = ["failed", "set_aside"];
 const DRAWS = canDraw();
 
 let cases = [];
-let current = null; // key
-let seen = null; // key of the case whose mask is on the screen
+let current = null; // key of the selected case
+let seen = null; // key of the case whose mask is displayed
 let loading = new AbortController();
 let viewer = null;
 let cross = true;
-const notes = new Map(); // written but not yet sent, by key
+const notes = new Map(); // notes that were written but not yet stored, by key
 
 const caseOf = (key) => cases.find((item) => item.key === key);
 const hasMask = (item) => item?.state === "done";
@@ -29,8 +29,8 @@ async function ask(path, options) {
   const response = await fetch(path, { cache: "no-store", redirect: "error", ...options });
   if (response.ok) return response;
   const type = response.headers.get("Content-Type") ?? "";
-  const said = type.startsWith("application/json") ? (await response.json()).error : (await response.text()).trim();
-  throw new Error(said || `The server answered ${response.status}.`);
+  const reason = type.startsWith("application/json") ? (await response.json()).error : (await response.text()).trim();
+  throw new Error(reason || `The server replied with status ${response.status}.`);
 }
 
 async function download(path, signal, onProgress) {
@@ -46,11 +46,11 @@ async function download(path, signal, onProgress) {
     at += value.length;
     onProgress(at / bytes.length);
   }
-  if (at !== bytes.length) throw new Error("The scan arrived only in part.");
+  if (at !== bytes.length) throw new Error("The scan was not received completely.");
   return bytes.buffer;
 }
 
-// What is listed
+// List of cases
 
 async function refresh() {
   const listed = await (await ask("/cases")).json();
@@ -88,9 +88,9 @@ function showList() {
   list.querySelector('[aria-current="true"]')?.scrollIntoView({ block: "nearest" });
 }
 
-// What is shown of a case
+// Display of a case
 
-function say(text) {
+function showMessage(text) {
   element("message").textContent = text;
   element("message").hidden = !text;
 }
@@ -112,13 +112,13 @@ function organRow(organ) {
   shown.type = "checkbox";
   shown.checked = true;
   shown.disabled = !viewer;
-  shown.title = `show ${organ.name}`;
+  shown.title = `Show or hide ${organ.name}`;
   shown.addEventListener("change", () => viewer.setShown(organ.label, shown.checked));
   const swatch = make("span", "", "swatch");
   swatch.style.backgroundColor = `rgb(${colourOf(organ.label).join()})`;
   const name = make("button", organ.name);
   name.type = "button";
-  name.title = `go to ${organ.name}`;
+  name.title = `Move the cross to ${organ.name}`;
   name.disabled = !viewer;
   name.addEventListener("click", () => viewer.goTo(organ.label));
   name.append(make("span", ` ${organ.volume_ml.toFixed(1)} ml`, "volume"));
@@ -145,7 +145,8 @@ async function open(key) {
   showList();
   allowDecision();
   if (!hasMask(item)) {
-    say([item.reason || `This case is ${item.state.replace("_", " ")}: there is no mask yet.`, item.remedy].join("\n"));
+    const state = `The state of this case is "${item.state.replace("_", " ")}". There is no mask.`;
+    showMessage([item.reason || state, item.remedy].join("\n"));
     return;
   }
   try {
@@ -154,35 +155,35 @@ async function open(key) {
     seen = key;
   } catch (error) {
     if (signal.aborted) return;
-    say(`${key} cannot be shown. ${error.message}`);
+    showMessage(`${key} cannot be displayed. ${error.message}`);
   }
   allowDecision();
 }
 
 async function showScan(item, signal) {
-  say("Reading the scan …");
-  const onProgress = (share) => say(`Reading the scan … ${Math.round(100 * share)} %`);
+  showMessage("Reading the scan …");
+  const onProgress = (share) => showMessage(`Reading the scan … ${Math.round(100 * share)} %`);
   const [scan, mask] = await Promise.all([
     download(`/cases/${item.key}/scan.nii`, signal, onProgress),
     download(`/cases/${item.key}/mask.nii.gz`, signal),
   ]);
   await viewer.show(scan, mask, item.organs, WINDOWS[element("window").value], element("fill").value / 100);
-  say("");
+  showMessage("");
 }
 
 async function showPicture(item, signal) {
-  const why = "This browser has no WebGL2, so the scan cannot be scrolled through. Another browser, or one with hardware"
-    + " acceleration turned on, can.";
-  say(`${why}\nThere is no picture of this case either.`);
+  const why = "This browser does not support WebGL2, so it cannot display the slices of the scan. Use another browser, or"
+    + " turn on hardware acceleration.";
+  showMessage(`${why}\nThe batch wrote no picture of this case.`);
   const picture = element("picture");
   const response = await ask(`/cases/${item.key}/picture.png`, { signal });
   await response.blob();
   picture.src = `/cases/${item.key}/picture.png`;
   picture.hidden = false;
-  say(`${why}\nBelow is the picture that the batch made.`);
+  showMessage(`${why}\nThe picture below was written by the batch.`);
 }
 
-// What is decided
+// Decisions
 
 async function decide(decision) {
   const key = current;
@@ -198,10 +199,10 @@ async function decide(decision) {
     await refresh();
     if (current === key) {
       showDescription(caseOf(key));
-      say("");
+      showMessage("");
     }
   } catch (error) {
-    say(`The decision on ${key} was not stored. ${error.message}`);
+    showMessage(`The decision on ${key} was not stored. ${error.message}`);
   }
 }
 
@@ -265,9 +266,9 @@ async function start() {
   element("note").addEventListener("input", ({ target }) => notes.set(current, target.value));
   document.addEventListener("keydown", onKey, { capture: true });
   await refresh();
-  window.addEventListener("focus", () => refresh().catch((error) => say(error.message)));
+  window.addEventListener("focus", () => refresh().catch((error) => showMessage(error.message)));
   if (cases.length) await open(cases[0].key);
-  else say("There are no cases in this batch yet.");
+  else showMessage("There are no cases in this batch yet.");
 }
 
-start().catch((error) => say(error.message));
+start().catch((error) => showMessage(error.message));

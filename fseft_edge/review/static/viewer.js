@@ -1,19 +1,20 @@
-// The scan with its mask on a canvas: NiiVue, set up as a radiologist expects it.
+// Display of scan and mask on a canvas with NiiVue, in radiological convention.
 
 const { DRAG_MODE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } = globalThis.niivue ?? {};
 
 export const WINDOWS = { soft: [-160, 240], lung: [-1350, 150], bone: [-450, 1050] }; // HU
 
-// After Okabe and Ito (2008): apart in all common forms of colour blindness. The first two are those of the pictures.
+// Based on Okabe and Ito (2008): distinguishable with all common forms of colour blindness. The first two are also the
+// colours of the preview pictures.
 const COLOURS = [
   [255, 150, 0], [60, 185, 255], [240, 228, 66], [0, 190, 140], [230, 140, 200], [235, 95, 40], [90, 130, 255],
   [235, 235, 235],
 ];
 
 const CROSS = [0.5, 0.5, 0.5, 1];
-const CROSS_PERCENT = 0.2; // of the scan's width
+const CROSS_PERCENT = 0.2; // width of the cross in percent of the width of the scan
 
-// Axial large, as shares of the canvas: left, top, width, height.
+// Position as fractions of the canvas: left, top, width, height. The axial plane is the largest.
 const ALL_PLANES = [
   { sliceType: SLICE_TYPE?.AXIAL, position: [0, 0, 0.6, 1] },
   { sliceType: SLICE_TYPE?.CORONAL, position: [0.6, 0, 0.4, 0.5] },
@@ -29,7 +30,7 @@ export function canDraw() {
 export class Viewer {
   #niivue;
   #mask = null;
-  #places = new Map(); // label → where the organ lies, see placesOf
+  #places = new Map(); // label value → position of the organ, see placesOf
   #hidden = new Set();
   #organs = [];
   #zoom = 1;
@@ -65,7 +66,7 @@ export class Viewer {
     this.setPlanes("all");
   }
 
-  // Both are NIfTI files, as bytes.
+  // scan and mask: NIfTI files as bytes.
   async show(scan, mask, organs, range, fill) {
     const volume = await NVImage.loadFromUrl({
       url: scan, name: "scan.nii", colormap: "gray", cal_min: range[0], cal_max: range[1],
@@ -76,9 +77,9 @@ export class Viewer {
     this.#hidden = new Set();
     this.#mask = overlay;
     this.#places = placesOf(overlay);
-    overlay.hdr.intent_code = 1002; // label map (NIFTI_INTENT_LABEL), without which NiiVue draws no outlines
+    overlay.hdr.intent_code = 1002; // NIFTI_INTENT_LABEL: NiiVue draws outlines only for label maps
     overlay.setColormapLabel(this.#colours());
-    this.#niivue.volumes = [volume]; // drawn with the mask at once, not before it too
+    this.#niivue.volumes = [volume]; // not addVolume: the first drawing then contains both scan and mask
     this.#niivue.addVolume(overlay);
     const flagged = organs.find((organ) => organ.flags.length && this.#places.has(organ.label));
     const largest = [...organs].sort((a, b) => b.volume_ml - a.volume_ml)[0];
@@ -103,7 +104,7 @@ export class Viewer {
     if (this.#mask) this.#niivue.moveCrosshairInVox(right, anterior, superior);
   }
 
-  // Larger (factor above 1), smaller, or the whole scan (0). What lies below the cross comes to the middle.
+  // Factor above 1: enlarge; below 1: reduce; 0: whole scan. The position of the cross becomes the centre.
   zoom(factor) {
     if (!this.#mask) return;
     const wanted = factor ? this.#zoom * factor : 1;
@@ -156,7 +157,8 @@ export class Viewer {
     return true;
   }
 
-  // As large as all organs leave room for, in the axial plane with half of their size around them.
+  // Enlarge the view so that all organs are visible. In the axial plane, the margin on each side is
+  // a quarter of their size.
   #frameOrgans() {
     const places = [...this.#places.values()];
     if (!places.length) {
@@ -169,11 +171,11 @@ export class Viewer {
     });
     const [, ...lengths] = this.#mask.hdr.dims;
     const up = superiorAxis(this.#mask.hdr.affine);
-    const room = ends.map(([first, last], axis) => lengths[axis] / ((axis === up ? 1.1 : 1.5) * (last + 1 - first)));
-    this.#look(Math.min(...room, 3), this.#mm(ends.map(([first, last]) => (first + last) / 2)));
+    const scales = ends.map(([first, last], axis) => lengths[axis] / ((axis === up ? 1.1 : 1.5) * (last + 1 - first)));
+    this.#look(Math.min(...scales, 3), this.#mm(ends.map(([first, last]) => (first + last) / 2)));
   }
 
-  // NiiVue scales about the origin of the world, then shifts.
+  // NiiVue scales about the origin of the world coordinates, then translates.
   #look(zoom, at) {
     this.#zoom = Math.min(Math.max(zoom, 1), 8);
     const middle = this.#middle();
@@ -199,13 +201,13 @@ export class Viewer {
   }
 }
 
-// The voxel axis that runs along the patient most.
+// The voxel axis that is closest to the inferior-superior direction.
 function superiorAxis(affine) {
   const rise = [0, 1, 2].map((axis) => Math.abs(affine[2][axis]) / Math.hypot(...[0, 1, 2].map((row) => affine[row][axis])));
   return rise.indexOf(Math.max(...rise));
 }
 
-// Label → along each axis the first and last voxel with the organ, and the median of all of them.
+// Label value → for each axis: first and last voxel of the organ, and median position of its voxels.
 function placesOf({ img, hdr }) {
   const [, x, y, z] = hdr.dims;
   const counts = new Map();

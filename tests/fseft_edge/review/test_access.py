@@ -1,4 +1,4 @@
-"""Who may talk to the review's server, and what it refuses; nothing here changes the batch."""
+"""Access control of the review server: who gets a reply, and which requests are refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from doubles.errors import refused
 from doubles.repository import ROOT
 from doubles.reviewed import Batch, run_batch
 from doubles.reviewer import SECONDS, Reviewer, served
 
-from fseft_edge.report.pictures import PREDICTION_COLOUR, TRUTH_COLOUR
+from fseft_edge.report.pictures import PREDICTION_COLOUR, REFERENCE_COLOUR
 from fseft_edge.review.routes import LARGEST_BODY
 from fseft_edge.review.server import open_review
 from fseft_edge.runtime.errors import EnvironmentProblemError
@@ -36,13 +37,13 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
 
 @pytest.fixture(scope="module")
 def reviewer(batch: Batch) -> Iterator[Reviewer]:
-    with served(batch.outbox) as someone:
-        yield someone
+    with served(batch.outbox) as client:
+        yield client
 
 
 @pytest.mark.parametrize("path", EVERY_PATH)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE", "POST"])
-def test_without_the_cookie_everything_is_refused(batch: Batch, reviewer: Reviewer, path: str, method: str) -> None:
+def test_every_request_without_the_cookie_is_refused(batch: Batch, reviewer: Reviewer, path: str, method: str) -> None:
     stranger = Reviewer(reviewer.server)
     answer = stranger.ask(path.format(key=batch.keys[0]), method, Origin=f"http://{stranger.host}")
     assert answer.status == 403
@@ -50,13 +51,13 @@ def test_without_the_cookie_everything_is_refused(batch: Batch, reviewer: Review
 
 
 @pytest.mark.parametrize("token", ["", "wrong", "ä%ff%00", "x" * 4000])
-def test_a_wrong_token_opens_nothing(reviewer: Reviewer, token: str) -> None:
+def test_a_wrong_token_is_refused(reviewer: Reviewer, token: str) -> None:
     answer = Reviewer(reviewer.server).ask("/?token=" + token.replace("ä", "%C3%A4"))
     assert answer.status == 403
     assert answer.headers["Set-Cookie"] is None
 
 
-def test_the_token_is_no_cookie_and_the_cookie_no_token(reviewer: Reviewer) -> None:
+def test_the_token_is_not_valid_as_cookie_and_the_cookie_not_as_token(reviewer: Reviewer) -> None:
     access = reviewer.server.access
     name = reviewer.cookie.partition("=")[0]
     assert Reviewer(reviewer.server, f"{name}={access.token}").ask("/cases").status == 403
@@ -64,7 +65,7 @@ def test_the_token_is_no_cookie_and_the_cookie_no_token(reviewer: Reviewer) -> N
     assert Reviewer(reviewer.server, f"other=1; {reviewer.cookie}").ask("/cases").status == 200
 
 
-def test_the_cookie_is_for_this_servers_own_pages_and_no_script(reviewer: Reviewer) -> None:
+def test_the_cookie_is_strict_and_hidden_from_scripts(reviewer: Reviewer) -> None:
     welcome = Reviewer(reviewer.server).ask(f"/?token={reviewer.server.access.token}")
     name, *attributes = welcome.headers["Set-Cookie"].split("; ")
     assert name.startswith(f"fseft-edge-review-{reviewer.server.access.port}=")
@@ -83,13 +84,13 @@ def test_secrets_differ_from_server_to_server(batch: Batch) -> None:
     "host", [None, "evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost.:{port}"]
 )
 def test_a_foreign_host_name_is_refused(reviewer: Reviewer, host: str | None) -> None:
-    """What a page of ``evil.example`` sends after that name was made to point to 127.0.0.1."""
+    """A page of ``evil.example`` sends this after its host name was changed to 127.0.0.1 (DNS rebinding)."""
     named = host and host.format(port=reviewer.server.access.port)
     assert reviewer.ask("/cases", Host=named).status == 403
     assert reviewer.ask(f"/?token={reviewer.server.access.token}", Host=named).status == 403
 
 
-def test_localhost_is_this_host_too(reviewer: Reviewer) -> None:
+def test_localhost_is_accepted_as_host(reviewer: Reviewer) -> None:
     assert reviewer.ask("/cases", Host=f"localhost:{reviewer.server.access.port}").status == 200
 
 
@@ -110,15 +111,15 @@ def test_a_decision_from_a_foreign_page_is_refused(batch: Batch, reviewer: Revie
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
-def test_a_page_of_another_server_on_this_machine_gets_nothing(reviewer: Reviewer, site: str) -> None:
+def test_a_request_from_a_page_of_another_server_is_refused(reviewer: Reviewer, site: str) -> None:
     assert reviewer.ask("/cases", Sec_Fetch_Site=site).status == 403
 
 
-def test_it_listens_on_this_machine_alone(reviewer: Reviewer) -> None:
+def test_the_server_listens_only_on_the_loopback_interface(reviewer: Reviewer) -> None:
     assert reviewer.server.socket.getsockname()[0] == "127.0.0.1"
 
 
-def test_every_answer_carries_the_same_protection(batch: Batch, reviewer: Reviewer) -> None:
+def test_every_reply_has_the_security_headers(batch: Batch, reviewer: Reviewer) -> None:
     for path in (*EVERY_PATH, "/?token=wrong"):
         headers = reviewer.ask(path.format(key=batch.keys[0])).headers
         policy = dict(part.split(" ", 1) for part in headers["Content-Security-Policy"].split("; "))
@@ -132,7 +133,7 @@ def test_every_answer_carries_the_same_protection(batch: Batch, reviewer: Review
         assert "Python" not in headers["Server"]
 
 
-def test_the_page_names_nothing_outside_itself(reviewer: Reviewer) -> None:
+def test_the_page_loads_nothing_from_other_servers(reviewer: Reviewer) -> None:
     page = reviewer.ask("/").body.decode()
     named = re.findall(r'(?:src|href)="([^"]+)"', page)
     assert named
@@ -143,15 +144,15 @@ def test_the_page_names_nothing_outside_itself(reviewer: Reviewer) -> None:
     assert not re.search(r"https?://|innerHTML|insertAdjacentHTML|document\.write|eval\(", own)
 
 
-def test_the_vendored_viewer_is_the_one_that_the_readme_names() -> None:
+def test_the_vendored_viewer_has_the_checksum_in_the_readme() -> None:
     digest = hashlib.sha256((STATIC / "niivue.umd.js").read_bytes()).hexdigest()
     assert digest in (STATIC / "README.md").read_text()
 
 
-def test_the_first_colours_are_those_of_the_pictures() -> None:
+def test_the_first_colours_are_those_of_the_preview_pictures() -> None:
     script = (STATIC / "viewer.js").read_text()
     first = re.search(r"COLOURS = \[\s*\[(.*?)\], \[(.*?)\]", script)
-    assert [tuple(map(int, group.split(","))) for group in first.groups()] == [PREDICTION_COLOUR, TRUTH_COLOUR]
+    assert [tuple(map(int, group.split(","))) for group in first.groups()] == [PREDICTION_COLOUR, REFERENCE_COLOUR]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_the_first_colours_are_those_of_the_pictures() -> None:
         "/etc/passwd",
     ],
 )
-def test_no_path_leads_out_of_the_table(batch: Batch, reviewer: Reviewer, path: str) -> None:
+def test_no_path_leads_to_other_files(batch: Batch, reviewer: Reviewer, path: str) -> None:
     (batch.outbox / "secret").mkdir(exist_ok=True)
     for name in ("secret.nii.gz", "secret/secret.nii.gz", "secret/mask.nii.gz"):
         (batch.outbox / name).write_bytes(b"secret")
@@ -198,7 +199,7 @@ def test_no_path_leads_out_of_the_table(batch: Batch, reviewer: Reviewer, path: 
         b'{"decision": "accepted", "note": "", "key": "x"}', b"[" * 10000,
     ],
 )  # fmt: skip
-def test_what_is_no_decision_is_refused(batch: Batch, reviewer: Reviewer, body: bytes) -> None:
+def test_an_invalid_decision_is_refused(batch: Batch, reviewer: Reviewer, body: bytes) -> None:
     assert reviewer.decide(batch.keys[0], body).status == 400
     with batch.store() as store:
         assert store.case(batch.keys[0]).review is None
@@ -207,14 +208,14 @@ def test_what_is_no_decision_is_refused(batch: Batch, reviewer: Reviewer, body: 
 @pytest.mark.parametrize(
     ("length", "status"), [(str(LARGEST_BODY + 1), 413), ("9" * 400, 413), ("-1", 411), ("x", 411), (None, 411)]
 )
-def test_a_request_of_no_or_too_great_length_is_not_read(
+def test_a_request_without_length_or_too_long_is_not_read(
     batch: Batch, reviewer: Reviewer, length: str | None, status: int
 ) -> None:
     assert reviewer.decide(batch.keys[0], b"", **{"Content-Length": length}).status == status
 
 
-def test_a_form_is_no_decision(batch: Batch, reviewer: Reviewer) -> None:
-    """Forms of foreign pages need no permission to be sent; JSON does."""
+def test_a_decision_has_to_be_json(batch: Batch, reviewer: Reviewer) -> None:
+    """A browser lets foreign pages send forms without a preflight request, but not JSON."""
     answer = reviewer.decide(batch.keys[0], '{"decision": "accepted", "note": ""}', Content_Type="text/plain")
     assert answer.status == 415
 
@@ -238,15 +239,15 @@ def raw(reviewer: Reviewer, request: bytes) -> bytes:
     [b"\x16\x03\x01\x02\x00\x01\r\n\r\n", b"GET\r\n\r\n", b"BREW / HTTP/1.1\r\n\r\n", b"GET / HTTP/9\r\n\r\n",
      b"GET /" + b"x" * 70000 + b" HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 300 + b"\r\n"],
 )  # fmt: skip
-def test_what_is_no_request_is_refused_and_the_server_goes_on(reviewer: Reviewer, request_bytes: bytes) -> None:
+def test_a_malformed_request_is_refused_and_the_server_continues(reviewer: Reviewer, request_bytes: bytes) -> None:
     answer = raw(reviewer, request_bytes)
     assert b"case-" not in answer
     assert b"xxx" not in answer
-    assert re.match(rb"HTTP/1\.[01] [45]\d\d ", answer) or b"Open the address" in answer
+    assert re.match(rb"HTTP/1\.[01] [45]\d\d ", answer) or b"fseft-edge review" in answer
     assert reviewer.ask("/cases").status == 200
 
 
-def test_a_browser_that_goes_away_leaves_no_trace(
+def test_a_closed_connection_writes_no_error(
     batch: Batch, reviewer: Reviewer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     request = f"GET /niivue.umd.js HTTP/1.1\r\nHost: {reviewer.host}\r\nCookie: {reviewer.cookie}\r\n\r\n"
@@ -258,9 +259,9 @@ def test_a_browser_that_goes_away_leaves_no_trace(
     assert capfd.readouterr().err == ""
 
 
-def test_a_port_that_is_taken_is_said_so(batch: Batch, reviewer: Reviewer) -> None:
+def test_a_port_in_use_is_refused(batch: Batch, reviewer: Reviewer) -> None:
     with (
-        pytest.raises(EnvironmentProblemError, match="cannot be used"),
+        refused(EnvironmentProblemError, reviewer.server.access.port),
         open_review(batch.outbox, port=reviewer.server.access.port),
     ):
         pass

@@ -1,4 +1,4 @@
-"""The review's page in a real browser: Chromium without a window, WebGL computed by the processor."""
+"""The review page in a real browser: headless Chromium, with WebGL computed on the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fseft_edge.outbox.records import CaseState, Decision
 from fseft_edge.outbox.store import Outcome
 from fseft_edge.review.server import open_review
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: no page to test in")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 pytestmark = pytest.mark.browser
 
@@ -35,17 +35,17 @@ ORANGE, BLUE = np.array([255, 150, 0]), np.array([60, 185, 255])
 
 @dataclass
 class Tab:
-    """A page, and everything that it asked for or complained about."""
+    """A page with its requests, errors and warnings."""
 
     page: Any
     requested: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     def wait(self, selector: str) -> None:
         self.page.wait_for_selector(selector, timeout=MILLISECONDS)
 
     def shown(self, key: str) -> None:
-        """Wait until a case's mask can be decided on."""
+        """Wait until the mask of a case is displayed, so that a decision is possible."""
         self.wait(f'#cases button[aria-current="true"]:has-text("{key}")')
         self.wait("#accept:not([disabled])")
 
@@ -53,17 +53,17 @@ class Tab:
         return str(self.page.inner_text(selector))
 
     def canvas(self) -> NDArray[np.int64]:
-        """Colours of the canvas as seen, ``[height, width, 3]``."""
+        """Return the displayed colours of the canvas, ``[height, width, 3]``."""
         picture = Image.open(io.BytesIO(self.page.locator("#canvas").screenshot()))
         return np.asarray(picture.convert("RGB")).astype(np.int64)
 
     def slices(self) -> list[int]:
-        """Numbers of the axial, coronal and sagittal slice."""
+        """Return the numbers of the axial, coronal and sagittal slice."""
         words = self.text("#position").replace(",", "").split()
         return [int(words[words.index(plane) - 1]) for plane in ("axial", "coronal", "sagittal")]
 
     def moved(self, action: Any) -> list[int]:
-        """Return by how many slices an action moved the cross, once it did."""
+        """Run an action, wait until the cross has moved, and return its movement in slices."""
         before, text = self.slices(), self.text("#position")
         action()
         self.wait(f'#position:not(:text-is("{text}"))')
@@ -73,9 +73,9 @@ class Tab:
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     if not CHROMIUM:
-        pytest.skip("there is no Chromium: install it, or name one by FSEFT_EDGE_CHROMIUM")
+        pytest.skip("Chromium is not installed: install it, or set FSEFT_EDGE_CHROMIUM to its path")
     with playwright.sync_playwright() as driver:
-        # Its own sandbox does not work for root, as which tests run in containers; it shows our own page alone.
+        # The sandbox of Chromium does not work for root, the account of tests in containers.
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*SOFTWARE_WEBGL, *sandbox])
         yield browser
@@ -88,8 +88,8 @@ def tab(chromium: Any) -> Iterator[Tab]:
     page = context.new_page()
     tab = Tab(page)
     page.on("request", lambda request: tab.requested.append(request.url))
-    page.on("pageerror", lambda error: tab.complaints.append(str(error)))
-    page.on("console", lambda said: tab.complaints.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: tab.problems.append(str(error)))
+    page.on("console", lambda line: tab.problems.append(line.text) if line.type in ("error", "warning") else None)
     yield tab
     context.close()
 
@@ -99,8 +99,8 @@ def batch(tmp_path: Path) -> Batch:
     return run_batch(tmp_path)
 
 
-def test_a_night_is_gone_through(batch: Batch, tab: Tab) -> None:
-    """Open with the token, look, scroll, accept, reject with a note; nothing leaves this machine."""
+def test_a_batch_is_reviewed_with_the_keyboard(batch: Batch, tab: Tab) -> None:
+    """Open the page, scroll, accept, and reject with a note; every request goes to this machine."""
     plain, flagged = batch.keys
     failed = add_failure(batch)
     with served(batch.outbox) as reviewer:
@@ -108,14 +108,14 @@ def test_a_night_is_gone_through(batch: Batch, tab: Tab) -> None:
         tab.wait("#message:not([hidden])")
         assert "token" not in tab.page.url
         assert tab.text("#progress") == "0 of 2 decided"
-        assert "is not a NIfTI file" in tab.text("#message")
+        assert f"{failed} is not a NIfTI file" in tab.text("#message")
         assert tab.text("#title") == failed
         assert not tab.page.is_visible("#accept")
 
         tab.page.keyboard.press("n")
         tab.shown(flagged)
         first = tab.canvas()
-        assert first.std() > 20  # a scan, not an empty canvas
+        assert first.std() > 20  # the canvas is not empty
         assert "small" in tab.text("#organs")
 
         assert tab.moved(lambda: tab.page.keyboard.press("ArrowUp")) == [1, 0, 0]
@@ -132,14 +132,14 @@ def test_a_night_is_gone_through(batch: Batch, tab: Tab) -> None:
         assert tab.text("#progress") == "1 of 2 decided"
         tab.page.keyboard.press("p")
         tab.wait("#message:not([hidden])")
-        left = tab.canvas()[200:-20, 20:-20]  # below the message, without what frames the canvas
-        assert (left == left[0, 0]).all()  # nothing of the scan before
+        left = tab.canvas()[200:-20, 20:-20]  # below the message, without the border of the canvas
+        assert (left == left[0, 0]).all()  # the earlier scan is not visible any more
         tab.page.keyboard.press("n")
         tab.shown(flagged)
         tab.page.keyboard.press("n")
         tab.shown(plain)
         note = "<b>an</b> <img src=x onerror=alert(1)> apron"
-        tab.page.fill("#note", note)  # its n, p, a and r are letters here
+        tab.page.fill("#note", note)  # in the note the keys n, p, a and r only write text
         assert tab.text("#title") == plain
         tab.page.keyboard.press("Escape")
         tab.page.keyboard.press("r")
@@ -152,12 +152,12 @@ def test_a_night_is_gone_through(batch: Batch, tab: Tab) -> None:
     with batch.store() as store:
         assert store.case(flagged).review.decision == Decision.ACCEPTED
         assert (store.case(plain).review.decision, store.case(plain).review.note) == (Decision.REJECTED, note)
-    assert tab.complaints == []
+    assert tab.problems == []
 
 
 @pytest.mark.parametrize("axes", ["RAS", "PLI"])
-def test_the_patients_right_is_on_the_left_and_every_organ_has_its_colour(tmp_path: Path, tab: Tab, axes: str) -> None:
-    """The phantom's liver (label 2, blue) is on the patient's right, the spleen (label 1, orange) on the left."""
+def test_the_display_is_radiological_and_every_organ_has_its_colour(tmp_path: Path, tab: Tab, axes: str) -> None:
+    """The liver (label value 2, blue) is on the patient's right, the spleen (label value 1, orange) on the left."""
     patient = scan(1)
     towards_right = patient.labels.affine[0, :3]
     liver, spleen = (
@@ -177,7 +177,7 @@ def test_the_patients_right_is_on_the_left_and_every_organ_has_its_colour(tmp_pa
     assert blue[:, 1].mean() < orange[:, 1].mean()
 
 
-def test_without_webgl_the_picture_is_shown_and_said_why(batch: Batch, tab: Tab) -> None:
+def test_without_webgl_the_preview_picture_and_the_reason_are_shown(batch: Batch, tab: Tab) -> None:
     tab.page.add_init_script(
         "const get = HTMLCanvasElement.prototype.getContext;"
         "HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {"
@@ -186,21 +186,21 @@ def test_without_webgl_the_picture_is_shown_and_said_why(batch: Batch, tab: Tab)
     with served(batch.outbox) as reviewer:
         tab.page.goto(reviewer.server.address)
         tab.shown(batch.keys[1])
-        assert "no WebGL2" in tab.text("#message")
+        assert "WebGL2" in tab.text("#message")
         assert tab.page.is_visible("#picture")
         assert tab.page.evaluate("document.getElementById('picture').naturalWidth") == 60
         batch.mask(batch.keys[0], ".png").unlink()
         tab.page.keyboard.press("n")
-        tab.wait(f'#message:has-text("{batch.keys[0]} cannot be shown")')
+        tab.wait(f'#message:has-text("{batch.keys[0]} cannot be displayed")')
         assert tab.page.is_disabled("#accept")
         assert not tab.page.is_visible("#picture")
 
 
-def test_what_cannot_be_shown_cannot_be_accepted(batch: Batch, tab: Tab) -> None:
+def test_a_case_that_cannot_be_displayed_cannot_be_accepted(batch: Batch, tab: Tab) -> None:
     batch.source(batch.keys[1]).unlink()
     with served(batch.outbox) as reviewer:
         tab.page.goto(reviewer.server.address)
-        tab.wait('#message:has-text("cannot be shown")')
+        tab.wait('#message:has-text("cannot be displayed")')
         assert tab.page.is_disabled("#accept")
         tab.page.keyboard.press("a")
         tab.page.keyboard.press("n")
@@ -217,8 +217,8 @@ def test_a_wrong_token_shows_nothing(batch: Batch, tab: Tab) -> None:
         assert "case-" not in tab.page.content()
 
 
-def test_a_page_elsewhere_can_neither_look_nor_decide(batch: Batch, tab: Tab) -> None:
-    """Another server on this machine, to which the browser would send the cookie, for it counts as the same site."""
+def test_a_page_of_another_server_can_neither_read_nor_decide(batch: Batch, tab: Tab) -> None:
+    """For the browser another server on this machine is the same site, so it also gets the cookie."""
     with served(batch.outbox) as reviewer, open_review(batch.outbox) as other:
         tab.page.goto(reviewer.server.address)
         tab.shown(batch.keys[1])
@@ -246,7 +246,7 @@ def test_a_page_elsewhere_can_neither_look_nor_decide(batch: Batch, tab: Tab) ->
         assert store.case(batch.keys[0]).review is None
 
 
-def test_a_decision_that_was_not_stored_is_said_so(batch: Batch, tab: Tab) -> None:
+def test_a_decision_that_was_not_stored_is_reported(batch: Batch, tab: Tab) -> None:
     with served(batch.outbox) as reviewer:
         tab.page.goto(reviewer.server.address)
         tab.shown(batch.keys[1])

@@ -1,4 +1,4 @@
-"""A batch that has run: scans in an inbox, masks in an outbox, and the state of both."""
+"""A finished batch: scans in an inbox, masks in an outbox, and the state file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
 PATIENT = "Mustermann_Erika"
-"""Part of the name of every scan."""
+"""Part of the file name of every scan."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Where it lies, and the keys of its cases in the order in which they were found."""
+    """A finished batch, with the keys of its cases in the order in which they were found."""
 
     root: Path
     keys: list[str]
@@ -59,14 +59,14 @@ def run_batch(
     flagged: int = 1,
     axes: str = "RAS",
 ) -> Batch:
-    """Leave what a batch leaves of phantoms whose organs it found exactly; their labels are 1..K in the order given.
+    """Write the files of a batch of phantoms whose masks are exact; label values are 1..K in the order of ``organs``.
 
     Args:
         root: folder of inbox and outbox.
-        seeds: the patients.
-        organs: what was segmented.
-        flagged: how many of the last cases carry a flag at each organ.
-        axes: how the scans are stored.
+        seeds: seeds of the phantoms.
+        organs: names of the segmented organs.
+        flagged: number of cases, counted from the last, in which every organ has a flag.
+        axes: orientation of the stored scans.
     """
     batch = Batch(root, [])
     with BatchStore(state_path(batch.outbox), create=True) as store:
@@ -100,7 +100,7 @@ def _stored(array: NDArray[Any], affine: NDArray[np.float64], axes: str) -> tupl
 
 
 def add_failure(batch: Batch, name: str = f"{PATIENT}_failed.nii.gz") -> str:
-    """Add a case that failed; return its key."""
+    """Add a failed case; return its key."""
     source = batch.root / "inbox" / name
     shutil.copy(Path(__file__), source)
     key = content_key(source)

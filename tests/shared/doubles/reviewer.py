@@ -1,4 +1,4 @@
-"""Somebody who talks to the review's server."""
+"""An HTTP client of the review server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Reviewer:
-    """Somebody who talks to a server."""
+    """A client of a review server."""
 
     server: ReviewServer
     cookie: str | None = None
