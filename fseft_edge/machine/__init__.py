@@ -1,1 +1,1 @@
-"""This machine: what it can run (``doctor``), and how fast and in how much memory (``benchmark``)."""
+"""Diagnosis of this machine (``doctor``), and measurement of speed and memory (``benchmark``)."""

@@ -1,4 +1,4 @@
-"""How much arithmetic a network asks for, and how much of it a device can do."""
+"""Number of floating-point operations of a network, and the rate that a device can reach."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LEAST_PRODUCTS: Final = 3
 
 
 def flop_of(network: nn.Module, window: tuple[int, int, int]) -> int:
-    """Return the floating-point operations of one window, a multiplication and an addition being two.
+    """Return the number of floating-point operations for one window; a multiplication and an addition count as two.
 
-    Counted are matrix products and convolutions of the plain network, by PyTorch's own counter; not counted is what
-    goes element by element (normalisation, activation, interpolation). On the meta device, so nothing is computed.
+    The counter of PyTorch counts matrix products and convolutions of the plain network, and no element-wise operations
+    (normalisation, activation, interpolation). The network runs on the meta device, so nothing is computed.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network.to("meta")(torch.zeros(1, 1, *window, device="meta"))
@@ -33,11 +33,11 @@ def flop_of(network: nn.Module, window: tuple[int, int, int]) -> int:
 
 
 def matrix_product_ceiling(device: torch.device, precision: Precision) -> float:
-    """Return the floating-point operations a second that a large square matrix product reaches, its best of several.
+    """Return the floating-point operations per second of a large square matrix product, the best of several.
 
     Args:
-        device: where.
-        precision: what features are computed in; ``mixed`` multiplies in float16. float32 is exact: without TF32.
+        device: device of the matrix product.
+        precision: precision of the encoder; ``mixed`` multiplies in float16, float32 does not use TF32.
     """
     side = _SIDE[device.type]
     a, b = (torch.rand(side, side, device=device).to(_TYPES[precision]) for _ in range(2))

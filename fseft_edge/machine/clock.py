@@ -1,4 +1,4 @@
-"""Time and peak memory of this process."""
+"""Measurement of time and peak memory of this process."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fseft_edge.machine.speed_jobs import Peaks
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that work takes until the device has done it."""
-    _finish(device)
+    """Return the seconds until the device has completed the work."""
+    _synchronise(device)
     started = time.perf_counter()
     work()
-    _finish(device)
+    _synchronise(device)
     return time.perf_counter() - started
 
 
 def peaks(device: torch.device) -> Peaks:
-    """Return the most memory that this process has held so far."""
+    """Return the peak memory of this process so far."""
     vram = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return Peaks(ram_bytes=_peak_ram(), vram_bytes=vram)
 
 
 def _peak_ram() -> int:
-    """Return the peak of resident memory.
+    """Return the peak of the resident memory in bytes.
 
-    The kernel's high-water mark of the process's own memory where /proc tells it: ``ru_maxrss`` is also that of the
-    process which started this one, if that was larger.
+    The value comes from VmHWM in /proc if it is available. ``ru_maxrss`` is the fallback: it can also contain the peak
+    of the process that started this one.
     """
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmHWM:"):
@@ -39,6 +39,6 @@ def _peak_ram() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _finish(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

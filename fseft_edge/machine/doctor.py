@@ -1,8 +1,7 @@
-"""What this machine can run, and what to install: the twin of ``fseft-edge doctor``.
+"""Diagnosis of what this machine can run and what to install: the Python function behind ``fseft-edge doctor``.
 
-Nothing here decides which backend may compute: that is asked of
-:func:`fseft_edge.runtime.encoder.backend_choice.backend_choices`, as ``auto`` does. PyTorch is imported
-late, since it may be what is broken.
+:func:`fseft_edge.runtime.encoder.backend_choice.backend_choices` decides which backend can be used, here and for
+``auto``. PyTorch is imported inside functions, because it may be the broken library.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ class BackendOnDevice:
     """Whether a backend can run an encoder on a device.
 
     Attributes:
-        backend: its name.
+        backend: name of the backend.
         device: ``cpu`` or ``cuda:n``.
-        precision: number format that it computes in.
-        reason: why it cannot; None when it can.
-        chosen: whether ``auto`` takes it there.
-        remedy: what would make it usable, where something would.
+        precision: number format of the computation.
+        reason: reason why the backend cannot be used; None if it can be used.
+        chosen: whether ``auto`` uses this backend on this device.
+        remedy: step that makes the backend usable; None if there is no such step.
     """
 
     backend: str
@@ -52,7 +51,7 @@ class BackendOnDevice:
 
 @dataclass(frozen=True)
 class EncoderDiagnosis:
-    """An encoder bundle and what can run it; nothing can where PyTorch itself is not usable."""
+    """An encoder bundle and the backends on each device; without a usable PyTorch there is no diagnosis of encoders."""
 
     path: str
     name: str
@@ -62,7 +61,7 @@ class EncoderDiagnosis:
 
 @dataclass(frozen=True)
 class Advice:
-    """Something that is missing or wrong, and the command or step that helps."""
+    """A problem of this machine, and the command or step that solves it."""
 
     problem: str
     remedy: str
@@ -70,12 +69,14 @@ class Advice:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What this machine can run.
+    """Diagnosis of this machine.
 
     Attributes:
-        version: of fseft-edge.
-        cuda_problem: why PyTorch cannot use an NVIDIA GPU; None when it can.
-        encoders: one for each bundle given.
+        version: version of fseft-edge.
+        machine: hardware and operating system.
+        libraries: libraries of the backends.
+        cuda_problem: reason why PyTorch cannot use an NVIDIA GPU; None if it can.
+        encoders: diagnosis of each given bundle.
         advice: what to install or repair.
     """
 
@@ -87,7 +88,7 @@ class Diagnosis:
     advice: tuple[Advice, ...]
 
     def as_dict(self) -> dict[str, object]:
-        """Everything, for JSON."""
+        """Return all fields and the schema version, ready for JSON."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
@@ -95,10 +96,10 @@ def diagnose(encoders: Sequence[Path] = ()) -> Diagnosis:
     """Return what this machine can run, and what to install.
 
     Args:
-        encoders: bundles to say of what can run them.
+        encoders: encoder bundles for which the usable backends are listed.
 
     Raises:
-        EncoderBundleError: one of them cannot be read.
+        EncoderBundleError: an encoder bundle cannot be read.
     """
     machine = this_machine()
     libraries = tuple(library(module) for module in WHEELS)
@@ -111,16 +112,17 @@ def diagnose(encoders: Sequence[Path] = ()) -> Diagnosis:
 
 
 def _encoder(path: Path, machine: Machine) -> EncoderDiagnosis:
-    import torch  # noqa: PLC0415 - may be broken, which the caller has found out
+    import torch  # noqa: PLC0415 - may be broken; the caller has checked it
 
-    from fseft_edge.runtime.encoder.backend_choice import backend_choices  # noqa: PLC0415 - brings in torch
-    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - likewise
+    from fseft_edge.runtime.encoder.backend_choice import backend_choices  # noqa: PLC0415 - imports torch
+    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - imports torch
 
     try:
         bundle = EncoderBundle.open(path)
     except OSError as error:
         raise EncoderBundleError(
-            f"The encoder bundle {path} cannot be read: {error}.", remedy="Check its permissions and its disk."
+            f"The encoder bundle {path} cannot be read: {error}.",
+            remedy="Check the permissions of the folder and its disk.",
         ) from error
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     rows = []
@@ -142,42 +144,44 @@ def _encoder(path: Path, machine: Machine) -> EncoderDiagnosis:
 
 
 def _choice_remedy(choice: BackendChoice, has_graph: bool, machine: Machine) -> str | None:
-    """Return what would make a backend usable; a failed comparison, or another device, nothing does."""
+    """Return the step that makes a backend usable; None if it is usable, or if no step helps on this device."""
     if choice.usable:
         return None
     problem = import_problem(_module(choice.backend))
     if problem is not None:
         return _install(_module(choice.backend), machine)
     if not has_graph:
-        return "export the encoder again with its ONNX graph"
+        return "Export the encoder again with its ONNX graph."
     if "no parity report" in str(choice.obstacle):
-        return f"export the encoder again where {choice.backend} is installed"
+        return f"Export the encoder again on a machine on which {choice.backend} is installed."
     return None
 
 
 def _advice(machine: Machine, libraries: dict[str, Library], cuda: str | None) -> Iterator[Advice]:
     torch = libraries["torch"]
     if torch.state != "ready":
-        yield Advice(f"PyTorch is {_said(torch)}: nothing can be computed.", _REPLACE_TORCH)
+        yield Advice(f"PyTorch is {_state(torch)}, so no backend can be used.", _REPLACE_TORCH)
     if cuda is not None and torch.state == "ready" and (machine.driver or machine.gpus):
-        driver = f"The NVIDIA driver {machine.driver} is loaded" if machine.driver else "There is an NVIDIA GPU"
+        driver = f"The NVIDIA driver {machine.driver} is loaded" if machine.driver else "This machine has an NVIDIA GPU"
         yield Advice(
             f"{driver}, but {cuda}.",
-            _CUDA_TORCH if "without CUDA" in cuda else "Update the driver, or install a PyTorch made for this one.",
+            _CUDA_TORCH
+            if "without CUDA" in cuda
+            else "Update the driver, or install a version of PyTorch that supports this driver.",
         )
     if torch.state == "ready":
         yield from _backend_advice(machine, libraries)
 
 
 def _backend_advice(machine: Machine, libraries: dict[str, Library]) -> Iterator[Advice]:
-    """Yield what is wrong with the libraries of the backends that this version has."""
-    from fseft_edge.runtime.encoder.session import backend_names  # noqa: PLC0415 - brings in torch
+    """Yield the problems of the libraries of all backends of this version."""
+    from fseft_edge.runtime.encoder.session import backend_names  # noqa: PLC0415 - imports torch
 
     gpu = bool(machine.gpus or machine.driver)
     runtime = libraries["onnxruntime"]
     if len(runtime.wheels) > 1:
         yield Advice(
-            f"{' and '.join(runtime.wheels)} are both installed and overwrite one another.",
+            f"{' and '.join(runtime.wheels)} are both installed, and each overwrites files of the other.",
             f"pip uninstall {' '.join(runtime.wheels)}; {_install('onnxruntime', machine)}",
         )
     elif gpu and runtime.state == "ready" and "CUDAExecutionProvider" not in runtime.offers:
@@ -194,7 +198,7 @@ def _backend_advice(machine: Machine, libraries: dict[str, Library]) -> Iterator
 
 
 def _install(module: str, machine: Machine) -> str:
-    """Return the command that installs a backend's library."""
+    """Return the command that installs the library of a backend."""
     if module == "onnxruntime":
         return _GPU_EXTRA if machine.gpus or machine.driver else _CPU_EXTRA
     return f"pip install 'fseft-edge[{_EXTRAS.get(module, module)}]'"
@@ -204,5 +208,5 @@ def _module(backend: str) -> str:
     return backend.replace("-", "_")
 
 
-def _said(found: Library) -> str:
+def _state(found: Library) -> str:
     return NOT_INSTALLED if found.state == "missing" else f"broken ({found.problem})"

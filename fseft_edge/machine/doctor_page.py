@@ -1,4 +1,4 @@
-"""A diagnosis of the machine as tables for a terminal."""
+"""Tables of a diagnosis of the machine, for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NONE = "–"
 
 
 def diagnosis_tables(diagnosis: Diagnosis) -> Iterator[Table]:
-    """Yield the machine, its libraries, one table for each encoder, and what to do."""
+    """Yield tables of the machine, the libraries, each encoder, and the advice."""
     yield _machine(diagnosis)
     yield _libraries(diagnosis)
     for encoder in diagnosis.encoders:
@@ -25,7 +25,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> Iterator[Table]:
 
 
 def _table(title: str, *columns: str, header: bool = True) -> Table:
-    from rich.table import Table  # noqa: PLC0415 - only where a table is shown
+    from rich.table import Table  # noqa: PLC0415 - only needed for tables
 
     table = Table(title=title, title_justify="left", show_header=header, title_style="bold")
     for number, column in enumerate(columns):
@@ -35,20 +35,20 @@ def _table(title: str, *columns: str, header: bool = True) -> Table:
 
 def _machine(diagnosis: Diagnosis) -> Table:
     machine = diagnosis.machine
-    table = _table("This machine", "what", "found", header=False)
+    table = _table("This machine", "property", "value", header=False)
     rows = [
         ("fseft-edge", f"{diagnosis.version} on Python {machine.python}, {machine.system}"),
         ("processor", f"{machine.cpu.model}, {machine.cpu.usable_cores} of {machine.cpu.cores} cores usable"),
-        ("instructions", ", ".join(machine.cpu.instructions) or "none of those that speed up encoding"),
+        ("instructions", ", ".join(machine.cpu.instructions) or "no instructions that make encoding faster"),
     ]
     if machine.memory:
         rows.append(("memory", f"{gib(machine.memory.free_bytes)} of {gib(machine.memory.total_bytes)} free"))
     rows += [(disk.purpose, f"{gib(disk.free_bytes)} free in {disk.folder}") for disk in machine.disks]
     if machine.driver:
         rows.append(("NVIDIA driver", machine.driver))
-    rows += [(f"GPU {number}", _gpu(gpu)) for number, gpu in enumerate(machine.gpus)] or [("GPU", "none (NVIDIA)")]
+    rows += [(f"GPU {number}", _gpu(gpu)) for number, gpu in enumerate(machine.gpus)] or [("GPU", "no NVIDIA GPU")]
     for row in rows:
-        table.add_row(*map(_literally, row))
+        table.add_row(*map(_escaped, row))
     return table
 
 
@@ -71,21 +71,21 @@ def _libraries(diagnosis: Diagnosis) -> Table:
         if found.state == "broken":
             notes.append(str(found.problem))
         state = {"ready": "ready", "missing": "not installed", "broken": "broken"}[found.state]
-        table.add_row(*map(_literally, (found.module, found.version or _NONE, state, ", ".join(notes))))
+        table.add_row(*map(_escaped, (found.module, found.version or _NONE, state, ", ".join(notes))))
     return table
 
 
 def _encoder(encoder: EncoderDiagnosis) -> Table:
     title = f"{encoder.path}: {encoder.name}, id {encoder.encoder_id[:12]}"
-    table = _table(title, "backend", "device", "precision", "can run it", "what would help")
+    table = _table(title, "backend", "device", "precision", "usable", "remedy")
     for row in encoder.backends:
-        table.add_row(*map(_literally, (row.backend, row.device, row.precision, _verdict(row), row.remedy or "")))
+        table.add_row(*map(_escaped, (row.backend, row.device, row.precision, _verdict(row), row.remedy or "")))
     return table
 
 
 def _verdict(row: BackendOnDevice) -> str:
     if row.reason is None:
-        return "yes, chosen by auto" if row.chosen else "yes"
+        return "yes, used by auto" if row.chosen else "yes"
     return f"no: {row.reason}"
 
 
@@ -93,17 +93,17 @@ def _advice(diagnosis: Diagnosis) -> Table:
     table = _table("What to do", "problem", "remedy")
     table.columns[0].no_wrap = False
     for advice in diagnosis.advice:
-        table.add_row(_literally(advice.problem), _literally(advice.remedy))
+        table.add_row(_escaped(advice.problem), _escaped(advice.remedy))
     return table
 
 
-def _literally(text: str) -> str:
-    """Return text in which square brackets are no markup, as in ``fseft-edge[cpu]``."""
-    from rich.markup import escape  # noqa: PLC0415 - only where a table is shown
+def _escaped(text: str) -> str:
+    """Return the text with square brackets escaped: ``fseft-edge[cpu]`` must not be read as markup."""
+    from rich.markup import escape  # noqa: PLC0415 - only needed for tables
 
     return escape(text)
 
 
 def gib(size: int) -> str:
-    """Return bytes in GiB."""
+    """Return a number of bytes as text in GiB."""
     return f"{size / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""``benchmark``: every competitor measured in turns, the twin of ``fseft-edge benchmark``."""
+"""Measure speed and memory of backends: the Python function behind ``fseft-edge benchmark``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fseft_edge.machine.speed_jobs import (
     Peaks,
     ScanJob,
     ScanSample,
-    in_a_process,
+    measure_in_process,
 )
 from fseft_edge.machine.speed_results import EncoderSpeed, Failure, ScanSpeed, SpeedReport, Spread
 from fseft_edge.phantom import phantom
@@ -44,8 +44,8 @@ ROUNDS: Final = 3
 
 _REPEATS = 3
 
-Way: TypeAlias = tuple[str, Precision]
-"""A backend and what it computes in."""
+Configuration: TypeAlias = tuple[str, Precision]
+"""A backend and its precision."""
 _PHANTOM_SEED = 0
 
 
@@ -60,37 +60,37 @@ def benchmark(
     remember: bool = False,
     progress: Progress | None = None,
 ) -> SpeedReport:
-    """Measure an encoder's speed and memory here.
+    """Measure speed and memory of an encoder on this machine.
 
-    Every measurement is made in a process of its own. Within a round each competitor has one turn, so that whatever
-    else the machine does hits all alike.
+    Every measurement runs in a new process. Every round measures each configuration (backend and precision) once, so
+    that the load from other programs affects all configurations equally.
 
     Args:
-        encoder: the bundle.
-        scans: CTs (NIfTI), or folders of them; without any, a built-in phantom.
-        adapter: take the scans on to masks; without it, to features.
-        backends: which, in every precision that ``auto`` may take, else in float32; without any, all that it may take
-            on the device.
+        encoder: encoder bundle.
+        scans: CTs (NIfTI) and folders of CTs; empty means a built-in phantom.
+        adapter: adapter with which the scans are segmented; None means that only their feature maps are computed.
+        backends: backends to measure, each in every precision that ``auto`` may use, or else in float32; empty means
+            all configurations that ``auto`` may use on the device.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:n``.
-        rounds: turns of each competitor.
-        remember: keep the backends' order on this machine for ``auto``
+        rounds: number of rounds.
+        remember: store the order of the backends on this machine for ``auto``
             (:mod:`fseft_edge.runtime.encoder.remembered_speed`).
-        progress: where to show progress.
+        progress: display of the progress; None shows nothing.
 
     Returns:
-        What was found. What the environment did not allow is among its failures.
+        Results of the benchmark. They include the measurements that the environment did not allow.
 
     Raises:
         UsageError: a device or backend is unknown.
         InputError: bundle, adapter or scan is not usable.
-        EnvironmentProblemError: the device is not there, nothing could be measured on windows, or nothing can be
-            remembered.
+        EnvironmentProblemError: the device does not exist, no measurement of windows succeeded, or the order cannot be
+            stored.
     """
     machine = this_machine()
     load_before = os.getloadavg()[0] / machine.cpu.usable_cores
     bundle = EncoderBundle.open(encoder)
     target = resolve_device(device)
-    ways = _ways(bundle, target, backends)
+    configurations = _configurations(bundle, target, backends)
     if remember:
         check_writable(remembered_speed.speeds_file())
     if adapter is not None:
@@ -102,8 +102,8 @@ def benchmark(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-"))
             paths = [Path(folder) / "phantom.nii.gz"]
             write_ct(paths[0], phantom(_PHANTOM_SEED).volume)
-        plan = _Plan(bundle, str(target), ways, tuple(paths), adapter)
-        total = rounds * len(ways) * (len(BATCHES) + len(paths)) + rounds
+        plan = _Plan(bundle, str(target), configurations, tuple(paths), adapter)
+        total = rounds * len(configurations) * (len(BATCHES) + len(paths)) + rounds
         task = stack.enter_context((progress or SilentProgress()).task(f"measure {bundle.manifest.name}", total))
         samples = _Samples()
         for _ in range(rounds):
@@ -137,94 +137,96 @@ def benchmark(
 class _Plan:
     bundle: EncoderBundle
     device: str
-    ways: tuple[Way, ...]
+    configurations: tuple[Configuration, ...]
     scans: tuple[Path, ...]
     adapter: Path | None
 
 
 @dataclass
 class _Samples:
-    """What was measured so far; who failed once has no further turn."""
+    """The measurements so far. A configuration that failed is not measured again."""
 
-    encoder: dict[tuple[Way, int], list[EncoderSample]] = field(default_factory=dict)
-    scans: dict[tuple[Way, Path], list[ScanSample]] = field(default_factory=dict)
+    encoder: dict[tuple[Configuration, int], list[EncoderSample]] = field(default_factory=dict)
+    scans: dict[tuple[Configuration, Path], list[ScanSample]] = field(default_factory=dict)
     ceilings: dict[str, list[float]] = field(default_factory=dict)
-    failed: set[tuple[Way, object]] = field(default_factory=set)
+    failed: set[tuple[Configuration, object]] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
 
-    def has_encoded(self, way: Way) -> bool:
-        """Whether it works at all."""
-        return any(works == way for works, _ in self.encoder)
+    def has_encoded(self, configuration: Configuration) -> bool:
+        """Whether the configuration has encoded any windows."""
+        return any(measured == configuration for measured, _ in self.encoder)
 
-    def fail(self, who: tuple[Way, object], what: str, error: EnvironmentProblemError) -> None:
-        """Note that a competitor failed."""
-        self.failed.add(who)
+    def fail(self, measurement: tuple[Configuration, object], what: str, error: EnvironmentProblemError) -> None:
+        """Record that a measurement failed."""
+        self.failed.add(measurement)
         self.failures.append(Failure.of(what, error))
 
 
-def _ways(bundle: EncoderBundle, device: torch.device, wanted: Sequence[str]) -> tuple[Way, ...]:
+def _configurations(bundle: EncoderBundle, device: torch.device, wanted: Sequence[str]) -> tuple[Configuration, ...]:
     unknown = [name for name in wanted if name not in backend_names()]
     if unknown:
-        raise UsageError(f"The backend {unknown[0]!r} is unknown.", remedy=f"Choose {', '.join(backend_names())}.")
+        raise UsageError(
+            f"The backend {unknown[0]!r} is unknown.", remedy=f"Choose from: {', '.join(backend_names())}."
+        )
     usable = [choice for choice in backend_choices(bundle, device) if choice.usable]
-    ways: list[Way] = [(choice.backend, choice.precision) for choice in usable]
+    automatic: list[Configuration] = [(choice.backend, choice.precision) for choice in usable]
     if not wanted:
-        return tuple(ways)
-    named: list[Way] = []
+        return tuple(automatic)
+    named: list[Configuration] = []
     for name in wanted:
-        named += [way for way in ways if way[0] == name] or [(name, "float32")]
+        named += [configuration for configuration in automatic if configuration[0] == name] or [(name, "float32")]
     return tuple(dict.fromkeys(named))
 
 
 def _one_round(plan: _Plan, samples: _Samples, task: ProgressTask) -> None:
     for batch in BATCHES:
-        for way in plan.ways:
-            if (way, batch) not in samples.failed:
-                _measure_windows(plan, samples, way, batch)
+        for configuration in plan.configurations:
+            if (configuration, batch) not in samples.failed:
+                _measure_windows(plan, samples, configuration, batch)
             task.advance()
     for precision in dict.fromkeys(precision for (_, precision), _ in samples.encoder):
         job = CeilingJob(device=plan.device, precision=precision)
-        samples.ceilings.setdefault(precision, []).append(in_a_process(job, CeilingSample).flop_a_second)
+        samples.ceilings.setdefault(precision, []).append(measure_in_process(job, CeilingSample).flop_a_second)
     task.advance()
     for scan in plan.scans:
-        for way in plan.ways:
-            if (way, scan) not in samples.failed and samples.has_encoded(way):
-                _measure_scan(plan, samples, way, scan)
+        for configuration in plan.configurations:
+            if (configuration, scan) not in samples.failed and samples.has_encoded(configuration):
+                _measure_scan(plan, samples, configuration, scan)
             task.advance()
 
 
-def _measure_windows(plan: _Plan, samples: _Samples, way: Way, batch: int) -> None:
+def _measure_windows(plan: _Plan, samples: _Samples, configuration: Configuration, batch: int) -> None:
     job = EncoderJob(
         encoder=plan.bundle.path,
-        backend=way[0],
-        precision=way[1],
+        backend=configuration[0],
+        precision=configuration[1],
         device=plan.device,
         batch=batch,
         repeats=_REPEATS,
     )
     try:
-        sample = in_a_process(job, EncoderSample)
+        sample = measure_in_process(job, EncoderSample)
     except EnvironmentProblemError as error:
-        samples.fail((way, batch), f"{' '.join(way)}, {batch} windows at once", error)
+        samples.fail((configuration, batch), f"{' '.join(configuration)}, batch of {batch}", error)
         return
-    samples.encoder.setdefault((way, batch), []).append(sample)
+    samples.encoder.setdefault((configuration, batch), []).append(sample)
 
 
-def _measure_scan(plan: _Plan, samples: _Samples, way: Way, scan: Path) -> None:
+def _measure_scan(plan: _Plan, samples: _Samples, configuration: Configuration, scan: Path) -> None:
     job = ScanJob(
         encoder=plan.bundle.path,
-        backend=way[0],
-        precision=way[1],
+        backend=configuration[0],
+        precision=configuration[1],
         device=plan.device,
         scan=scan,
         adapter=plan.adapter,
     )
     try:
-        sample = in_a_process(job, ScanSample)
+        sample = measure_in_process(job, ScanSample)
     except EnvironmentProblemError as error:
-        samples.fail((way, scan), f"{' '.join(way)}, {case_name(scan)}", error)
+        samples.fail((configuration, scan), f"{' '.join(configuration)}, {case_name(scan)}", error)
         return
-    samples.scans.setdefault((way, scan), []).append(sample)
+    samples.scans.setdefault((configuration, scan), []).append(sample)
 
 
 def _encoder_speeds(samples: _Samples, flop: int, ceilings: dict[str, float]) -> Iterator[EncoderSpeed]:
@@ -240,8 +242,8 @@ def _encoder_speeds(samples: _Samples, flop: int, ceilings: dict[str, float]) ->
             open_seconds=statistics.median(turn.open_seconds for turn in turns),
             windows_a_second=rate,
             share_of_ceiling=rate * flop / ceilings[precision],
-            peak_ram_bytes=_most_ram(turn.peaks for turn in turns),
-            peak_vram_bytes=_most_vram(turn.peaks for turn in turns),
+            peak_ram_bytes=_largest_ram(turn.peaks for turn in turns),
+            peak_vram_bytes=_largest_vram(turn.peaks for turn in turns),
         )
 
 
@@ -255,23 +257,23 @@ def _scan_speeds(samples: _Samples) -> Iterator[ScanSpeed]:
             seconds=Spread.of([sum(turn.stages.values()) for turn in turns]),
             stages={stage: statistics.median(turn.stages.get(stage, 0.0) for turn in turns) for stage in stages},
             open_seconds=statistics.median(turn.open_seconds for turn in turns),
-            peak_ram_bytes=_most_ram(turn.peaks for turn in turns),
-            peak_vram_bytes=_most_vram(turn.peaks for turn in turns),
+            peak_ram_bytes=_largest_ram(turn.peaks for turn in turns),
+            peak_vram_bytes=_largest_vram(turn.peaks for turn in turns),
         )
 
 
 def _seconds_a_window(speeds: Sequence[EncoderSpeed]) -> dict[tuple[str, str], float]:
-    """Return each competitor's median for a window, in its best batch."""
+    """Return the median seconds per window of each configuration, with its fastest batch size."""
     rates: dict[tuple[str, str], float] = {}
     for speed in speeds:
-        way = (speed.backend, speed.precision)
-        rates[way] = max(speed.windows_a_second, rates.get(way, 0.0))
-    return {way: 1 / rate for way, rate in rates.items()}
+        configuration = (speed.backend, speed.precision)
+        rates[configuration] = max(speed.windows_a_second, rates.get(configuration, 0.0))
+    return {configuration: 1 / rate for configuration, rate in rates.items()}
 
 
-def _most_ram(turns: Iterator[Peaks]) -> int:
+def _largest_ram(turns: Iterator[Peaks]) -> int:
     return max(peaks.ram_bytes for peaks in turns)
 
 
-def _most_vram(turns: Iterator[Peaks]) -> int | None:
+def _largest_vram(turns: Iterator[Peaks]) -> int | None:
     return max((peaks.vram_bytes for peaks in turns if peaks.vram_bytes is not None), default=None)

@@ -1,7 +1,7 @@
-"""One measurement in a process of its own: what is asked, what is answered, and the process.
+"""One measurement in a new process: the job, the answer, and the process.
 
-A fresh process gives every measurement its own peak memory and its own warm-up, and takes everything an engine holds
-with it. Questions and answers travel as JSON over stdin and stdout.
+A new process gives every measurement its own peak memory and its own warm-up, and frees everything that an engine
+allocated. Jobs and answers are JSON on stdin and stdout.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Message(BaseModel):
 
 
 class EncoderJob(_Message):
-    """Encode the same ``batch`` windows ``repeats`` times."""
+    """Encode the same ``batch`` windows once, then ``repeats`` times more."""
 
     kind: Literal["encoder"] = "encoder"
     encoder: Path
@@ -40,7 +40,7 @@ class EncoderJob(_Message):
 
 
 class ScanJob(_Message):
-    """Take a scan from its file to its features; with an adapter, to its mask."""
+    """Compute the feature map of a scan file; with an adapter, compute the mask."""
 
     kind: Literal["scan"] = "scan"
     encoder: Path
@@ -52,7 +52,7 @@ class ScanJob(_Message):
 
 
 class CeilingJob(_Message):
-    """Multiply large matrices of a precision."""
+    """Multiply large matrices in a precision."""
 
     kind: Literal["ceiling"] = "ceiling"
     device: str
@@ -64,11 +64,12 @@ _JOB: Final[TypeAdapter[Job]] = TypeAdapter(Annotated[Job, Field(discriminator="
 
 
 class Peaks(_Message):
-    """The most memory that the process held.
+    """Peak memory of the process.
 
     Attributes:
-        ram_bytes: resident.
-        vram_bytes: of the GPU, by PyTorch's allocator; None on a CPU. What other engines allocate is not in it.
+        ram_bytes: peak of the resident memory.
+        vram_bytes: peak of the GPU memory allocated by PyTorch; None on a CPU. Memory that other engines allocate is
+            not included.
     """
 
     ram_bytes: int
@@ -76,12 +77,13 @@ class Peaks(_Message):
 
 
 class EncoderSample(_Message):
-    """What encoding took.
+    """Times and memory of encoding windows.
 
     Attributes:
-        open_seconds: opening the session.
-        first_seconds: the first batch, in which engines allocate and tune themselves.
-        seconds: every later batch.
+        open_seconds: time to open the session.
+        first_seconds: time of the first batch, in which engines allocate memory and choose algorithms.
+        seconds: times of all later batches.
+        peaks: peak memory of the process.
     """
 
     open_seconds: float
@@ -91,10 +93,12 @@ class EncoderSample(_Message):
 
 
 class ScanSample(_Message):
-    """What a scan took, opening the encoder apart.
+    """Times and memory of one scan.
 
     Attributes:
-        stages: seconds of each, in the order of the work.
+        open_seconds: time to open the encoder; not included in the stages.
+        stages: seconds of each stage, in the order of the computation.
+        peaks: peak memory of the process.
     """
 
     open_seconds: float
@@ -103,13 +107,13 @@ class ScanSample(_Message):
 
 
 class CeilingSample(_Message):
-    """Floating-point operations a second of the matrix product."""
+    """Floating-point operations per second of the matrix product."""
 
     flop_a_second: float
 
 
 class Failed(_Message):
-    """An error that has a remedy."""
+    """An FseftEdgeError of the measuring process: class name, message and remedy."""
 
     error: str
     message: str
@@ -117,27 +121,27 @@ class Failed(_Message):
 
 
 def read_job(text: str) -> Job:
-    """Return the job that a process was given."""
+    """Return the job from its JSON text."""
     return _JOB.validate_json(text)
 
 
 Sample = TypeVar("Sample", EncoderSample, ScanSample, CeilingSample)
 
 
-def in_a_process(job: Job, answer: type[Sample]) -> Sample:
-    """Return a measurement that a fresh process made.
+def measure_in_process(job: Job, answer: type[Sample]) -> Sample:
+    """Run a measurement in a new process and return its result.
 
     Raises:
-        FseftEdgeError: what went wrong there, as the same class.
-        OutOfMemoryError: the system killed the process.
-        EnvironmentProblemError: the process ended in another way.
+        FseftEdgeError: the measuring process reported this error; the class is the class of the original error.
+        OutOfMemoryError: the operating system killed the process.
+        EnvironmentProblemError: the process ended in another way without an answer.
     """
-    # Features derive from the scan: the folder that they lie in goes with this process, however the other one ends.
+    # Feature maps contain patient data: this process deletes their folder, even if the measuring process is killed.
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
         environment = {**os.environ, "TMPDIR": folder}
         if isinstance(job, ScanJob) and job.device != "cpu":
-            environment["CUDA_LAUNCH_BLOCKING"] = "1"  # else work is booked where the CPU waits for it
-        done = subprocess.run(  # noqa: S603 - this package's own module
+            environment["CUDA_LAUNCH_BLOCKING"] = "1"  # otherwise GPU work counts for the stage in which the CPU waits
+        done = subprocess.run(  # noqa: S603 - runs a module of this package
             [sys.executable, "-m", _WORKER],
             input=job.model_dump_json(),
             capture_output=True,
@@ -149,18 +153,19 @@ def in_a_process(job: Job, answer: type[Sample]) -> Sample:
     if done.returncode == 0:
         return answer.model_validate_json(last)
     if last.startswith("{"):
-        raise _as_raised(Failed.model_validate_json(last))
+        raise _rebuilt_error(Failed.model_validate_json(last))
     if done.returncode == -signal.SIGKILL:
         raise OutOfMemoryError(
-            "The system killed a measurement, most likely for its memory.", remedy="Close other programs, and repeat."
+            "The operating system killed a measuring process, probably because memory ran out.",
+            remedy="Close other programs, and repeat the benchmark.",
         )
-    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    last_line = (done.stderr.strip().splitlines() or ["no error output"])[-1]
     raise EnvironmentProblemError(
-        f"A measurement ended with exit code {done.returncode}: {said}.",
-        remedy="Measure another backend, or see what `fseft-edge doctor` says of this one.",
+        f"A measuring process ended with exit code {done.returncode}: {last_line}.",
+        remedy="Measure another backend with --backend, or check this backend with `fseft-edge doctor`.",
     )
 
 
-def _as_raised(failed: Failed) -> FseftEdgeError:
+def _rebuilt_error(failed: Failed) -> FseftEdgeError:
     kind: type[FseftEdgeError] = getattr(errors, failed.error)
     return kind(failed.message, remedy=failed.remedy)

@@ -1,4 +1,4 @@
-"""What a benchmark found."""
+"""Results of a benchmark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA_VERSION: Final = 1
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of repeated measurements: how many, their median, first and third quartile."""
+    """Repeated measurements in seconds: number, median, first quartile (low) and third quartile (high)."""
 
     n: int
     median: float
@@ -28,23 +28,26 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Spread:
-        """Of at least one measurement; quartiles by linear interpolation."""
+        """Return the spread of at least one measurement; quartiles use linear interpolation."""
         low, median, high = (float(value) for value in np.percentile(seconds, (25, 50, 75)))
         return cls(len(seconds), median, low, high)
 
 
 @dataclass(frozen=True)
 class EncoderSpeed:
-    """A backend on windows alone.
+    """Speed and memory of a backend that encodes windows.
 
     Attributes:
-        seconds: a batch, once warm.
-        first_seconds: the first batch of a process; the median.
-        open_seconds: opening the session; the median.
-        windows_a_second: batch over the median.
-        share_of_ceiling: of the floating-point operations a second that a matrix product of the same precision reaches
-            here; above 1 is possible, where an algorithm needs fewer operations than were counted.
-        peak_ram_bytes, peak_vram_bytes: the most of all rounds; of the GPU, what PyTorch allocated.
+        backend: name of the backend.
+        precision: precision of the computation.
+        batch: number of windows in a batch.
+        seconds: times of a batch after the first one.
+        first_seconds: median time of the first batch of a process.
+        open_seconds: median time to open the session.
+        windows_a_second: ``batch`` divided by the median time of a batch.
+        share_of_ceiling: floating-point operations per second, relative to a large matrix product in the same precision
+            on this device. The value can be above 1 if an algorithm needs fewer operations than were counted.
+        peak_ram_bytes, peak_vram_bytes: largest peak of all rounds; on a GPU, the memory that PyTorch allocated.
     """
 
     backend: str
@@ -61,14 +64,17 @@ class EncoderSpeed:
 
 @dataclass(frozen=True)
 class ScanSpeed:
-    """A backend on a whole scan, opening the encoder apart.
+    """Speed and memory of a backend for a whole scan.
 
     Attributes:
-        scan: name of the case; `phantom` is the built-in one.
-        seconds: from the file to its features; with an adapter, to its mask.
+        backend: name of the backend.
+        precision: precision of the computation.
+        scan: name of the case; `phantom` is the built-in phantom.
+        seconds: times from the scan file to the feature map, or with an adapter to the mask file, without
+            ``open_seconds``.
         stages: median seconds of each stage (:data:`fseft_edge.machine.speed_stages.STAGES`).
-        open_seconds: opening the encoder; the median.
-        peak_ram_bytes, peak_vram_bytes: as above.
+        open_seconds: median time to open the encoder.
+        peak_ram_bytes, peak_vram_bytes: largest peak of all rounds; on a GPU, the memory that PyTorch allocated.
     """
 
     backend: str
@@ -83,7 +89,7 @@ class ScanSpeed:
 
 @dataclass(frozen=True)
 class Failure:
-    """What could not be measured, and why."""
+    """A measurement that failed, with the message and remedy of its error."""
 
     what: str
     message: str
@@ -91,28 +97,29 @@ class Failure:
 
     @classmethod
     def of(cls, what: str, error: FseftEdgeError) -> Failure:
-        """From what was raised."""
+        """Return the failure for an error."""
         return cls(what, error.message, error.remedy)
 
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What a benchmark found.
+    """Results of a benchmark.
 
     Attributes:
-        version: of fseft-edge.
-        versions: of what backends compute with, by distribution.
-        encoder_name, encoder_id, window: which encoder.
-        flop_a_window: floating-point operations of its plain network.
-        device: model of the processor or GPU, and the CPU's threads.
-        load_before: average number of processes that wanted the processor in the minute before, per usable core; more
-            than a little means that other programs are measured, too.
-        ceilings: by precision, floating-point operations a second of a large matrix product on the device.
-        rounds: how often every competitor had its turn.
-        encoder: backends on windows.
-        scans: backends on scans.
-        failures: what could not be measured.
-        remembered: the file that keeps the order for ``auto``, if that was asked for.
+        version: version of fseft-edge.
+        machine: hardware and operating system.
+        versions: versions of the libraries of the backends, by distribution name.
+        encoder_name, encoder_id, window: name, id and window size of the encoder.
+        flop_a_window: floating-point operations of the plain network for one window.
+        device: model of the processor or GPU, and the number of CPU threads.
+        load_before: average number of processes that used or waited for the processor in the minute before the
+            benchmark, per usable core. A large value means that other programs influenced the measurement.
+        ceilings: floating-point operations per second of a large matrix product on the device, by precision.
+        rounds: number of measurements of every backend.
+        encoder: results for windows.
+        scans: results for scans.
+        failures: measurements that failed.
+        remembered: file in which the order of backends for ``auto`` was stored; None if it was not stored.
     """
 
     version: str
@@ -132,11 +139,11 @@ class SpeedReport:
     remembered: str | None
 
     def as_dict(self) -> dict[str, object]:
-        """Everything, for JSON."""
+        """Return all fields and the schema version, ready for JSON."""
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def to_json(self, path: Path) -> None:
-        """Write what :meth:`as_dict` returns.
+        """Write the result of :meth:`as_dict` to a file.
 
         Raises:
             OutOfSpaceError: the disk is full or not writable.

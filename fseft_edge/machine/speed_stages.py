@@ -1,8 +1,8 @@
-"""Where the time of a scan goes, from its file to its features or its mask.
+"""Times of the stages of a scan, from its file to its feature map or its mask file.
 
-The pipeline runs as it always does, under Python's own profiler; a stage is the time of the functions that do it, less
-that of the stages they call. Nothing in the pipeline knows of it. The work is done in few calls of long ones, so
-the profiler costs next to nothing.
+The unchanged pipeline runs under the profiler of Python. The time of a stage is the time in its functions, without the
+time of other stages that these functions call. The pipeline makes few calls that take long, so the profiler costs
+almost no time.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from fseft_edge.runtime.scans.sources import Scan, find_scan, read_scan
 from fseft_edge.segmentation.segment import segment
 
 STAGES: Final = {
-    "read": "the file, unpacked and checked",
-    "grid": "resampling to the encoder's lattice",
-    "encode": "the network",
-    "blend": "overlapping windows into one map",
-    "store": "hashing, compressing, writing",
-    "adapter": "features read back, classified",
-    "back": "to the scan's own lattice",
-    "write": "the mask",
+    "read": "read and check the file",
+    "grid": "resample to the encoder's grid",
+    "encode": "compute the network",
+    "blend": "blend overlapping windows",
+    "store": "hash, compress, write features",
+    "adapter": "read features, classify",
+    "back": "resample to the scan's lattice",
+    "write": "write the mask file",
     "other": "everything else",
 }
-"""The stages in the order of the work, and what each is."""
+"""Description of each stage, in the order of the computation."""
 
 
 def encoded(scan: Path, *, encoder: Path, backend: str, precision: Precision, device: str) -> None:
-    """Take a scan from its file to its stored features."""
+    """Compute and store the feature map of a scan file."""
     bundle = EncoderBundle.open(encoder)
     with open_session(bundle, device, backend, precision=precision) as session, open_store(None) as store:
         encode_scan(read_scan(scan), bundle=bundle, session=session, store=store)
 
 
 def segmented(scan: Path, *, encoder: Path, backend: str, precision: Precision, device: str, adapter: Path) -> None:
-    """Take a scan from its file to its mask."""
+    """Segment a scan file into a mask file."""
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as output:
         segment([scan], [adapter], Path(output), encoder=encoder, backend=backend, precision=precision, device=device)
 
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds that opening the encoder took, and those of each stage in the order of the work.
+    """Seconds to open the encoder, and seconds of each stage in the order of the computation.
 
-    What the work did not do, such as adapters, is left out.
+    Stages that were not part of the work, such as adapters, are omitted.
     """
 
     opening: float
@@ -67,7 +67,7 @@ class StageTimes:
 
 
 def stage_times(work: Callable[[], object]) -> StageTimes:
-    """Run work and return where its time went."""
+    """Run the work and return the time of each stage."""
     profile = cProfile.Profile()
     started = time.perf_counter()
     profile.runcall(work)
@@ -75,7 +75,7 @@ def stage_times(work: Callable[[], object]) -> StageTimes:
     entries = {entry.code: entry.totaltime for entry in profile.getstats() if isinstance(entry.code, CodeType)}
 
     def inside(*functions: Callable[..., Any]) -> float:
-        """Seconds within functions, callees included; none of them calls another."""
+        """Return the seconds in functions, including the functions they call; none of them may call another."""
         return sum(entries.get(cast("FunctionType", function).__code__, 0.0) for function in functions)
 
     section, encode, stream = inside(Grid.section), inside(EncoderSession.encode), inside(stream_features)

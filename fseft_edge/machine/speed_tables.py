@@ -1,4 +1,4 @@
-"""A speed report as tables for a terminal of 100 columns."""
+"""Tables of a speed report, for a terminal with 100 columns."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _HEADINGS = ("backend", "precision", "batch", "s", "win/s", "first", "open", "Gi
 
 
 def speed_tables(report: SpeedReport) -> Iterator[Table]:
-    """Yield the windows' table, then one for each scan."""
+    """Yield the table for windows, then one table for each scan."""
     yield _encoder(report)
     for scan in dict.fromkeys(row.scan for row in report.scans):
         yield _scan(scan, [row for row in report.scans if row.scan == scan])
 
 
 def _table(title: str, caption: str, texts: int, headings: tuple[str, ...]) -> Table:
-    """Return an empty table whose first columns are texts, the others numbers."""
-    from rich.table import Table  # noqa: PLC0415 - only where a table is shown
-    from rich.text import Text  # noqa: PLC0415 - likewise
+    """Return an empty table; the first ``texts`` columns are left-aligned, the others right-aligned."""
+    from rich.table import Table  # noqa: PLC0415 - only needed for tables
+    from rich.text import Text  # noqa: PLC0415 - only needed for tables
 
     table = Table(title=Text(title, "bold"), caption=caption, title_justify="left", caption_justify="left")
     for number, heading in enumerate(headings):
@@ -40,9 +40,9 @@ def _encoder(report: SpeedReport) -> Table:
     ceilings = ", ".join(f"{precision} {rate / 1e9:.0f}" for precision, rate in report.ceilings.items())
     table = _table(
         f"{report.encoder_name}: windows of {' x '.join(map(str, report.window))} on {report.device}",
-        f"s: median seconds of a batch (quartiles), rounds: {report.rounds}; first: the first batch of a process;\n"
-        "open: opening the encoder; GiB: most memory of the process. peak: share of the arithmetic\n"
-        f"of a large matrix product here (GFLOP/s: {ceilings}); a window takes {report.flop_a_window / 1e9:.1f} GFLOP."
+        f"s: median seconds per batch (quartiles), {report.rounds} rounds; first: first batch of a process;\n"
+        "open: opening the encoder; GiB: peak memory of the process; peak: share of the speed of a large\n"
+        f"matrix product (GFLOP/s: {ceilings}). One window needs {report.flop_a_window / 1e9:.1f} GFLOP."
         f"{_busy(report)}",
         2,
         (*_HEADINGS, "VRAM", "peak") if gpu else (*_HEADINGS, "peak"),
@@ -59,26 +59,26 @@ def _busy(report: SpeedReport) -> str:
     if report.load_before < _BUSY:
         return ""
     return (
-        f"\nOther programs kept the processor busy (load {report.load_before:.1f} a core before it began): "
-        "these are not\nthe figures of a machine at rest."
+        f"\nOther programs were using the processor (load {report.load_before:.1f} per core before the start),\n"
+        "so these times can be too long."
     )
 
 
 def _scan(scan: str, rows: list[ScanSpeed]) -> Table:
     stages = [stage for stage in STAGES if any(stage in row.stages for row in rows)]
     table = _table(
-        f"{scan}: from the file to its {'mask' if 'write' in stages else 'features'}, seconds and share",
-        "whole: median (quartiles), opening the encoder apart; stages: median.",
+        f"{scan}: from the scan file to the {'mask' if 'write' in stages else 'feature map'}, seconds and share",
+        "total: median (quartiles) without opening the encoder; stages: median.",
         2,
         ("stage", "", *(row.backend for row in rows)),
     )
     for stage in stages:
         table.add_row(stage, STAGES[stage], *(_share(row, stage) for row in rows))
     table.add_section()
-    table.add_row("whole", "", *(_spread(row.seconds) for row in rows), style="bold")
+    table.add_row("total", "", *(_spread(row.seconds) for row in rows), style="bold")
     table.add_row("RAM", "GiB", *(_gib(row.peak_ram_bytes) for row in rows))
     if any(row.peak_vram_bytes is not None for row in rows):
-        table.add_row("VRAM", "GiB, by PyTorch", *(_gib(row.peak_vram_bytes) for row in rows))
+        table.add_row("VRAM", "GiB, PyTorch only", *(_gib(row.peak_vram_bytes) for row in rows))
     return table
 
 

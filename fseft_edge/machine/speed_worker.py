@@ -1,4 +1,4 @@
-"""The measuring process: ``python -m fseft_edge.machine.speed_worker``, a job on stdin, its answer on stdout."""
+"""The measuring process: ``python -m fseft_edge.machine.speed_worker`` reads a job on stdin, answers on stdout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError
 
 
 def measure(job: Job) -> EncoderSample | ScanSample | CeilingSample:
-    """Return what a job asks for."""
+    """Run the measurement of a job and return its result."""
     device = torch.device(job.device)
     if isinstance(job, EncoderJob):
         return _encoder(job, device)
@@ -54,7 +54,7 @@ def _encoder(job: EncoderJob, device: torch.device) -> EncoderSample:
 
 
 def _scan(job: ScanJob, device: torch.device) -> ScanSample:
-    from fseft_edge.machine.speed_stages import encoded, segmented, stage_times  # noqa: PLC0415 - what it brings in is no part of an encoder's memory
+    from fseft_edge.machine.speed_stages import encoded, segmented, stage_times  # noqa: PLC0415 - keeps its imports out of the memory of encoder jobs
 
     work = encoded if job.adapter is None else partial(segmented, adapter=job.adapter)
     times = stage_times(
@@ -64,15 +64,21 @@ def _scan(job: ScanJob, device: torch.device) -> ScanSample:
 
 
 def main() -> None:
-    """Answer the job on stdin; an error that has a remedy is an answer too, with exit code 1."""
+    """Answer the job on stdin. An FseftEdgeError is also written as an answer, with exit code 1."""
     try:
         answer = measure(read_job(sys.stdin.read()))
     except FseftEdgeError as error:
         _answer(Failed(error=type(error).__name__, message=error.message, remedy=error.remedy))
         sys.exit(1)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        message = f"The work does not fit into memory: {str(error).partition('.')[0]}."
-        _answer(Failed(error=OutOfMemoryError.__name__, message=message, remedy="Close other programs, and repeat."))
+        message = f"The measurement needs more memory than is free: {str(error).partition('.')[0]}."
+        _answer(
+            Failed(
+                error=OutOfMemoryError.__name__,
+                message=message,
+                remedy="Close other programs, and repeat the benchmark.",
+            )
+        )
         sys.exit(1)
     _answer(answer)
 

@@ -1,4 +1,4 @@
-"""What `doctor` says of machines, libraries and bundles, with every absence simulated."""
+"""The diagnosis of machines, libraries and bundles by `doctor`, with simulated missing parts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from doubles.encoder import write_tiny_encoder
+from doubles.errors import refused
 from doubles.libraries import fake_library
 from rich.console import Console
 
 from fseft_edge.machine import doctor
-from fseft_edge.machine.doctor import Advice, Diagnosis, diagnose
+from fseft_edge.machine.doctor import Diagnosis, diagnose
 from fseft_edge.machine.doctor_page import diagnosis_tables
 from fseft_edge.runtime.encoder import session
 from fseft_edge.runtime.encoder.backend_choice import backend_choices
@@ -43,7 +44,7 @@ Simulate = Callable[..., Diagnosis]
 
 @pytest.fixture
 def simulate(monkeypatch: pytest.MonkeyPatch) -> Simulate:
-    """Diagnose a machine that has what the test says."""
+    """Return a function that diagnoses a machine with the given libraries, GPUs and driver."""
 
     def run(
         *libraries: Library, gpus: tuple[Gpu, ...] = (), driver: str | None = None, cuda: str | None = "no GPU"
@@ -73,8 +74,8 @@ def shown(diagnosis: Diagnosis, width: int = 100) -> str:
 
 
 def run_doctor(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as its console script does, in a process of its own."""
-    return subprocess.run(  # noqa: S603 - the arguments are the tests'
+    """Run the command in a new process."""
+    return subprocess.run(  # noqa: S603 - arguments from the tests
         [sys.executable, "-c", "from fseft_edge.cli.main import main; main()", "doctor", *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -84,74 +85,72 @@ def run_doctor(*arguments: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
-def test_nothing_is_advised_where_nothing_is_missing(simulate: Simulate) -> None:
+def test_a_complete_machine_gets_no_advice(simulate: Simulate) -> None:
     assert simulate().advice == ()
 
 
-def test_a_driver_under_a_pytorch_without_cuda_is_diagnosed_as_such(simulate: Simulate) -> None:
+def test_a_pytorch_without_cuda_on_a_machine_with_a_driver_is_a_problem(simulate: Simulate) -> None:
     diagnosis = simulate(driver="550.54.14", gpus=(A4000,), cuda="this PyTorch (2.13.0+cpu) was built without CUDA")
     first, second = diagnosis.advice
-    assert first.problem == (
-        "The NVIDIA driver 550.54.14 is loaded, but this PyTorch (2.13.0+cpu) was built without CUDA."
-    )
+    assert "550.54.14" in first.problem
+    assert "this PyTorch (2.13.0+cpu) was built without CUDA" in first.problem
     assert first.remedy.startswith("pip uninstall torch; pip install torch")
-    assert second == Advice(
-        "The installed onnxruntime cannot use the NVIDIA GPU.",
-        "pip uninstall onnxruntime; pip install 'fseft-edge[gpu]'",
-    )
-    assert "compute capability 8.6, 15.0 GiB of 16.0 GiB free, PyTorch cannot use it" in " ".join(
-        shown(diagnosis, 160).split()
-    )
+    assert "onnxruntime" in second.problem
+    assert second.remedy == "pip uninstall onnxruntime; pip install 'fseft-edge[gpu]'"
+    assert "compute capability 8.6, 15.0 GiB of 16.0 GiB free" in " ".join(shown(diagnosis, 160).split())
 
 
-def test_a_driver_that_is_too_old_is_to_be_updated(simulate: Simulate) -> None:
+def test_a_driver_that_is_too_old_has_to_be_updated(simulate: Simulate) -> None:
     cuda = "PyTorch (2.13.0) cannot start CUDA: the driver is too old"
     (advice, *_) = simulate(driver="470.1", gpus=(A4000,), cuda=cuda).advice
-    assert "too old" in advice.problem
-    assert "Update the driver" in advice.remedy
+    assert cuda in advice.problem
+    assert "driver" in advice.remedy
+    assert "pip" not in advice.remedy
 
 
-def test_without_a_gpu_no_driver_is_missed(simulate: Simulate) -> None:
+def test_a_machine_without_a_gpu_needs_no_driver(simulate: Simulate) -> None:
     assert simulate(cuda="this PyTorch (2.13.0+cpu) was built without CUDA").advice == ()
 
 
 @pytest.mark.parametrize(
     ("driver", "command"), [(None, "pip install 'fseft-edge[cpu]'"), ("550.1", "pip install 'fseft-edge[gpu]'")]
 )
-def test_a_missing_backend_comes_with_the_command_that_installs_it(
+def test_the_advice_for_a_missing_backend_is_the_command_that_installs_it(
     simulate: Simulate, driver: str | None, command: str
 ) -> None:
     missing = Library("onnxruntime", (), None, "missing", "not installed")
     diagnosis = simulate(missing, driver=driver, cuda=None)
-    assert diagnosis.advice == (Advice("The backend onnxruntime is not installed.", command),)
+    (advice,) = diagnosis.advice
+    assert "onnxruntime" in advice.problem
+    assert advice.remedy == command
     assert command in shown(diagnosis)
 
 
-def test_a_broken_backend_says_why(simulate: Simulate) -> None:
+def test_the_advice_for_a_broken_backend_contains_the_reason(simulate: Simulate) -> None:
     broken = Library("onnxruntime", ("onnxruntime",), "1.31.1", "broken", "libonnx.so: not there")
     (advice,) = simulate(broken).advice
-    assert advice.problem == "The backend onnxruntime cannot be imported (libonnx.so: not there)."
+    assert "onnxruntime" in advice.problem
+    assert "libonnx.so: not there" in advice.problem
 
 
-def test_two_wheels_of_onnxruntime_are_a_mistake(simulate: Simulate) -> None:
+def test_two_wheels_of_onnxruntime_are_a_problem(simulate: Simulate) -> None:
     both = Library("onnxruntime", ("onnxruntime", "onnxruntime-gpu"), "1.22", "ready", None, ("CPUExecutionProvider",))
     (advice,) = simulate(both).advice
-    assert "overwrite one another" in advice.problem
+    assert "onnxruntime and onnxruntime-gpu" in advice.problem
     assert advice.remedy == "pip uninstall onnxruntime onnxruntime-gpu; pip install 'fseft-edge[cpu]'"
 
 
-def test_a_backend_that_this_version_gets_is_advised_by_itself(
-    simulate: Simulate, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_backend_of_this_version_can_be_advised(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = [Library(name, (), None, "missing", "not installed") for name in ("openvino", "tensorrt_rtx")]
     assert [advice.remedy for advice in simulate(*absent).advice] == ["pip install 'fseft-edge[openvino]'"]
     monkeypatch.setitem(session._BACKENDS, "tensorrt_rtx", None)
     assert [advice.remedy for advice in simulate(*absent).advice] == ["pip install 'fseft-edge[openvino]'"]
     with_gpu = simulate(*absent, driver="550.1", cuda=None).advice
-    assert with_gpu[-1] == Advice("The backend tensorrt_rtx is not installed.", "pip install 'fseft-edge[rtx]'")
+    assert "tensorrt_rtx" in with_gpu[-1].problem
+    assert with_gpu[-1].remedy == "pip install 'fseft-edge[rtx]'"
 
 
-def test_bundles_get_the_verdict_of_auto(bundle: EncoderBundle) -> None:
+def test_the_backends_of_a_bundle_are_those_of_auto(bundle: EncoderBundle) -> None:
     (encoder,) = diagnose([bundle.path]).encoders
     choices = list(backend_choices(bundle, torch.device("cpu")))
     on_cpu = [row for row in encoder.backends if row.device == "cpu"]
@@ -160,20 +159,18 @@ def test_bundles_get_the_verdict_of_auto(bundle: EncoderBundle) -> None:
     ]
     assert [row.backend for row in on_cpu if row.chosen] == ["torch"]
     (other,) = (row for row in on_cpu if row.backend == "onnxruntime")
-    assert (other.reason, other.remedy) == (
-        "the bundle holds no parity report for it",
-        "export the encoder again where onnxruntime is installed",
-    )
+    assert "parity report" in str(other.reason)
+    assert "onnxruntime" in str(other.remedy)
 
 
-def test_a_bundle_without_a_graph_is_to_be_exported_again(tmp_path: Path) -> None:
+def test_a_bundle_without_a_graph_has_to_be_exported_again(tmp_path: Path) -> None:
     plain = write_tiny_encoder(tmp_path / "plain.encoder")
     (encoder,) = diagnose([plain.path]).encoders
     (row,) = (row for row in encoder.backends if row.backend == "onnxruntime" and row.device == "cpu")
-    assert row.remedy == "export the encoder again with its ONNX graph"
+    assert "ONNX graph" in str(row.remedy)
 
 
-def test_a_bundle_for_which_a_library_is_broken_says_what_to_install(
+def test_a_broken_library_of_a_bundle_has_an_install_command_as_remedy(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_library(monkeypatch, tmp_path, "onnxruntime", "raise ImportError('libonnx.so: not there')")
@@ -183,12 +180,14 @@ def test_a_bundle_for_which_a_library_is_broken_says_what_to_install(
     assert str(row.remedy).startswith("pip install 'fseft-edge[")
 
 
-def test_a_bundle_that_may_not_be_read_is_bad_input(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(path: Path) -> EncoderBundle:
+def test_a_bundle_without_read_permission_is_an_input_error(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deny(path: Path) -> EncoderBundle:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(EncoderBundle, "open", refused)
-    with pytest.raises(EncoderBundleError, match="Permission denied") as caught:
+    monkeypatch.setattr(EncoderBundle, "open", deny)
+    with refused(EncoderBundleError, bundle.path, "Permission denied") as caught:
         diagnose([bundle.path])
     assert caught.value.exit_code == 3
 
@@ -196,10 +195,10 @@ def test_a_bundle_that_may_not_be_read_is_bad_input(bundle: EncoderBundle, monke
 def test_the_output_fits_100_columns(bundle: EncoderBundle) -> None:
     text = shown(diagnose([bundle.path]))
     assert max(map(len, text.splitlines())) <= 100
-    assert "yes, chosen by auto" in text
+    assert "yes, used by auto" in text
 
 
-def test_json_holds_everything_and_nothing_else_is_printed(bundle: EncoderBundle) -> None:
+def test_json_contains_all_fields_and_nothing_else_is_printed(bundle: EncoderBundle) -> None:
     done = run_doctor(bundle.path, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
@@ -212,17 +211,17 @@ def test_json_holds_everything_and_nothing_else_is_printed(bundle: EncoderBundle
     assert found["encoders"][0]["encoder_id"] == bundle.encoder_id
 
 
-def test_a_broken_pytorch_does_not_break_the_doctor(bundle: EncoderBundle, tmp_path: Path) -> None:
+def test_doctor_works_with_a_broken_pytorch(bundle: EncoderBundle, tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
     done = run_doctor(bundle.path, PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert "libtorch_cpu.so: cannot open shared object file" in done.stdout
-    assert "nothing can be computed" in done.stdout
+    assert "pip uninstall torch; pip install torch" in done.stdout
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--colour"], 2), ([Path(__file__).parent], 3)])
-def test_wrong_use_and_unreadable_bundles_have_their_exit_codes(arguments: list[object], code: int) -> None:
+def test_usage_errors_and_unreadable_bundles_have_their_exit_codes(arguments: list[object], code: int) -> None:
     done = run_doctor(*arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert "Traceback" not in done.stderr
