@@ -1,4 +1,4 @@
-"""The morning report of a batch: one page for people, two files for programs."""
+"""The report of a batch: an HTML page for people, and a CSV and a JSON file for programs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ _ORDER = (CaseState.DONE, CaseState.RUNNING, CaseState.WAITING, CaseState.CANCEL
 
 
 def write_report(outbox: Path, store: BatchStore, *, show_ids: bool = False, title: str = "Batch report") -> Path:
-    """Write ``report.html``, ``report.csv`` and ``report.json`` into the outbox, each complete or not at all.
+    """Write ``report.html``, ``report.csv`` and ``report.json`` into the outbox; each file is replaced in one step.
 
-    The page holds everything that it shows, pictures included, and runs nothing. The same state and results give the
-    same bytes on one machine (its times are local). What is missing or damaged in the results of a case is said there
-    and costs nothing else. May be called at any time, also while cases are at work.
+    The page contains its pictures, loads nothing and runs no script. The same state and results give the same bytes in
+    the same time zone, because the page shows local times. If results of a case are missing or damaged, the report
+    states this for the case and is otherwise complete. The function can be called at any time, also while cases are
+    running.
 
     Args:
-        outbox: holds ``<key>/<key>.nii.gz``, ``.json`` and ``.png`` of every case that is done.
-        store: the state of the batch.
-        show_ids: name the files and folders that the cases came from, which may be patients' names; else only keys.
-        title: of the page.
+        outbox: folder with ``<key>/<key>.nii.gz``, ``.json`` and ``.png`` of each case that is done.
+        store: state of the batch.
+        show_ids: whether to show the names of the source files and folders, which may contain patients' names; if not,
+            the report names cases only by their keys.
+        title: title of the page.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        BatchStateError: the state is damaged or held by another program.
-        OutOfSpaceError: the disk is full or cannot be written to.
+        BatchStateError: the state is damaged or locked by another program.
+        OutOfSpaceError: the disk is full or not writable.
     """
     cases = sorted((reported(outbox, record) for record in store.cases()), key=_urgency)
     duplicates = store.duplicates()
@@ -51,9 +53,10 @@ def write_report(outbox: Path, store: BatchStore, *, show_ids: bool = False, tit
 
 
 def _urgency(case: ReportedCase) -> tuple[int, ...]:
-    """Failures first, then masks to look at, then the others; among equals, the order in which they were found.
+    """Return the sort key of a case: first cases without a mask, then masks to check, then the others.
 
-    Of masks to look at, those that nobody has decided on come first, and those with the most complaints and flags.
+    Masks to check are sorted by review (masks without a decision first), then by number of complaints and flags (most
+    first). Cases with equal keys keep the order in which they were found.
     """
     if case.failed:
         return (0,)

@@ -1,4 +1,4 @@
-"""The morning report for other programs: one row a case and organ, and the same as JSON."""
+"""The batch report for other programs: CSV with one row for each case and organ, and JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fseft_edge.outbox.records import Duplicate, printable
 
 SCHEMA_VERSION: Final = 1
 
-COLUMNS: Final = (
+COLUMNS: Final[tuple[str, ...]] = (
     "case",
     "source",
     "state",
@@ -42,13 +42,13 @@ COLUMNS: Final = (
     "review",
     "review_note",
 )
-"""Of ``report.csv``; later versions may add to the end."""
+"""Columns of ``report.csv``. Later versions may add columns at the end."""
 
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 
 
 def csv_text(cases: Sequence[ReportedCase], *, show_ids: bool) -> str:
-    """Return the CSV: a row for each organ of each case that is done, and one for each other case."""
+    """Return the CSV: one row for each organ of each case that is done, and one row for each other case."""
     written = io.StringIO()
     writer = csv.DictWriter(written, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -68,7 +68,7 @@ def json_fields(
     *,
     show_ids: bool,
 ) -> dict[str, Any]:
-    """Return what ``report.json`` holds."""
+    """Return the content of ``report.json``."""
     return {
         "schema_version": SCHEMA_VERSION,
         "title": title,
@@ -116,20 +116,10 @@ def _case_fields(case: ReportedCase, *, show_ids: bool) -> dict[str, Any]:
 
 
 def _case_cells(case: ReportedCase, *, show_ids: bool) -> dict[str, str | float | None]:
-    record = case.record
-    seconds, review = record.seconds, record.review
-    return {
-        "case": record.key,
-        "source": record.source_name if show_ids else None,
-        "state": record.state.value,
-        "problem": record.problem,
-        "reason": record.reason,
-        "remedy": record.remedy,
+    seconds, review = case.record.seconds, case.record.review
+    fields = _case_fields(case, show_ids=show_ids)
+    return {name: fields[name] for name in COLUMNS if name in fields} | {
         "complaints": " ".join(case.complaints),
-        "attempts": record.attempts,
-        "found_at": _time(record.found_at),
-        "started_at": _time(record.started_at),
-        "finished_at": _time(record.finished_at),
         "read_s": round(seconds.read, 3) if seconds else None,
         "encode_s": round(seconds.encode, 3) if seconds else None,
         "finish_s": round(seconds.finish, 3) if seconds else None,
@@ -153,10 +143,10 @@ def _organ_cells(organ: SegmentedOrgan) -> dict[str, str | float | None]:
 
 
 def _harmless(value: str | float) -> str | float:
-    """Return a cell that no spreadsheet takes for a formula."""
+    """Return a cell that spreadsheet programs do not treat as a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
 def _time(seconds: float | None) -> str | None:
-    """Return ISO 8601 in UTC, to the second."""
+    """Return the time as ISO 8601 in UTC, rounded down to the second."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

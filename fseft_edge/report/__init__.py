@@ -1,1 +1,1 @@
-"""Pictures and pages for people to look at."""
+"""Pictures of segmentations and HTML pages."""

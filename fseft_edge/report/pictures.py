@@ -1,4 +1,4 @@
-"""A picture of a segmentation: axial, coronal and sagittal plane, prediction and truth outlined."""
+"""A picture of a segmentation: axial, coronal and sagittal plane with the outlines of prediction and reference."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fseft_edge.runtime.system.atomic import atomic_path
 Colour = tuple[int, int, int]
 
 SOFT_TISSUE_HU: Final = (-160.0, 240.0)
-"""Level 40, width 400: the customary soft-tissue window."""
+"""Lower and upper end of the usual soft-tissue window: level 40, width 400."""
 
 PREDICTION_COLOUR: Final[Colour] = (255, 150, 0)
-TRUTH_COLOUR: Final[Colour] = (60, 185, 255)
-"""Orange and sky blue stay apart in all common forms of colour blindness (after Okabe and Ito, 2008)."""
+REFERENCE_COLOUR: Final[Colour] = (60, 185, 255)
+"""Orange and sky blue can be distinguished with all common forms of colour blindness (Okabe and Ito, 2008)."""
 
 _LARGEST_WIDTH: Final = 1440
 _LEAST_WIDTH: Final = 720
@@ -37,20 +37,22 @@ _SCALE_BAR_MM: Final = 50.0
 
 _SUPERSAMPLING: Final = 2
 _PREDICTION_WIDTH: Final = 5
-_TRUTH_WIDTH: Final = 11
-"""Widths in supersampled pixels, odd. The truth is the wider band below, so that both are seen where they agree."""
+_REFERENCE_WIDTH: Final = 11
+"""Odd widths in supersampled pixels. The wider band of the reference is below that of the prediction, so that both are
+visible where the contours agree."""
 
 
 def three_plane_picture(volume: Volume, masks: Mapping[str, tuple[Mask, Mask | None]], path: Path) -> None:
-    """Write one PNG with three planes of the scan, the masks' outlines, and a legend with each organ's DSC.
+    """Write a PNG with three planes of the scan, the outlines of the masks, and a legend with the DSC of each organ.
 
-    The planes are those of :func:`fseft_edge.report.planes.three_cuts`, in radiological convention and at one scale
-    in mm. Several organs are numbered. The bytes depend on nothing but the arguments and the version of Pillow.
+    The planes are those of :func:`fseft_edge.report.planes.three_cuts`, in radiological convention and with the same
+    scale in mm. If there are several organs, they are numbered. The same arguments and version of Pillow give the same
+    bytes.
 
     Args:
         volume: the scan.
-        masks: organ name → (prediction, reference or None), boolean `[X, Y, Z]` on the scan's lattice.
-        path: the PNG, replaced atomically.
+        masks: prediction, and reference or None, of each organ name: boolean `[X, Y, Z]` on the scan's lattice.
+        path: the PNG file. An existing file is replaced in one step.
 
     Raises:
         OutOfSpaceError: the disk is full or not writable.
@@ -74,10 +76,10 @@ class _LegendEntry:
 
 def _legend(masks: Mapping[str, tuple[Mask, Mask | None]]) -> list[_LegendEntry]:
     entries = [_LegendEntry("prediction", PREDICTION_COLOUR)]
-    if any(truth is not None for _, truth in masks.values()):
-        entries.append(_LegendEntry("truth", TRUTH_COLOUR))
-    for number, (name, (prediction, truth)) in enumerate(masks.items(), start=1):
-        score = None if truth is None else dice(prediction, truth)
+    if any(reference is not None for _, reference in masks.values()):
+        entries.append(_LegendEntry("reference", REFERENCE_COLOUR))
+    for number, (name, (prediction, reference)) in enumerate(masks.items(), start=1):
+        score = None if reference is None else dice(prediction, reference)
         text = name if score is None else f"{name}  DSC {score:.3f}"
         entries.append(_LegendEntry(f"{number}  {text}" if len(masks) > 1 else text))
     return entries
@@ -89,22 +91,24 @@ def _pixels_per_mm(cuts: Sequence[Cut]) -> float:
 
 
 def _panel(cut: Cut, scale: float, *, numbered: bool) -> Image.Image:
-    """One plane at the given pixels per mm, with outlines, edge letters and a scale bar."""
+    """Return one plane with outlines, edge letters and a scale bar; ``scale`` is in pixels per mm."""
     width, height = (max(round(length * scale), 1) for length in cut.size_mm)
     fine = (width * _SUPERSAMPLING, height * _SUPERSAMPLING)
     low, high = SOFT_TISSUE_HU
     grey = np.clip((cut.hu - low) / (high - low), 0, 1) * 255
     panel = Image.fromarray(np.rint(grey).astype(np.uint8)).resize(fine, Image.Resampling.BICUBIC).convert("RGB")
     for organ in cut.organs:
-        if organ.truth is not None:
-            panel.paste(TRUTH_COLOUR, mask=_outline(organ.truth, fine, _TRUTH_WIDTH))
+        if organ.reference is not None:
+            panel.paste(REFERENCE_COLOUR, mask=_outline(organ.reference, fine, _REFERENCE_WIDTH))
     for organ in cut.organs:
         panel.paste(PREDICTION_COLOUR, mask=_outline(organ.prediction, fine, _PREDICTION_WIDTH))
     panel = panel.resize((width, height), Image.Resampling.BOX)
     writer = _Writer(panel)
     if numbered:
         for number, organ in enumerate(cut.organs, start=1):
-            _write_number(writer, number, organ.prediction if organ.truth is None else organ.prediction | organ.truth)
+            _write_number(
+                writer, number, organ.prediction if organ.reference is None else organ.prediction | organ.reference
+            )
     left, right, top, bottom = cut.plane.edges
     writer.write(left, (4, height / 2), "lm")
     writer.write(right, (width - 4, height / 2), "rm")
@@ -121,7 +125,7 @@ def _panel(cut: Cut, scale: float, *, numbered: bool) -> Image.Image:
 
 
 def _outline(mask: Mask, size: tuple[int, int], width: int) -> Image.Image:
-    """A band along the edge of a mask shown at `size`; the edge is where linear interpolation is one half."""
+    """Return a band along the edge of a mask enlarged to ``size``; the edge is the 0.5 level of the enlarged mask."""
     smooth = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     area = np.asarray(smooth) >= 128
     band = np.zeros(area.shape, dtype=np.uint8)
@@ -133,7 +137,7 @@ def _outline(mask: Mask, size: tuple[int, int], width: int) -> Image.Image:
 
 
 def _write_number(writer: _Writer, number: int, mask: Mask) -> None:
-    """The organ's number beside the uppermost rightmost corner of what the plane shows of it."""
+    """Write the number of an organ at the upper right corner of its mask in the plane."""
     if not mask.any():
         return
     width, height = writer.size
@@ -144,7 +148,7 @@ def _write_number(writer: _Writer, number: int, mask: Mask) -> None:
 
 
 class _Writer:
-    """Readable text on any background."""
+    """Writes text with a dark outline, so that it is readable on any background."""
 
     def __init__(self, image: Image.Image) -> None:
         self.draw = ImageDraw.Draw(image)
@@ -152,18 +156,18 @@ class _Writer:
         self._font = ImageFont.load_default(size=_TEXT_SIZE)
 
     def write(self, text: str, position: tuple[float, float], anchor: str) -> None:
-        """Write at a position; `anchor` is Pillow's two letters for which point of the text lies there."""
+        """Write text at a position. ``anchor`` is the text anchor of Pillow."""
         self.draw.text(
             position, text, fill=_TEXT_COLOUR, font=self._font, anchor=anchor, stroke_width=2, stroke_fill=_BACKGROUND
         )
 
     def width_of(self, text: str) -> float:
-        """Width of a text, pixels."""
+        """Return the width of a text in pixels."""
         return self.draw.textlength(text, font=self._font)
 
 
 def _assembled(panels: Sequence[Image.Image], entries: Iterable[_LegendEntry]) -> Image.Image:
-    """The panels in a row, centred, and the legend's entries below in as many lines as they need."""
+    """Return a picture of the panels in a row, and below them the legend in as many lines as necessary."""
     row_width = sum(panel.width for panel in panels) + _GAP * (len(panels) + 1)
     width, panel_height = max(row_width, _LEAST_WIDTH), max(panel.height for panel in panels)
     ruler = _Writer(Image.new("RGB", (1, 1)))

@@ -1,8 +1,9 @@
-"""Axial, coronal and sagittal planes of a scan, laid out as radiologists look at them.
+"""Axial, coronal and sagittal planes of a scan, in radiological convention.
 
-Whatever the file's axes: the patient's right is on the picture's left, anterior is up in the axial plane, superior is
-up in the other two, and in the sagittal plane anterior is on the left. Planes run along the scan's own axes, each
-taken for the anatomical axis it is nearest to; nothing is resampled here.
+For any order and direction of the axes in the file, the patient's right is on the left of the picture, anterior is at
+the top of the axial plane, superior is at the top of the other two planes, and anterior is on the left of the sagittal
+plane. The planes follow the axes of the scan: each axis is treated as the nearest anatomical axis, and nothing is
+resampled.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ _MARGIN_AROUND_ORGANS_MM: Final = 45.0
 
 @dataclass(frozen=True)
 class Plane:
-    """One of the three planes; axes count as in RAS: 0 towards the right, 1 towards anterior, 2 towards superior.
+    """One of the three planes. Axes are those of RAS: 0 points to the right, 1 to anterior, 2 to superior.
 
-    Rows run against ``up`` and columns against ``across``, which puts ``edges`` (left, right, top, bottom) in place.
+    Attributes:
+        name: name of the plane.
+        normal: axis perpendicular to the plane.
+        across: horizontal axis; it points to the left of the picture.
+        up: vertical axis; it points to the top of the picture.
+        edges: letters of the directions at the left, right, top and bottom edge.
     """
 
     name: str
@@ -49,15 +55,15 @@ PLANES: Final = (
 
 @dataclass(frozen=True, eq=False)
 class OrganCut:
-    """One organ in one plane, `[rows, columns]` as shown; ``truth`` is None where there is no reference."""
+    """The masks of one organ in one plane, `[rows, columns]` of the picture; ``reference`` may be None."""
 
     prediction: Mask
-    truth: Mask | None
+    reference: Mask | None
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """One plane of the scan and of every organ, `[rows, columns]` as shown, with the size of its pixels in mm."""
+    """One plane of the scan and of each organ, `[rows, columns]` of the picture, with the size of its pixels in mm."""
 
     plane: Plane
     hu: NDArray[np.float32]
@@ -67,26 +73,28 @@ class Cut:
 
     @property
     def size_mm(self) -> tuple[float, float]:
-        """Width and height, mm."""
+        """Width and height in mm."""
         return self.hu.shape[1] * self.column_mm, self.hu.shape[0] * self.row_mm
 
 
 def three_cuts(volume: Volume, organs: Sequence[tuple[Mask, Mask | None]]) -> tuple[Cut, ...]:
-    """The axial, coronal and sagittal plane that show most of the organs, cut to the organs' surroundings.
+    """Return the axial, coronal and sagittal plane that show most of the organs, cropped to the region of the organs.
 
-    A plane is chosen by each organ's area in it as a share of the organ's largest, summed over organs; for a single
-    organ that is near its centre, and for a pair of organs it does not fall between them. Without any voxel in a mask
-    the planes run through the middle of the scan. What lies further than 45 mm from every organ, and air around the
-    body, is cut away.
+    The score of a plane is the sum over organs of the organ's area in the plane, divided by the organ's largest area in
+    any parallel plane. The best plane of a single organ is therefore near its centre, and the best plane of paired
+    organs is not between them. If all masks are empty, the planes go through the middle of the scan. The planes are
+    cropped to 45 mm around the organs and 8 mm around the body.
 
     Args:
         volume: the scan.
-        organs: prediction and reference (or None) of each organ, boolean `[X, Y, Z]` on the scan's lattice.
+        organs: prediction, and reference or None, of each organ: boolean `[X, Y, Z]` on the scan's lattice.
     """
     view = _AnatomicalView(volume)
-    turned = [(view.of(prediction), None if truth is None else view.of(truth)) for prediction, truth in organs]
+    turned = [
+        (view.of(prediction), None if reference is None else view.of(reference)) for prediction, reference in organs
+    ]
     masks = [mask for pair in turned for mask in pair if mask is not None]
-    indices = [_most_telling_index(masks, axis, view.shape[axis]) for axis in range(3)]
+    indices = [_index_of_best_plane(masks, axis, view.shape[axis]) for axis in range(3)]
     planes_hu = [view.hu_plane(plane.normal, indices[plane.normal]) for plane in PLANES]
     volume.release()
     box = _shown_box(planes_hu, masks, view)
@@ -107,12 +115,12 @@ def three_cuts(volume: Volume, organs: Sequence[tuple[Mask, Mask | None]]) -> tu
 
 
 def _as_shown(array: NDArray[Scalar], plane: Plane, box: Sequence[slice]) -> NDArray[Scalar]:
-    """A plane with its two RAS axes in order, cut to the box, as rows and columns of a picture."""
+    """Return a plane, given with its two RAS axes in order, as rows and columns of the picture, cropped to the box."""
     return array[box[plane.across], box[plane.up]].T[::-1, ::-1]
 
 
 class _AnatomicalView:
-    """The scan and arrays on its lattice, their axes permuted and flipped to the nearest RAS."""
+    """A scan and arrays on its lattice, with axes permuted and flipped to the nearest RAS axes."""
 
     def __init__(self, volume: Volume) -> None:
         self._volume = volume
@@ -122,11 +130,11 @@ class _AnatomicalView:
         self.spacing = tuple(volume.spacing[axis] for axis in self._source_axes)
 
     def of(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
-        """A view of an array on the scan's lattice (or a part of it) with RAS axes."""
+        """Return a view with RAS axes of an array on the scan's lattice, or on a part of the lattice."""
         return array.transpose(self._source_axes)[tuple(slice(None, None, -1 if flip else 1) for flip in self._flipped)]
 
     def hu_plane(self, normal: int, index: int) -> NDArray[np.float32]:
-        """One plane of the scan, its two remaining RAS axes in order; HU."""
+        """Return one plane of the scan in HU, with its two remaining RAS axes in order."""
         source_index = self.shape[normal] - 1 - index if self._flipped[normal] else index
         selection = [slice(None)] * 3
         selection[self._source_axes[normal]] = slice(source_index, source_index + 1)
@@ -134,24 +142,24 @@ class _AnatomicalView:
 
 
 def _slice(array: NDArray[Scalar], axis: int, index: int) -> NDArray[Scalar]:
-    """One plane of an array, its other two axes in order."""
+    """Return one plane of an array, with its other two axes in order."""
     plane: NDArray[Scalar] = np.moveaxis(array, axis, 0)[index]
     return plane
 
 
-def _most_telling_index(masks: Sequence[Mask], axis: int, size: int) -> int:
-    """The index along a RAS axis at which most of the masks is seen; the middle one among equals."""
-    seen = np.zeros(size)
+def _index_of_best_plane(masks: Sequence[Mask], axis: int, size: int) -> int:
+    """Return the index along a RAS axis of the plane with the best score; the middle one of equally good planes."""
+    score = np.zeros(size)
     others = tuple(other for other in range(3) if other != axis)
     for mask in masks:
         area = np.count_nonzero(mask, axis=others)
-        seen += area / max(int(area.max()), 1)
-    best = np.flatnonzero(seen >= seen.max() - 1e-9)
+        score += area / max(int(area.max()), 1)
+    best = np.flatnonzero(score >= score.max() - 1e-9)
     return int(best[len(best) // 2])
 
 
 def _shown_box(planes_hu: Sequence[NDArray[np.float32]], masks: Sequence[Mask], view: _AnatomicalView) -> list[slice]:
-    """The box of RAS indices to show: all masks and their surroundings, as far as there is body in the planes."""
+    """Return the range of indices to show along each RAS axis: all masks with a margin, limited to the body."""
     box = []
     for axis in range(3):
         others = tuple(other for other in range(3) if other != axis)
@@ -170,7 +178,7 @@ def _shown_box(planes_hu: Sequence[NDArray[np.float32]], masks: Sequence[Mask], 
 
 
 def _widened(occupied: NDArray[np.bool_], margin: float) -> slice:
-    """From the first to the last index occupied, wider by a margin; everything when nothing is occupied."""
+    """Return the range from the first to the last occupied index, plus a margin; all indices if none is occupied."""
     where = np.flatnonzero(occupied)
     if where.size == 0:
         return slice(0, occupied.size)

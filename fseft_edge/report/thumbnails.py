@@ -1,4 +1,4 @@
-"""Pictures made small enough that hundreds of them fit into one page."""
+"""Reduced copies of pictures, so small that one page can contain hundreds of them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from PIL import Image
 from fseft_edge.runtime.errors import UnreadableFileError
 
 WIDTH = 960
-"""Pixels: about 29 kB for three planes of a head and neck, measured on `support`, where the PNG has 330 kB."""
+"""Width in pixels. Three planes of a head-and-neck scan take about 29 kB (PNG: 330 kB), measured on `support`."""
 
 _QUALITY = 75
-_EFFORT = 2  # four times quicker than the most, 6, for files 8 % larger
+_EFFORT = 2  # four times as fast as the maximum, 6; the files are 8 % larger
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture as a ``data:`` address, with its size in pixels."""
+    """A reduced picture: its ``data:`` address, and its size in pixels."""
 
     source: str
     width: int
@@ -28,17 +28,21 @@ class Thumbnail:
 
 
 def thumbnail(path: Path, width: int = WIDTH) -> Thumbnail:
-    """Return a PNG file as WebP of at most this width; the same picture and Pillow give the same bytes.
+    """Return a PNG file as WebP. The same picture and version of Pillow give the same bytes.
+
+    Args:
+        path: the PNG file.
+        width: maximum width in pixels.
 
     Raises:
-        UnreadableFileError: there is no such file, or it is no picture, or damaged.
+        UnreadableFileError: the file is missing, is not a PNG file, or is damaged.
     """
     try:
         with Image.open(path, formats=("PNG",)) as opened:
             picture = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableFileError(
-            f"{path} is no PNG picture, or damaged.", remedy="Write the picture again."
+            f"{path} is missing, damaged, or not a PNG file.", remedy="Write the picture again."
         ) from error
     if picture.width > width:
         picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
