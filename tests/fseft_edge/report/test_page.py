@@ -2,20 +2,27 @@ from __future__ import annotations
 
 import base64
 import re
+import subprocess
+import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from doubles.errors import refused
+from doubles.repository import ROOT
+from jinja2 import UndefinedError
 from PIL import Image
 
 from fseft_edge.report.page import DiceChange, Paragraph, Picture, Section, Table, dice_change_table, write_page
+from fseft_edge.report.rendering import rendered
 from fseft_edge.runtime.errors import UnreadableFileError
 
 VOID = {"meta", "img", "br"}
 
 
 class Reader(HTMLParser):
-    """Checks that elements nest, and keeps the text, the attributes and the rows."""
+    """A parser that checks the nesting of elements and records text, attributes and table rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +64,7 @@ def png(tmp_path: Path) -> Path:
     return path
 
 
-def test_page_is_self_contained_and_runs_nothing(tmp_path: Path, png: Path) -> None:
+def test_page_is_self_contained_and_runs_no_script(tmp_path: Path, png: Path) -> None:
     path = tmp_path / "report" / "index.html"
     write_page(path, "Demo", [Section("Query 1", [Paragraph("Text."), Picture(png, "Three planes")])], summary="Short.")
     page = read(path)
@@ -71,7 +78,7 @@ def test_page_is_self_contained_and_runs_nothing(tmp_path: Path, png: Path) -> N
     assert [file.name for file in path.parent.iterdir()] == ["index.html"]
 
 
-def test_everything_written_is_escaped(tmp_path: Path, png: Path) -> None:
+def test_all_text_is_escaped(tmp_path: Path, png: Path) -> None:
     hostile = '<script>alert("1")</script>&\'{title}'
     table = Table(columns=[hostile, "b"], rows=[[hostile, 1.0]], caption=hostile)
     path = tmp_path / "p.html"
@@ -82,7 +89,7 @@ def test_everything_written_is_escaped(tmp_path: Path, png: Path) -> None:
     assert page.text.count(hostile) == 9  # title, h1, summary, heading, paragraph, column, cell, two captions
 
 
-def test_dice_before_and_after_stand_in_one_table_with_their_means(tmp_path: Path) -> None:
+def test_table_of_dice_before_and_after_has_a_row_of_means(tmp_path: Path) -> None:
     changes = [
         DiceChange("query_1", "liver", before=0.4, after=0.9, predicted_ml=1501.26, reference_ml=1490.0),
         DiceChange("query_2", "liver", before=0.5, after=0.8, predicted_ml=1380.0, reference_ml=1400.0),
@@ -107,17 +114,35 @@ def test_same_content_gives_the_same_bytes(tmp_path: Path, png: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"<svg/>"])
-def test_missing_or_foreign_picture_leaves_the_page_unwritten(tmp_path: Path, content: bytes | None) -> None:
+def test_missing_or_wrong_picture_is_refused_and_no_page_is_written(tmp_path: Path, content: bytes | None) -> None:
     picture = tmp_path / "missing.png"
     if content is not None:
         picture.write_bytes(content)
-    with pytest.raises(UnreadableFileError, match=r"missing\.png"):
+    with refused(UnreadableFileError, "missing.png"):
         write_page(tmp_path / "p.html", "Demo", [Section("A", [Picture(picture, "c")])])
     assert not (tmp_path / "p.html").exists()
 
 
-def test_table_with_a_row_of_another_length_is_refused() -> None:
+def test_table_with_a_row_of_another_length_is_an_error() -> None:
     with pytest.raises(ValueError, match="2 columns"):
         Table(["a", "b"], [["only one"]])
     with pytest.raises(ValueError, match="2 columns"):
         Table(["a", "b"], [], digits=(1,))
+
+
+def test_templates_are_installed_with_their_packages() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    folders = {path.parent for path in (ROOT / "fseft_edge").rglob("*.j2")}
+    packages = {".".join(folder.parent.relative_to(ROOT).parts) for folder in folders}
+    assert packages == {"fseft_edge.batch", "fseft_edge.report"}
+    assert all("templates/*" in data[package] for package in packages)
+
+
+def test_jinja2_is_not_imported_before_a_page_is_written() -> None:
+    program = "import sys, fseft_edge.report.page, fseft_edge.batch.report; sys.exit('jinja2' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)  # noqa: S603 - our own program
+
+
+def test_missing_value_of_a_template_is_an_error() -> None:
+    with pytest.raises(UndefinedError):
+        rendered("fseft_edge.report", "page.html.j2", title="Demo", summary="")

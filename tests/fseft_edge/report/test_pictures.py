@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from fseft_edge.report.pictures import PREDICTION_COLOUR, TRUTH_COLOUR, Colour, _legend, three_plane_picture
+from fseft_edge.report.pictures import PREDICTION_COLOUR, REFERENCE_COLOUR, Colour, _legend, three_plane_picture
 from fseft_edge.report.planes import PLANES, three_cuts
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
 from fseft_edge.runtime.scans.volume import Volume
@@ -28,7 +28,7 @@ def ball(centre_mm: tuple[float, float, float], radius_mm: float) -> Mask:
 
 
 def scan() -> NDArray[np.int16]:
-    """A RAS+ scan without any symmetry: noise in soft tissue, in air."""
+    """Return a RAS+ scan without any symmetry: a box of noise in the range of soft tissue, surrounded by air."""
     hu = np.full(SHAPE, -1000, dtype=np.int16)
     hu[3:-6, 4:-2, 1:-3] = np.random.default_rng(5).integers(-100, 200, size=(35, 30, 22))
     return hu
@@ -49,44 +49,44 @@ def turned_volume(orientation: NDArray[np.float64]) -> Volume:
     return Volume(turned(scan(), orientation), affine)
 
 
-def opened(path: Path) -> NDArray[np.uint8]:
+def pixels(path: Path) -> NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def near(picture: NDArray[np.uint8], colour: Colour) -> Mask:
+def has_colour(picture: NDArray[np.uint8], colour: Colour) -> Mask:
     return np.asarray(np.abs(picture.astype(int) - colour).max(axis=-1) < 40)
 
 
-PREDICTION, TRUTH = ball((40, 50, 60), 22), ball((44, 56, 60), 24)
+PREDICTION, REFERENCE = ball((40, 50, 60), 22), ball((44, 56, 60), 24)
 
 
-def test_all_48_orientations_of_a_scan_show_the_same_planes() -> None:
-    expected = three_cuts(Volume(scan(), AFFINE), [(PREDICTION, TRUTH)])
+def test_all_48_orientations_of_a_scan_give_the_same_planes() -> None:
+    expected = three_cuts(Volume(scan(), AFFINE), [(PREDICTION, REFERENCE)])
     seen = 0
     for orientation in orientations():
-        masks = (turned(PREDICTION, orientation), turned(TRUTH, orientation))
+        masks = (turned(PREDICTION, orientation), turned(REFERENCE, orientation))
         for cut, wanted in zip(three_cuts(turned_volume(orientation), [masks]), expected, strict=True):
             np.testing.assert_array_equal(cut.hu, wanted.hu)
             np.testing.assert_array_equal(cut.organs[0].prediction, wanted.organs[0].prediction)
-            np.testing.assert_array_equal(cut.organs[0].truth, wanted.organs[0].truth)
+            np.testing.assert_array_equal(cut.organs[0].reference, wanted.organs[0].reference)
             assert (cut.row_mm, cut.column_mm) == (wanted.row_mm, wanted.column_mm)
         seen += 1
     assert seen == 48
 
 
-def test_picture_bytes_are_the_same_for_every_orientation_and_every_time(tmp_path: Path) -> None:
+def test_picture_has_the_same_bytes_for_each_orientation(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "picture.png"
     bytes_written = set()
     for orientation in list(orientations())[1::24]:
-        masks = (turned(PREDICTION, orientation), turned(TRUTH, orientation))
+        masks = (turned(PREDICTION, orientation), turned(REFERENCE, orientation))
         three_plane_picture(turned_volume(orientation), {"organ": masks}, path)
         bytes_written.add(path.read_bytes())
     assert len(bytes_written) == 1
     assert [file.name for file in path.parent.iterdir()] == ["picture.png"]
 
 
-def test_right_anterior_and_superior_lie_where_radiologists_expect_them() -> None:
+def test_planes_are_in_radiological_convention() -> None:
     hu = np.full(SHAPE, 40, dtype=np.int16)
     hu[-1, -1, -1] = 3000  # rightmost, most anterior, most superior
     mask = np.zeros(SHAPE, dtype=bool)
@@ -97,14 +97,14 @@ def test_right_anterior_and_superior_lie_where_radiologists_expect_them() -> Non
     assert [plane.edges for plane in PLANES] == [("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I")]
 
 
-def test_planes_of_paired_organs_run_through_an_organ_not_between_them() -> None:
+def test_planes_of_paired_organs_go_through_an_organ_and_not_between_them() -> None:
     pair = [(ball((12, 50, 60), 10), None), (ball((74, 50, 60), 10), None)]
     axial, coronal, sagittal = three_cuts(Volume(scan(), AFFINE), pair)
     assert all(organ.prediction.any() for cut in (axial, coronal) for organ in cut.organs)
     assert any(organ.prediction.any() for organ in sagittal.organs)
 
 
-def test_surroundings_of_the_organs_are_shown_and_distant_parts_cut_away() -> None:
+def test_planes_are_cropped_to_the_region_of_the_organs() -> None:
     shape = (300, 60, 30)
     mask = np.zeros(shape, dtype=bool)
     mask[100:110, 20:30, 10:20] = True
@@ -113,7 +113,7 @@ def test_surroundings_of_the_organs_are_shown_and_distant_parts_cut_away() -> No
     assert sagittal.hu.shape == (30, 60)
 
 
-def test_scan_without_any_mask_is_shown_through_its_middle() -> None:
+def test_planes_go_through_the_middle_of_a_scan_with_an_empty_mask() -> None:
     empty = np.zeros(SHAPE, dtype=bool)
     axial, _, _ = three_cuts(Volume(scan(), AFFINE), [(empty, None)])
     middle = scan()[:, :, SHAPE[2] // 2].T[::-1, ::-1]
@@ -124,8 +124,8 @@ def test_scan_without_any_mask_is_shown_through_its_middle() -> None:
 def test_a_ball_is_round_in_every_plane_of_an_anisotropic_scan(tmp_path: Path) -> None:
     path = tmp_path / "ball.png"
     three_plane_picture(Volume(scan(), AFFINE), {"ball": (ball((44, 54, 60), 32), None)}, path)
-    picture = opened(path)[:-60]  # without the legend
-    orange = near(picture, PREDICTION_COLOUR)
+    picture = pixels(path)[:-60]  # without the legend
+    orange = has_colour(picture, PREDICTION_COLOUR)
     columns = np.flatnonzero(orange.any(axis=0))
     outlines = np.split(columns, np.flatnonzero(np.diff(columns) > 40) + 1)
     assert len(outlines) == 3
@@ -136,23 +136,23 @@ def test_a_ball_is_round_in_every_plane_of_an_anisotropic_scan(tmp_path: Path) -
     assert max(sizes) < 1.12 * min(sizes)  # the coarsest axis has voxels of 5 mm in 64
 
 
-def test_truth_is_outlined_in_its_own_colour_and_only_where_there_is_one(tmp_path: Path) -> None:
+def test_reference_has_its_own_colour_if_there_is_one(tmp_path: Path) -> None:
     volume, path = Volume(scan(), AFFINE), tmp_path / "p.png"
     three_plane_picture(volume, {"organ": (PREDICTION, None)}, path)
-    assert not near(opened(path), TRUTH_COLOUR).any()
-    three_plane_picture(volume, {"organ": (PREDICTION, TRUTH)}, path)
-    picture = opened(path)
-    assert near(picture, TRUTH_COLOUR).sum() > 1000
-    assert near(picture, PREDICTION_COLOUR).sum() > 1000
+    assert not has_colour(pixels(path), REFERENCE_COLOUR).any()
+    three_plane_picture(volume, {"organ": (PREDICTION, REFERENCE)}, path)
+    picture = pixels(path)
+    assert has_colour(picture, REFERENCE_COLOUR).sum() > 1000
+    assert has_colour(picture, PREDICTION_COLOUR).sum() > 1000
 
 
-def test_legend_numbers_organs_and_gives_dsc_where_there_is_a_truth() -> None:
-    texts = [entry.text for entry in _legend({"liver": (PREDICTION, PREDICTION), "spleen": (TRUTH, None)})]
-    assert texts == ["prediction", "truth", "1  liver  DSC 1.000", "2  spleen"]
+def test_legend_numbers_organs_and_states_the_dsc_if_there_is_a_reference() -> None:
+    texts = [entry.text for entry in _legend({"liver": (PREDICTION, PREDICTION), "spleen": (REFERENCE, None)})]
+    assert texts == ["prediction", "reference", "1  liver  DSC 1.000", "2  spleen"]
     assert [entry.text for entry in _legend({"liver": (PREDICTION, None)})] == ["prediction", "liver"]
 
 
-def test_mask_of_another_lattice_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_mask_on_another_lattice_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="spleen"):
         three_plane_picture(Volume(scan(), AFFINE), {"spleen": (PREDICTION[1:], None)}, tmp_path / "p.png")
     assert not list(tmp_path.iterdir())
@@ -164,6 +164,6 @@ def test_real_scan_gives_a_picture_of_readable_size(real_ct: Path, tmp_path: Pat
     labels = read_label_map(real_ct / "headneck/label/hn_002.nii.gz")
     mandible = labels.array == 7
     three_plane_picture(volume, {"mandible": (mandible, mandible)}, tmp_path / "p.png")
-    height, width, _ = opened(tmp_path / "p.png").shape
+    height, width, _ = pixels(tmp_path / "p.png").shape
     assert 700 <= width <= 1440
     assert 250 <= height <= 800
