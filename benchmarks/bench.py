@@ -1,4 +1,4 @@
-"""What the benchmarks on real CT do over and over: encode, train, score."""
+"""Functions that the benchmarks on real CTs have in common: encode, train, score."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Bench:
     store: FeatureStore
 
     def encoded(self, case: str) -> EncodedScan:
-        """Return a case's features, from the store if they are there."""
+        """Return the features of a case, from the store if the store contains them."""
         volume = read_ct(headneck.image_path(case))
         return encode_scan(volume, bundle=self.bundle, session=self.session, store=self.store)
 
     def score(self, case: str, adapter: Adapter, organs: Sequence[OrganLabel] = headneck.ORGANS) -> dict[str, float]:
-        """Return the DSC of every organ of a case, on the scan's own lattice."""
+        """Return the DSC of every organ of a case, on the lattice of the scan."""
         reference = read_label_map(headneck.label_path(case)).array
         labels = segment_encoded(self.encoded(case), [adapter])
         return {
@@ -45,7 +45,7 @@ class Bench:
         }
 
     def support(self, cases: Sequence[str], *, variations: int | None = 0, seed: int = 0) -> list[SupportScan]:
-        """Return annotated scans with all five organs, and their variations."""
+        """Return annotated scans with all five organs, and the variations of these scans."""
         annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in cases]
         return load_support(
             annotated,

@@ -1,8 +1,9 @@
-"""Time and exactness of the encoder backends on one window: `make benchmark BENCHMARK=encoder_backends`.
+"""Time and numerical error of the encoder backends on one window: `make benchmark BENCHMARK=encoder_backends`.
 
-It is what ``auto`` chooses by (``runtime/backend_choice.py``). All competitors stand in one process and take
-turns, so that whatever else the machine does hits them alike; the figure is the processor time of each one's fastest
-round, on one thread, and its ratio to plain PyTorch. Weights are random: speed does not depend on them.
+The order of backends of ``auto`` is based on these times (``runtime/encoder/backend_choice.py``). All backends run in
+one process and take turns, so that other work on the machine affects all of them. The result is the processor time of
+the fastest round of each backend, on one thread, and its ratio to plain PyTorch. The weights are random, because the
+speed does not depend on the weights.
 
     python benchmarks/encoder_backends.py                                      the compact encoder, window 96^3
     python benchmarks/encoder_backends.py --architecture swin_unetr --window 64
@@ -59,10 +60,10 @@ def write_bundle(folder: Path, architecture: str, window: tuple[int, int, int]) 
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=sorted(SETTINGS), default="residual_unet")
-    parser.add_argument("--window", type=int, default=96, help="voxels of a side")
+    parser.add_argument("--window", type=int, default=96, help="edge of the window in voxels")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     window = (arguments.window,) * 3

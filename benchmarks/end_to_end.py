@@ -1,9 +1,9 @@
-"""A scan segmented from file to mask, against MONAI's sliding window alone: `make benchmark BENCHMARK=end_to_end`.
+"""Time of segmenting a scan compared with MONAI's sliding window: `make benchmark BENCHMARK=end_to_end`.
 
-`segment` with the encoder's own classifiers: reading, resampling, encoding, blending, the way back and writing the mask
-count. MONAI is given the resampled scan, and only its sliding_window_inference of the same network and classifier in
-eager PyTorch counts, with the same windows and overlap. Every measurement runs in a process of its own; rounds
-alternate, and the ratio is that of the fastest round of each.
+The time of `segment` with the encoder's head includes reading, resampling, encoding, blending, resampling to the scan's
+lattice and writing the mask. The time of MONAI includes only sliding_window_inference of this network and head on the
+resampled scan, in eager PyTorch, with equal windows and overlap. Every measurement runs in a separate process. Rounds
+alternate, and the ratio compares the fastest rounds.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ NAMES = ("monai", "torch float32", "onnxruntime float32", "openvino float32", "o
 
 
 def monai_seconds(bundle: EncoderBundle, scan: Path) -> float:
-    """Return the seconds that MONAI's sliding window takes for the logits of the resampled scan."""
-    from monai.inferers import sliding_window_inference  # noqa: PLC0415 - only this measurement may pay for it
+    """Return the time in seconds of MONAI's sliding window for the logits of the resampled scan."""
+    from monai.inferers import sliding_window_inference  # noqa: PLC0415 - only this measurement may include the import
 
     network, weight, bias = bundle.network().eval(), bundle.head_weight(), bundle.head_bias()
     volume = read_ct(scan)
@@ -61,7 +61,7 @@ def monai_seconds(bundle: EncoderBundle, scan: Path) -> float:
 
 
 def our_seconds(bundle: EncoderBundle, scan: Path, backend: str, precision: Precision) -> float:
-    """Return the seconds from the file to the mask."""
+    """Return the time in seconds from the file to the mask."""
     organs = [OrganLabel(name, number) for number, name in enumerate(bundle.manifest.organs, start=1)]
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "zero_shot.adapter"
@@ -72,7 +72,7 @@ def our_seconds(bundle: EncoderBundle, scan: Path, backend: str, precision: Prec
 
 
 def measure(encoder: Path, scan: Path, name: str) -> None:
-    """Run one measurement in this process and print it as JSON."""
+    """Run one measurement in this process and print the result as JSON."""
     bundle = EncoderBundle.open(encoder)
     backend, _, precision = name.partition(" ")
     seconds = (
@@ -84,9 +84,9 @@ def measure(encoder: Path, scan: Path, name: str) -> None:
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scan", type=Path, help="default: the abdomen CT under FSEFT_EDGE_DATA")
+    parser.add_argument("--scan", type=Path, help="CT to segment; default: the abdomen CT in FSEFT_EDGE_DATA")
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
@@ -101,7 +101,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name in arguments.only:
             command = [sys.executable, __file__, "--encoder", str(encoder), "--scan", str(scan), "--measure", name]
-            printed = subprocess.check_output(command, text=True)  # noqa: S603 - runs this very file
+            printed = subprocess.check_output(command, text=True)  # noqa: S603 - runs this file
             rounds[name].append(json.loads(printed))
     reference = min(result["seconds"] for result in rounds.get("monai", rounds[arguments.only[0]]))
     print("| segment | seconds | times faster | peak MiB |\n|---|---|---|---|")

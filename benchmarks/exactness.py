@@ -1,7 +1,7 @@
-"""How exact features and masks are on a real CT: `make benchmark BENCHMARK=exactness`.
+"""Numerical error of features and masks on a real CT: `make benchmark BENCHMARK=exactness`.
 
-Prints the error of ONNX Runtime's features against PyTorch's, and what storing features as float16 instead of float32
-changes in zero-shot probabilities and masks.
+Prints the error of ONNX Runtime's features relative to PyTorch, and the changes of zero-shot probabilities and masks if
+features are stored as float16 instead of float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fseft_edge.runtime.scans.nifti import read_ct
 
 
 def main() -> None:
-    """Measure on one support scan, and print."""
+    """Measure on one support scan and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", default=headneck.split("support")[0])
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""How far the leave-one-out estimate is from the DSC on `test`: `make benchmark BENCHMARK=expectation`.
+"""Difference between the leave-one-out estimate and the DSC on `test`: `make benchmark BENCHMARK=expectation`.
 
-Takes the adapters that kshot.py left in OUTPUT/adapters, leaves every scan of their support sets out once, and scores
-them on `test` with the post-processing that leave-one-out chose and without. Each support set is a line of
-OUTPUT/expectation.jsonl; what is there is not done again.
+Uses the adapters that kshot.py wrote to OUTPUT/adapters, performs leave-one-out cross-validation on their support sets,
+and scores the adapters on `test`, with and without the post-processing that the cross-validation chose. The result of
+each support set is a line of OUTPUT/expectation.jsonl; existing results are not computed again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fseft_edge.runtime.scans.nifti import read_label_map
 
 
 def main() -> None:
-    """Do what is missing, and print the table."""
+    """Compute missing results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--draws", type=int, default=3)
@@ -87,7 +87,7 @@ def _compared(bench: Bench, method: str, shots: int, draw: int, adapter: Path) -
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Return the table: for each k and organ the estimate, what came on `test`, the mean absolute gap over draws."""
+    """Return the table: for each k and organ, the estimate, the DSC on `test`, and their mean absolute difference."""
     lines = [
         "| method | k | organ | left out | test | mean absolute gap | test without post-processing |",
         "|---|---|---|---|---|---|---|",

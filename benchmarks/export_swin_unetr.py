@@ -1,7 +1,7 @@
 """Export of FSEFT's SwinUNETR (feature size 48, window 96^3): `make benchmark BENCHMARK=export_swin_unetr`.
 
-Prints how long the export takes, what the bundle weighs, how far ONNX Runtime is from PyTorch, and the peak memory.
-Without ``--checkpoint`` the weights are random, in a file laid out like the published one.
+Prints the time of the export, the size of the bundle, the error of ONNX Runtime relative to PyTorch, and the peak
+memory. Without ``--checkpoint``, the weights are random, in a file with the layout of the published checkpoint.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fseft_edge.runtime.encoder.networks import build_network
 
 
 def write_random_checkpoint(path: Path) -> None:
-    """Write a checkpoint with the names and shapes of the published one."""
+    """Write a checkpoint with the names and shapes of the published checkpoint."""
     description = MODELS["fseft"].published
-    assert description is not None  # noqa: S101 - it is a published model
+    assert description is not None  # noqa: S101 - a published model has a description
     torch.manual_seed(0)
     network = build_network(description.architecture, **description.settings)
     head = torch.nn.Conv3d(network.levels[0].channels, len(description.organs), 1)
@@ -33,11 +33,13 @@ def write_random_checkpoint(path: Path) -> None:
 
 
 def main() -> None:
-    """Export, and print the figures."""
+    """Export and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="the published fseft.pth")
-    parser.add_argument("--parity-ct", type=Path, action="append", default=[], help="a CT to compare on")
-    parser.add_argument("--twice", action="store_true", help="export again and compare the bytes")
+    parser.add_argument("--checkpoint", type=Path, help="the published file fseft.pth")
+    parser.add_argument(
+        "--parity-ct", type=Path, action="append", default=[], help="CT on which ONNX Runtime is compared with PyTorch"
+    )
+    parser.add_argument("--twice", action="store_true", help="export a second time and compare the bytes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or Path(folder) / "random.pth"
@@ -53,7 +55,7 @@ def main() -> None:
                 parity_volumes=arguments.parity_ct,
             )
             seconds, busy = time.monotonic() - started, time.process_time() - busy
-            assert bundle.graph is not None  # noqa: S101 - it was asked for
+            assert bundle.graph is not None  # noqa: S101 - the export writes a graph
             graphs.append(hashlib.sha256(bundle.graph.read_bytes()).hexdigest())
             report = bundle.manifest.parity["onnxruntime"]
             print(

@@ -1,7 +1,8 @@
-"""Where zero-shot masks and contours part: `make benchmark BENCHMARK=extents`.
+"""Difference between zero-shot masks and contours along the body axis: `make benchmark BENCHMARK=extents`.
 
-Scores the encoder's own classifiers on every `support` scan, on the scan's own lattice: over the whole scan, and within
-the axial slices that the reference contours. The difference is where an organ is taken to begin and end.
+Scores the encoder's head on every `support` scan, on the lattice of the scan: over the whole scan, and only in the
+axial slices with a reference contour. The two scores differ because masks and contours begin and end at different
+slices.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
 
-_SLICE_AXIS = 2  # of these scans, whose axes are P-L-I
+_SLICE_AXIS = 2  # these scans have the axes P-L-I
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model file of another encoder than the built-in one")
+    parser.add_argument("--model", type=Path, help="model file of an encoder; default: the built-in encoder")
     bundle = headneck.encoder(parser.parse_args().model)
     adapter = zero_shot_adapter(bundle, headneck.BASE).adapter
     whole: list[list[float]] = []

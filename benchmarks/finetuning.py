@@ -1,14 +1,14 @@
-"""The baselines that train the network itself, on the same scans as the adapters (see kshot.py).
+"""The baselines that train the network itself, on the support sets of the adapters (see kshot.py).
 
-All three see augmented crops of the support scans (turned, zoomed, restyled: the crops of `pretrain`), and learn with
-the adapters' own loss.
+All baselines are trained on augmented crops of the support scans (rotated, zoomed, restyled, like the crops of
+`pretrain`), with the loss of the adapters.
 
 ==================== ================================ ===========================================
-baseline             starts from                      learns
+baseline             initial weights                  trained parameters
 ==================== ================================ ===========================================
 FT last              the encoder and its head         the last decoder block and the classifier
-full fine-tuning     the encoder and its head         everything
-from scratch         random weights                   everything
+full fine-tuning     the encoder and its head         all
+from scratch         random                           all
 ==================== ================================ ===========================================
 """
 
@@ -43,7 +43,7 @@ CROPS = 2
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A network after fine-tuning: its model file, how many of its parameters learned, and for how many seconds."""
+    """A network after fine-tuning: its model file, the number of trained parameters, and the training time in s."""
 
     model: Path
     parameters: int
@@ -59,38 +59,40 @@ def fine_tune(
         kind: a key of :data:`RATES`.
         cases: names of the support scans.
         model: model file of the encoder; None for the built-in one.
-        device: where to train.
-        seed: of everything random.
+        device: device for training.
+        seed: seed for all random choices.
         output: folder for the model file.
     """
     output.mkdir(parents=True, exist_ok=True)
     pretrained = read_model_file(headneck.model_file(model))
-    plan = _plan(kind, cases, pretrained.description, seed=seed, output=output)
+    config = _config(kind, cases, pretrained.description, seed=seed, output=output)
     torch.manual_seed(seed)
-    network = PretrainingNetwork(build_network(plan.encoder.architecture, **plan.encoder.settings), len(plan.organs), 0)
+    network = PretrainingNetwork(
+        build_network(config.encoder.architecture, **config.encoder.settings), len(config.organs), 0
+    )
     if kind != "from scratch":
         load_weights(network.encoder, pretrained.encoder, source=pretrained.description.name)
         with torch.no_grad():
             network.head_bias.fill_(-3.0)
             network.head.weight.zero_()
             for row, organ in enumerate(pretrained.description.organs):
-                if organ in plan.organs:
-                    network.head.weight[plan.organs.index(organ)] = pretrained.head_weight[row, :, None, None, None]
-                    network.head_bias[plan.organs.index(organ)] = pretrained.head_bias[row]
-    network = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # stubs know 2D only
-    learned = _learned(network, kind, plan.encoder.architecture)
+                if organ in config.organs:
+                    network.head.weight[config.organs.index(organ)] = pretrained.head_weight[row, :, None, None, None]
+                    network.head_bias[config.organs.index(organ)] = pretrained.head_bias[row]
+    network = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's type stubs cover 2D only
+    learned = _learned(network, kind, config.encoder.architecture)
     bfloat16 = has_bfloat16(device)
-    cohorts = load_cohorts(plan, headneck.data_root(), SilentProgress())
-    optimizer = torch.optim.AdamW(learned, weight_decay=plan.schedule.weight_decay)
+    cohorts = load_cohorts(config, headneck.data_root(), SilentProgress())
+    optimizer = torch.optim.AdamW(learned, weight_decay=config.schedule.weight_decay)
     clock = time.monotonic if device.type == "cuda" else time.process_time
     started = clock()
-    for step in range(plan.schedule.steps):
+    for step in range(config.schedule.steps):
         network.train()
-        if kind != "from scratch" or step >= plan.schedule.steps * (1 - plan.schedule.frozen_norm_fraction):
+        if kind != "from scratch" or step >= config.schedule.steps * (1 - config.schedule.frozen_norm_fraction):
             network.freeze_statistics()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(plan, step)
-        batch = draw_batch(plan, cohorts, step).on(device)
+            group["lr"] = learning_rate(config, step)
+        batch = draw_batch(config, cohorts, step).on(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             (logits, *_), _ = network(batch.clean.contiguous(memory_format=torch.channels_last_3d))
         loss = adaptation_loss(logits.float(), batch.targets, batch.task_mask, "sigmoid")
@@ -99,17 +101,21 @@ def fine_tune(
         nn.utils.clip_grad_norm_(learned, 5.0)
         optimizer.step()
         if step % 50 == 49:
-            print(f"{plan.name}: step {step + 1}, loss {float(loss.detach()):.3f}", flush=True)
+            print(f"{config.name}: step {step + 1}, loss {float(loss.detach()):.3f}", flush=True)
     seconds = clock() - started
     network = network.cpu()
-    description = pretrained.description.model_copy(update={"name": plan.name, "organs": plan.organs, "training": {}})
-    tuned = output / f"{plan.name}.safetensors"
+    description = pretrained.description.model_copy(
+        update={"name": config.name, "organs": config.organs, "training": {}}
+    )
+    tuned = output / f"{config.name}.safetensors"
     weights = network.head.weight.detach().flatten(1)
     write_model_file(tuned, ModelFile(description, network.encoder.state_dict(), weights, network.head_bias.detach()))
     return FineTuned(tuned, sum(parameter.numel() for parameter in learned), seconds)
 
 
-def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: int, output: Path) -> PretrainingConfig:
+def _config(
+    kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: int, output: Path
+) -> PretrainingConfig:
     name = f"{encoder.name}-{kind.replace(' ', '_')}-{len(cases)}-{seed}"
     has_batch_norm = encoder.architecture == "residual_unet"
     (output / f"{name}.json").write_text(json.dumps({"cases": list(cases)}))
@@ -142,7 +148,7 @@ def _plan(kind: str, cases: Sequence[str], encoder: ModelDescription, *, seed: i
 
 
 def _learned(network: PretrainingNetwork, kind: str, architecture: str) -> list[nn.Parameter]:
-    """Return what the baseline trains, and freeze the rest."""
+    """Return the parameters that the baseline trains, and freeze all other parameters."""
     chosen = [*network.encoder.parameters(), *network.head.parameters()]
     if kind == "FT last":
         network.requires_grad_(False)

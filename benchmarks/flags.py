@@ -1,7 +1,7 @@
-"""What the limits of `low_confidence` and `implausible_hu` rest on: `make benchmark BENCHMARK=flags`.
+"""Evidence for the limits of the flags `low_confidence` and `implausible_hu`: `make benchmark BENCHMARK=flags`.
 
-Adapters are made from some scans of `support` and segment the others; `test` is not touched. Each adapter's masks are
-lines of OUTPUT/flags.jsonl; an adapter that is there is not made again.
+Adapters are trained on some scans of `support` and segment the other scans of `support`; `test` is not used. The masks
+of each adapter are lines of OUTPUT/flags.jsonl; an adapter with results is not trained again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Do what is missing, and print the tables."""
+    """Compute missing results and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=5)
     parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--blocks", type=int, help="of a spatial adapter's training; by default what adapt takes")
+    parser.add_argument(
+        "--blocks", type=int, help="training blocks of a spatial adapter; default: the number that `adapt` uses"
+    )
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "flags")
     arguments = parser.parse_args()
     file = arguments.output / "flags.jsonl"
@@ -81,7 +83,7 @@ def _true_hu(case: str) -> dict[str, HuPercentiles | None]:
 
 
 def _masks(bench: Bench, adapter: Adapter, case: str, known: dict[str, Sequence[HuPercentiles]]) -> Iterator[Row]:
-    """Yield each organ's scores, statistics of its probabilities, and whether its HU, and the truth's, are flagged."""
+    """Yield scores and probability statistics of each organ, and the HU flags of its mask and of its reference."""
     encoded = bench.encoded(case)
     shape = encoded.grid.source_shape
     labels, sure = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
@@ -113,7 +115,7 @@ def _masks(bench: Bench, adapter: Adapter, case: str, known: dict[str, Sequence[
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return how well confidence tells bad masks, and how often HU are flagged in masks of what they should be."""
+    """Return how well the confidence detects poor masks, and how often HU are flagged in masks and in references."""
     lines = [
         f"| adapter | masks | DSC below {BAD} | area under the curve: mean, median, share below 0.75 "
         f"| flagged | of them DSC below {BAD} | of DSC below {BAD} flagged | DSC flagged, others |",

@@ -1,8 +1,8 @@
 """The fused graph of `export-adapter` on whole scans: `make benchmark BENCHMARK=fused`.
 
-Prints the size of the graph, how far its probabilities are from the toolkit's own over one window of a real CT, and the
-DSC between the toolkit's masks, whose features are blended, and masks of blended probabilities; of whole scans also the
-DSC of both with the contours. All masks are compared before post-processing.
+Prints the size of the graph, the difference of its probabilities from those of fseft-edge in one window of a real CT,
+and the DSC between masks of fseft-edge, which blends features, and masks from blended probabilities. For whole scans,
+prints also the DSC of both masks with the contours. All masks are compared before post-processing.
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ Array = NDArray[np.float32]
 
 
 def main() -> None:
-    """Measure on support scans that the adapter did not learn from, and print."""
+    """Measure on support scans that were not used for training the adapter, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter", type=Path, help="sigmoid, of the built-in encoder; default: a quick one")
+    parser.add_argument(
+        "--adapter", type=Path, help="adapter with sigmoid for the built-in encoder; default: a briefly trained adapter"
+    )
     parser.add_argument("--cases", nargs="+", default=headneck.split("support")[2:5])
     parser.add_argument("--overlaps", type=float, nargs="+", default=[OVERLAP, 0.5])
     arguments = parser.parse_args()
@@ -81,13 +83,13 @@ def _compare(
     volume: Volume,
     reference: NDArray[np.unsignedinteger] | None,
     *,
-    session: Any,  # noqa: ANN401 - of a library without types
+    session: Any,  # noqa: ANN401 - onnxruntime has no type annotations
     file: AdapterFile,
     bundle: EncoderBundle,
     overlaps: list[float],
     folder: Path,
 ) -> None:
-    """Print how the graph's result on one scan differs from the toolkit's, stored as float32."""
+    """Print the difference between the graph's result and that of fseft-edge, stored as float32, on one scan."""
     with open_session(bundle, device="cpu") as encoder:
         encoded = encode_scan(volume, bundle=bundle, session=encoder, store=FeatureStore(folder), storage="float32")
     own = np.concatenate([section for _, section in predict_sections(encoded, [file.adapter])], axis=3)
@@ -113,12 +115,12 @@ def _compare(
 
 
 def blended(
-    session: Any,  # noqa: ANN401 - likewise
+    session: Any,  # noqa: ANN401 - onnxruntime has no type annotations
     scan: Array,
     window: tuple[int, int, int],
     overlap: float,
 ) -> tuple[Array, int]:
-    """Return the blended probabilities ``[classes, X, Y, Z]`` of a scan on its grid, and how many windows they took."""
+    """Return the blended probabilities ``[classes, X, Y, Z]`` of a scan on its grid, and the number of windows."""
     padded = np.pad(scan, [(0, max(0, size - length)) for size, length in zip(window, scan.shape, strict=True)])
     origins = list(
         itertools.product(*(_origins(length, size, overlap) for length, size in zip(padded.shape, window, strict=True)))
@@ -133,7 +135,7 @@ def blended(
             total = np.zeros((len(probabilities), *padded.shape), np.float32)
         total[:, *where] += importance * probabilities
         weight[where] += importance
-    assert total is not None  # noqa: S101 - there is always a window
+    assert total is not None  # noqa: S101 - every grid has at least one window
     return (total / weight)[:, *(slice(length) for length in scan.shape)], len(origins)
 
 
@@ -142,7 +144,7 @@ def _origins(length: int, size: int, overlap: float) -> list[int]:
 
 
 def _labels(encoded: EncodedScan, probabilities: Array) -> NDArray[np.uint8]:
-    """Return the label map of sigmoid probabilities on the scan's own lattice, decided as `segment` decides."""
+    """Return the label map of sigmoid probabilities on the lattice of the scan, with the decision rule of `segment`."""
     labels = np.zeros(encoded.grid.source_shape, np.uint8)
     sections: Iterator[tuple[int, Array]] = iter([(0, probabilities)])
     for piece in encoded.grid.to_source(sections):
@@ -154,7 +156,7 @@ def _labels(encoded: EncodedScan, probabilities: Array) -> NDArray[np.uint8]:
 
 
 def _one_window(volume: Volume, bundle: EncoderBundle) -> Volume:
-    """Return the part in the middle of a scan whose grid is one window at most."""
+    """Return the middle part of a scan, whose grid fits into one window."""
     grid = Grid.of(volume, bundle.preprocessing)
     part = []
     for axis, size in zip(grid.axes, bundle.window, strict=True):
@@ -168,7 +170,7 @@ def _one_window(volume: Volume, bundle: EncoderBundle) -> Volume:
 
 
 def _quick_adapter(bundle: EncoderBundle, folder: Path) -> Path:
-    """Write an adapter made from two support scans in two epochs: enough to compare two ways to apply it."""
+    """Write an adapter trained on two support scans for two epochs, which is enough for a comparison of its outputs."""
     path = folder / "quick.adapter"
     adapt(
         bundle.path,

@@ -1,4 +1,4 @@
-"""What the benchmarks on the real head-and-neck CTs share: where they lie, how they are split, which organs.
+"""The real head-and-neck CTs of the benchmarks: folders, splits and organs.
 
 CTs and contours: OpenKBP, Babier et al., Medical Physics 48 (2021) 5549-5561.
 """
@@ -24,7 +24,7 @@ RUNS = Path("runs")
 
 
 def data_root() -> Path:
-    """Return the folder that FSEFT_EDGE_DATA names."""
+    """Return the data folder, which the environment variable FSEFT_EDGE_DATA names."""
     root = os.environ.get("FSEFT_EDGE_DATA")
     if not root:
         sys.exit("FSEFT_EDGE_DATA is unset: it names the folder with headneck/ct, headneck/label and splits.json.")
@@ -32,18 +32,18 @@ def data_root() -> Path:
 
 
 def split(name: str) -> list[str]:
-    """Return the case names of ``support`` or ``test``."""
+    """Return the names of the cases in the split ``support`` or ``test``."""
     names: list[str] = json.loads((data_root() / "headneck" / "splits.json").read_text())[name]
     return names
 
 
 def image_path(case: str) -> Path:
-    """Return a case's CT."""
+    """Return the CT of a case."""
     return data_root() / "headneck" / "ct" / f"{case}.nii.gz"
 
 
 def label_path(case: str) -> Path:
-    """Return a case's contours."""
+    """Return the contours of a case."""
     return data_root() / "headneck" / "label" / f"{case}.nii.gz"
 
 
@@ -53,12 +53,12 @@ def draw_support(shots: int, draw: int) -> list[str]:
 
 
 def model_file(model: Path | None) -> Path:
-    """Return a model file: the built-in encoder's for None."""
+    """Return a model file; None means the model file of the built-in encoder."""
     return model or Path(str(files("fseft_edge") / "encoders" / "edge_base.safetensors"))
 
 
 def encoder(model: Path | None) -> EncoderBundle:
-    """Return the bundle of a model file (the built-in encoder for None), exported when it is not there yet."""
+    """Return the bundle of a model file (None: the built-in encoder); export the bundle if it does not exist."""
     source = model_file(model)
     output = RUNS / f"{source.stem}-{sha256_of_file(source)[:12]}.encoder"
     if output.exists():

@@ -1,10 +1,11 @@
 """The k-shot table on real CT: `make benchmark BENCHMARK=kshot`, or this script with options.
 
-Draws support sets from the `support` split, makes an adapter on them by every method and scores it on `test`, on the
-scans' own lattice. `--on support` scores on the rest of `support` instead: that is for choosing settings.
+Draws support sets from the `support` split, trains an adapter on each support set by every method, and scores the
+adapter on `test`, on the lattices of the scans. `--on support` scores on the other scans of `support` instead; use this
+option for choosing settings.
 
-Every result is a line of OUTPUT/results.jsonl, written as soon as it is there; what is there is not done again. Several
-runs may write to the same folder. `--report` prints the table and draws the plot of what is there.
+Every result is a line of OUTPUT/results.jsonl, which is written at once; existing results are not computed again.
+Several runs may write to one folder. `--report` prints the table and draws the plot of the existing results.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class Run:
-    """One row of results, before its scores: a method on one support set."""
+    """The key of a result: a method and a support set."""
 
     method: str
     shots: int
@@ -93,26 +94,26 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For file names."""
+        """Text for file names."""
         return f"{self.method.replace(' ', '_')}-{self.shots}-{self.draw}"
 
     @property
     def support(self) -> list[str]:
-        """The support set."""
+        """Names of the cases of the support set."""
         return headneck.draw_support(self.shots, self.draw) if self.shots else []
 
     @property
     def cases(self) -> list[str]:
-        """What is scored on."""
+        """Names of the cases that are scored."""
         return [case for case in headneck.split(self.on) if case not in self.support]
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a training left: a file (adapter or model), and what it took.
+    """The result of a training: a file (adapter or model), and the time and memory of the training.
 
-    Seconds are the processor's, and on a GPU those that passed; peaks are of the process's memory and of the GPU's; the
-    loss is the mean of the last fifth of fine-tuning.
+    Seconds are processor time on a CPU and elapsed time on a GPU. Peaks are those of the process's memory and of the
+    GPU memory. The loss is the mean over the last fifth of the fine-tuning.
     """
 
     path: Path
@@ -124,16 +125,16 @@ class Made:
 
 
 def main() -> None:
-    """Run what is missing, and print the table."""
+    """Compute missing results and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model file of another encoder than the built-in one")
+    parser.add_argument("--model", type=Path, help="model file of an encoder; default: the built-in encoder")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 30])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="METHOD")
-    parser.add_argument("--device", default="auto", help="where networks are trained and encode")
+    parser.add_argument("--device", default="auto", help="device for training and encoding")
     parser.add_argument("--on", choices=["test", "support"], default="test")
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "kshot")
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--report", action="store_true", help="only print the existing results")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
     bundle = headneck.encoder(arguments.model)
@@ -149,7 +150,7 @@ def main() -> None:
                     run = Run(method, *number, arguments.on, arguments.output, arguments.model, device)
                     try:
                         _do(run, bundle)
-                    except UsageError as error:  # of a method that the encoder has no place for
+                    except UsageError as error:  # the method cannot be used with this encoder
                         print(f"{method}: {error.message}", flush=True)
     results = [result for result in read_results(arguments.output) if result["encoder"] == bundle.encoder_id[:12]]
     others = [result for result in results if result["method"] not in TUNINGS]
@@ -165,7 +166,7 @@ def main() -> None:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Return every result of a folder."""
+    """Return all results in a folder."""
     file = folder / "results.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -182,7 +183,7 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
         return
     made = None
     if run.shots:
-        # A process of its own, so that its peak memory is the method's.
+        # in a separate process, so that its peak memory is that of the method
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
             made = executor.submit(_make, run, bundle.path).result()
     started = time.monotonic()
@@ -197,7 +198,7 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
         "seconds_a_case": round((time.monotonic() - started) / len(run.cases), 2),
         "scores": {case: {organ: round(dsc, 4) for organ, dsc in of_case.items()} for case, of_case in scores.items()},
     }
-    if _is_there(identity, run.folder):  # by now, from a run beside this one
+    if _is_there(identity, run.folder):  # another run has written this result in the meantime
         return
     with (run.folder / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
@@ -209,7 +210,7 @@ def _is_there(identity: dict[str, Any], folder: Path) -> bool:
 
 
 def _make(run: Run, encoder: Path) -> Made:
-    """Train, and write what came out."""
+    """Train and write the result."""
     if run.method in RATES:
         tuned = fine_tune(
             run.method, run.support, run.model, device=run.device, seed=run.draw, output=run.folder / "models"
@@ -223,7 +224,7 @@ def _make(run: Run, encoder: Path) -> Made:
     path.parent.mkdir(exist_ok=True)
     with open_session(bundle, str(run.device)) as session:
         bench = Bench(bundle, session, FeatureStore(headneck.RUNS / "features"))
-        # Before the clock starts: features are cached.
+        # before the time measurement, so that the features are in the cache
         support = bench.support(run.support, variations=None, seed=run.draw)
         started = time.process_time()
         if run.method.endswith(TRANSDUCED) and path.exists():

@@ -37,16 +37,16 @@ def markdown(results: Sequence[Result], on: str) -> str:
 
 
 def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], methods: Sequence[str]) -> str:
-    """Return the table of fine-tuning: a row a method, mean DSC of novel and of base organs from each number of scans.
+    """Return the table of fine-tuning: one row per method, with the mean DSC of novel and base organs for each k.
 
-    How many draws a mean is over stands behind it where it is not three. Training losses are from each number of
-    scans.
+    If a mean is not over three draws, the number of draws follows the mean. The table also contains the training loss
+    for each k.
 
     Args:
-        results: all of them.
-        on: what they are scored on.
-        beside: methods to compare with.
-        methods: of fine-tuning; their numbers of scans are the columns.
+        results: all results.
+        on: split that was scored.
+        beside: methods for comparison.
+        methods: methods of fine-tuning; their values of k are the columns.
     """
     grouped = _grouped(results, on)
     shots = sorted({k for method, k in grouped if method in methods})
@@ -71,7 +71,7 @@ def tuning_markdown(results: Sequence[Result], on: str, beside: Sequence[str], m
 
 
 def plot(results: Sequence[Result], on: str, path: Path) -> None:
-    """Draw DSC against k, base and novel organs side by side."""
+    """Draw the DSC as a function of k, for base organs and for novel organs."""
     mpl.use("Agg")
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     grouped = _grouped(results, on)
@@ -109,7 +109,7 @@ def _cost(draws: Sequence[Result]) -> str:
 
 
 def _measured(draws: Sequence[Result], key: str) -> list[float]:
-    """Return a figure of those results that have it: null stands for what other work on the machine spoiled."""
+    """Return the values of one key in the results; a value is null if other work on the machine disturbed the run."""
     return [draw[key] for draw in draws if draw.get(key) is not None]
 
 

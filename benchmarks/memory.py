@@ -1,12 +1,13 @@
 """Memory of encoding and segmenting one scan, predicted and measured: `make benchmark BENCHMARK=memory`.
 
-Every measurement runs in a process of its own. Printed are
+Every measurement runs in a separate process. The script prints
 
-- predicted and measured peak of encoding with each backend, and of segmenting from the cached map;
-- hashes of features and masks, with ample memory and by the smallest plan, whose budget is found from the refusals;
-- how many windows hold only air, and what encoding them once saves;
-- whether a scan can be segmented under a hard limit (RLIMIT_DATA: heap, stacks and other private writable memory;
-  mapped files do not count).
+- the predicted and measured peak of encoding with each backend, and of segmenting from the cached feature map;
+- hashes of features and masks, without a memory limit and with the smallest memory plan, whose limit is taken from the
+  error messages;
+- the number of windows that contain only air, and the time saved by encoding them once;
+- whether a scan can be segmented under a hard limit (RLIMIT_DATA: heap, stacks and other private writable memory,
+  without mapped files).
 """
 
 from __future__ import annotations
@@ -52,34 +53,34 @@ from fseft_edge.segmentation.segment import segment
 
 MIB = 1 << 20
 ORGANS = [OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 3)]
-_SLACK = 24 * MIB  # between the prediction and the work, the process grows a little
+_SLACK = 24 * MIB  # growth of the process between the prediction and the work
 
 
 def peak() -> int:
-    """Return the most bytes that this process has held."""
+    """Return the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def layout_of(volume: Volume, bundle: EncoderBundle) -> WindowLayout:
-    """Return where the windows of a scan lie."""
+    """Return the positions of the windows of a scan."""
     shape = Grid.of(volume, bundle.preprocessing).shape
     return WindowLayout.plan(shape, bundle.window, max(level.stride for level in bundle.levels), OVERLAP)
 
 
 def spatial_adapter(bundle: EncoderBundle) -> Adapter:
-    """Return the encoder's own classifiers in a spatial adapter that nothing was learned with."""
+    """Return an untrained spatial adapter with the classifiers of the encoder's head."""
     adapter = Adapter(AdapterSettings("spatial", "all"), bundle.levels, len(ORGANS))
     adapter.start_from_head(head_rows(bundle, ORGANS))
     return adapter.eval()
 
 
 def planned(volume: Volume, bundle: EncoderBundle, session: EncoderSession) -> list[EncodingPlan]:
-    """Return the plans of an encoding."""
+    """Return the memory plans of an encoding."""
     return list(encoding_of(layout_of(volume, bundle), bundle, session).plans())
 
 
 def encode(bundle: EncoderBundle, scan: Path, backend: str, which: int, cache: Path | None) -> dict[str, object]:
-    """Return prediction and seconds of encoding by one of the plans."""
+    """Return the predicted memory and the time in seconds of encoding with one of the memory plans."""
     volume = read_ct(scan)
     with open_session(bundle, backend=backend) as session, open_store(cache) as store:
         plans = planned(volume, bundle, session)
@@ -94,7 +95,7 @@ def encode(bundle: EncoderBundle, scan: Path, backend: str, which: int, cache: P
 
 
 def features_hash(features: FeatureMap) -> str:
-    """Return a hash of all features, read in thin pieces."""
+    """Return a hash of all features, which are read in thin sections."""
     digest = hashlib.sha256()
     for level in range(len(features.levels)):
         x, y, z = features.meta.level_shape(level)
@@ -104,7 +105,7 @@ def features_hash(features: FeatureMap) -> str:
 
 
 def segment_from_cache(bundle: EncoderBundle, scan: Path, adapter: Path, cache: Path, which: int) -> dict[str, object]:
-    """Return prediction and seconds of segmenting from a map that is there, by one of the plans."""
+    """Return the predicted memory and the time of segmenting from a cached feature map with one of the memory plans."""
     grid = Grid.of(read_ct(scan), bundle.preprocessing)
     with open_session(bundle) as session:
         held = held_after_encoding(bundle, session)
@@ -117,9 +118,9 @@ def segment_from_cache(bundle: EncoderBundle, scan: Path, adapter: Path, cache: 
 def segment_within(
     bundle: EncoderBundle, scan: Path, adapter: Path, gigabytes: float | None, limit: int, *, cache: Path | None = None
 ) -> dict[str, object]:
-    """Return the hash of the mask made within a budget, under a hard limit if there is one (0: none).
+    """Return the hash of a mask that was computed within a memory limit and a hard limit (0: no hard limit).
 
-    A budget that is too small becomes the smallest that works, by what the refusal says.
+    A memory limit that is too small is replaced by the smallest possible limit, which the error message states.
     """
     if limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -143,14 +144,14 @@ def segment_within(
 
 
 def air(bundle: EncoderBundle, scan: Path) -> dict[str, object]:
-    """Return how many windows hold only air, on the encoder's grid and on FSEFT's, and the ratio of processor times.
+    """Return the number of windows of air on the encoder's grid and on FSEFT's grid, and the ratio of processor times.
 
-    FSEFT's grid has voxels of 1.5 mm and is not cropped to the body. The ratio, of encoding each window of air to
-    encoding one of them, is that of this encoder on FSEFT's grid.
+    FSEFT's grid has voxels of 1.5 mm and is not cropped to the body. The ratio is the time of encoding every window of
+    air, divided by the time of encoding one window of air, for this encoder on FSEFT's grid.
     """
     volume = read_ct(scan)
     published = MODELS["fseft"].published
-    assert published is not None  # noqa: S101 - it is a published model
+    assert published is not None  # noqa: S101 - a published model has a description
     shares: dict[str, str] = {}
     own = max(level.stride for level in bundle.levels)
     for name, preprocessing, coarsest in (
@@ -168,7 +169,7 @@ def air(bundle: EncoderBundle, scan: Path) -> dict[str, object]:
         ]
         shares[name] = f"{windows.count(False)} of {len(windows)}"
     seconds = []
-    # The smallest number there is in place of 0: every window is encoded, and the features are the same.
+    # The smallest positive number instead of 0: every window is encoded, and the features do not change.
     for least in (0.0, 1e-45):
         started = time.process_time()
         with open_session(bundle) as session:
@@ -183,7 +184,7 @@ def _at_least(least: float, volume: Volume, grid: Grid) -> Callable[[int, int], 
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run one measurement in this process and print it as JSON."""
+    """Run one measurement in this process and print the result as JSON."""
     bundle = EncoderBundle.open(arguments.encoder)
     kind, *rest = arguments.measure.split(",")
     scan, adapter, cache = arguments.scan, arguments.adapter, arguments.cache
@@ -199,12 +200,12 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure, and print Markdown tables."""
+    """Measure and print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scan", type=Path, action="append", help="may be repeated")
     parser.add_argument("--encoder", type=Path)
     parser.add_argument("--backend", nargs="+", default=["torch", "onnxruntime"])
-    parser.add_argument("--limit", type=float, default=3.0, help="GiB of the hard limit")
+    parser.add_argument("--limit", type=float, default=3.0, help="hard limit in GiB")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
@@ -224,7 +225,7 @@ def main() -> None:
         def run(scan: Path, what: str) -> dict[str, object]:
             command = [sys.executable, __file__, "--encoder", str(bundle.path), "--scan", str(scan), "--measure", what]
             command += ["--adapter", str(adapter), "--cache", str(Path(folder) / scan.name)]
-            result: dict[str, object] = json.loads(subprocess.check_output(command))  # noqa: S603 - this very file
+            result: dict[str, object] = json.loads(subprocess.check_output(command))  # noqa: S603 - runs this file
             return result
 
         for scan in scans:

@@ -1,14 +1,14 @@
-"""A hospital's night in small: `make benchmark BENCHMARK=night`, or this script with options.
+"""A test of the overnight batch: `make benchmark BENCHMARK=night`, or this script with options.
 
-34 real scans of several kinds and six broken inputs wait in an inbox. Parts, in this order:
+An inbox contains 34 real scans of several kinds and six damaged inputs. The parts of the test, in this order:
 
-- `kills`: the batch's whole process tree is killed at random moments and started again, then left to finish. Checked
-  is that every good case is done, once, and every broken one listed with a reason.
-- `pipeline`: an undisturbed run with the stages of cases overlapping, and one without; their masks have to be those of
+- `kills`: all processes of the batch are killed at random moments and started again; then the batch finishes. The
+  script checks that every good case is done exactly once, and that every damaged case is listed with a reason.
+- `pipeline`: one run in which the stages of cases overlap, and one run without overlap; their masks must equal those of
   the first part, byte by byte.
-- `cluster`: the same by one Dask worker and by two, one thread each.
+- `cluster`: one run with one Dask worker and one run with two Dask workers, with one thread each.
 
-Prints Markdown. What was made lies under OUTPUT, which has to be new or empty.
+The script prints Markdown and writes its files to OUTPUT, which must be new or empty.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PARTS = ("kills", "pipeline", "cluster")
 
 @dataclass(frozen=True)
 class Night:
-    """Where everything lies."""
+    """The folders and files of the test."""
 
     root: Path
     encoder: Path
@@ -54,7 +54,7 @@ class Night:
 
     @property
     def inbox(self) -> Path:
-        """Where the scans wait."""
+        """Folder of the waiting scans."""
         return self.root / "inbox"
 
     def start(self, outbox: str, *options: str) -> subprocess.Popen[bytes]:
@@ -70,27 +70,32 @@ class Night:
             "1",
         ]
         command += [word for adapter in self.adapters for word in ("--adapter", str(adapter))]
-        return subprocess.Popen(  # noqa: S603 - the arguments are this script's
+        return subprocess.Popen(  # noqa: S603 - fixed arguments
             [*command, *options], start_new_session=True, env={**os.environ, "TMPDIR": str(self.root / "tmp")}
         )
 
     def cases(self, outbox: str) -> list[CaseRecord]:
-        """Return what the state says."""
+        """Return the content of the state file."""
         with contextlib.suppress(FseftEdgeError), BatchStore(state_path(self.root / outbox)) as store:
             return store.cases()
         return []
 
     def masks(self, outbox: str) -> dict[str, bytes]:
-        """Return the masks by key."""
+        """Return the masks by the key of their case."""
         return {path.parent.name: path.read_bytes() for path in (self.root / outbox).glob("case-*/case-*.nii.gz")}
 
 
 def main() -> None:
-    """Run the parts."""
+    """Run all parts of the test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=headneck.RUNS / "night")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--cases", type=int, default=25, help="head-and-neck scans of `test`, fewer for a trial")
+    parser.add_argument(
+        "--cases",
+        type=int,
+        default=25,
+        help="number of head-and-neck scans of `test`; use fewer scans for a short trial",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
@@ -98,7 +103,7 @@ def main() -> None:
     good, broken = _fill(night.inbox, arguments.cases)
     print(f"{len(good)} good inputs, {len(broken)} broken ones, {len(night.adapters)} adapters\n")
     if "kills" in arguments.parts:
-        _kills(night, good, broken, arguments.kills, random.Random(arguments.seed))  # noqa: S311 - no secret
+        _kills(night, good, broken, arguments.kills, random.Random(arguments.seed))  # noqa: S311 - not used for security
     if "pipeline" in arguments.parts:
         _pipeline(night)
     if "cluster" in arguments.parts:
@@ -134,7 +139,7 @@ def _prepared(root: Path) -> Night:
 
 
 def _fill(inbox: Path, test_cases: int) -> tuple[set[str], set[str]]:
-    """Put scans of every kind into the inbox; return the keys of the good and of the broken ones."""
+    """Write scans of every kind to the inbox; return the keys of the good cases and of the damaged cases."""
     data = headneck.data_root()
     good: list[Path] = []
     cases = headneck.split("test")[:test_cases] + headneck.split("support")[3:7]
@@ -162,7 +167,7 @@ def _fill(inbox: Path, test_cases: int) -> tuple[set[str], set[str]]:
 
 
 def _scaled_to_one(plain: bytes) -> bytes:
-    """Return a NIfTI file whose slope and intercept (bytes 112 to 119) bring HU between 0 and 1."""
+    """Return a NIfTI file whose slope and intercept (bytes 112 to 119) scale HU to values between 0 and 1."""
     return plain[:112] + struct.pack("<ff", 1 / 4000, 0.25) + plain[120:]
 
 
@@ -202,7 +207,7 @@ def _kills(night: Night, good: set[str], broken: set[str], kills: int, moments: 
 
 
 def _check_once(night: Night, done: dict[str, int]) -> None:
-    """Make sure that what was done before has not been written again."""
+    """Raise SystemExit if the result of a finished case was written again."""
     for path in (night.root / "killed").glob("case-*/case-*.nii.gz"):
         date = path.stat().st_mtime_ns
         if done.setdefault(path.parent.name, date) != date:
@@ -232,7 +237,7 @@ def _cluster(night: Night) -> None:
 
 
 def _row(night: Night, outbox: str) -> float:
-    """Print a row; return the seconds from the first case's start to the last one's end."""
+    """Print a row; return the seconds from the start of the first case to the end of the last case."""
     done = [case for case in night.cases(outbox) if case.seconds is not None]
     begun = min(case.started_at for case in done if case.started_at is not None)
     wall = max(case.finished_at for case in done if case.finished_at is not None) - begun
@@ -260,7 +265,7 @@ def _workers(count: int, temporary: Path) -> Iterator[str]:
     processes = []
     for command in commands:
         processes.append(
-            subprocess.Popen(  # noqa: S603 - the arguments are this script's
+            subprocess.Popen(  # noqa: S603 - fixed arguments
                 [sys.executable, "-m", *command],
                 env=environment,
                 start_new_session=True,
@@ -269,7 +274,7 @@ def _workers(count: int, temporary: Path) -> Iterator[str]:
             )
         )
     try:
-        time.sleep(10)  # until all workers have found the scheduler
+        time.sleep(10)  # wait until all workers are connected to the scheduler
         yield address
     finally:
         for process in processes:

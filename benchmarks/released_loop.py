@@ -1,14 +1,14 @@
-"""Adaptation against the released method's loop: `make benchmark BENCHMARK=released_loop`.
+"""Comparison of `adapt` with the training loop of the released FSEFT code: `make benchmark BENCHMARK=released_loop`.
 
-The released FSEFT code adapts by running the whole frozen network in every step: six windows a scan and step (positive
-and negative in turn), the spatial adapter on the last feature layer, AdamW at 1e-4 with one warm-up epoch and a cosine
-over 200 epochs, soft Dice. Its loop is written here from the paper's description, in eager PyTorch, with the encoder's
-own window.
+The released code computes the whole frozen network in every training step: six windows of a scan per step (positive and
+negative windows alternate), a spatial adapter on the last feature layer, AdamW at 1e-4 with one warm-up epoch and a
+cosine decay over 200 epochs, soft Dice loss. This script implements that loop from the description in the paper, in
+eager PyTorch, with the window of the encoder.
 
-A few of its steps are run as they are and timed. That gives how many it can do in a multiple of the time that `adapt`
-needs, encoding included. Those steps are then done with the crops' features taken from the cached map instead of the
-network: that saves time here, and changes features at a crop's border only. What both have learned is scored by DSC on
-support scans that neither has seen.
+A few unchanged steps of the loop are timed. Their time gives the number of steps that the loop can compute in a
+multiple of the time of `adapt`, encoding included. These steps then read the features of the crops from the cached
+feature map instead of the network. This saves time and changes features only at the border of a crop. Both adapters are
+scored by DSC on support scans that were not used for training.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ _TIMED_STEPS = 3
 
 
 class ReleasedLoop:
-    """The released code's training loop.
+    """The training loop of the released code.
 
     Args:
-        bundle: the encoder.
+        bundle: the encoder bundle.
         support: the annotated scans.
-        images: the same scans on the grid, ``[X, Y, Z]``, scaled to 0..1.
+        images: images of the annotated scans on the grid, ``[X, Y, Z]``, scaled to 0..1.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ReleasedLoop:
         self.steps = 0
 
     def step(self, *, encode: bool) -> None:
-        """Do one step: six crops of one scan, encoded as released, or with their features read from the cached map."""
+        """Compute one step with six crops of one scan, encoded by the network or read from the cached feature map."""
         epoch = len(self._support)
         done = (self.steps - epoch) / (epoch * (_EPOCHS - 1))
         for group in self._optimizer.param_groups:
@@ -102,19 +102,21 @@ def _crop(scan: SupportScan, window: tuple[int, int, int], random: np.random.Gen
 
 
 def _cut(array: NDArray[Any], box: Box) -> NDArray[Any]:
-    """Return the part of ``[..., X, Y, Z]`` that lies in a box, with zeros beyond the array."""
+    """Return the part of an array ``[..., X, Y, Z]`` in a box, with zeros outside the array."""
     part = array[..., *(slice(low, high) for low, high in box.ranges)]
     missing = [(0, size - got) for size, got in zip(box.shape, part.shape[-3:], strict=True)]
     return np.pad(part, [(0, 0)] * (array.ndim - 3) + missing)
 
 
 def main() -> None:
-    """Time and score both, and print what came out."""
+    """Time and score both methods, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="model file of another encoder than the built-in one")
-    parser.add_argument("--times", type=float, default=20, help="the loop gets this multiple of our time")
+    parser.add_argument("--model", type=Path, help="model file of an encoder; default: the built-in encoder")
+    parser.add_argument("--times", type=float, default=20, help="time of the loop as a multiple of the time of `adapt`")
     parser.add_argument("--draw", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=8, help="unseen support scans to score on")
+    parser.add_argument(
+        "--cases", type=int, default=8, help="number of support scans for scoring, which are not used for training"
+    )
     arguments = parser.parse_args()
     bundle = headneck.encoder(arguments.model)
     cases = headneck.draw_support(5, arguments.draw)

@@ -1,8 +1,9 @@
-"""How the code is divided: rooms, the imports between them, and the rooms that a scan enters on its way to a mask.
+"""Structure of the code: its rooms, the imports between rooms, and the rooms that are used to segment a scan.
 
-A room is a module or a folder that lies directly in ``runtime/`` or ``fseft_edge/``; a top folder without folders of
-its own (``export/``) is one room. ``python benchmarks/rooms.py`` counts this checkout, ``--root`` another one.
-``--walk`` adapts to two phantoms and segments one, and lists the rooms of which a function was called.
+A room is a module or a folder directly in ``runtime/`` or ``fseft_edge/``. A top folder without subfolders
+(``export/``) is one room. ``python benchmarks/rooms.py`` counts the rooms of this checkout, ``--root`` those of another
+checkout. ``--walk`` trains an adapter on two phantoms, segments one phantom, and lists the rooms of all functions that
+were called.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TOPS = {"runtime": "fseft_edge.runtime", "export": "fseft_edge.export", "fseft_
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Return every module of the package, by its dotted name, with its path below ``root``."""
+    """Return the path below ``root`` of every module of the package, by the dotted name of the module."""
     found = {}
     for top, package in _TOPS.items():
         for path in sorted((root / top).rglob("*.py")):
@@ -31,14 +32,14 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def room_of(path: Path, root: Path) -> str:
-    """Return the room of a module: ``folder/part``, or ``folder`` where that has no folders of its own."""
+    """Return the room of a module: ``folder/part``, or ``folder`` if the folder has no subfolders."""
     top = path.parts[0]
     has_folders = any(part.is_dir() and any(part.glob("*.py")) for part in (root / top).iterdir())
     return str(Path(*path.parts[:2])) if has_folders else top
 
 
 def imports(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield each pair of modules of which the first imports the second; packages' faces import nothing here."""
+    """Yield each pair of modules of which the first imports the second, without the imports of ``__init__`` modules."""
     known = modules(root)
     for name, path in known.items():
         if path.name == "__init__.py":
@@ -58,7 +59,7 @@ def imports(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
-    """Return the sets of nodes that reach one another."""
+    """Return the sets of nodes that import each other in a cycle (strongly connected components)."""
     reached: dict[str, set[str]] = {node: set() for node in graph}
     for node, seen in reached.items():
         waiting = list(graph[node])
@@ -75,7 +76,7 @@ def circles(graph: Mapping[str, set[str]]) -> list[set[str]]:
 
 
 def floors(graph: Mapping[str, set[str]]) -> int:
-    """Return the length of the longest chain of imports between rooms, a circle of rooms counting as one."""
+    """Return the length of the longest chain of imports between rooms; a cycle of rooms counts as one room."""
     groups = {node: frozenset(circle) for circle in circles(graph) for node in circle}
     heights: dict[frozenset[str], int] = {}
 
@@ -111,9 +112,9 @@ def count(root: Path) -> None:
 
 
 def walk(root: Path) -> None:
-    """Print the rooms in which a function is called while a scan is segmented, and while an adapter is trained."""
+    """Print the rooms of all functions that are called while an adapter is trained and while a scan is segmented."""
     from fseft_edge import OrganLabel, TrainingSettings, adapt, export_encoder, segment  # noqa: PLC0415 - slow to import
-    from fseft_edge.phantom import SITES, phantom  # noqa: PLC0415 - likewise slow to import
+    from fseft_edge.phantom import SITES, phantom  # noqa: PLC0415 - slow to import
 
     writer = next(
         name for name in ("fseft_edge.runtime.scans.nifti", "fseft_edge.runtime.nifti") if name in modules(root)
@@ -159,8 +160,8 @@ def walk(root: Path) -> None:
 def main() -> None:
     """Count a checkout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="a checkout of the project")
-    parser.add_argument("--walk", action="store_true", help="also list the rooms entered by `adapt` and `segment`")
+    parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="checkout of the project")
+    parser.add_argument("--walk", action="store_true", help="also list the rooms that `adapt` and `segment` use")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
     count(root)

@@ -1,9 +1,10 @@
-"""SwinUNETR-48 on cached features against the released loop: `make benchmark BENCHMARK=seen_positives`.
+"""SwinUNETR-48 on cached features compared with the released loop: `make benchmark BENCHMARK=seen_positives`.
 
-The released loop runs the whole network on six crops of 96^3 voxels, three of them positive, per scan and epoch, for
-200 epochs; ours sees as many positive blocks. Weights are random: they change nothing about time. Everything is timed
-on a sample in one run and multiplied: a window through the network, a crop through the spatial adapter forwards and
-backwards, a block of ours likewise.
+The released loop computes the whole network on six crops of 96^3 voxels, three of them positive, for each scan and
+epoch, for 200 epochs. The loop of fseft-edge uses an equal number of positive blocks. The weights are random, because
+they do not affect the time. The script times samples in one run and multiplies the times: a window through the network,
+a crop through the spatial adapter forwards and backwards, and a block through the spatial adapter forwards and
+backwards.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _BLOCKS = 120
 
 
 def main() -> None:
-    """Time the pieces and print the ratios."""
+    """Time the samples and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shots", type=int, default=5)
     arguments = parser.parse_args()
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """Return the median of three runs, after one to warm up."""
+    """Return the median time of three runs, after one warm-up run."""
     work()
     times = []
     for _ in range(3):
@@ -106,7 +107,7 @@ def _crop_step(adapter: Adapter, window: tuple[int, int, int]) -> None:
 def _one_window(
     case: str, spacing: tuple[float, float, float], window: tuple[int, int, int], folder: Path
 ) -> tuple[Path, LabelMap]:
-    """Return the part of a case around its organs that one window covers; the CT is written to a file."""
+    """Return the part of a case around its organs, in the size of one window; the CT is written to a file."""
     volume, labels = read_ct(headneck.image_path(case)), read_label_map(headneck.label_path(case))
     extent = [int(size * step / own) - 1 for size, step, own in zip(window, spacing, volume.spacing, strict=True)]
     middle = np.argwhere(labels.array > 0).mean(0).astype(int)

@@ -1,12 +1,12 @@
 """Speed and memory of encoding one clinical-size scan: `make benchmark BENCHMARK=speed`.
 
-Every measurement runs in a process of its own, so that peak memory is that measurement's; rounds alternate between the
-competitors and the ratio is that of the fastest round of each. Compared are
+Every measurement runs in a separate process, so that the peak memory is that of the measurement. Rounds alternate
+between the candidates, and the ratio compares the fastest rounds. The candidates are
 
-- MONAI's sliding_window_inference of the same network in eager PyTorch, every pyramid level blended, the same windows
-  and overlap, the resampled scan given;
-- `encode_scan` with each backend and precision, with reading, resampling, blending and writing the cached map;
-- `encode_scan` with PyTorch of the same scan stacked twice along its slices (peak memory must not grow).
+- MONAI's sliding_window_inference of this network in eager PyTorch on the resampled scan, with every level blended and
+  equal windows and overlap;
+- `encode_scan` with each backend and precision, including reading, resampling, blending and writing the feature map;
+- `encode_scan` with PyTorch for the scan stacked twice along its slices (the peak memory must not increase).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from fseft_edge.runtime.scans.volume import Volume
 
 
 def encode_with_monai(bundle: EncoderBundle, scan: Path) -> float:
-    """Return the seconds that MONAI's sliding window takes for all levels of the resampled scan."""
-    from monai.inferers import sliding_window_inference  # noqa: PLC0415 - only this measurement may pay for it
+    """Return the time in seconds of MONAI's sliding window for all levels of the resampled scan."""
+    from monai.inferers import sliding_window_inference  # noqa: PLC0415 - only this measurement may include the import
 
     network = bundle.network().eval()
     volume = read_ct(scan)
@@ -56,7 +56,7 @@ def encode_with_monai(bundle: EncoderBundle, scan: Path) -> float:
 
 
 def encode_with_ours(bundle: EncoderBundle, scan: Path, engine: str) -> float:
-    """Return the seconds from the file to the cached map by an engine, ``BACKEND`` or ``BACKEND PRECISION``."""
+    """Return the time in seconds from the file to the feature map with ``BACKEND`` or ``BACKEND PRECISION``."""
     backend, _, precision = engine.partition(" ")
     chosen = cast("Precision", precision or "float32")
     with tempfile.TemporaryDirectory() as folder, open_session(bundle, backend=backend, precision=chosen) as session:
@@ -66,7 +66,7 @@ def encode_with_ours(bundle: EncoderBundle, scan: Path, engine: str) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run one measurement in this process and print it as JSON."""
+    """Run one measurement in this process and print the result as JSON."""
     bundle = EncoderBundle.open(arguments.encoder)
     if arguments.measure == "monai":
         seconds = encode_with_monai(bundle, arguments.scan)
@@ -77,14 +77,14 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def in_a_process(encoder: Path, scan: Path, what: str) -> dict[str, float]:
-    """Return one measurement, made in a fresh process."""
+    """Return the result of a measurement in a new process."""
     command = [sys.executable, __file__, "--encoder", str(encoder), "--scan", str(scan), "--measure", what]
-    result: dict[str, float] = json.loads(subprocess.check_output(command))  # noqa: S603 - runs this very file
+    result: dict[str, float] = json.loads(subprocess.check_output(command))  # noqa: S603 - runs this file
     return result
 
 
 def stacked_twice(scan: Path, folder: Path) -> Path:
-    """Write the scan stacked on itself along its slice axis, and return the file."""
+    """Write the scan stacked twice along its slice axis, and return the file."""
     volume = read_ct(scan)
     double = Volume(np.concatenate([volume.array] * 2, axis=2), volume.affine, volume.slope, volume.intercept)
     path = folder / "stacked.nii.gz"
@@ -93,7 +93,7 @@ def stacked_twice(scan: Path, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scan", type=Path)
     parser.add_argument("--encoder", type=Path)

@@ -1,9 +1,9 @@
-"""What a step of fine-tuning takes: `make benchmark BENCHMARK=tuning_memory`, or this script with options.
+"""Time and memory of a step of fine-tuning: `make benchmark BENCHMARK=tuning_memory`, or this script with options.
 
-Steps of one crop on a network with random weights, by each method in a process of its own, with and without gradient
-checkpointing: parameters that learn, processor seconds of a further step, and the process's peak
-memory, of which the interpreter and its libraries are some 300 MiB. On a GPU (`--device cuda`) also the peak of what
-PyTorch held there.
+Each method is measured in a separate process, with steps of one crop on a network with random weights, with and without
+gradient checkpointing. The script prints the number of trained parameters, the processor time of a step after the first
+step, and the peak memory of the process, of which the interpreter and its libraries need about 300 MiB. On a GPU
+(`--device cuda`), the script also prints the peak of PyTorch's GPU memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Print one row a method."""
+    """Print one row for each method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, default="swin_unetr")
     parser.add_argument("--methods", nargs="+", choices=TUNING_METHODS, default=["lora", "med-adapter", "full"])
@@ -71,7 +71,7 @@ def _measured(network: str, settings: TuningSettings) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         taken = []
-        for steps in (1, 1, 2):  # the first time also sets things up
+        for steps in (1, 1, 2):  # the first run includes one-time initialisation
             encoder = build_network(network, **NETWORKS[network])
             started = time.process_time()
             tuned = fine_tune(
