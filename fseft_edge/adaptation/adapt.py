@@ -1,4 +1,4 @@
-"""Adaptation to a site's organ: from annotated scans to an adapter file."""
+"""Adaptation to the organs of a hospital: from annotated scans to an adapter file."""
 
 from __future__ import annotations
 
@@ -67,38 +67,41 @@ def adapt(
     vram_gb: float | None = None,
     progress: Progress | None = None,
 ) -> AdapterFile:
-    """Train an adapter on annotated scans and write it.
+    """Train an adapter on annotated scans and write the adapter file.
 
     Args:
         encoder: encoder bundle.
-        images: folder of CTs (or one CT), NIfTI; None with ``labels`` where ``reviewed`` gives all scans.
-        labels: folder of annotations (or one), each with its CT's file name and lattice.
-        organs: what to learn, and its label value in the annotations. A scan without an organ's label counts as not
-            annotated for that organ.
-        output: the adapter file, ``NAME.adapter``.
-        reviewed: a batch whose accepted masks are learned from too, their organs matched by name.
-        settings: the kind of adapter; spatial on the pyramid by default.
-        training: schedule and seed.
-        choose: take the method and the levels that validate best; ``settings`` gives activation and width only.
-        validate: leave every scan out once, so that the file says what to expect on new scans; takes as long as the
-            training once a scan. Where no organ is annotated in two scans, nothing can be validated.
-        cases: names of the cases of ``images`` to use; None takes all that have an annotation.
-        cache: folder in which feature maps are kept; None keeps none.
-        cache_gb: size that the cache is held to, least recently used maps going first; None sets no limit.
-        device: where to encode and train (see :func:`fseft_edge.runtime.encoder.session.open_session`).
-        backend: the inference engine (see the same).
-        precision: what the encoder computes in (see the same).
-        memory_gb: memory that encoding may take, in units of 1e9 bytes; None: 90 % of what is free. Training is not
-            planned for.
-        vram_gb: memory of the GPU that encoding may take; None likewise.
-        progress: where to show progress.
+        images: folder of CTs, or one CT, as NIfTI; None together with ``labels`` if all scans come from ``reviewed``.
+        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT.
+        organs: organs to train, with their label values in the annotations. A scan whose annotation does not contain
+            the label value of an organ is not annotated for that organ.
+        output: adapter file to write, ``NAME.adapter``.
+        reviewed: reviewed batch whose accepted masks are used as annotations; organs are matched by name.
+        settings: kind of adapter; the default is the method ``spatial`` on all levels.
+        training: training schedule and seed.
+        choose: use the method and the levels with the best cross-validation result; of ``settings``, only
+            ``activation`` and ``width`` are then used.
+        validate: run a leave-one-out cross-validation and store its DSC values in the file. This takes about the time
+            of one training per scan. It needs an organ that is annotated in at least two scans.
+        cases: names of the cases of ``images`` to use; None uses all cases that have an annotation.
+        cache: folder of the feature cache; None keeps no feature maps.
+        cache_gb: largest size of the cache in units of 1e9 bytes; the least recently used feature maps are deleted
+            first. None sets no limit.
+        device: device for encoding and training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        backend: inference engine (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        precision: precision of the encoder (see :func:`fseft_edge.runtime.encoder.session.open_session`).
+        memory_gb: memory that encoding may use, in units of 1e9 bytes; None means 90 % of the free memory. The limit
+            does not apply to training.
+        vram_gb: GPU memory that encoding may use, in units of 1e9 bytes; None means 90 % of the free GPU memory. The
+            limit does not apply to training.
+        progress: receiver of progress reports; None reports nothing.
 
     Raises:
-        UsageError: ``output`` is a folder, there is nothing to learn from, or no mask of ``reviewed`` was accepted.
+        UsageError: ``output`` is a folder, no annotated scans are given, or no mask of ``reviewed`` was accepted.
         OutOfMemoryError: the budget is too small to encode a scan.
         OutOfSpaceError: ``output`` cannot be written.
-        InputError: an image or annotation is not usable.
-        LabelError: an organ is annotated in no case.
+        InputError: an image or an annotation is not usable.
+        LabelError: no case is annotated for one of the organs.
     """
     progress = progress or SilentProgress()
     settings = settings or AdapterSettings()
@@ -125,11 +128,15 @@ def adapt(
         candidate = Candidate(settings.name, settings, training)
         validated: Validated | None = None
         if (choose or validate) and not can_validate(support):
-            _LOG.warning("no organ is annotated in two scans, so nothing can be validated: %s it is", candidate.name)
+            _LOG.warning(
+                "no organ is annotated in two scans: cross-validation is not possible; the adapter is made with the "
+                "method %s",
+                candidate.name,
+            )
         elif choose:
-            validated, all_of_them = best_of(candidates(training, settings, rows), support, rows, progress=progress)
+            validated, finalists = best_of(candidates(training, settings, rows), support, rows, progress=progress)
             candidate = validated.candidate
-            for result in all_of_them:
+            for result in finalists:
                 _LOG.info("%s: DSC %.3f", result.candidate.name, result.mean)
         elif validate:
             validated = leave_one_out(candidate, support, rows, progress=progress)
@@ -140,7 +147,7 @@ def adapt(
 
 
 def head_rows(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> list[tuple[Tensor, float] | None]:
-    """Return the encoder's own classifier of each organ: weight ``[C_0]`` and bias, None where it has none."""
+    """Return weight ``[C_0]`` and bias of each organ in the head of the encoder; None for a novel organ."""
     weight, bias = bundle.head_weight(), bundle.head_bias()
     known = {name: row for row, name in enumerate(bundle.manifest.organs)}
     return [
@@ -149,21 +156,22 @@ def head_rows(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> list[tuple
 
 
 def zero_shot_adapter(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> AdapterFile:
-    """Return the encoder's own classifier as an adapter that was trained on nothing.
+    """Return the classifiers of the encoder's head as an adapter, without training.
 
     Args:
-        bundle: the encoder.
-        organs: organs that its head knows.
+        bundle: encoder bundle.
+        organs: organs that the head of the encoder knows.
 
     Raises:
-        LabelError: the head does not know one of them.
+        LabelError: the head does not know one of the organs.
     """
     rows = head_rows(bundle, organs)
     unknown = [organ.name for organ, row in zip(organs, rows, strict=True) if row is None]
     if unknown:
         raise LabelError(
-            f"The encoder {bundle.manifest.name} does not know {', '.join(unknown)}.",
-            remedy=f"It knows {', '.join(bundle.manifest.organs)}; adapt it to others.",
+            f"The encoder {bundle.manifest.name} has no classifier for {', '.join(unknown)}; it has classifiers for "
+            f"{', '.join(bundle.manifest.organs) or 'no organ'}.",
+            remedy="Train an adapter for these organs with `fseft-edge adapt`.",
         )
     trained = TrainedAdapter(zero_shot(bundle.levels, rows), (), 0, bfloat16=False)
     return describe(trained, [], organs, bundle=bundle, seed=0)
@@ -178,11 +186,20 @@ def describe(
     seed: int,
     validated: Validated | None = None,
 ) -> AdapterFile:
-    """Return a trained adapter with the description that its file carries."""
+    """Return a trained adapter together with the description for its file.
+
+    Args:
+        trained: the trained adapter.
+        support: the scans that the adapter was trained on.
+        organs: organs of the adapter.
+        bundle: encoder bundle.
+        seed: seed for all random choices of the training.
+        validated: result of the cross-validation; None without validation.
+    """
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
-    hu = [tuple(look for scan in support if (look := scan.hu[k])) for k in range(len(organs))]
+    hu = [tuple(values for scan in support if (values := scan.hu[k])) for k in range(len(organs))]
     description = AdapterDescription(
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
@@ -212,25 +229,28 @@ def describe_organs(
     left_out: Sequence[Sequence[float]] | None,
     post_processing: Sequence[PostProcessing] | None,
 ) -> tuple[AdapterOrgan, ...]:
-    """Return what is said of each organ of an adapter.
+    """Return the metadata of each organ of an adapter.
 
     Args:
-        organs: the organs.
-        volumes_ml: of each, in every support scan that annotates it.
-        hu: likewise.
-        left_out: DSC on scans left out, with ``post_processing``; None where nothing was validated.
-        post_processing: of each organ's masks; None likewise.
+        organs: organs of the adapter.
+        volumes_ml: for each organ, its volume in every support scan that annotates it.
+        hu: for each organ, its HU percentiles in every support scan that annotates it.
+        left_out: for each organ, DSC values of the cross-validation, including ``post_processing``; None without
+            validation.
+        post_processing: for each organ, the post-processing of its masks; None means no post-processing.
     """
     left_out = left_out or [()] * len(organs)
-    treatments = post_processing or [PostProcessing()] * len(organs)
+    post_processing = post_processing or [PostProcessing()] * len(organs)
     return tuple(
         AdapterOrgan(
             name=organ.name,
             label=organ.label,
             support_volumes_ml=volume,
             left_out_dsc=tuple(round(score, 4) for score in scores),
-            post_processing=treatment,
-            support_hu=looks,
+            post_processing=steps,
+            support_hu=percentiles,
         )
-        for organ, volume, looks, scores, treatment in zip(organs, volumes_ml, hu, left_out, treatments, strict=True)
+        for organ, volume, percentiles, scores, steps in zip(
+            organs, volumes_ml, hu, left_out, post_processing, strict=True
+        )
     )

@@ -1,7 +1,8 @@
-"""Variations of annotated scans: how a scan might have looked with another patient or another scanner.
+"""Variations of annotated scans: scans that imitate another patient or another scanner.
 
-Fine-tuning and pre-training vary the scan anew in every step. Cached features can only be varied a few times: the scan
-is turned, zoomed and restyled on the grid, its annotation with it, and encoded like any other scan.
+Fine-tuning and pre-training make a new variation in every training step. With cached features, only a few variations of
+a scan are possible, because each variation must be encoded. A variation is a scan and its annotation, rotated, scaled
+and changed in image style on the grid.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from fseft_edge.runtime.scans.components import bounding_box
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.volume import Volume
 
-_FEW_WINDOWS, _VARIATIONS = 16, 8
-_MULTIPLE = 2  # of voxels along an axis: restyling may average pairs
+_MAX_WINDOWS, _DEFAULT_VARIATIONS = 16, 8
+_SIZE_MULTIPLE = 2  # voxels along every axis; :func:`restyle` may average pairs of slices
 
 
 @dataclass(frozen=True, eq=False)
 class Variation:
-    """A scan that never was.
+    """A synthetic variation of a scan.
 
     Attributes:
-        volume: float32 HU, one voxel a grid voxel, within the encoder's HU window.
-        shares: how much of each voxel each organ fills, 255 is all of it, uint8 ``[K, X, Y, Z]``.
+        volume: float32 HU on the grid, limited to the HU window of the encoder.
+        shares: share of each voxel that each organ fills, from 0 to 255 (the complete voxel), uint8 ``[K, X, Y, Z]``.
     """
 
     volume: Volume
@@ -37,34 +38,36 @@ class Variation:
 
 
 def default_variations(shots: int, windows: int) -> int:
-    """Return how many variations of a scan are made where nobody says: 8 of a single scan that is soon encoded.
+    """Return the default number of variations of a scan: 8 if it is the only scan and has at most 16 windows, else 0.
 
-    With five scans they gained nothing, and one of a scan of many windows takes as long as the scan itself.
+    With five scans, variations did not improve the result. For a scan of many windows, encoding a variation takes as
+    long as encoding the scan.
 
     Args:
-        shots: scans of the support set.
-        windows: that the encoder takes for the scan.
+        shots: number of scans in the support set.
+        windows: number of windows of the scan.
     """
-    return _VARIATIONS if shots == 1 and windows <= _FEW_WINDOWS else 0
+    return _DEFAULT_VARIATIONS if shots == 1 and windows <= _MAX_WINDOWS else 0
 
 
 def vary(
     volume: Volume, grid: Grid, masks: Iterable[NDArray[np.bool_]], *, margin: int, random: np.random.Generator
 ) -> Variation:
-    """Return a scan turned and zoomed about its middle and restyled, cut to what lies around its organs.
+    """Return a variation of a scan: rotated and scaled about its centre, restyled, and cropped to its organs.
 
     Args:
         volume: the scan.
-        grid: of the scan.
-        masks: of its organs, on its own lattice.
-        margin: grid voxels to keep around the organs.
-        random: decides on everything.
+        grid: grid of the scan.
+        masks: masks of the organs, on the lattice of the scan.
+        margin: number of grid voxels to keep around the organs.
+        random: generator for all random choices.
     """
     turn = random_turn(random, grid.preprocessing.spacing)
-    image = _turned(grid.section(volume, 0, grid.shape[2]), turn)
-    # One organ after another, and as bytes: all of them as floats would be many times the scan.
-    shares = np.stack([np.rint(255 * _turned(grid.occupancy(mask), turn)).astype(np.uint8) for mask in masks])
-    box = _around(np.any(shares, axis=0), margin)
+    image = _transformed(grid.section(volume, 0, grid.shape[2]), turn)
+    # The organs are transformed one by one and stored as bytes. All organs as floats would need many times the memory
+    # of the scan.
+    shares = np.stack([np.rint(255 * _transformed(grid.occupancy(mask), turn)).astype(np.uint8) for mask in masks])
+    box = _box_around(np.any(shares, axis=0), margin)
     first = np.array([part.start for part in box])
     low, high = grid.preprocessing.hu_window
     hu = low + (high - low) * restyle(torch.from_numpy(image[box]), random)
@@ -73,8 +76,8 @@ def vary(
     return Variation(Volume(hu.numpy(), affine), shares[:, *box].copy())
 
 
-def _turned(image: NDArray[np.float32], turn: Tensor) -> NDArray[np.float32]:
-    """Return an image ``[X, Y, Z]`` sampled where ``turn`` takes each voxel about the middle; 0 from beyond."""
+def _transformed(image: NDArray[np.float32], turn: Tensor) -> NDArray[np.float32]:
+    """Sample an image ``[X, Y, Z]`` at the positions ``turn @ p``, with ``p`` relative to the centre; 0 outside."""
     size = torch.tensor(image.shape, dtype=torch.float32)[:, None]
     axes = [torch.arange(length, dtype=torch.float32) - (length - 1) / 2 for length in image.shape]
     position = turn @ torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
@@ -85,29 +88,29 @@ def _turned(image: NDArray[np.float32], turn: Tensor) -> NDArray[np.float32]:
     return values
 
 
-def _around(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice, slice]:
-    """Return the box of a mask grown by a margin as far as the grid goes, an even number of voxels long.
+def _box_around(mask: NDArray[np.bool_], margin: int) -> tuple[slice, slice, slice]:
+    """Return the bounding box of a mask plus a margin, limited to the grid, with an even number of voxels per axis.
 
-    A mask that was turned out of the grid leaves the whole of it.
+    If the mask is empty, because the rotation moved the organs out of the grid, the box is the complete grid.
     """
     whole = tuple(slice(0, length) for length in mask.shape)
     parts = []
     for part, length in zip(bounding_box(mask) if mask.any() else whole, mask.shape, strict=True):
         start, stop = max(part.start - margin, 0), min(part.stop + margin, length)
-        parts.append(slice(start, stop - (stop - start) % _MULTIPLE))
+        parts.append(slice(start, stop - (stop - start) % _SIZE_MULTIPLE))
     x, y, z = parts
     return x, y, z
 
 
 def random_turn(random: np.random.Generator, spacing: tuple[float, float, float]) -> Tensor:
-    """Return a turn by up to 12 degrees about each axis times a zoom of 0.8 to 1.25, never a reflection.
+    """Return a random rotation by up to 12 degrees about each axis, times a scale of 0.8 to 1.25, without reflection.
 
     Args:
-        random: decides on everything.
-        spacing: mm between voxels along x, y and z.
+        random: generator for all random choices.
+        spacing: voxel spacing along x, y and z in mm.
 
     Returns:
-        ``[3, 3]``, of positions in voxels.
+        Matrix ``[3, 3]`` that applies to positions in voxels.
     """
     turn = torch.eye(3)
     for axis, angle in enumerate(random.uniform(-np.pi / 15, np.pi / 15, 3)):
@@ -124,11 +127,11 @@ def random_turn(random: np.random.Generator, spacing: tuple[float, float, float]
 
 
 def restyle(image: Tensor, random: np.random.Generator) -> Tensor:
-    """Return an image as another scanner might have shown it: contrast, brightness, blur or coarse slices, noise.
+    """Return an image in the style of another scanner: changed contrast and brightness, blur or thick slices, noise.
 
     Args:
         image: ``[X, Y, Z]`` with even Z, scaled to 0..1 by the grid.
-        random: decides on everything.
+        random: generator for all random choices.
     """
     image = image * random.uniform(0.8, 1.25) + random.uniform(-0.1, 0.1)
     if random.random() < 0.3:

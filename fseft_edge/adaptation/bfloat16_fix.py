@@ -1,4 +1,4 @@
-"""Convolutions whose gradients PyTorch gets wrong on a CPU in bfloat16."""
+"""Workaround for convolutions for which PyTorch computes wrong gradients in bfloat16 on a CPU."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def short_inputs_in_float32(network: nn.Module) -> Iterator[None]:
-    """Within, convolutions whose kernel is longer than what they see compute in float32 on a CPU, also under autocast.
+    """In this context, convolutions whose kernel is longer than their input compute in float32 on a CPU.
 
-    PyTorch 2.13 in bfloat16, one thread: where a kernel is longer along an axis than what a 3D convolution sees, the
-    gradient of its weight is what was in memory before. Seen by filling freed memory (``MALLOC_PERTURB_``) for kernels
-    of 3 and 5 over 1 to 4 voxels, dense and depthwise. Such inputs are small, so this costs nothing.
+    This also applies under autocast. Reason: in PyTorch 2.13 with bfloat16 and one thread, if the kernel of a 3D
+    convolution is longer along an axis than the input, the gradient of the weight contains values of uninitialised
+    memory. The error was observed with filled freed memory (``MALLOC_PERTURB_``), for kernels of 3 and 5 voxels over
+    inputs of 1 to 4 voxels, dense and depthwise. Such inputs are small, so that float32 costs almost no time.
 
     Args:
-        network: to be trained.
+        network: network to be trained.
     """
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv3d)]
     for convolution in convolutions:
         forward = functools.partial(_convolved, convolution, convolution.forward)
-        convolution.forward = forward  # type: ignore[method-assign]  # of this object alone, for a while
+        convolution.forward = forward  # type: ignore[method-assign]  # only of this object, only in this context
     try:
         yield
     finally:

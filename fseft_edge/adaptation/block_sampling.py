@@ -1,4 +1,4 @@
-"""Which blocks of a support set an adapter learns from."""
+"""Selection of the blocks of a support set that an adapter is trained on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 from fseft_edge.runtime.scans.volume import LabelMap
 
-_POSITIONS = 4000
+_MAX_POSITIONS = 4000
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,19 @@ class SupportScan:
     """One annotated scan on the grid.
 
     Attributes:
-        features: its cached feature map.
-        shape: grid voxels that belong to the scan, ``[X, Y, Z]``; the map may be padded beyond them.
+        features: cached feature map of the scan.
+        shape: grid shape of the scan, ``(X, Y, Z)``; the feature map may be padded beyond it.
         occupancy: share of each voxel that each organ fills.
-        annotated: bool ``[K]``; False where nobody contoured the organ in this scan, which then says nothing on it.
-        volumes_mm3: volume of each organ on the source lattice, 0 where not annotated.
-        grid: the scan's grid; None where nobody validates on the scan.
-        reference: its annotation on its own lattice, and the label value of each organ; likewise.
-        hu: of each organ, None where not annotated; empty where nobody asks for them.
-        variations: the scan as another patient and another scanner might have shown it
-            (:mod:`fseft_edge.adaptation.augmentation`); an adapter that may not see the scan may not see these.
+        annotated: bool ``[K]``; False if the organ is not annotated in this scan. The scan is then not used for that
+            organ.
+        volumes_mm3: volume of each organ on the lattice of the scan; 0 for an organ that is not annotated.
+        grid: grid of the scan; None if the scan is not used for cross-validation.
+        reference: annotation on the lattice of the scan, and the label value of each organ; None if the scan is not
+            used for cross-validation.
+        hu: HU percentiles of each organ; None for an organ that is not annotated. The tuple is empty if no HU are
+            needed.
+        variations: variations of the scan (:mod:`fseft_edge.adaptation.augmentation`). If cross-validation leaves the
+            scan out, it leaves out the variations, too.
     """
 
     features: FeatureMap
@@ -50,18 +53,18 @@ class SupportScan:
 
 
 def with_variations(support: Sequence[SupportScan]) -> list[SupportScan]:
-    """Return the scans of a support set, and behind them all their variations."""
+    """Return the scans of a support set, followed by the variations of all scans."""
     return [*support, *(variation for scan in support for variation in scan.variations)]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks of one optimiser step, on the adapter's device.
+    """Blocks of one training step, on the device of the adapter.
 
     Attributes:
-        features: each level's part, ``[n, C_l, ...]``.
-        targets: ``[n, K, X, Y, Z]``.
-        annotated: ``[n, K]``.
+        features: features of each level, ``[n, C_l, ...]``.
+        targets: share of each voxel that each organ fills, ``[n, K, X, Y, Z]``.
+        annotated: 1 if the organ is annotated in the scan of the block, else 0, ``[n, K]``.
     """
 
     features: list[Tensor]
@@ -71,24 +74,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Positions:
-    """Grid positions ``[m, 3]`` of each annotated organ present, and the scan's shape to draw anywhere from."""
+    """Grid positions ``[m, 3]`` of each annotated organ that is present, and the grid shape of the scan."""
 
     organs: tuple[NDArray[np.int64], ...]
     shape: tuple[int, int, int]
 
 
 class BlockSampler:
-    """Draws batches of blocks from a support set, half of them around organs; scans take turns.
+    """A sampler of batches of blocks from a support set. Half of the blocks are centred near an organ.
 
     Args:
-        adapter: decides what is read around a block.
-        support: the scans.
-        block: edge of a block in voxels.
-        batch: blocks a batch.
-        random: decides on everything.
+        adapter: adapter whose context voxels are read around each block.
+        support: scans to sample from; all scans are used equally often.
+        block: edge length of a block in voxels.
+        batch: number of blocks per batch.
+        random: generator for all random choices.
 
     Attributes:
-        core: where the blocks' voxels lie, for :meth:`Adapter.forward`; the blocks of a batch share their alignment.
+        core: box of a block for :meth:`Adapter.forward`; all blocks have the alignment of this box.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class BlockSampler:
         self.core = Box((0, block), (0, block), (0, block))
 
     def draw(self) -> Batch:
-        """Return the next batch; scans take turns, positive and negative blocks alternate."""
+        """Return the next batch. Blocks near an organ alternate with blocks at any position of a scan."""
         device = self._adapter.device
         blocks, targets, annotated = [], [], []
         for _ in range(self._batch):
@@ -120,19 +123,26 @@ class BlockSampler:
 
 
 def organ_positions(scan: SupportScan, random: np.random.Generator) -> Positions:
-    """Return where the organs of a scan lie, at most 4000 voxels of each."""
+    """Return positions of the organs of a scan, at most 4000 random positions per organ."""
     organs = []
     for organ in range(len(scan.occupancy)):
         positions = scan.occupancy.positions(organ)
-        if len(positions) > _POSITIONS:
-            positions = random.choice(positions, _POSITIONS, replace=False)
+        if len(positions) > _MAX_POSITIONS:
+            positions = random.choice(positions, _MAX_POSITIONS, replace=False)
         if len(positions):
             organs.append(positions)
     return Positions(tuple(organs), scan.shape)
 
 
 def draw_centre(positions: Positions, random: np.random.Generator, *, positive: bool) -> NDArray[np.int64]:
-    """Return a voxel of an organ, off by up to 8 (positive), or any voxel of the scan."""
+    """Return the centre of a block.
+
+    Args:
+        positions: positions of the organs of a scan.
+        random: generator for all random choices.
+        positive: True returns a voxel of an organ plus an offset of up to 8 voxels per axis; False returns any voxel
+            of the scan.
+    """
     if positive and positions.organs:
         organ = positions.organs[random.integers(len(positions.organs))]
         centre: NDArray[np.int64] = organ[random.integers(len(organ))] + random.integers(-8, 9, 3)
@@ -141,7 +151,7 @@ def draw_centre(positions: Positions, random: np.random.Generator, *, positive: 
 
 
 def aligned_core(centre: NDArray[np.int64], edge: int, adapter: Adapter) -> Box:
-    """Return a block around ``centre`` that starts on the coarsest level's lattice, as blocks of one batch must."""
+    """Return the box of a block around ``centre``, aligned to the coarsest level, as all blocks of a batch must be."""
     stride = adapter.levels[-1].stride
     starts = [int(c - edge // 2 + stride // 2) // stride * stride for c in centre]
     return Box(*((start, start + edge) for start in starts))

@@ -1,4 +1,4 @@
-"""Cross-validation over the support set: what accuracy to expect on a new scan, and what to do to reach it."""
+"""Leave-one-out cross-validation over the support set: expected accuracy on new scans, and choice of the method."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LEVELS: tuple[Levels, ...] = ("finest", "all")
 
-_MOST_FOLDS = 10
+_MAX_FOLDS = 10
 
-# A method further down the list costs more; it has to be this much better to be taken.
-_WORTHWHILE = 0.005
+# A candidate later in the list costs more. It is chosen only if its mean DSC is higher by this amount.
+_MIN_GAIN_OF_COSTLIER_CANDIDATE = 0.005
 
-# After two folds, a candidate this far behind the best is not looked at any further.
-_HOPELESS = 0.05
+# After two folds, a candidate whose mean DSC is lower than the best by more than this amount is dropped.
+_MAX_DEFICIT = 0.05
 
-# What post-processing has to gain to be done by itself.
-_HELPFUL = 0.002
+# Post-processing becomes the default of an organ only if it increases the mean DSC by this amount.
+_MIN_GAIN_OF_POST_PROCESSING = 0.002
 
-# A linear adapter on the whole pyramid has many weights for its voxels; the default comes first, so that it is taken
-# where the other gains little.
+# A linear adapter on all levels has many weights compared with its training voxels, so two ridges are tried. The
+# default ridge is first, so that the other ridge is chosen only if it is clearly better.
 _RIDGES = (1e-2, 1e-3)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to make an adapter.
+    """A method to make an adapter.
 
     Attributes:
-        name: for people.
-        settings: the kind of adapter.
-        training: how it is trained; None leaves the encoder's own classifier as it is.
+        name: name for the user.
+        settings: kind of adapter.
+        training: training settings; None uses the classifiers of the encoder's head without training.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Candidate:
     training: TrainingSettings | None
 
     def make(self, support: Sequence[SupportScan], rows: HeadRows, progress: Progress) -> TrainedAdapter:
-        """Return the adapter made from a support set."""
+        """Return the adapter that this candidate makes from a support set."""
         if self.training is None:
             return TrainedAdapter(zero_shot(support[0].features.levels, rows), (), 0, bfloat16=False)
         return train_adapter(self.settings, support, head_rows=rows, training=self.training, progress=progress)
@@ -60,13 +60,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Validated:
-    """A candidate and its scores.
+    """A candidate and its cross-validation result.
 
     Attributes:
-        candidate: what was validated.
-        dsc: for each organ the DSC of every left-out scan that annotates it, on the scan's own lattice, after
+        candidate: the validated candidate.
+        dsc: for each organ, the DSC of every left-out scan that annotates it, on the lattice of the scan, after
             ``post_processing``.
-        post_processing: for each organ what gains the most on the left-out scans; nothing where little is gained.
+        post_processing: for each organ, the post-processing with the highest mean DSC on the left-out scans; no
+            post-processing if the gain is too small.
     """
 
     candidate: Candidate
@@ -75,17 +76,18 @@ class Validated:
 
     @property
     def mean(self) -> float:
-        """Mean DSC over organs; an organ that could not be validated is left out."""
+        """Mean of the mean DSC of all organs, without organs that could not be validated."""
         return mean_over_organs(self.dsc)
 
 
 def candidates(training: TrainingSettings, settings: AdapterSettings, rows: HeadRows) -> list[Candidate]:
-    """Return the ways to choose from, cheapest first.
+    """Return all candidates, in the order of increasing cost.
 
     Args:
-        training: seed and length for all of them.
-        settings: of which activation and width are taken.
-        rows: what the encoder knows; zero-shot is a candidate only where it knows every organ.
+        training: training settings of all candidates.
+        settings: source of the activation and the width of all candidates.
+        rows: classifiers of the organs in the head of the encoder. Zero-shot is a candidate only if the head knows
+            every organ.
     """
     kinds: list[Candidate] = []
     if all(row is not None for row in rows) and settings.activation == "sigmoid":
@@ -104,25 +106,25 @@ def candidates(training: TrainingSettings, settings: AdapterSettings, rows: Head
 
 
 def can_validate(support: Sequence[SupportScan]) -> bool:
-    """Return whether leaving scans out tells anything: some organ is annotated in two scans at least."""
+    """Return whether cross-validation is possible: at least one organ is annotated in at least two scans."""
     return bool((np.sum([scan.annotated for scan in support], axis=0) >= 2).any())
 
 
 def folds(scans: int) -> list[list[int]]:
-    """Return which scans are left out together: each alone, or, of more than ten scans, in ten groups."""
-    return [list(range(first, scans, _MOST_FOLDS)) for first in range(min(scans, _MOST_FOLDS))]
+    """Return the indices of the scans that each fold leaves out: one scan per fold, and at most ten folds."""
+    return [list(range(first, scans, _MAX_FOLDS)) for first in range(min(scans, _MAX_FOLDS))]
 
 
 def leave_one_out(
     candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows, *, progress: Progress | None = None
 ) -> Validated:
-    """Score a candidate on every scan of the support set, made without that scan.
+    """Score a candidate on every scan of the support set with an adapter that was made without that scan.
 
     Args:
-        candidate: what to validate.
-        support: at least two scans, each with its grid and reference.
-        rows: the encoder's classifiers.
-        progress: where to show progress.
+        candidate: candidate to validate.
+        support: at least two scans, each with its grid and its reference.
+        rows: classifiers of the organs in the head of the encoder.
+        progress: receiver of progress reports; None reports nothing.
     """
     scores = _Scores(candidate, support, rows)
     groups = folds(len(support))
@@ -136,15 +138,16 @@ def leave_one_out(
 def best_of(
     kinds: Sequence[Candidate], support: Sequence[SupportScan], rows: HeadRows, *, progress: Progress | None = None
 ) -> tuple[Validated, list[Validated]]:
-    """Return the candidate that validates best, and all that stayed in the race to its end.
+    """Return the best candidate, and the results of all candidates that were validated to the end.
 
-    A dearer candidate has to be worth it. After two folds, those that are far behind the best are given up.
+    A more expensive candidate must be better by 0.005 to be chosen. After two folds, candidates far below the best are
+    dropped.
 
     Args:
-        kinds: cheapest first.
-        support: at least two scans.
-        rows: the encoder's classifiers.
-        progress: where to show progress.
+        kinds: candidates, in the order of increasing cost.
+        support: at least two scans, each with its grid and its reference.
+        rows: classifiers of the organs in the head of the encoder.
+        progress: receiver of progress reports; None reports nothing.
     """
     running = [_Scores(kind, support, rows) for kind in kinds]
     groups = folds(len(support))
@@ -154,18 +157,18 @@ def best_of(
                 scores.add(left_out)
             if number >= 2:
                 best = max(scores.mean for scores in running)
-                running = [scores for scores in running if scores.mean >= best - _HOPELESS]
+                running = [scores for scores in running if scores.mean >= best - _MAX_DEFICIT]
             task.advance(1)
     validated = [scores.summary() for scores in running]
     best = max(result.mean for result in validated)
-    return next(result for result in validated if result.mean >= best - _WORTHWHILE), validated
+    return next(result for result in validated if result.mean >= best - _MIN_GAIN_OF_COSTLIER_CANDIDATE), validated
 
 
 class OrganScores:
-    """For each organ and each post-processing, the DSC of every scan left out.
+    """The DSC of every left-out scan, for each organ and each combination of post-processing steps.
 
     Args:
-        organs: how many.
+        organs: number of organs.
     """
 
     def __init__(self, organs: int) -> None:
@@ -178,80 +181,80 @@ class OrganScores:
         values: Sequence[int],
         scored: NDArray[np.bool_],
     ) -> None:
-        """Score a mask on its scan's own lattice.
+        """Add the scores of one mask.
 
         Args:
-            labels: the mask, organ ``k`` as ``k + 1``.
-            reference: the scan's annotation.
-            values: label value of each organ in it.
-            scored: ``[K]``, which organs count.
+            labels: mask on the lattice of the scan; organ ``k`` has the label value ``k + 1``.
+            reference: annotation of the scan.
+            values: label value of each organ in the annotation.
+            scored: bool ``[K]``; only organs with True are scored.
         """
         for steps in ALL:
-            treated = post_process(labels, [steps] * len(values))
+            processed = post_process(labels, [steps] * len(values))
             for organ in np.flatnonzero(scored):
-                score = dice(treated == organ + 1, reference.array == values[int(organ)])
+                score = dice(processed == organ + 1, reference.array == values[int(organ)])
                 if score is not None:
                     self._dsc[organ][steps].append(score)
 
     @property
     def mean(self) -> float:
-        """Mean DSC over organs, without post-processing."""
-        return mean_over_organs(self.untreated)
+        """Mean of the mean DSC of all organs, without post-processing."""
+        return mean_over_organs(self.without_post_processing)
 
     @property
-    def untreated(self) -> list[list[float]]:
-        """For each organ the scores without post-processing."""
+    def without_post_processing(self) -> list[list[float]]:
+        """The scores of each organ without post-processing."""
         return [organ[ALL[0]] for organ in self._dsc]
 
     def summary(self) -> tuple[tuple[tuple[float, ...], ...], tuple[PostProcessing, ...]]:
-        """Return each organ's scores with the post-processing that helps it, and that post-processing."""
-        chosen = [_helpful(organ) for organ in self._dsc]
+        """Return, for each organ, the scores with its best post-processing, and that post-processing."""
+        chosen = [_best_post_processing(organ) for organ in self._dsc]
         dsc = [tuple(organ[steps]) for organ, steps in zip(self._dsc, chosen, strict=True)]
         return tuple(dsc), tuple(chosen)
 
 
 class _Scores:
-    """A candidate's scores so far."""
+    """The scores of a candidate on the folds that were computed so far."""
 
     def __init__(self, candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows) -> None:
         self._candidate, self._support, self._rows = candidate, support, rows
         self._scores = OrganScores(len(rows))
 
     def add(self, left_out: Sequence[int]) -> None:
-        """Make the adapter without some scans, and score it on them."""
+        """Make the adapter without the scans with the indices ``left_out``, and score the adapter on these scans."""
         others = [scan for index, scan in enumerate(self._support) if index not in left_out]
         adapter = self._candidate.make(others, self._rows, SilentProgress()).adapter
         annotated = np.array([other.annotated for other in others])
-        if self._candidate.settings.activation == "softmax":  # which learns from scans that show every organ
+        if self._candidate.settings.activation == "softmax":  # trains only on scans that annotate every organ
             annotated = annotated & annotated.all(axis=1, keepdims=True)
         known: NDArray[np.bool_] = np.any(annotated, axis=0)
         for index in left_out:
             scan = self._support[index]
-            assert scan.grid is not None  # noqa: S101 - narrows the type; see the arguments
-            assert scan.reference is not None  # noqa: S101 - likewise
+            assert scan.grid is not None  # noqa: S101 - narrows the type; the caller gives a grid
+            assert scan.reference is not None  # noqa: S101 - narrows the type; the caller gives a reference
             labels = segment_encoded(EncodedScan(scan.grid, scan.features), [adapter])
             self._scores.add(labels, *scan.reference, scan.annotated & known)
 
     @property
     def mean(self) -> float:
-        """Mean DSC over organs, without post-processing."""
+        """Mean of the mean DSC of all organs, without post-processing."""
         return self._scores.mean
 
     def summary(self) -> Validated:
-        """Return the scores, each organ with the post-processing that helps it."""
+        """Return the candidate with its scores after the best post-processing of each organ."""
         return Validated(self._candidate, *self._scores.summary())
 
 
-def _helpful(organ: dict[PostProcessing, list[float]]) -> PostProcessing:
-    """Return the first post-processing that gains as much as the best, or none where little is gained."""
+def _best_post_processing(organ: dict[PostProcessing, list[float]]) -> PostProcessing:
+    """Return the post-processing with the highest mean DSC, or no post-processing if the gain is too small."""
     if not organ[ALL[0]]:
         return ALL[0]
     means = {steps: float(np.mean(scores)) for steps, scores in organ.items()}
     best = max(means, key=lambda steps: means[steps])
-    return best if means[best] >= means[ALL[0]] + _HELPFUL else ALL[0]
+    return best if means[best] >= means[ALL[0]] + _MIN_GAIN_OF_POST_PROCESSING else ALL[0]
 
 
 def mean_over_organs(dsc: Sequence[Sequence[float]]) -> float:
-    """Return the mean over organs of each one's mean DSC; an organ without scores is left out."""
+    """Return the mean of the mean DSC of all organs that have scores; 0 if no organ has scores."""
     organs = [sum(scores) / len(scores) for scores in dsc if scores]
     return sum(organs) / len(organs) if organs else 0.0

@@ -1,10 +1,10 @@
-"""The linear adapter solved to convergence: a classifier on fixed features has no need of an optimiser's schedule.
+"""Solver for linear classifiers: a classifier on fixed features is solved to convergence, without a schedule.
 
-Voxels are gathered once, each level interpolated to the finest: a quarter of those near an organ and one in fifty of
-the others, each standing for as many as were left out. On these the same loss as in adaptation, soft Dice plus
-cross-entropy, is minimised by L-BFGS (Liu & Nocedal, Mathematical Programming 45 (1989) 503-528) with a ridge towards
-the start: the encoder's head where it knows the organ, zero elsewhere. The ridge does for a linear classifier what
-perturbed features do for the others.
+Voxels are collected once, with each level interpolated to the finest level: a quarter of the voxels near an organ, and
+one in fifty of the other voxels. Each voxel has the reciprocal of its sampling rate as its weight. L-BFGS (Liu &
+Nocedal, Mathematical Programming 45 (1989) 503-528) minimises the adaptation loss, soft Dice plus cross-entropy, on
+these voxels, plus a ridge that pulls the weights towards their start values: the encoder's head for known organs, zero
+for novel organs. The ridge regularises a linear adapter; perturbed features regularise the other adapters.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from fseft_edge.adapters.blocks import Box
 from fseft_edge.adapters.network import Activation, Adapter
 
 ITERATIONS = 200
-_NEAR = 3
+_NEAR_VOXELS = 3
 _NEAR_SHARE = 0.25
 _FAR_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class Voxels:
-    """Voxels of a support set.
+    """A sample of voxels of a support set.
 
     Attributes:
-        features: float32 ``[N, C]``, what the classifiers see (:meth:`Adapter.penultimate`).
-        targets: float32 ``[N, K]``, share of the voxel that the organ fills.
-        weight: float32 ``[N, K]``, how many voxels each stands for, 0 where the organ is not annotated.
+        features: input of the classifiers (:meth:`Adapter.penultimate`), float32 ``[N, C]``.
+        targets: share of the voxel that the organ fills, float32 ``[N, K]``.
+        weight: number of voxels that the sampled voxel represents; 0 if the organ is not annotated; float32 ``[N, K]``.
     """
 
     features: Tensor
@@ -42,7 +42,7 @@ class Voxels:
 
     @classmethod
     def joined(cls, parts: Sequence[Voxels]) -> Voxels:
-        """Return the voxels of several sets as one."""
+        """Return the voxels of several samples as one sample."""
         return cls(
             torch.cat([part.features for part in parts]),
             torch.cat([part.targets for part in parts]),
@@ -53,19 +53,19 @@ class Voxels:
 def gather_voxels(
     adapter: Adapter, features: Sequence[Tensor], targets: Tensor, annotated: Tensor, generator: torch.Generator
 ) -> Voxels:
-    """Return a quarter of a block's voxels near an organ, and fewer of the others, in the CPU's memory.
+    """Sample a quarter of the voxels of a block that are near an organ, and one in fifty of the others, on the CPU.
 
     Args:
-        adapter: decides what is seen at a voxel.
-        features: each level's part ``adapter.boxes(core)`` of one block, ``[1, C_l, ...]``.
-        targets: ``[K, X, Y, Z]``.
-        annotated: ``[K]``.
-        generator: decides which are taken.
+        adapter: adapter that computes the input of the classifiers.
+        features: features of each level of one block, in the boxes ``adapter.boxes(core)``, ``[1, C_l, ...]``.
+        targets: share of each voxel that each organ fills, ``[K, X, Y, Z]``.
+        annotated: 1 if the organ is annotated in the scan, else 0, ``[K]``.
+        generator: generator for the random choice of voxels.
     """
     core = Box(*((0, size) for size in targets.shape[1:]))
     at_voxels = adapter.penultimate(features, core)[0].flatten(1).T
-    reach = 2 * _NEAR + 1
-    near = F.max_pool3d(targets[None].amax(1), reach, stride=1, padding=_NEAR).flatten() > 0
+    window = 2 * _NEAR_VOXELS + 1
+    near = F.max_pool3d(targets[None].amax(1), window, stride=1, padding=_NEAR_VOXELS).flatten() > 0
     share = torch.where(near, _NEAR_SHARE, _FAR_SHARE)
     chosen = torch.rand(near.shape, generator=generator).to(share.device) < share
     weight = annotated / share[chosen, None]
@@ -74,13 +74,13 @@ def gather_voxels(
 
 @dataclass(frozen=True)
 class Solution:
-    """The linear classifier of least loss.
+    """The linear classifier with the smallest loss.
 
     Attributes:
         weight: ``[classes, C]``.
         bias: ``[classes]``.
-        loss: at the end, without ridge and penalty.
-        evaluations: how often the loss was computed.
+        loss: final loss without ridge and penalty.
+        evaluations: number of evaluations of the loss.
     """
 
     weight: Tensor
@@ -100,19 +100,20 @@ def solve(
     penalty: Callable[[Tensor, Tensor], Tensor] | None = None,
     iterations: int = ITERATIONS,
 ) -> Solution:
-    """Return the linear classifier of least loss.
+    """Return the linear classifier with the smallest loss.
 
-    Minimises :func:`fseft_edge.adaptation.losses.adaptation_loss` of all voxels at once plus ``ridge / 2 |W - W_0|²``.
+    The function minimises :func:`fseft_edge.adaptation.losses.adaptation_loss` over all voxels together, plus
+    ``ridge / 2 |W - W_0|²``, plus the penalty.
 
     Args:
-        voxels: what to learn from.
-        start_weight: ``W_0``, ``[classes, C]``; with softmax the background comes first.
-        start_bias: ``[classes]``; not held.
-        ridge: strength of the pull towards ``W_0``.
-        activation: of the adapter.
+        voxels: training voxels.
+        start_weight: start value ``W_0`` of the weight, ``[classes, C]``; with softmax, class 0 is the background.
+        start_bias: start value of the bias, ``[classes]``; the ridge does not apply to the bias.
+        ridge: strength of the ridge.
+        activation: activation of the adapter.
         dice_weight: weight of the Dice term.
-        penalty: of weight and bias, added to what is minimised.
-        iterations: of L-BFGS, at most.
+        penalty: function of weight and bias whose value is added to the loss; None adds nothing.
+        iterations: maximum number of L-BFGS iterations.
     """
     weight, bias = start_weight.clone().requires_grad_(), start_bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(

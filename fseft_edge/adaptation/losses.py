@@ -1,4 +1,4 @@
-"""Losses of adaptation and of pre-training on partially annotated data."""
+"""Loss functions of adaptation and of pre-training, for partially annotated data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Total = Callable[[Tensor], Tensor]
-"""Adds a tensor up over the processes that share a batch, gradients included."""
+"""A function that sums a tensor over the processes that share a batch, including gradients."""
 
 
 def single_process(tensor: Tensor) -> Tensor:
-    """Return the total over processes where there is but one."""
+    """Return the tensor unchanged: the sum over one process."""
     return tensor
 
 
@@ -22,9 +22,9 @@ def soft_dice_loss(probabilities: Tensor, targets: Tensor, *, smoothing: float =
     """Return ``1 - (2 Σ p y + s) / (Σ p + Σ y + s)`` for each sample and organ (Silva-Rodriguez et al., FSEFT).
 
     Args:
-        probabilities: ``[n, K, X, Y, Z]`` in 0..1.
-        targets: same shape, in 0..1; soft values are allowed.
-        smoothing: ``s``; 1 in the paper's released code.
+        probabilities: ``p``, ``[n, K, X, Y, Z]`` in 0..1.
+        targets: ``y``, ``[n, K, X, Y, Z]`` in 0..1; values between 0 and 1 are allowed.
+        smoothing: ``s``; the value in the released code of the paper is 1.
 
     Returns:
         ``[n, K]``.
@@ -40,25 +40,25 @@ def cross_entropy_per_organ(logits: Tensor, targets: Tensor) -> Tensor:
 
     Args:
         logits: ``[n, K, X, Y, Z]``.
-        targets: same shape, in 0..1.
+        targets: ``[n, K, X, Y, Z]`` in 0..1.
     """
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten(2).mean(2)
 
 
 def partial_label_loss(logits: Tensor, targets: Tensor, task_mask: Tensor, *, total: Total = single_process) -> Tensor:
-    """Return Dice plus cross-entropy over annotated organs only (FSEFT, eq. 1).
+    """Return soft Dice loss plus cross-entropy, averaged over annotated organs only (FSEFT, eq. 1).
 
-    The loss of organ ``k`` counts for sample ``n`` only where the task mask ``w_{n,k}`` is 1 and the sum is divided by
-    the mask's sum, so an organ that nobody contoured is neither foreground nor background.
+    The loss of organ ``k`` in sample ``n`` counts only if the task mask ``w_{n,k}`` is 1. The sum is divided by the sum
+    of the task mask. An organ that is not annotated is therefore not treated as foreground or background.
 
     Args:
         logits: ``[n, K, X, Y, Z]``.
-        targets: same shape, in 0..1; values where the mask is 0 are ignored.
+        targets: ``[n, K, X, Y, Z]`` in 0..1; values of organs with task mask 0 are ignored.
         task_mask: ``[n, K]`` of 0 and 1.
-        total: over the processes that hold the other samples of the batch.
+        total: function that sums a tensor over all processes that hold samples of the batch.
 
     Returns:
-        A scalar; 0 where nothing at all is annotated.
+        A scalar; 0 if the task mask is 0 everywhere.
     """
     annotated = task_mask > 0
     logits, targets = logits[annotated][:, None], targets[annotated][:, None]
@@ -76,20 +76,20 @@ def adaptation_loss(
     dice_weight: float = 1.0,
     total: Total = single_process,
 ) -> Tensor:
-    """Return cross-entropy plus ``dice_weight`` times soft Dice over a batch of blocks, or of single voxels.
+    """Return cross-entropy plus ``dice_weight`` times soft Dice loss over a batch of blocks, or of single voxels.
 
-    A block holds only a piece of an organ, so overlap and size are summed over the whole batch before the Dice quotient
-    is formed, instead of one quotient a sample as in :func:`soft_dice_loss`. An organ that no block of the batch holds
-    counts by its cross-entropy alone: its Dice would do nothing but push it towards an empty mask.
+    A block contains only a part of an organ. Therefore overlap and size are summed over the complete batch before the
+    Dice quotient is formed; :func:`soft_dice_loss` forms one quotient per sample. For an organ that no block of the
+    batch contains, only the cross-entropy counts, because the Dice term would only favour an empty mask.
 
     Args:
-        logits: ``[n, K, X, Y, Z]``; with softmax ``[n, 1 + K, X, Y, Z]``, background first.
-        targets: ``[n, K, X, Y, Z]``, share of the voxel that the organ fills.
-        annotated: ``[n, K]``, 0 where the organ is not annotated, else 1 or what the sample counts. With softmax a
-            block that lacks any organ's annotation is left out whole, since its background is not known.
-        activation: of the adapter.
-        dice_weight: 0 leaves the cross-entropy alone.
-        total: over the processes that hold the other blocks of the batch.
+        logits: ``[n, K, X, Y, Z]``; with softmax ``[n, 1 + K, X, Y, Z]``, with the background as class 0.
+        targets: share of the voxel that the organ fills, ``[n, K, X, Y, Z]``.
+        annotated: 0 if the organ is not annotated, else the weight of the sample, ``[n, K]``. With softmax, a block
+            that is not annotated for all organs is ignored, because its background is not known.
+        activation: activation of the adapter.
+        dice_weight: weight of the Dice term; 0 means cross-entropy only.
+        total: function that sums a tensor over all processes that hold blocks of the batch.
     """
     if activation == "softmax":
         known = annotated.amin(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Means and standard deviations of an encoder's channels, by which adapters normalise features."""
+"""Means and standard deviations of the channels of an encoder, with which adapters normalise features."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LEAST_SHARE = 1e-3
 
 
 class FeatureStatistics:
-    """Gathers the features that an adapter normalises.
+    """Running sums of features, for the means and standard deviations of an adapter.
 
     Args:
-        adapter: whose levels count.
+        adapter: adapter whose normalisation is set by :meth:`apply`.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -23,13 +23,13 @@ class FeatureStatistics:
         self._counts = [0] * len(adapter.levels)
 
     def add(self, level: int, values: Tensor) -> None:
-        """Take note of features ``[C_l, n]`` of a level."""
+        """Add the features ``[C_l, n]`` of a level to the sums."""
         values = values.double()
         self._sums[level] += torch.stack([values.sum(1), values.square().sum(1)]).cpu()
         self._counts[level] += values.shape[1]
 
     def apply(self) -> None:
-        """Set the adapter's means and scales; a channel that hardly varies is scaled as if it did a little."""
+        """Set the means and the scales of the adapter. Each scale is at least 0.001 of the largest of its level."""
         for level, (total, squares) in enumerate(self._sums):
             mean = total / self._counts[level]
             deviation = (squares / self._counts[level] - mean.square()).clamp_min(0).sqrt()

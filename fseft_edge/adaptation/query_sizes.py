@@ -1,4 +1,4 @@
-"""How large an adapter finds the organs of a query, and the voxels on which that depends."""
+"""Organ sizes that an adapter predicts in a query, and the voxels that these sizes depend on."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fseft_edge.runtime.encoder.encoding import EncodedScan
 
 _BLOCK = (64, 64, 32)
 _MM3_PER_ML = 1000.0
-_FOUND = 0.5
+_MASK_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Survey:
-    """An adapter's probabilities of a whole query, in numbers.
+    """Statistics of the probabilities of an adapter over a complete query.
 
     Attributes:
-        sizes: sum of each organ's probabilities as a volume in ml, ``[K]``.
-        masks: volume in ml in which each organ's probability exceeds one half, ``[K]``.
-        at_border: whether that mask touches the border of the field of view, bool ``[K]``.
-        peaks: each organ's greatest probability in every block, ``[blocks, K]``.
+        sizes: sum of the probabilities of each organ, as a volume in ml, ``[K]``.
+        masks: volume of the mask of each organ (probability above 0.5) in ml, ``[K]``.
+        at_border: True if the mask of the organ touches the border of the field of view, bool ``[K]``.
+        peaks: largest probability of each organ in every block, ``[blocks, K]``.
     """
 
     sizes: Tensor
@@ -35,16 +35,16 @@ class Survey:
 
 
 def survey_of(adapter: Adapter, query: EncodedScan) -> Survey:
-    """Return what an adapter finds in a query, gone through block by block."""
+    """Return the statistics of the probabilities of an adapter over a query. The query is read block by block."""
     sums, masks, borders, peaks = [], [], [], []
     with torch.inference_mode():
         for core in _cores(query):
             features = read_block(query.features, adapter.boxes(core), adapter.device)
             probabilities = adapter.probabilities(adapter(features, core))[0, adapter.backgrounds :].cpu()
-            found = probabilities > _FOUND
+            mask = probabilities > _MASK_THRESHOLD
             sums.append(probabilities.sum((1, 2, 3)))
-            masks.append(found.sum((1, 2, 3)))
-            borders.append(_touches_border(found, core, query.grid.shape))
+            masks.append(mask.sum((1, 2, 3)))
+            borders.append(_touches_border(mask, core, query.grid.shape))
             peaks.append(probabilities.amax((1, 2, 3)))
     ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
     return Survey(
@@ -57,13 +57,13 @@ def survey_of(adapter: Adapter, query: EncodedScan) -> Survey:
 
 @dataclass(frozen=True)
 class VisibleVoxels:
-    """The voxels of a query in which some of the organs are visible.
+    """The voxels of a query in which at least one of the selected organs is visible, or a random sample of them.
 
     Attributes:
-        organs: which, bool ``[K]``; ``F`` of them.
-        features: what the classifiers see there, ``[N, D]``.
-        ml: the volume that each stands for.
-        rest: those organs' sizes in all other voxels, in ml, ``[F]``.
+        organs: True for the selected organs, bool ``[K]``; ``F`` organs are selected.
+        features: input of the classifiers in these voxels, ``[N, D]``.
+        ml: volume in ml that each of these voxels represents.
+        rest: size of each selected organ in all other voxels of the query, in ml, ``[F]``.
     """
 
     organs: Tensor
@@ -72,15 +72,21 @@ class VisibleVoxels:
     rest: Tensor
 
     def rows(self, adapter: Adapter) -> Tensor:
-        """Return which classifiers are those of the organs, bool ``[classes]``; the background's is too."""
+        """Return True for the classifiers of the selected organs and of the background, bool ``[classes]``."""
         return torch.cat([torch.ones(adapter.backgrounds, dtype=torch.bool), self.organs])
 
     def classifiers(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of those classifiers."""
+        """Return weight and bias of the classifiers of the selected organs and of the background."""
         return adapter.linear_weight()[self.rows(adapter)], adapter.linear_bias()[self.rows(adapter)]
 
     def sizes(self, adapter: Adapter, weight: Tensor, bias: Tensor) -> Tensor:
-        """Return ``Ŝ`` in ml, ``[F]``, by such classifiers; outside these voxels it is what it was."""
+        """Return the sizes ``Ŝ`` in ml, ``[F]``, for changed classifiers. The sizes in all other voxels stay constant.
+
+        Args:
+            adapter: adapter that computes probabilities from logits.
+            weight: changed weight of the classifiers of :meth:`classifiers`.
+            bias: changed bias of the classifiers of :meth:`classifiers`.
+        """
         probabilities = adapter.probabilities(self.features @ weight.T + bias)[:, adapter.backgrounds :]
         return self.rest + probabilities.sum(0) * self.ml
 
@@ -88,52 +94,53 @@ class VisibleVoxels:
 def visible_voxels(
     adapter: Adapter, query: EncodedScan, survey: Survey, organs: Tensor, *, visible: float, most: int, seed: int
 ) -> VisibleVoxels:
-    """Gather the voxels in which some of the organs are visible.
+    """Collect the voxels of a query in which at least one of the selected organs is visible.
 
     Args:
-        adapter: decides what is visible, and what its classifiers see.
-        query: the scan.
-        survey: of the two.
-        organs: which, bool ``[K]``.
-        visible: the probability from which one is.
-        most: of more voxels as many are drawn at random.
-        seed: of that.
+        adapter: adapter that computes the probabilities and the input of the classifiers.
+        query: scan to segment.
+        survey: statistics of this adapter over this query.
+        organs: True for the selected organs, bool ``[K]``.
+        visible: smallest probability at which an organ counts as visible.
+        most: maximum number of voxels; if more voxels are visible, a random sample of this number is kept.
+        seed: seed for the random sample.
     """
     kept, drawn, count = torch.empty(0, len(adapter.linear_weight()[0])), torch.empty(0), 0
     generator = torch.Generator().manual_seed(seed)
     weight, bias = adapter.linear_weight().to(adapter.device), adapter.linear_bias().to(adapter.device)
-    organs_there = organs.to(adapter.device)
+    organs_on_device = organs.to(adapter.device)
     with torch.no_grad():
         for core, peaks in zip(_cores(query), survey.peaks, strict=True):
             if float(peaks[organs].amax()) < visible:
                 continue
             features = read_block(query.features, adapter.boxes(core), adapter.device)
-            here = adapter.penultimate(features, core)[0].flatten(1).T
-            probabilities = adapter.probabilities(here @ weight.T + bias)[:, adapter.backgrounds :]
-            here = here[probabilities[:, organs_there].amax(1) >= visible].cpu()
-            count += len(here)
-            kept = torch.cat([kept, here])
-            drawn = torch.cat([drawn, torch.rand(len(here), generator=generator)])
-            if (
-                len(kept) > most
-            ):  # those of the lowest numbers stay: a fair sample, and never more than a block too many
+            inputs = adapter.penultimate(features, core)[0].flatten(1).T
+            probabilities = adapter.probabilities(inputs @ weight.T + bias)[:, adapter.backgrounds :]
+            inputs = inputs[probabilities[:, organs_on_device].amax(1) >= visible].cpu()
+            count += len(inputs)
+            kept = torch.cat([kept, inputs])
+            drawn = torch.cat([drawn, torch.rand(len(inputs), generator=generator)])
+            # Keep the voxels with the lowest random numbers. This is an unbiased sample, and memory never holds more
+            # than one block in addition to the sample.
+            if len(kept) > most:
                 drawn, lowest = drawn.topk(most, largest=False)
                 kept = kept[lowest]
     ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML * count / len(kept)
-    alone = VisibleVoxels(organs, kept, ml, torch.zeros(int(organs.sum())))
-    return replace(alone, rest=survey.sizes[organs] - alone.sizes(adapter, *alone.classifiers(adapter)))
+    without_rest = VisibleVoxels(organs, kept, ml, torch.zeros(int(organs.sum())))
+    sizes_inside = without_rest.sizes(adapter, *without_rest.classifiers(adapter))
+    return replace(without_rest, rest=survey.sizes[organs] - sizes_inside)
 
 
 def _cores(query: EncodedScan) -> Iterator[Box]:
     return tiles(query.grid.shape, _BLOCK)
 
 
-def _touches_border(found: Tensor, core: Box, shape: tuple[int, int, int]) -> Tensor:
-    """Return for each organ whether its mask within a block lies at the border of the grid, bool ``[K]``."""
-    touches = torch.zeros(len(found), dtype=torch.bool)
+def _touches_border(mask: Tensor, core: Box, shape: tuple[int, int, int]) -> Tensor:
+    """Return, for each organ, True if its mask in the block ``core`` touches the border of the grid, bool ``[K]``."""
+    touches = torch.zeros(len(mask), dtype=torch.bool)
     for axis, ((low, high), size) in enumerate(zip(core.ranges, shape, strict=True), start=1):
         if low == 0:
-            touches |= found.select(axis, 0).flatten(1).any(1)
+            touches |= mask.select(axis, 0).flatten(1).any(1)
         if high == size:
-            touches |= found.select(axis, -1).flatten(1).any(1)
+            touches |= mask.select(axis, -1).flatten(1).any(1)
     return touches

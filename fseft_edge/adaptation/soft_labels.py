@@ -1,4 +1,4 @@
-"""How much of each grid voxel an organ fills, kept where the organ is and nowhere else."""
+"""Occupancy: the share of each grid voxel that an organ fills, stored only in the bounding box of the organ."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _FULL = 255
 
 @dataclass(frozen=True, eq=False)
 class _Patch:
-    """An organ in the box around it: uint8 ``[x, y, z]``, 255 is all of a voxel, and the box's first voxel."""
+    """Shares of one organ in its bounding box, uint8 ``[x, y, z]`` with 255 for a full voxel, and the box start."""
 
     values: NDArray[np.uint8]
     start: tuple[int, int, int]
 
 
 class Occupancy:
-    """The share of each voxel that each organ of a scan fills.
+    """The share of each grid voxel that each organ of a scan fills.
 
     Args:
-        shares: for each organ the shares of all grid voxels, 0 to 1, float ``[X, Y, Z]``; taken one by one.
+        shares: for each organ, the shares of all grid voxels from 0 to 1, float ``[X, Y, Z]``; the arrays are read one
+            after another, so that only one has to be in memory.
     """
 
     def __init__(self, shares: Iterable[NDArray[np.floating]]) -> None:
@@ -39,7 +40,7 @@ class Occupancy:
         return len(self._patches)
 
     def block(self, core: Box) -> Tensor:
-        """Return float32 ``[K, *core.shape]``, 0 to 1; outside the scan is 0."""
+        """Return the shares of a block from 0 to 1, float32 ``[K, *core.shape]``; outside the scan, shares are 0."""
         block = torch.zeros(len(self), *core.shape)
         for organ, patch in enumerate(self._patches):
             source: list[slice] = []
@@ -54,7 +55,7 @@ class Occupancy:
         return block
 
     def positions(self, organ: int) -> NDArray[np.int64]:
-        """Return the voxels ``[m, 3]`` that the organ fills by half or more, in memory order."""
+        """Return the positions ``[m, 3]`` of the voxels that the organ fills by at least half, in memory order."""
         patch = self._patches[organ]
         positions: NDArray[np.int64] = np.argwhere(patch.values > _HALF) + np.asarray(patch.start)
         return positions

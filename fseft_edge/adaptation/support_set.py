@@ -1,4 +1,4 @@
-"""Annotated scans: found on disk, checked, encoded, and laid on the grid."""
+"""The support set: search for annotated scans on disk, checks, encoding, and annotations on the grid."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -> list[tuple[Path, Path]]:
-    """Return each CT with its annotation.
+    """Return pairs of a CT and its annotation.
 
     Args:
         images: folder of CTs, or one CT.
-        labels: folder of annotations of the same file names, or one.
-        cases: names of the cases wanted; None takes all that have an annotation.
+        labels: folder of annotations with the file names of their CTs, or one annotation.
+        cases: names of the cases to return; None returns all cases that have an annotation.
 
     Raises:
-        UnreadableFileError: there is none, or a case that was asked for lacks one of the two.
+        UnreadableFileError: there is no pair, or the CT or the annotation of one of the ``cases`` is missing.
     """
     annotations, scans = cases_by_name(labels), cases_by_name(images)
     if images.is_file() and labels.is_file():
@@ -50,17 +50,17 @@ def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -
     missing = [name for name in wanted if name not in scans or name not in annotations]
     if missing:
         raise UnreadableFileError(
-            f"The cases {', '.join(missing)} lack an image in {images} or an annotation in {labels}.",
-            remedy="An image and its annotation share their file name.",
+            f"For the cases {', '.join(missing)}, the image in {images} or the annotation in {labels} is missing.",
+            remedy="Give each annotation the file name of its image, and check the case names.",
         )
     if not wanted:
         raise UnreadableFileError(
-            f"No image in {images} has an annotation of the same file name in {labels}.",
-            remedy="Give each annotation its CT's file name.",
+            f"No annotation in {labels} has the file name of an image in {images}.",
+            remedy="Give each annotation the file name of its image.",
         )
-    left_out = sorted(scans.keys() - annotations.keys())
-    if cases is None and left_out:
-        _LOG.warning("no annotation for %s: left out", ", ".join(left_out))
+    skipped = sorted(scans.keys() - annotations.keys())
+    if cases is None and skipped:
+        _LOG.warning("these cases are skipped, because they have no annotation: %s", ", ".join(skipped))
     return [(scans[name], annotations[name]) for name in wanted]
 
 
@@ -73,19 +73,19 @@ def find_annotated(
     cases: Sequence[str] | None = None,
     reviewed: ReviewedBatch | None = None,
 ) -> list[tuple[Path, LabelMap]]:
-    """Return each CT to learn from with its annotation read (see :func:`find_pairs` and :func:`read_annotations`).
+    """Find the CTs for training and read their annotations (see :func:`find_pairs` and :func:`read_annotations`).
 
     Args:
-        images: folder of CTs, or one CT; None with ``labels`` where ``reviewed`` gives all scans.
-        labels: folder of annotations of the same file names, or one.
-        organs: what is to be learned.
-        settings: of the adapter.
-        cases: names of the cases of ``images`` to use; None takes all that have an annotation.
-        reviewed: a batch whose accepted masks count as annotations too.
+        images: folder of CTs, or one CT; None together with ``labels`` if all scans come from ``reviewed``.
+        labels: folder of annotations with the file names of their CTs, or one annotation.
+        organs: organs to train.
+        settings: settings of the adapter.
+        cases: names of the cases of ``images`` to use; None uses all cases that have an annotation.
+        reviewed: reviewed batch whose accepted masks are used as annotations.
 
     Raises:
-        UsageError: there is nothing to learn from, or no mask of ``reviewed`` was accepted.
-        InputError: an annotation cannot be read, or does not serve.
+        UsageError: no annotated scans are given, or no mask of ``reviewed`` was accepted.
+        InputError: an annotation cannot be read, or cannot be used for these organs and settings.
     """
     if images is not None and labels is not None:
         pairs = find_pairs(images, labels, cases)
@@ -93,8 +93,8 @@ def find_annotated(
         pairs = []
     else:
         raise UsageError(
-            "There are no annotated scans to learn from.",
-            remedy="Name their folders by --images and --labels, or a reviewed batch by --from-reviewed.",
+            "The annotated scans for training are missing.",
+            remedy="Give their folders with --images and --labels, or a reviewed batch with --from-reviewed.",
         )
     accepted = accepted_annotations(reviewed, organs, [image for image, _ in pairs]) if reviewed else []
     return read_annotations(pairs, organs, labels, settings, reviewed=accepted)
@@ -108,23 +108,26 @@ def read_annotations(
     *,
     reviewed: Sequence[tuple[Path, LabelMap]] = (),
 ) -> list[tuple[Path, LabelMap]]:
-    """Return each CT with its annotation read, having made sure that there is something to learn from.
+    """Read the annotations, and check that they are sufficient to train the organs.
 
     Args:
-        pairs: CTs and annotation files, see :func:`find_pairs`.
-        organs: what is to be learned.
-        labels: the folder of the annotations, for messages; None where there are only reviewed masks.
-        settings: of the adapter.
-        reviewed: CTs with masks of a batch that were accepted; they come last.
+        pairs: pairs of a CT and its annotation file (see :func:`find_pairs`).
+        organs: organs to train.
+        labels: folder of the annotations, for messages; None if there are only reviewed masks.
+        settings: settings of the adapter.
+        reviewed: pairs of a CT and its accepted mask of a reviewed batch; they are the last pairs of the result.
+
+    Returns:
+        Pairs of a CT and its annotation.
 
     Raises:
         UnreadableFileError: an annotation cannot be read.
-        LabelError: an organ is annotated in no case; with softmax, no case is annotated for all of them.
+        LabelError: no case is annotated for one of the organs; or, with softmax, no case is annotated for all organs.
     """
     annotated = [*((image, read_label_map(annotation)) for image, annotation in pairs), *reviewed]
     present = [_labels_in(label_map, organs) for _, label_map in annotated]
     for organ in organs:
-        # By the annotation's name: of a reviewed case it is the pseudonym.
+        # The case name comes from the annotation, because for a reviewed case that name is the pseudonym.
         without = [
             case_name(label_map.source or image)
             for (image, label_map), values in zip(annotated, present, strict=True)
@@ -132,19 +135,26 @@ def read_annotations(
         ]
         if len(without) == len(annotated):
             raise LabelError(
-                f"No annotation in {labels} contains the label {organ.label} ({organ.name})."
+                f"No annotation in {labels} contains the label value {organ.label} of the organ {organ.name}."
                 if labels
-                else f"No accepted mask holds the organ {organ.name}.",
-                remedy="Check --organ NAME=ID: the number against the annotation files, the name against a batch's.",
+                else f"No accepted mask contains the organ {organ.name}.",
+                remedy="Check --organ NAME=ID: ID must be a label value of the annotations, and for a reviewed batch, "
+                "NAME must be an organ name of the batch.",
             )
         if without:
-            _LOG.warning("%s: label %d is missing in %s: not annotated there", organ.name, organ.label, without)
+            _LOG.warning(
+                "the label value %d of the organ %s does not occur in the annotations of %s; these cases are treated "
+                "as not annotated for this organ",
+                organ.label,
+                organ.name,
+                ", ".join(without),
+            )
     if settings.activation == "softmax" and not any(
         all(organ.label in values for organ in organs) for values in present
     ):
         raise LabelError(
-            "No scan is annotated for all the organs, so softmax never sees background.",
-            remedy="Use --activation sigmoid, or annotate every organ in at least one scan.",
+            "--activation softmax needs a scan that is annotated for all organs, but there is none.",
+            remedy="Use --activation sigmoid, or annotate all organs in at least one scan.",
         )
     return annotated
 
@@ -156,35 +166,36 @@ def _labels_in(label_map: LabelMap, organs: Sequence[OrganLabel]) -> set[int]:
 def of_support_set(
     annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], volumes_ml: Sequence[Sequence[float]]
 ) -> list[tuple[Path, LabelMap]]:
-    """Return those annotated scans that an adapter was made from, told by the volumes of their organs.
+    """Return the annotated scans that belong to the support set of an adapter. Organ volumes identify these scans.
 
-    Others that lie in the same folder may be those to segment, whose annotations must not help to segment them.
+    The folder may also contain scans that are to be segmented. Their annotations must not influence their masks.
 
     Args:
-        annotated: what :func:`read_annotations` found.
-        organs: of the adapter.
-        volumes_ml: each organ's volumes in the adapter's support set, as :func:`annotated_volumes_ml` gives them.
+        annotated: pairs of a CT and its annotation (see :func:`read_annotations`).
+        organs: organs of the adapter.
+        volumes_ml: volumes of each organ in the support set of the adapter (see :func:`annotated_volumes_ml`).
 
     Raises:
-        LabelError: none of the scans was in the support set.
+        LabelError: no scan belongs to the support set of the adapter.
     """
-    mine = []
+    members = []
     for image, labels in annotated:
-        here = annotated_volumes_ml(labels, organs)
-        if all(volume in known for volume, known in zip(here, volumes_ml, strict=True) if volume):
-            mine.append((image, labels))
+        volumes = annotated_volumes_ml(labels, organs)
+        if all(volume in known for volume, known in zip(volumes, volumes_ml, strict=True) if volume):
+            members.append((image, labels))
         else:
-            _LOG.warning("%s was not in the adapter's support set: left out", case_name(image))
-    if not mine:
+            _LOG.warning("the case %s is skipped: it is not in the support set of the adapter", case_name(image))
+    if not members:
         raise LabelError(
-            "None of the annotated scans was in the adapter's support set.",
-            remedy="Name by --support-images and --support-labels what adapt was given, unchanged.",
+            "No scan of --support-images is in the support set of the adapter.",
+            remedy="Give --support-images and --support-labels the unchanged scans and annotations that "
+            "`fseft-edge adapt` used.",
         )
-    return mine
+    return members
 
 
 def annotated_volumes_ml(labels: LabelMap, organs: Sequence[OrganLabel]) -> list[float]:
-    """Return each organ's volume in an annotation, to 0.001 ml; 0 where it is not annotated."""
+    """Return the volume of each organ in an annotation, rounded to 0.001 ml; 0 for an organ that is not annotated."""
     return [round(float((labels.array == organ.label).sum()) * labels.voxel_volume_mm3 / 1000, 3) for organ in organs]
 
 
@@ -200,19 +211,19 @@ def load_support(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[SupportScan]:
-    """Encode annotated scans, and variations of each.
+    """Encode annotated scans and the variations of each scan.
 
     Args:
-        annotated: a CT and its annotation each, see :func:`read_annotations`.
-        organs: what to take from the annotations.
-        bundle: the encoder.
-        session: the same encoder, opened.
-        store: where feature maps are kept.
-        budget: memory that encoding may take.
-        variations: how many variations of each scan are encoded too; None leaves the number to
+        annotated: pairs of a CT and its annotation (see :func:`read_annotations`).
+        organs: organs to use from the annotations.
+        bundle: encoder bundle.
+        session: open session of this encoder.
+        store: store for the feature maps.
+        budget: memory that encoding may use.
+        variations: number of variations of each scan to encode; None means the number of
             :func:`fseft_edge.adaptation.augmentation.default_variations`.
-        seed: of the variations.
-        progress: where to show progress.
+        seed: seed for the variations.
+        progress: receiver of progress reports; None reports nothing.
     """
 
     def encoded(volume: Volume, grid: Grid) -> EncodedScan:
@@ -228,7 +239,7 @@ def load_support(
             count = variations
             if count is None:
                 count = default_variations(len(annotated), layout_of(grid, bundle).windows)
-            if min(grid.shape) < 2:  # too thin to be a scan of its own
+            if min(grid.shape) < 2:  # a variation would be too thin for a scan
                 count = 0
             varied: list[SupportScan] = []
             for number in range(count):
@@ -245,12 +256,12 @@ def load_support(
 
 
 def _masks(labels: LabelMap, organs: Sequence[OrganLabel]) -> Iterator[NDArray[np.bool_]]:
-    """Yield each organ's mask; all at once are large where a scan is."""
+    """Yield the mask of each organ. Only one mask is in memory at a time, because masks of large scans are large."""
     return (labels.array == organ.label for organ in organs)
 
 
 def _support_scan(volume: Volume, encoded: EncodedScan, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportScan:
-    """Return an annotated scan on the grid."""
+    """Return an encoded scan with its annotation on the grid."""
     values = [organ.label for organ in organs]
     voxels = [int(mask.sum()) for mask in _masks(labels, organs)]
     return SupportScan(

@@ -1,7 +1,7 @@
-"""Training an adapter on blocks of the support set's cached features (FSEFT).
+"""Training of an adapter on blocks of the cached features of the support set (FSEFT).
 
-Blocks of 32x32x32 voxels with the adapter's own receptive field around them stand for whole windows; the map is
-seamless, so a block sees exactly what it would see inside the whole scan.
+The training uses blocks of 32x32x32 voxels plus the receptive field of the adapter, where the paper uses complete
+windows. The feature map covers the complete scan, so the adapter computes the same values for a block as for the scan.
 """
 
 from __future__ import annotations
@@ -33,37 +33,43 @@ from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _STATISTICS_BLOCKS = 6
 _PAPER_EPOCHS = 200
-_TELLING_BLOCKS = 30
-_BLOCKS_A_SCAN, _LEAST_BLOCKS, _MOST_BLOCKS = 480, 1200, 7200
+_MIN_BLOCKS_TO_JUDGE_LOSS = 30
+_BLOCKS_PER_SCAN, _MIN_BLOCKS, _MAX_BLOCKS = 480, 1200, 7200
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How an adapter is trained. Where the defaults come from: docs/architecture.md, "Constants".
+    """The settings of adapter training. docs/architecture.md, "Constants", explains the default values.
 
     Attributes:
-        seed: of everything random.
-        block: edge of a block in voxels, a multiple of the coarsest level's stride.
-        batch: blocks a step; half of them are centred on an organ, half anywhere.
-        blocks_per_epoch: blocks per scan and epoch, each variation counting as a scan.
-        blocks: blocks of the whole training when ``epochs`` is None (at most 200 epochs, as in the paper). None takes
-            480 a scan, at least 1200 and at most 7200.
-        epochs: at most; a linear adapter has none. None divides ``blocks`` by what an epoch holds.
-        bfloat16: compute in bfloat16 (weights and loss stay float32); None does where the device has instructions for
-            it.
-        device: where the network computes; a linear adapter is solved on the CPU.
-        variations: how often each scan is encoded anew, turned, zoomed and restyled; None leaves it to
+        seed: seed for all random choices.
+        block: edge length of a block in voxels; a multiple of the stride of the coarsest level.
+        batch: number of blocks per training step; half of them are centred near an organ, half at any position.
+        blocks_per_epoch: number of blocks per scan and epoch; each variation counts as a scan.
+        blocks: number of blocks of the training if ``epochs`` is None; the limit of 200 epochs (as in the paper)
+            applies. None means 480 per scan, but at least 1200 and at most 7200.
+        epochs: maximum number of epochs; no effect on a linear adapter. None means ``blocks`` divided by the number of
+            blocks per epoch.
+        bfloat16: compute in bfloat16, with weights and loss in float32; None uses bfloat16 if the device has
+            instructions for it.
+        device: device of the network; a linear adapter is always solved on the CPU.
+        variations: number of variations of each scan (rotated, scaled, restyled) to encode; None means the number of
             :func:`fseft_edge.adaptation.augmentation.default_variations`.
-        feature_shift: each block's channels are shifted by noise of this standard deviation (1 is the channel's own).
-        channel_dropout: share of the channels of levels 1, 2, ... that a block does without.
-        linear_rate: AdamW's peak rate for parameters that the logits are linear in; warm-up over the first epoch, then
-            a cosine to zero.
-        residual_rate: the same for convolutions of the residual path.
-        linear_blocks: blocks per scan that a linear adapter is solved on.
-        ridge: strength of a linear adapter's pull towards its start.
-        anchor: weight of the squared distance of known organs' classifiers from the encoder's head, where they start.
-        patience: end when the loss, smoothed over ``smoothing`` epochs, has gained less than ``least_gain`` in this
-            many epochs. Both are longer where an epoch has fewer than 30 blocks, which do not tell how the loss moves.
+        feature_shift: standard deviation of the random shift of each channel of a block, in units of the standard
+            deviation of the channel.
+        channel_dropout: share of the channels of the levels 1, 2, ... that are dropped in a block.
+        linear_rate: peak learning rate of AdamW for the parameters in which the logits are linear. The rate increases
+            linearly during the first epoch, then decreases as a cosine to zero.
+        residual_rate: peak learning rate of AdamW for the convolutions of the residual path, with the schedule of
+            ``linear_rate``.
+        linear_blocks: number of blocks per scan on which a linear adapter is solved.
+        ridge: strength of the ridge that pulls a linear adapter towards its start values.
+        anchor: weight of the squared distance between the classifiers of known organs and the head of the encoder.
+        smoothing: number of epochs over which the loss is averaged for early stopping.
+        patience: number of epochs after which training stops early if the averaged loss has decreased by less than
+            ``least_gain``. If an epoch has fewer than 30 blocks, its loss is too noisy, and ``smoothing`` and
+            ``patience`` are extended.
+        least_gain: smallest decrease of the averaged loss that continues the training.
     """
 
     seed: int = 0
@@ -73,7 +79,7 @@ class TrainingSettings:
     blocks: int | None = None
     epochs: int | None = None
     bfloat16: bool | None = None
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - it is immutable
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a torch.device is immutable
     variations: int | None = None
     feature_shift: float = 0.5
     channel_dropout: float = 0.5
@@ -87,23 +93,28 @@ class TrainingSettings:
     least_gain: float = 1e-3
 
     def epochs_for(self, shots: int, scans: int) -> int:
-        """Return the greatest number of epochs for a support set of ``shots`` scans, ``scans`` with variations."""
+        """Return the maximum number of epochs.
+
+        Args:
+            shots: number of scans in the support set.
+            scans: number of scans including their variations.
+        """
         if self.epochs is not None:
             return self.epochs
         blocks = self.blocks
         if blocks is None:
-            blocks = min(max(_BLOCKS_A_SCAN * shots, _LEAST_BLOCKS), _MOST_BLOCKS)
+            blocks = min(max(_BLOCKS_PER_SCAN * shots, _MIN_BLOCKS), _MAX_BLOCKS)
         return max(1, min(_PAPER_EPOCHS, round(blocks / (self.blocks_per_epoch * scans))))
 
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """An adapter and how its training went.
+    """A trained adapter with a record of its training.
 
     Attributes:
         adapter: the network, in evaluation mode.
-        losses: mean loss of every epoch; of a linear adapter, which is solved, the loss of the solution alone.
-        steps: optimiser steps; of a linear adapter, evaluations of the loss.
+        losses: mean loss of every epoch; for a linear adapter, only the loss of the solution.
+        steps: number of training steps; for a linear adapter, number of evaluations of the loss.
         bfloat16: whether the network computed in bfloat16.
     """
 
@@ -124,11 +135,12 @@ def train_adapter(
     """Train an adapter on a support set.
 
     Args:
-        settings: the kind of adapter.
-        support: ``k`` annotated scans, each organ annotated in at least one.
-        head_rows: for each organ the encoder's own classifier, or None (see :meth:`Adapter.start_from_head`).
-        training: schedule and seed.
-        progress: where to show progress.
+        settings: kind of adapter.
+        support: annotated scans; each organ is annotated in at least one scan.
+        head_rows: for each organ, its classifier in the head of the encoder, or None (see
+            :meth:`Adapter.start_from_head`).
+        training: training schedule and seed.
+        progress: receiver of progress reports; None reports nothing.
     """
     training = training or TrainingSettings()
     progress = progress or SilentProgress()
@@ -205,15 +217,15 @@ def support_voxels(
     task: str,
     progress: Progress,
 ) -> Voxels:
-    """Return voxels of a support set, as an adapter's classifiers see them, from blocks drawn as in training.
+    """Return a sample of voxels of a support set, as input of the classifiers of an adapter.
 
     Args:
-        adapter: sees them.
-        support: the scans.
-        training: how blocks are drawn.
-        blocks: how many.
-        task: what the progress is called.
-        progress: where to show it.
+        adapter: adapter that computes the input of the classifiers.
+        support: annotated scans.
+        training: settings for the sampling of blocks.
+        blocks: number of blocks to sample.
+        task: name of the task in progress reports.
+        progress: receiver of progress reports.
     """
     random = np.random.default_rng(training.seed)
     generator = torch.Generator().manual_seed(training.seed)
@@ -237,7 +249,15 @@ def untrained_adapter(
     head_rows: HeadRows,
     seed: int = 0,
 ) -> Adapter:
-    """Return the adapter that training starts from: normalised to the support's features, started from the head."""
+    """Return an adapter before training: normalised to the features of the support set and started from the head.
+
+    Args:
+        settings: kind of adapter.
+        support: annotated scans.
+        head_rows: for each organ, its classifier in the head of the encoder, or None (see
+            :meth:`Adapter.start_from_head`).
+        seed: seed for all random choices.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = Adapter(settings, support[0].features.levels, len(head_rows))
@@ -249,10 +269,17 @@ def untrained_adapter(
 def perturbed(
     features: Sequence[Tensor], adapter: Adapter, training: TrainingSettings, generator: torch.Generator
 ) -> list[Tensor]:
-    """Return features as another scan might have shown them, so that the adapter leans on no single channel.
+    """Return randomly perturbed features of a batch, so that the adapter does not depend on single channels.
 
-    A handful of scans cannot tell what a channel says about the organ from what it says about the scan: deep channels
-    are offset from one scan to the next. Each block's channels are shifted as a whole, and coarse ones dropped.
+    The values of deep channels have different offsets in different scans. A few scans are not enough to separate these
+    offsets from the contribution of the organ. Therefore each channel of a block is shifted by a random constant, and
+    random channels of the coarser levels are dropped.
+
+    Args:
+        features: features of each level, ``[n, C_l, ...]``.
+        adapter: adapter with the mean and the scale of each channel.
+        training: settings ``feature_shift`` and ``channel_dropout``.
+        generator: generator for all random choices.
     """
     perturbed = []
     for level, x in enumerate(features):
@@ -270,9 +297,9 @@ def perturbed(
 
 
 class _Anchor:
-    """Ties the classifiers of organs that the encoder knows to where they start (L2-SP; Li et al., ICML 2018).
+    """A penalty on the distance of the classifiers of known organs from their start (L2-SP; Li et al., ICML 2018).
 
-    A few scans say little that the many scans of pre-training did not; what they do say is worth its distance.
+    For known organs, the many scans of pre-training contain more information than the few scans of the support set.
     """
 
     def __init__(self, adapter: Adapter, head_rows: HeadRows, weight: float) -> None:
@@ -281,7 +308,7 @@ class _Anchor:
         self._pairs = [(weights, weights.detach().clone()) for weights in adapter.classifiers()]
 
     def penalty(self) -> Tensor:
-        """Return the weighted squared distance, 0 where no organ is known."""
+        """Return the weighted squared distance; 0 if the encoder knows none of the organs."""
         return self._weight * sum(
             ((weights - start)[self._rows].square().sum() for weights, start in self._pairs), torch.zeros(())
         )
@@ -298,14 +325,19 @@ def _optimizer(adapter: Adapter, training: TrainingSettings) -> torch.optim.Adam
 
 
 def rate_share(share: float, warmup: float) -> float:
-    """Return what share of its peak a rate has after a share of the training: linear warm-up, then a cosine to zero."""
+    """Return the learning rate as a share of its peak: linear warm-up, then a cosine to zero.
+
+    Args:
+        share: share of the training that is complete, 0 to 1.
+        warmup: share of the training that is warm-up, 0 to 1.
+    """
     if share <= warmup:
         return share / warmup
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
 
 
-def _has_settled(losses: Sequence[float], training: TrainingSettings, blocks_an_epoch: int) -> bool:
-    stretch = math.ceil(_TELLING_BLOCKS / blocks_an_epoch)
+def _has_settled(losses: Sequence[float], training: TrainingSettings, blocks_per_epoch: int) -> bool:
+    stretch = math.ceil(_MIN_BLOCKS_TO_JUDGE_LOSS / blocks_per_epoch)
     span, patience = stretch * training.smoothing, stretch * training.patience
     if len(losses) < span + patience:
         return False
@@ -315,7 +347,7 @@ def _has_settled(losses: Sequence[float], training: TrainingSettings, blocks_an_
 
 
 def _fit_normalisation(adapter: Adapter, support: Sequence[SupportScan], random: np.random.Generator) -> None:
-    """Set each channel's mean and standard deviation from blocks around organs and elsewhere in every scan."""
+    """Set mean and scale of each channel from blocks near organs and at random positions in every scan."""
     statistics = FeatureStatistics(adapter)
     for scan in support:
         positions = organ_positions(scan, random)

@@ -1,17 +1,19 @@
-"""The transductive size constraint: an adapter is refitted to one query under size priors (FSEFT, eqs. 2-3).
+"""The transductive size constraint: refit the classifiers of an adapter to one query (FSEFT, equations 2 and 3).
 
-Minimised from where training ended is ``L(support) + λ Σ_k L_TI(Ŝ_k)``, plus a ridge towards the start. ``Ŝ_k`` is the
-sum of the query's probabilities of organ k, as a volume, and
+The refit starts from the trained adapter and minimises ``L(support) + λ Σ_k L_TI(Ŝ_k)``, plus a ridge that pulls the
+weights towards the trained weights. ``Ŝ_k`` is the sum of the probabilities of organ k in the query, as a volume. The
+size prior of organ k is the range from ``low`` to ``high``, and
 
     L_TI = |Ŝ - low|  if Ŝ < low;   |Ŝ - high|  if Ŝ > high;   0 otherwise
 
-with ``low`` and ``high`` = (1 ∓ γ) times the mean support size. The authors' first release divides the error by the
-greater of the two sizes, so that one λ serves organs of all sizes; that form is the default here.
+In the paper, ``low`` and ``high`` are (1 ∓ γ) times the mean size in the support set. The first released code of the
+authors divides the error by the larger of the two sizes, so that one λ is suitable for organs of all sizes. This
+relative form is the default.
 
-What is refitted are the adapter's classifiers, in which the logits are linear; its convolutions stay. So the support
-set and the query are passed over once, what the classifiers see is kept at the voxels that matter, and the problem is
-solved there by L-BFGS (see :mod:`fseft_edge.adaptation.linear_solver`) in seconds. The query is never in memory as a
-whole.
+The refit changes only the classifiers of the adapter, in which the logits are linear; the convolutions stay unchanged.
+The support set and the query are therefore read only once. The input of the classifiers is stored for the voxels that
+contribute, and L-BFGS solves the problem for these voxels in seconds (see
+:mod:`fseft_edge.adaptation.linear_solver`). The complete query is never in memory.
 """
 
 from __future__ import annotations
@@ -43,19 +45,21 @@ _TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class TransductionSettings:
-    """How an adapter is refitted to a query.
+    """The settings of the refit of an adapter to a query.
 
     Attributes:
-        weight: λ.
-        form: of the penalty; ``absolute`` is in ml.
-        ridge: strength of the pull of the classifiers towards where they start.
-        visible: voxels in which the probability of no organ that is refitted reaches this count as they are.
-        voxels: of the query that are kept at most; of more, as many are drawn at random.
-        blocks: of the support set that voxels are gathered from.
-        iterations: of L-BFGS, at most.
-        absent: an organ whose mask is at most this share of the prior's lower end is taken to be absent, and left
-            alone. The mask decides and not the sum of probabilities, which a faint haze over the whole scan can fill.
-        training: how support blocks are drawn.
+        weight: weight ``λ`` of the size penalty.
+        form: form of the size penalty: ``relative``, or ``absolute`` in ml.
+        ridge: strength of the ridge that pulls the classifiers towards the trained classifiers.
+        visible: smallest probability at which an organ is visible in a voxel. In voxels where no refitted organ is
+            visible, the probabilities are treated as constant.
+        voxels: maximum number of query voxels to use; if more voxels contribute, a random sample is used.
+        blocks: number of blocks of the support set from which voxels are sampled.
+        iterations: maximum number of L-BFGS iterations.
+        absent: an organ is treated as absent and is not refitted if its mask is at most this share of the lower end of
+            its prior. The criterion uses the mask, because small probabilities over the complete scan can add up to
+            the size of an organ.
+        training: settings for the sampling of blocks of the support set.
     """
 
     weight: float = 0.1
@@ -71,14 +75,15 @@ class TransductionSettings:
 
 @dataclass(frozen=True)
 class OrganOutcome:
-    """What became of one organ.
+    """The result of the refit for one organ.
 
     Attributes:
-        before_ml: sum of its probabilities before, as a volume.
-        after_ml: the same afterwards.
-        prior: what was applied; None where the organ has none.
-        notes: any of ``cut_off`` (it reaches the border of the field of view: only the upper end of the prior was
-            applied), ``absent`` (hardly anything of it is there: left alone) and ``outside_prior`` (at the end too).
+        before_ml: sum of the probabilities of the organ before the refit, as a volume.
+        after_ml: sum of the probabilities of the organ after the refit, as a volume.
+        prior: size prior of the organ; None if it has none.
+        notes: any of ``cut_off`` (the organ touches the border of the field of view; only the upper end of the prior
+            was applied), ``absent`` (almost no voxel of the organ was found; the organ was not refitted), and
+            ``outside_prior`` (the size after the refit is outside the prior).
     """
 
     before_ml: float
@@ -89,12 +94,12 @@ class OrganOutcome:
 
 @dataclass(frozen=True)
 class Transduced:
-    """An adapter refitted to one query.
+    """An adapter that was refitted to one query.
 
     Attributes:
-        adapter: in evaluation mode; the one given where nothing had to be done.
-        organs: one a class of the adapter, background left out.
-        evaluations: of what is minimised.
+        adapter: the refitted adapter, in evaluation mode; the given adapter if no refit was necessary.
+        organs: result for each organ, in the order of the classes of the adapter.
+        evaluations: number of evaluations of the loss; 0 if no refit was necessary.
     """
 
     adapter: Adapter
@@ -104,15 +109,15 @@ class Transduced:
 
 @dataclass(frozen=True)
 class TransductionInputs:
-    """What :func:`fseft_edge.segmentation.segment.segment` needs to refit adapters to each scan.
+    """The inputs with which :func:`fseft_edge.segmentation.segment.segment` refits adapters to each scan.
 
     Attributes:
         images: folder of the annotated CTs that the adapters were trained on.
-        labels: folder of their annotations.
-        priors: given by hand, by organ.
-        table: made of a table of volumes, by organ; may hold more organs than are segmented. An organ in neither has
-            its support volumes' prior.
-        settings: strength and length.
+        labels: folder of the annotations of these CTs.
+        priors: size priors that the user gave, by organ name.
+        table: size priors from a table of volumes, by organ name; the table may contain further organs. An organ that
+            is not in ``priors`` and not in ``table`` has the prior of its volumes in the support set.
+        settings: settings of the refit.
     """
 
     images: Path
@@ -122,7 +127,7 @@ class TransductionInputs:
     settings: TransductionSettings = field(default_factory=TransductionSettings)
 
     def priors_for(self, file: AdapterFile) -> list[SizePrior | None]:
-        """Return the prior of every organ of an adapter, None for one without support volumes."""
+        """Return the prior of every organ of an adapter; None for an organ without a prior and support volumes."""
         return [
             self.priors.get(organ.name)
             or self.table.get(organ.name)
@@ -131,26 +136,26 @@ class TransductionInputs:
         ]
 
     def check(self, files: Sequence[AdapterFile]) -> None:
-        """Make sure, before any work, that priors and adapters belong together.
+        """Check that the priors match the organs of the adapters.
 
         Raises:
-            UsageError: a prior, or a whole table of volumes, is of no organ of the adapters, or an adapter has no organ
-                with a prior.
+            UsageError: a prior is for an organ that no adapter has, the table contains no organ of the adapters, or no
+                organ of an adapter has a prior.
         """
         organs = {organ.name for file in files for organ in file.description.organs}
         if self.table and not organs & self.table.keys():
             raise UsageError(
-                f"The table of volumes holds {', '.join(sorted(self.table))}, none of them an organ of the adapters.",
-                remedy=f"They segment {', '.join(sorted(organs))}.",
+                f"The table of volumes contains no organ of the adapters, but only {', '.join(sorted(self.table))}.",
+                remedy=f"Give a table of volumes for organs of the adapters: {', '.join(sorted(organs))}.",
             )
         unknown = sorted(set(self.priors) - organs)
         if unknown:
             raise UsageError(
-                f"The size prior of {', '.join(unknown)} concerns no organ of the adapters.",
-                remedy=f"They segment {', '.join(sorted(organs))}.",
+                f"--size-prior is given for {', '.join(unknown)}, but no adapter has this organ.",
+                remedy=f"Give --size-prior only for organs of the adapters: {', '.join(sorted(organs))}.",
             )
         for file in files:
-            _require_one(self.priors_for(file), [organ.name for organ in file.description.organs])
+            _require_prior(self.priors_for(file), [organ.name for organ in file.description.organs])
 
 
 def refitted_adapters(
@@ -159,7 +164,14 @@ def refitted_adapters(
     supports: Sequence[Voxels],
     plan: TransductionInputs,
 ) -> tuple[list[Adapter], list[OrganOutcome]]:
-    """Return every adapter refitted to a query, and what became of every organ, in the adapters' order."""
+    """Refit adapters to a query; return the refitted adapters and the results of all organs, in this order.
+
+    Args:
+        files: adapters to refit.
+        query: scan to segment.
+        supports: for each adapter, sampled voxels of its support set (see :func:`support_of`).
+        plan: size priors and settings.
+    """
     refitted: list[Adapter] = []
     outcomes: list[OrganOutcome] = []
     for file, support in zip(files, supports, strict=True):
@@ -172,7 +184,7 @@ def refitted_adapters(
 def support_of(
     adapter: Adapter, support: Sequence[SupportScan], settings: TransductionSettings, progress: Progress | None = None
 ) -> Voxels:
-    """Return what :func:`transduce` needs of the annotated scans that an adapter was trained on."""
+    """Return the sample of voxels of the support set of an adapter that :func:`transduce` needs."""
     progress = progress or SilentProgress()
     return support_voxels(
         adapter, support, settings.training, blocks=settings.blocks, task="read the support set", progress=progress
@@ -180,7 +192,14 @@ def support_of(
 
 
 def size_penalty(sizes: Tensor, low: Tensor, high: Tensor, form: Form) -> Tensor:
-    """Return ``L_TI`` of every organ (FSEFT, eq. 3; all arguments ``[K]``, in one unit)."""
+    """Return ``L_TI`` of every organ (FSEFT, eq. 3).
+
+    Args:
+        sizes: sizes ``Ŝ``, ``[K]``, in the unit of ``low`` and ``high``.
+        low: lower ends of the priors, ``[K]``.
+        high: upper ends of the priors, ``[K]``.
+        form: ``absolute``, or ``relative`` to the larger of size and bound.
+    """
     bound = torch.minimum(torch.maximum(sizes.detach(), low), high)
     error = (sizes - bound).abs()
     return error if form == "absolute" else error / torch.maximum(sizes, bound).clamp_min(1e-12)
@@ -194,30 +213,30 @@ def transduce(
     *,
     settings: TransductionSettings | None = None,
 ) -> Transduced:
-    """Return the adapter refitted to a query; the one given is left as it is.
+    """Return the adapter refitted to a query. The given adapter is not changed.
 
     Args:
-        adapter: trained on the support set.
-        query: the scan to segment.
-        support: voxels of the annotated scans that it was trained on (see :func:`support_of`).
-        priors: one an organ; None leaves an organ unconstrained.
-        settings: how strong the constraint is.
+        adapter: adapter that was trained on the support set.
+        query: scan to segment.
+        support: sampled voxels of the support set of the adapter (see :func:`support_of`).
+        priors: one prior per organ; None leaves the organ without a constraint.
+        settings: settings of the refit.
 
     Raises:
         UsageError: no organ has a prior.
     """
     settings = settings or TransductionSettings()
-    _require_one(priors, [str(number) for number in range(1, len(priors) + 1)])
+    _require_prior(priors, [str(number) for number in range(1, len(priors) + 1)])
     first = survey_of(adapter, query)
     organs = [_constraint(k, prior, first, settings) for k, prior in enumerate(priors)]
-    pulled = torch.tensor(
+    outside = torch.tensor(
         [_outside(float(size), organ) for size, organ in zip(first.sizes, organs, strict=True)], dtype=torch.bool
     )
     refitted, after, evaluations = adapter, first.sizes, 0
-    if bool(pulled.any()):
-        # With sigmoid every organ has a classifier of its own, and those of the others are left as they are.
-        free = pulled if adapter.settings.activation == "sigmoid" else torch.ones_like(pulled)
-        seen = visible_voxels(
+    if bool(outside.any()):
+        # With sigmoid, every organ has a separate classifier, and only organs outside their priors are refitted.
+        free = outside if adapter.settings.activation == "sigmoid" else torch.ones_like(outside)
+        query_voxels = visible_voxels(
             adapter,
             query,
             first,
@@ -227,9 +246,10 @@ def transduce(
             seed=settings.training.seed,
         )
         refitted = _copy(adapter)
-        evaluations = _solve(refitted, seen, support, [organs[k] for k in free.nonzero()[:, 0].tolist()], settings)
+        constraints = [organs[k] for k in free.nonzero()[:, 0].tolist()]
+        evaluations = _refit(refitted, query_voxels, support, constraints, settings)
         after = first.sizes.clone()
-        after[free] = seen.sizes(refitted, *seen.classifiers(refitted))
+        after[free] = query_voxels.sizes(refitted, *query_voxels.classifiers(refitted))
     outcomes = tuple(
         OrganOutcome(
             before_ml=float(first.sizes[k]),
@@ -249,11 +269,11 @@ class _Constraint:
     notes: tuple[str, ...]
 
 
-def _require_one(priors: Sequence[SizePrior | None], organs: Sequence[str]) -> None:
+def _require_prior(priors: Sequence[SizePrior | None], organs: Sequence[str]) -> None:
     if all(prior is None for prior in priors):
         raise UsageError(
-            f"No organ of the adapter has a size prior: {', '.join(organs)}.",
-            remedy="Give one, such as --size-prior liver=1200..1800ml, or leave --transductive out.",
+            f"No organ of the adapter has a size prior. The organs are {', '.join(organs)}.",
+            remedy="Give a size prior, for example --size-prior liver=1200..1800ml, or remove --transductive.",
         )
 
 
@@ -272,41 +292,43 @@ def _outside(size: float, organ: _Constraint) -> bool:
 
 
 def _copy(adapter: Adapter) -> Adapter:
-    twin = Adapter(adapter.settings, adapter.levels, adapter.classes - adapter.backgrounds)
-    twin.load_state_dict(adapter.state_dict())
-    return twin.to(adapter.device).eval()
+    copied = Adapter(adapter.settings, adapter.levels, adapter.classes - adapter.backgrounds)
+    copied.load_state_dict(adapter.state_dict())
+    return copied.to(adapter.device).eval()
 
 
-def _solve(
+def _refit(
     adapter: Adapter,
-    seen: VisibleVoxels,
+    query_voxels: VisibleVoxels,
     support: Voxels,
-    organs: Sequence[_Constraint],
+    constraints: Sequence[_Constraint],
     settings: TransductionSettings,
 ) -> int:
-    """Put the classifiers of least support loss and penalty into the adapter; return the evaluations it took.
+    """Refit the classifiers of the selected organs in place; return the number of evaluations of the loss.
 
     Args:
-        adapter: changed.
-        seen: of the query.
-        support: of the support set, all organs.
-        organs: the constraints of those that are seen.
-        settings: strengths.
+        adapter: adapter to change.
+        query_voxels: voxels of the query, with the selected organs.
+        support: sampled voxels of the support set, for all organs.
+        constraints: size constraints of the selected organs.
+        settings: settings of the refit.
     """
-    low, high = (torch.tensor([getattr(organ, end) for organ in organs]) for end in ("low", "high"))
+    low, high = (torch.tensor([getattr(constraint, end) for constraint in constraints]) for end in ("low", "high"))
 
     def penalty(weight: Tensor, bias: Tensor) -> Tensor:
-        return settings.weight * size_penalty(seen.sizes(adapter, weight, bias), low, high, settings.form).sum()
+        sizes = query_voxels.sizes(adapter, weight, bias)
+        return settings.weight * size_penalty(sizes, low, high, settings.form).sum()
 
+    selected = query_voxels.organs
     solution = solve(
-        Voxels(support.features, support.targets[:, seen.organs], support.weight[:, seen.organs]),
-        *seen.classifiers(adapter),
+        Voxels(support.features, support.targets[:, selected], support.weight[:, selected]),
+        *query_voxels.classifiers(adapter),
         ridge=settings.ridge,
         activation=adapter.settings.activation,
         penalty=penalty,
         iterations=settings.iterations,
     )
     weight, bias = adapter.linear_weight(), adapter.linear_bias().clone()
-    weight[seen.rows(adapter)], bias[seen.rows(adapter)] = solution.weight, solution.bias
+    weight[query_voxels.rows(adapter)], bias[query_voxels.rows(adapter)] = solution.weight, solution.bias
     adapter.set_linear(weight, bias)
     return solution.evaluations

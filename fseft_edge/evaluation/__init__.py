@@ -1,1 +1,1 @@
-"""Evaluation: how well masks agree with reference contours."""
+"""Evaluation: the agreement of masks with reference contours."""

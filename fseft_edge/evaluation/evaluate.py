@@ -1,9 +1,10 @@
-"""Predicted masks against references: DSC, HD95 and normalised surface distance of every case and organ.
+"""Comparison of predicted masks with references: DSC, HD95 and normalised surface distance of every case and organ.
 
-An organ whose label a reference lacks was not annotated there (clinical contours are partial): its row says ``absent``,
-with the predicted volume but no score, and it is averaged nowhere. An organ that is annotated but not predicted is
-``missed``: DSC and normalised surface distance 0, which count, and no HD95, since none is defined; the mean HD95
-is that of the cases in which the organ was found, and the number missed stands beside it.
+If a reference does not contain the label value of an organ, the organ was not annotated in that case (clinical contours
+are partial). The row of this organ has the status ``absent`` and the predicted volume, but no scores, and does not
+count in any mean. If an organ is annotated but not predicted, its row has the status ``missed``: DSC and normalised
+surface distance are 0 and count in the means. HD95 is not defined for a missed organ, so the mean HD95 covers only the
+cases in which the organ was found, and the summary states the number of missed cases.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ EVALUATION_SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One organ of one case.
+    """The scores of one organ in one case.
 
     Attributes:
-        status: ``scored``; ``missed``: annotated, not predicted; ``absent``: not annotated in this reference.
-        dsc: 0 to 1; None when absent.
-        hd95_mm: None when absent or missed.
-        nsd: normalised surface distance, 0 to 1; None when absent.
-        predicted_ml: predicted volume.
-        reference_ml: annotated volume; None when absent.
+        case: case name.
+        organ: organ name.
+        status: ``scored``; ``missed`` (annotated, but not predicted); ``absent`` (not annotated in this reference).
+        dsc: Dice similarity coefficient, 0 to 1; None for status ``absent``.
+        hd95_mm: 95th percentile of the Hausdorff distance in mm; None for status ``absent`` or ``missed``.
+        nsd: normalised surface distance, 0 to 1; None for status ``absent``.
+        predicted_ml: volume of the predicted mask in ml.
+        reference_ml: volume of the reference in ml; None for status ``absent``.
     """
 
     case: str
@@ -56,7 +59,7 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean, sample standard deviation (None below two values) and median of ``n`` > 0 values."""
+    """The mean, the sample standard deviation (None for fewer than two values) and the median of ``n`` > 0 values."""
 
     n: int
     mean: float
@@ -65,7 +68,7 @@ class Statistics:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Statistics | None:
-        """None of no values."""
+        """Return the statistics of values; None if there are no values."""
         if not values:
             return None
         sd = statistics.stdev(values) if len(values) > 1 else None
@@ -74,12 +77,17 @@ class Statistics:
 
 @dataclass(frozen=True)
 class OrganSummary:
-    """One organ over all cases; a measure is None where no case has it.
+    """The statistics of one organ over all cases.
 
     Attributes:
-        scored: cases in which the organ was annotated and found.
-        missed: cases in which it was annotated and not found; in ``dsc`` and ``nsd`` they count as 0.
-        absent: cases in which it was not annotated; counted in no measure.
+        organ: organ name.
+        scored: number of cases in which the organ is annotated and predicted.
+        missed: number of cases in which the organ is annotated but not predicted; they count as 0 in ``dsc`` and
+            ``nsd``.
+        absent: number of cases in which the organ is not annotated; they do not count in any statistics.
+        dsc: statistics of the DSC; None if no case has a value.
+        hd95_mm: statistics of the HD95 in mm; None if no case has a value.
+        nsd: statistics of the normalised surface distance; None if no case has a value.
     """
 
     organ: str
@@ -93,7 +101,7 @@ class OrganSummary:
 
 @dataclass(frozen=True)
 class CaseFailure:
-    """A case that could not be scored, and what to do about it."""
+    """A case that could not be scored, with error message and remedy."""
 
     case: str
     message: str
@@ -102,14 +110,14 @@ class CaseFailure:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of a set of predictions, by case and organ in the order they were asked for.
+    """The scores of a set of predictions.
 
     Attributes:
-        rows: one for each organ of each case compared.
+        rows: one row for each organ of each compared case, in the order of the cases and of ``organs``.
         failures: predictions that could not be compared.
-        without_prediction: references that no prediction belongs to.
-        organs: names, in order.
-        nsd_tolerance_mm: how far a surface may be off and still count as right.
+        without_prediction: case names of references without a prediction.
+        organs: organ names in the order of the arguments of :func:`evaluate`.
+        nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -119,11 +127,11 @@ class Evaluation:
     nsd_tolerance_mm: float
 
     def summaries(self) -> tuple[OrganSummary, ...]:
-        """Every organ over all cases."""
+        """Return the statistics of every organ over all cases."""
         return tuple(self._summary(organ) for organ in self.organs)
 
     def mean_dsc(self) -> float | None:
-        """Mean over organs of their mean DSC; None when no organ was annotated anywhere."""
+        """Return the mean of the mean DSC of all organs; None if no organ is annotated in any case."""
         means = [summary.dsc.mean for summary in self.summaries() if summary.dsc is not None]
         return statistics.fmean(means) if means else None
 
@@ -147,9 +155,9 @@ class Evaluation:
         )
 
     def table(self) -> Table:
-        """Every row, then each organ's mean ± standard deviation, for a terminal or a log."""
-        from rich.table import Table  # noqa: PLC0415  only where a table is shown
-        from rich.text import Text  # noqa: PLC0415 - likewise
+        """Return a table of all rows and of mean ± standard deviation of each organ, for a terminal or a log."""
+        from rich.table import Table  # noqa: PLC0415 - only needed to display a table
+        from rich.text import Text  # noqa: PLC0415 - only needed to display a table
 
         table = Table(caption=self._caption(), caption_justify="left")
         for heading in ("case", "organ"):
@@ -177,16 +185,16 @@ class Evaluation:
         if missed:
             parts.append(f"{missed} missed: DSC and NSD 0, no HD95")
         if self.without_prediction:
-            parts.append(f"references without a prediction, left out: {len(self.without_prediction)}")
+            parts.append(f"references without a prediction (skipped): {len(self.without_prediction)}")
         if self.failures:
             parts.append(f"{len(self.failures)} {'case' if len(self.failures) == 1 else 'cases'} failed")
         return "; ".join(parts)
 
     def to_csv(self, path: Path) -> None:
-        """Write one line per case and organ; empty where there is no value.
+        """Write a CSV file with one line per case and organ; cells without a value are empty.
 
         Raises:
-            OutOfSpaceError: the disk is full or not writable.
+            OutOfSpaceError: the disk is full, or the folder is not writable.
         """
         with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(EvaluationRow.__dataclass_fields__))
@@ -194,16 +202,16 @@ class Evaluation:
             writer.writerows(asdict(row) for row in self.rows)
 
     def to_json(self, path: Path) -> None:
-        """Write what :meth:`as_dict` returns.
+        """Write the result of :meth:`as_dict` as a JSON file.
 
         Raises:
-            OutOfSpaceError: the disk is full or not writable.
+            OutOfSpaceError: the disk is full, or the folder is not writable.
         """
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(self.as_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
-        """Rows, summaries and failures, ready for JSON."""
+        """Return rows, statistics and failures as a dictionary for JSON."""
         return {
             "schema_version": EVALUATION_SCHEMA_VERSION,
             "nsd_tolerance_mm": self.nsd_tolerance_mm,
@@ -223,38 +231,44 @@ def evaluate(
     nsd_tolerance_mm: float = DEFAULT_NSD_TOLERANCE_MM,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score every predicted label map against the reference of the same case name.
+    """Score every predicted label map with the reference of the same case name.
 
-    Two folders pair by name. A prediction without a reference is a failed case; references without a prediction are
-    counted and left out, so that part of a reference folder can be scored. A single file pairs with the file of its
-    name in the other folder, or with the other single file whatever its name. A case that fails is listed and the
-    others go on.
+    Files of two folders are paired by case name. A prediction without a reference is a failed case. References without
+    a prediction are counted and skipped, so that a part of a reference folder can be scored. A single file is paired
+    with the file of its case name in the other folder. Two single files are paired independently of their names. A
+    failed case is listed, and the evaluation continues with the other cases.
 
     Args:
-        predictions: a label map or a folder of them, as ``segment`` writes.
-        references: a label map or a folder of them.
-        organs: name → label value in the references.
-        prediction_ids: name → label value in the predictions; when None they are read from the ``<case>.json`` that
-            ``segment`` writes beside the mask; without that file they are those of the references.
-        nsd_tolerance_mm: how far a surface may be off and still count as right, mm.
-        progress: told of every case.
+        predictions: label map, or folder of label maps, as ``segment`` writes them.
+        references: label map, or folder of label maps.
+        organs: label value of each organ in the references.
+        prediction_ids: label value of each organ in the predictions. If None, the values are read from the file
+            ``<case>.json`` that ``segment`` writes next to the mask; without this file, the values of the references
+            apply.
+        nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
+        progress: receiver of progress reports; None reports nothing.
 
     Raises:
-        UsageError: no organ, ``prediction_ids`` lacks one, or the tolerance is no length.
-        UnreadableFileError: predictions or references are not there at all.
-        InputError: no prediction has a reference of its name.
-        LabelError: no reference that could be read has any of the organs.
+        UsageError: ``organs`` is empty, ``prediction_ids`` does not contain all organs, or the tolerance is negative or
+            not finite.
+        UnreadableFileError: the predictions or the references do not exist.
+        InputError: no prediction has a reference of its case name.
+        LabelError: no readable reference contains any of the organs.
     """
     if not organs:
-        raise UsageError("No organ to evaluate was named.", remedy="Name at least one, such as --organ liver=6.")
+        raise UsageError(
+            "No organ is given for the evaluation.", remedy="Give at least one organ, for example --organ liver=6."
+        )
     if prediction_ids is not None and (missing := [name for name in organs if name not in prediction_ids]):
         raise UsageError(
-            f"No label value is given for {', '.join(missing)} in the predictions.",
-            remedy="Give one for every organ, or none to read them from the predictions' JSON.",
+            f"prediction_ids contains no label value for {', '.join(missing)}.",
+            remedy="Give prediction_ids a label value for every organ, or use None to read the values from the JSON "
+            "files of the predictions.",
         )
     if not (math.isfinite(nsd_tolerance_mm) and nsd_tolerance_mm >= 0):
         raise UsageError(
-            f"A surface tolerance of {nsd_tolerance_mm} mm is impossible.", remedy="Give 0 or a few millimetres."
+            f"The surface tolerance {nsd_tolerance_mm} mm is negative or not finite.",
+            remedy="Give --nsd-tolerance a value of 0 mm or more, for example 2.",
         )
     pairs, failures, without_prediction = _paired(predictions, references)
     rows: list[EvaluationRow] = []
@@ -269,7 +283,8 @@ def evaluate(
     if rows and all(row.status == "absent" for row in rows):
         wanted = ", ".join(f"{name}={label}" for name, label in organs.items())
         raise LabelError(
-            f"No reference in {references} has a voxel of {wanted}.", remedy="Check the label values of the references."
+            f"No reference in {references} contains a voxel of {wanted}.",
+            remedy="Check the label values of the references, and correct --organ.",
         )
     return Evaluation(tuple(rows), tuple(failures), without_prediction, tuple(organs), nsd_tolerance_mm)
 
@@ -288,14 +303,14 @@ def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[Case
     pairs = [_Pair(case, path, reference[case]) for case, path in predicted.items() if case in reference]
     if not pairs:
         raise InputError(
-            f"No prediction in {predictions} has the name of a reference in {references}.",
-            remedy="Name the files of one case alike, such as hn_002.nii.gz in both folders.",
+            f"No prediction in {predictions} has the file name of a reference in {references}.",
+            remedy="Give both files of a case the same name, for example hn_002.nii.gz in both folders.",
         )
     failures = [
         CaseFailure(
             case,
-            f"{path} has no reference of its name in {references}.",
-            f"Add {case}.nii.gz to {references}, or leave it out.",
+            f"The prediction {path} has no reference of its file name in {references}.",
+            f"Add the reference {case}.nii.gz to {references}, or remove the prediction.",
         )
         for case, path in predicted.items()
         if references.is_dir() and case not in reference
@@ -309,8 +324,8 @@ def _evaluate_case(
     prediction, reference = read_label_map(pair.prediction), read_label_map(pair.reference)
     if not same_lattice(prediction, reference):
         raise GeometryError(
-            f"{pair.prediction} and {pair.reference} do not lie on the same lattice.",
-            remedy="Compare masks of the same scan, on the lattice of that scan.",
+            f"The prediction {pair.prediction} and the reference {pair.reference} have different lattices.",
+            remedy="Give a prediction and a reference of the same scan, both on the lattice of the scan.",
         )
     rows = []
     for organ, label in organs.items():
@@ -330,15 +345,16 @@ def _evaluate_case(
 
 
 def _ids_in_prediction(prediction: Path, organs: Mapping[str, int]) -> dict[str, int]:
-    """The label value of each organ in a predicted mask, from the JSON that ``segment`` writes beside it."""
+    """Return the label value of each organ in a prediction, from the JSON file that ``segment`` writes next to it."""
     description = prediction.with_name(f"{case_name(prediction)}.json")
     if not description.exists():
         return dict(organs)
     ids = organ_labels(description)
     if missing := [name for name in organs if name not in ids]:
         raise LabelError(
-            f"{description} names no {' and no '.join(missing)}, only {', '.join(ids) or 'nothing'}.",
-            remedy="Evaluate organs that were segmented, under the names of their adapters.",
+            f"{description} contains no label value for {', '.join(missing)}. Its organs are: "
+            f"{', '.join(ids) or 'none'}.",
+            remedy="Give --organ the organ names of the adapters with which the case was segmented.",
         )
     return ids
 

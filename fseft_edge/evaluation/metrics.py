@@ -1,7 +1,8 @@
-"""How well a predicted mask agrees with a reference: DSC, HD95, normalised surface distance, volumes.
+"""Agreement of a predicted mask with a reference: DSC, HD95, normalised surface distance, volumes.
 
-Surfaces are those of MONAI (and of Nikolov et al. in its voxel form): the mask's voxels with a face neighbour
-outside the mask, the scan's border counting as outside; distances run between the centres of such voxels, in mm.
+The definition of a surface is that of MONAI (and of Nikolov et al. in its voxel form): all voxels of the mask with a
+face neighbour outside the mask, where the outside of the scan counts as outside the mask. Distances are measured in mm
+between the centres of surface voxels.
 
 References: Dice 1945 (DSC); Huttenlocher et al. 1993 (Hausdorff distance); Nikolov et al., "Clinically applicable
 segmentation of head and neck anatomy", J Med Internet Res 23 (2021) e26151 (normalised surface distance); Maier-Hein
@@ -22,15 +23,16 @@ Spacing = tuple[float, float, float]
 DEFAULT_NSD_TOLERANCE_MM = 2.0
 
 _ROUNDING_MM = 1e-4
-"""Distances are float32 sums of spacings read from an affine; a distance of the tolerance itself is within it."""
+"""Allowance for rounding: distances are float32 sums of voxel spacings, and a distance equal to the tolerance counts
+as within the tolerance."""
 
 
 @dataclass(frozen=True)
 class MaskScore:
     """The agreement of one predicted mask with its reference.
 
-    With both masks empty there is nothing to agree about: ``dsc``, ``hd95_mm`` and ``nsd`` are None. With one of
-    them empty, ``dsc`` and ``nsd`` are 0 and ``hd95_mm`` is infinite.
+    If both masks are empty, ``dsc``, ``hd95_mm`` and ``nsd`` are None. If only one mask is empty, ``dsc`` and ``nsd``
+    are 0 and ``hd95_mm`` is infinite.
     """
 
     dsc: float | None
@@ -45,29 +47,29 @@ def score_mask(
     *,
     nsd_tolerance_mm: float = DEFAULT_NSD_TOLERANCE_MM,
 ) -> MaskScore:
-    """DSC, HD95 and normalised surface distance of one pair of masks.
+    """Return DSC, HD95 and normalised surface distance of a pair of masks.
 
     Args:
-        prediction: `[X, Y, Z]`.
-        reference: `[X, Y, Z]`, on the same lattice.
-        spacing: distance of neighbouring voxel centres along each array axis, mm.
-        nsd_tolerance_mm: how far a surface may be off and still count as right, mm.
+        prediction: predicted mask ``[X, Y, Z]``.
+        reference: reference mask ``[X, Y, Z]`` on the lattice of the prediction.
+        spacing: voxel spacing along each array axis in mm.
+        nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
     """
     hd95_mm, nsd = surface_scores(prediction, reference, spacing, nsd_tolerance_mm=nsd_tolerance_mm)
     return MaskScore(dsc=dice(prediction, reference), hd95_mm=hd95_mm, nsd=nsd)
 
 
 def volume_ml(mask: NDArray[np.bool_], voxel_volume_mm3: float) -> float:
-    """Volume of a mask of any shape, ml, rounded to 1e-6 ml: a determinant's last bits are no volume."""
+    """Return the volume of a mask of any shape in ml, rounded to 1e-6 ml to remove the rounding error of the affine."""
     return round(int(np.count_nonzero(mask)) * voxel_volume_mm3 / 1000, 6)
 
 
 def dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float | None:
-    """Dice similarity coefficient ``2 |P ∩ R| / (|P| + |R|)``, 0 to 1; None when both masks are empty.
+    """Return the Dice similarity coefficient ``2 |P ∩ R| / (|P| + |R|)``, 0 to 1; None if both masks are empty.
 
     Args:
-        prediction: any shape.
-        reference: the same shape.
+        prediction: predicted mask of any shape.
+        reference: reference mask of the shape of the prediction.
     """
     _require_masks(prediction, reference)
     voxels = int(np.count_nonzero(prediction)) + int(np.count_nonzero(reference))
@@ -83,16 +85,17 @@ def surface_scores(
     *,
     nsd_tolerance_mm: float = DEFAULT_NSD_TOLERANCE_MM,
 ) -> tuple[float | None, float | None]:
-    """HD95 in mm and normalised surface distance (0 to 1) of a pair of masks `[X, Y, Z]`.
+    """Return HD95 in mm and normalised surface distance (0 to 1) of a pair of masks.
 
-    HD95 is the larger of the two directed 95th percentiles; the normalised surface distance is the share of both
-    surfaces' voxels that lie within the tolerance of the other surface. Empty masks: see :class:`MaskScore`.
+    HD95 is the larger of the 95th percentiles of the two directed surface distances. The normalised surface distance is
+    the share of all surface voxels of both masks that are within the tolerance of the other surface.
+    :class:`MaskScore` states the values for empty masks.
 
     Args:
-        prediction: `[X, Y, Z]`.
-        reference: `[X, Y, Z]`, on the same lattice.
-        spacing: distance of neighbouring voxel centres along each array axis, mm.
-        nsd_tolerance_mm: how far a surface may be off and still count as right, mm.
+        prediction: predicted mask ``[X, Y, Z]``.
+        reference: reference mask ``[X, Y, Z]`` on the lattice of the prediction.
+        spacing: voxel spacing along each array axis in mm.
+        nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
     """
     _require_masks(prediction, reference)
     box = _bounding_box(prediction, reference)
@@ -102,13 +105,13 @@ def surface_scores(
     if not prediction.any() or not reference.any():
         return math.inf, 0.0
 
-    import torch  # noqa: PLC0415  seconds to import, and DSC alone needs neither
-    from monai.metrics.hausdorff_distance import compute_hausdorff_distance  # noqa: PLC0415 - likewise
-    from monai.metrics.surface_dice import compute_surface_dice  # noqa: PLC0415 - likewise
+    import torch  # noqa: PLC0415 - the import takes seconds, and DSC does not need it
+    from monai.metrics.hausdorff_distance import compute_hausdorff_distance  # noqa: PLC0415 - DSC does not need it
+    from monai.metrics.surface_dice import compute_surface_dice  # noqa: PLC0415 - DSC does not need it
 
     y_pred, y = (torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (prediction, reference))
     with warnings.catch_warnings():
-        # MONAI 1.5 and 1.6 call their own deprecated argument here.
+        # MONAI 1.5 and 1.6 use a deprecated argument of MONAI here.
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
         hd95_mm = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing)
         nsd = compute_surface_dice(
@@ -119,16 +122,16 @@ def surface_scores(
 
 def _require_masks(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> None:
     if prediction.dtype != np.bool_ or reference.dtype != np.bool_:
-        raise TypeError(f"masks are boolean arrays, not {prediction.dtype} and {reference.dtype}")
+        raise TypeError(f"masks must be boolean arrays, but they are {prediction.dtype} and {reference.dtype}")
     if prediction.shape != reference.shape:
-        raise ValueError(f"masks of one lattice have one shape, not {prediction.shape} and {reference.shape}")
+        raise ValueError(f"masks must have the same shape, but have {prediction.shape} and {reference.shape}")
 
 
 def _bounding_box(*masks: NDArray[np.bool_]) -> tuple[slice, ...] | None:
-    """The smallest box around every mask, one voxel wider where the lattice has one; None when all are empty.
+    """Return the bounding box of all masks plus a margin of one voxel inside the lattice; None if all masks are empty.
 
-    The margin keeps a face of the mask that lies inside the lattice from becoming a face at its border; both are
-    surface, so that the scores of the box and of the whole lattice are the same.
+    With the margin, the surface of the mask inside the box is the surface inside the complete lattice, so that the
+    scores are equal.
     """
     box = []
     for axis in range(3):

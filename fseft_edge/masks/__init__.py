@@ -1,1 +1,1 @@
-"""From feature maps to masks: prediction, decision, post-processing, quality flags."""
+"""From feature maps to masks: prediction, decision, post-processing and quality flags."""

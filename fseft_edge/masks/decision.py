@@ -1,4 +1,4 @@
-"""From probabilities to labels: which organ each voxel is given to, and how sure the adapters were of it."""
+"""From probabilities to labels: the organ of each voxel, and the confidence of each organ."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from numpy.typing import NDArray
 
 from fseft_edge.adapters.network import Adapter
 
-# Below one half by more than what rounding adds where values near it are interpolated.
+# The margin below 0.5 is larger than the rounding error of the interpolation of values near 0.5.
 _NOT_DECISIVE = 0.5 - 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class Decided:
-    """Labels of a piece of a scan, and the probability of each voxel's label, 0 in the background."""
+    """The labels of a piece of a scan, and the probability of the label of each voxel, with 0 in the background."""
 
     labels: NDArray[np.uint8] | NDArray[np.uint16]
     probabilities: NDArray[np.float32]
 
 
 def least_decisive(adapters: Sequence[Adapter]) -> float:
-    """Return the probability up to which an organ's probability cannot matter to :func:`decide`.
+    """Return the threshold up to which the probability of an organ has no effect on the result of :func:`decide`.
 
-    With sigmoid, what does not exceed one half is in no mask. With softmax the background decides: anything matters.
+    With sigmoid, a voxel with a probability of at most 0.5 is not in a mask. With softmax, the probability of the
+    background is the threshold, so that every probability can have an effect and the result is 0.
     """
     return 0.0 if any(adapter.backgrounds for adapter in adapters) else _NOT_DECISIVE
 
@@ -34,7 +35,14 @@ def least_decisive(adapters: Sequence[Adapter]) -> float:
 def decide(
     probabilities: NDArray[np.float32], adapters: Sequence[Adapter], dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
 ) -> Decided:
-    """Give every voxel to its most probable organ: above 1/2 (sigmoid), or above the background (softmax)."""
+    """Assign every voxel to the organ with the highest probability, or to the background.
+
+    Args:
+        probabilities: probabilities of all classes of all adapters, ``[Σ classes, X, Y, Z]``. With sigmoid, the
+            probability of the organ must be above 0.5; with softmax, above the probability of the background.
+        adapters: adapters in the order of the classes.
+        dtype: type of the labels.
+    """
     labels = np.zeros(probabilities.shape[1:], dtype)
     best = np.zeros(probabilities.shape[1:], np.float32)
     channel, label = 0, 0
@@ -47,7 +55,7 @@ def decide(
             label += 1
             here = probabilities[channel]
             channel += 1
-            if not here.any():  # far from the organ nothing was computed
+            if not here.any():  # probabilities are not computed far from the organ
                 continue
             wins = (here > threshold) & (here > best)
             labels[wins] = label
@@ -56,10 +64,10 @@ def decide(
 
 
 class ConfidenceTally:
-    """Sums up, piece by piece, the probabilities with which voxels were given to organs.
+    """Running sums of the probabilities of the voxels of each organ, for the confidence.
 
     Args:
-        organs: labels are 1 to ``organs``; 0 is background and does not count.
+        organs: number of organs; labels are 1 to ``organs``, and 0 is the background, which is not counted.
     """
 
     def __init__(self, organs: int) -> None:
@@ -67,18 +75,20 @@ class ConfidenceTally:
         self._sums = np.zeros(organs + 1)
 
     def add(self, labels: NDArray[np.unsignedinteger[Any]], probabilities: NDArray[np.float32]) -> None:
-        """Take in a piece ``[X, Y, Z]``: the label of each voxel, and the probability of that label.
+        """Add a piece of the scan, plane by plane, so that only one plane needs additional memory.
 
-        It goes plane by plane, so that what has to be held beside the piece is small even where organs fill it.
+        Args:
+            labels: label of each voxel, ``[X, Y, Z]``.
+            probabilities: probability of the label of each voxel, ``[X, Y, Z]``.
         """
         for plane, probability in zip(labels, probabilities, strict=True):
-            found = plane > 0
-            if found.any():
-                label = plane[found]
+            in_organ = plane > 0
+            if in_organ.any():
+                label = plane[in_organ]
                 self._voxels += np.bincount(label, minlength=self._voxels.size)
-                self._sums += np.bincount(label, probability[found], minlength=self._sums.size)
+                self._sums += np.bincount(label, probability[in_organ], minlength=self._sums.size)
 
     def means(self) -> tuple[float | None, ...]:
-        """Return each organ's mean probability; None of one that has no voxel."""
+        """Return the mean probability of the voxels of each organ; None for an organ without voxels."""
         counted = zip(self._sums[1:].tolist(), self._voxels[1:].tolist(), strict=True)
         return tuple(total / voxels if voxels else None for total, voxels in counted)

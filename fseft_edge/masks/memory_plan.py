@@ -1,7 +1,7 @@
-"""How much memory turning a feature map into a mask will take, predicted from shapes, and the plan that fits a budget.
+"""Prediction of the memory that is needed to compute a mask from a feature map, and the plan that fits a budget.
 
-The scan's features stay on disk. What counts is one tile in the adapters, one slab of probabilities on the grid, a
-piece of them on the scan's own lattice, and the mask with what is measured on it.
+The features of the scan stay on disk. The prediction counts one tile in the adapters, one slab of probabilities on the
+grid, one piece of the probabilities on the lattice of the scan, and the mask with the arrays for its measurements.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ TILE = 96
 
 _FLOAT, _STORED = 4, 2
 _SIZES = ((TILE, SLAB), (64, SLAB), (64, 16), (32, 16), (32, 8))
-# Of the mask: itself and its post-processed copy; a mask of one organ, and a padded one; its numbered components, and
-# what numbering them takes. Organs are taken to be as large as the scan.
-_BYTES_A_VOXEL_MEASURED = 4 + 4 + 1
+# Measurements on the mask need: the mask and its post-processed copy; the mask of one organ and a padded copy; the
+# numbered components and the work arrays of their numbering. The prediction assumes organs as large as the scan.
+_MEASURING_BYTES_PER_VOXEL = 4 + 4 + 1
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a feature map is turned into a mask.
+    """The sizes of the pieces in which a mask is computed from a feature map.
 
     Attributes:
-        tile: voxels of a tile in the adapters along x and y.
-        slab: slices at a time.
-        footprint: the most that it is predicted to take.
+        tile: size of a tile in the adapters along x and y, in voxels.
+        slab: number of slices of a slab.
+        footprint: predicted peak memory.
     """
 
     tile: int
@@ -47,33 +47,33 @@ class MemoryPlan:
 
 
 AMPLE = MemoryPlan(TILE, SLAB, Footprint(0))
-"""How it is done where memory does not matter."""
+"""The plan without a memory limit."""
 
 LEAST = MemoryPlan(*_SIZES[-1], Footprint(0))
-"""How it is done in the smallest pieces."""
+"""The plan with the smallest pieces."""
 
 
 def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, held: int) -> MemoryPlan:
     """Return the fastest plan within a budget.
 
     Args:
-        grid: of the scan.
-        adapters: that segment it.
-        budget: what may be taken.
-        held: bytes that the process will hold before
+        grid: grid of the scan.
+        adapters: adapters that segment the scan.
+        budget: memory that may be used.
+        held: bytes that the process uses before the segmentation
             (:func:`fseft_edge.runtime.encoder.encoding_plan.held_after_encoding`).
 
     Raises:
-        OutOfMemoryError: the budget is too small; the message says the smallest that works.
+        OutOfMemoryError: the budget is too small; the message states the smallest sufficient budget.
     """
     return first_that_fits(list(plans(grid, adapters, held)), budget, adapters[0].device, "segmenting this scan")
 
 
 def in_smaller_pieces(plan: MemoryPlan, work: Callable[[MemoryPlan], _Result]) -> _Result:
-    """Return the result of work by a plan, or in the smallest pieces where memory runs out, with a warning.
+    """Return the result of ``work(plan)``; if memory is exhausted, log a warning and repeat with the smallest pieces.
 
     Raises:
-        OutOfMemoryError: memory runs out in the smallest pieces too.
+        OutOfMemoryError: memory is exhausted with the smallest pieces, too.
     """
     for attempt in (plan, LEAST):
         try:
@@ -81,20 +81,25 @@ def in_smaller_pieces(plan: MemoryPlan, work: Callable[[MemoryPlan], _Result]) -
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        _LOG.warning("Memory ran out while segmenting in tiles of %d and slabs of %d.", attempt.tile, attempt.slab)
+        _LOG.warning(
+            "out of memory during segmentation with tiles of %d voxels and slabs of %d slices",
+            attempt.tile,
+            attempt.slab,
+        )
     raise OutOfMemoryError(
-        "Memory ran out while segmenting, in the smallest pieces.",
-        remedy="Close other programs, segment fewer organs at once, or use a larger machine.",
+        f"The segmentation ran out of memory, also with the smallest tiles ({LEAST.tile} voxels) and slabs "
+        f"({LEAST.slab} slices).",
+        remedy="Close other programs, segment fewer organs at once, or use a computer with more memory.",
     )
 
 
 def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[MemoryPlan]:
-    """Yield every way to segment, the fastest first, each with what it takes.
+    """Yield all plans with their predicted memory, fastest plan first.
 
     Args:
-        grid: of the scan.
-        adapters: that segment it.
-        held: bytes that the process holds before.
+        grid: grid of the scan.
+        adapters: adapters that segment the scan.
+        held: bytes that the process uses before the segmentation.
     """
     classes = sum(adapter.classes for adapter in adapters)
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
@@ -104,9 +109,9 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[Memory
     along_z = grid.axes[2].source_axis
     plane = _FLOAT * classes * voxels // grid.source_shape[along_z]
     piece = max(PIECE_BYTES, plane)
-    # Beside the probabilities of a piece: which organ is the most probable, by how much, and comparisons.
+    # In addition to the probabilities of a piece: labels, highest probability, and results of comparisons.
     deciding = piece + piece * (_FLOAT + 4) // (_FLOAT * classes)
-    measuring = voxels * _BYTES_A_VOXEL_MEASURED
+    measuring = voxels * _MEASURING_BYTES_PER_VOXEL
     on_gpu = adapters[0].device.type == "cuda"
     for tile, slab in _SIZES:
         core = Box((0, min(tile, x)), (0, min(tile, y)), (0, slab))
@@ -116,7 +121,7 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[Memory
             for adapter in adapters[:1]
             for level, box in zip(adapter.levels, adapter.boxes(core), strict=True)
         )
-        # A slab on the grid, and the same with its slices first, with some of the slab before.
+        # One slab on the grid, plus a copy with slices as the first axis and a part of the previous slab.
         probabilities = _FLOAT * classes * x * y * (2 * slab + slab // 2)
         predicting = probabilities + max(stored if on_gpu else adapting, deciding)
         ram = held + max(mask + predicting, measuring)
@@ -124,14 +129,14 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[Memory
 
 
 def adapter_bytes(adapter: Adapter, core: Box) -> int:
-    """Return about how many bytes an adapter's tensors take at most for a block, the features that it reads included.
+    """Return the predicted peak memory in bytes of an adapter for a block, including the features that it reads.
 
-    Features are there as they were read and normalised; the residual path adds a few tensors of its width at the finest
-    level, and classes count on the way to probabilities.
+    The prediction counts the features as read and normalised, three tensors of the width of the residual path at the
+    finest level, and three tensors with one channel per class.
 
     Args:
         adapter: the adapter.
-        core: the block, in voxels of the finest level.
+        core: box of the block, in voxels of the finest level.
     """
     boxes = adapter.boxes(core)
     features = [level.channels * math.prod(box.shape) for level, box in zip(adapter.levels, boxes, strict=True)]

@@ -1,4 +1,4 @@
-"""What may be done to an organ's mask afterwards: keep its largest piece, fill its holes."""
+"""Post-processing of the mask of an organ: keep the largest connected component, fill holes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from fseft_edge.adapters.file import PostProcessing
 from fseft_edge.runtime.scans.components import bounding_box, largest_component
 
 ALL = tuple(PostProcessing(*steps) for steps in product((False, True), repeat=2))
-"""Every combination, that of doing nothing first."""
+"""All combinations of post-processing steps. The first combination is no post-processing."""
 
 
 def post_process(
     labels: NDArray[np.uint8] | NDArray[np.uint16], organs: Sequence[PostProcessing]
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Return a label map ``[X, Y, Z]`` with organ ``k``, label ``k + 1``, treated by ``organs[k]``.
+    """Return a post-processed copy of a label map.
 
-    All organs lose their smaller components first; holes are filled afterwards, in the order of the labels.
+    First the smaller components of all organs are removed. Then holes are filled, in the order of the labels.
+
+    Args:
+        labels: label map ``[X, Y, Z]``; organ ``k`` has the label value ``k + 1``.
+        organs: post-processing of each organ.
     """
     done = labels.copy()
     for label, steps in enumerate(organs, start=1):

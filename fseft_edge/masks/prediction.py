@@ -1,4 +1,4 @@
-"""Cached features through adapters, back to the scan's own lattice."""
+"""Prediction: from cached features to probabilities on the grid, and to labels on the lattice of the scan."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fseft_edge.runtime.encoder.encoding import EncodedScan
 
 @dataclass(frozen=True, eq=False)
 class DecidedScan:
-    """A scan whose every voxel is decided.
+    """The labels of all voxels of a scan, and the confidence of each organ.
 
     Attributes:
-        labels: ``[X, Y, Z]`` on the scan's own lattice, 1..K in the adapters' order.
-        confidence: of each organ, the mean probability of its voxels; None of one that has none.
+        labels: labels ``[X, Y, Z]`` on the lattice of the scan, 1..K in the order of the adapters and their organs.
+        confidence: mean probability of the voxels of each organ; None for an organ without voxels.
     """
 
     labels: NDArray[np.uint8] | NDArray[np.uint16]
@@ -32,12 +32,18 @@ class DecidedScan:
 def segment_encoded(
     encoded: EncodedScan, adapters: Sequence[Adapter], plan: MemoryPlan = AMPLE
 ) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    """Return the label map of an encoded scan on the scan's own lattice, labels 1..K in the adapters' order."""
+    """Return the labels ``[X, Y, Z]`` of an encoded scan on its lattice, 1..K in the order of the adapters' organs."""
     return decide_encoded(encoded, adapters, plan).labels
 
 
 def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: MemoryPlan = AMPLE) -> DecidedScan:
-    """Return the same label map, and how sure the adapters are of each organ."""
+    """Return the labels of an encoded scan on its lattice, and the confidence of each organ.
+
+    Args:
+        encoded: encoded scan.
+        adapters: adapters that segment the scan.
+        plan: sizes of the pieces in which the mask is computed.
+    """
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
     labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
     tally = ConfidenceTally(organs)
@@ -53,7 +59,12 @@ def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: Memo
 def predict_sections(
     encoded: EncodedScan, adapters: Sequence[Adapter], plan: MemoryPlan = AMPLE
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Yield ``(z0, probabilities)`` of the grid slab by slab: float32 ``[Σ classes, X, Y, n]``, adapters in order."""
+    """Yield the probabilities on the grid, slab by slab.
+
+    Yields:
+        The first slice of the slab, and its probabilities, float32 ``[Σ classes, X, Y, n]``, with the classes in the
+        order of the adapters.
+    """
     classes = [adapter.classes for adapter in adapters]
     x, y, z = encoded.grid.shape
     for start in range(0, z, plan.slab):

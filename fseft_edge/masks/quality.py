@@ -1,4 +1,4 @@
-"""Quality flags: what a person should check in a mask before using it, and what each flag means."""
+"""Quality flags: properties of a mask that a person should check before using the mask."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from numpy.typing import NDArray
 from fseft_edge.runtime.scans.components import bounding_box, components
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 
-if TYPE_CHECKING:  # a report needs the limits, and not torch
+if TYPE_CHECKING:  # reports import this module for its limits, and they must not import torch
     from fseft_edge.adapters.network import Method
 
 MEANINGS: Final = {
-    "empty": "No voxel was given to the organ.",
-    "touches_edge": "The mask reaches the border of the scan: the organ may be cut off, and its volume too small.",
-    "small": "The volume is more than 30 % below the smallest in the support set.",
-    "large": "The volume is more than 30 % above the largest in the support set.",
-    "fragmented": "The largest connected piece holds less than 90 % of the mask.",
-    "low_confidence": "The adapter was not sure of what it found.",
-    "implausible_hu": "The mask's median HU is far from those of the support set: another organ, another contrast "
-    "phase, metal, or a scan whose HU are off.",
-    "cut_off": "The organ reaches the border of the field of view; its size was not corrected upwards.",
-    "absent": "Hardly anything of the organ was found; it was taken to be absent and left alone.",
-    "outside_prior": "The organ's size is still outside its prior after tuning.",
+    "empty": "The mask contains no voxel of the organ.",
+    "touches_edge": "The mask touches the border of the scan. The organ may be cut off, and its volume too small.",
+    "small": "The volume is more than 30 % below the smallest volume in the support set.",
+    "large": "The volume is more than 30 % above the largest volume in the support set.",
+    "fragmented": "The largest connected component contains less than 90 % of the mask.",
+    "low_confidence": "The mean probability of the voxels of the mask is low.",
+    "implausible_hu": "The median HU of the mask is far from the values of the support set. Possible reasons: another "
+    "organ, another contrast phase, metal, or a scan with wrong HU.",
+    "cut_off": "The organ touches the border of the field of view. Its size was not corrected upwards.",
+    "absent": "Almost no voxel of the organ was found. The organ is treated as absent; its size was not corrected.",
+    "outside_prior": "After the refit, the size of the organ is still outside its size prior.",
 }
-"""What each flag means. This module raises them, but for the last three, which the transduction raises."""
+"""The meaning of each flag. The transduction sets the last three flags; this module sets all others."""
 
 
 def in_words(flag: str) -> str:
-    """Return a flag as a reader meets it."""
+    """Return a flag as text for the user."""
     return flag.replace("_", " ").replace(" hu", " HU")
 
 
 SIZE_MARGIN = 0.3
 LARGEST_COMPONENT_SHARE = 0.9
 LEAST_CONFIDENCE: Final[dict[Method, float]] = {"linear": 0.75, "pointwise": 0.84, "spatial": 0.84}
-"""Adapters with a residual path are surer of themselves, also where they are wrong."""
+"""Limit of the confidence per method. Adapters with a residual path give higher probabilities, also if wrong."""
 HU_MARGIN, HU_MARGIN_SHARE = 50, 0.5
-"""These and the least confidence were chosen on `support`: docs/segment.md, "How the limits were chosen"."""
+"""The margins of HU. docs/segment.md, "How the limits were chosen", explains these limits and those of confidence."""
 
 
 def quality_flags(
@@ -53,22 +53,22 @@ def quality_flags(
     median_hu: int | None = None,
     support_hu: Sequence[HuPercentiles] = (),
 ) -> tuple[str, ...]:
-    """Return what is unusual about an organ's mask.
+    """Return the quality flags of the mask of an organ.
 
     Args:
-        mask: ``[X, Y, Z]`` on the scan's lattice.
-        volume_ml: its volume.
-        support_volumes_ml: the organ's volumes in the support set.
-        confidence: mean probability of its voxels; None where it is not known.
-        method: of the adapter that found it.
-        median_hu: of its voxels; None likewise.
-        support_hu: of the organ in the support set.
+        mask: mask of the organ on the lattice of the scan, ``[X, Y, Z]``.
+        volume_ml: volume of the mask in ml.
+        support_volumes_ml: volumes of the organ in the support set in ml.
+        confidence: mean probability of the voxels of the mask; None if it is not known.
+        method: method of the adapter that predicted the mask.
+        median_hu: median HU of the voxels of the mask; None if it is not known.
+        support_hu: HU percentiles of the organ in the support set.
 
     Returns:
-        Any of ``empty``; ``touches_edge`` (the organ reaches the border of the field of view and may be cut off);
-        ``small`` or ``large`` (outside the support set's range, widened by 30 %); ``fragmented`` (the largest
-        26-connected component holds less than 90 % of it); ``low_confidence`` (below what is usual for the method);
-        ``implausible_hu`` (see :func:`has_implausible_hu`).
+        Any of ``empty``; ``touches_edge`` (the mask touches the border of the field of view, so that the organ may be
+        cut off); ``small`` or ``large`` (the volume is outside the range of the support set, widened by 30 %);
+        ``fragmented`` (the largest 26-connected component contains less than 90 % of the mask); ``low_confidence``
+        (the confidence is below the limit of the method); ``implausible_hu`` (see :func:`has_implausible_hu`).
     """
     if not mask.any():
         return ("empty",)
@@ -91,10 +91,10 @@ def quality_flags(
 
 
 def has_implausible_hu(median_hu: int, support_hu: Sequence[HuPercentiles]) -> bool:
-    """Whether a mask's median HU lies beyond the support set's medians by more than their margin.
+    """Return whether the median HU of a mask is outside the range of the medians of the support set plus a margin.
 
-    The margin at either end is 50 HU, or half of that end's own HU where this is more: bone and lung vary with density
-    and partial volume by far more than soft tissue does.
+    The margin at each end of the range is 50 HU, or half of the absolute HU of that end, whichever is larger. Bone and
+    lung need the larger margin, because density and partial volume change their HU much more than those of soft tissue.
     """
     if not support_hu:
         return False
@@ -107,6 +107,6 @@ def _margin(hu: int) -> float:
 
 
 def largest_component_share(mask: NDArray[np.bool_]) -> float:
-    """Return the share of a non-empty mask that its largest 26-connected component holds."""
+    """Return the share of the voxels of a non-empty mask that are in its largest 26-connected component."""
     _, sizes = components(mask[bounding_box(mask)])
     return float(sizes.max() / sizes.sum())

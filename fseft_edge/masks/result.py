@@ -1,4 +1,4 @@
-"""The result of a case: its mask and the measurements of its organs; and the JSON beside the mask."""
+"""The result of a case: its mask, the measurements of its organs, and the JSON description of the mask."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fseft_edge.runtime.errors import LabelError
 
 @dataclass(frozen=True)
 class SegmentedOrgan:
-    """An organ in a mask.
+    """The measurements of one organ in a mask.
 
     Attributes:
-        name: as the adapter has it.
-        label: its value in the mask.
-        volume_ml: of its mask.
-        flags: what to look at (see :mod:`fseft_edge.masks.quality`).
-        support_ml: the least and the greatest volume in the support set; None where the adapter knows none.
-        confidence: mean probability of the voxels that the organ was given, before post-processing, 0 to 1; None for an
-            empty mask.
-        median_hu: of the mask's voxels; None for an empty mask.
+        name: organ name from the adapter.
+        label: label value of the organ in the mask.
+        volume_ml: volume of the organ in ml.
+        flags: quality flags (see :mod:`fseft_edge.masks.quality`).
+        support_ml: smallest and largest volume of the organ in the support set in ml; None if the adapter has no
+            support volumes.
+        confidence: mean probability of the voxels of the organ before post-processing, 0 to 1; None for an empty mask.
+        median_hu: median HU of the voxels of the organ; None for an empty mask.
     """
 
     name: str
@@ -36,14 +36,14 @@ class SegmentedOrgan:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the organ that ``asdict`` and JSON made these fields of; what an older version lacks is None."""
+        """Return the organ from its JSON fields. Optional fields that an older version did not write become None."""
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         return cls(**{**fields, **lists})
 
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """A scan's result: the mask file, and its organs as ``OUT/<case>.json`` holds them."""
+    """The result of a scan: the mask file, and the organs as stored in ``OUT/<case>.json``."""
 
     case: str
     mask: Path
@@ -51,19 +51,20 @@ class SegmentedCase:
 
 
 def organ_labels(description: Path) -> dict[str, int]:
-    """Return each organ's label value, in the order of the file.
+    """Return the label value of each organ of a mask, in the order of the description file.
 
     Args:
-        description: ``<case>.json`` as ``segment`` writes it.
+        description: the file ``<case>.json`` that ``segment`` writes.
 
     Raises:
-        LabelError: it cannot be read, or does not say.
+        LabelError: the file cannot be read, or does not contain organ names and label values.
     """
     try:
         entries = json.loads(description.read_text(encoding="utf-8"))["organs"]
         return {str(entry["name"]): int(entry["label"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabelError(
-            f"{description} does not say which label is which organ.",
-            remedy="Segment the case again, or give label maps whose values you name yourself, without such a file.",
+            f"{description} does not contain the organ names and label values of its mask.",
+            remedy="Segment the case again. If another program made the label map, delete this file and give the label "
+            "values with --organ.",
         ) from error

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.encoder import HEAD_ORGANS, SHAPE, SPACING, label_of, scan, write_case, write_tiny_encoder
+from doubles.errors import refused
 
 from fseft_edge.adaptation.adapt import adapt, zero_shot_adapter
 from fseft_edge.adaptation.cross_validation import Candidate, Validated
@@ -42,14 +43,15 @@ from fseft_edge.segmentation.segment import segment
 
 LINEAR = AdapterSettings(method="linear", levels="finest")
 SPATIAL = AdapterSettings(method="spatial", levels="all", width=4)
-ONE_STEP = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1)
-UNTOUCHED = replace(ONE_STEP, linear_rate=0.0, residual_rate=0.0)
+# Without variations, because each variation of a scan must be encoded, too.
+ONE_STEP = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1, linear_blocks=4, variations=0)
+NO_TRAINING = replace(ONE_STEP, linear_rate=0.0, residual_rate=0.0)
 LIVER, SPLEEN, LUNG = (OrganLabel(name, label_of(name)) for name in ("liver", "spleen", "left_lung"))
 
 
 @dataclass(frozen=True)
 class Site:
-    """An encoder, two annotated scans and a cache that all tests share."""
+    """An encoder, two annotated scans and a cache, shared by all tests."""
 
     root: Path
     bundle: EncoderBundle
@@ -105,13 +107,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.fixture
 def copied(site: Site, tmp_path: Path) -> Path:
-    """A copy of the shared cases that a test may change."""
+    """A copy of the shared cases, which a test may change."""
     for part in ("images", "labels"):
         shutil.copytree(site.root / part, tmp_path / part)
     return tmp_path
 
 
-def test_the_adapter_file_says_what_was_learned_from_what(site: Site, tmp_path: Path) -> None:
+def test_the_adapter_file_describes_organs_support_set_and_training(site: Site, tmp_path: Path) -> None:
     training = TrainingSettings(seed=5, epochs=2, block=16, batch=2, blocks_per_epoch=3)
     file = site.adapt([LIVER, SPLEEN], tmp_path / "a.adapter", settings=SPATIAL, training=training)
     description = read_adapter(tmp_path / "a.adapter").description
@@ -128,10 +130,10 @@ def test_the_adapter_file_says_what_was_learned_from_what(site: Site, tmp_path: 
 
 
 @pytest.mark.parametrize("settings", [LINEAR, SPATIAL], ids=str)
-def test_the_same_seed_gives_the_same_bytes_with_and_without_a_cache(
+def test_equal_seeds_give_equal_bytes_with_and_without_a_cache(
     site: Site, tmp_path: Path, settings: AdapterSettings
 ) -> None:
-    training = TrainingSettings(seed=3, epochs=2, block=16, batch=2, blocks_per_epoch=2)
+    training = TrainingSettings(seed=3, epochs=2, block=16, batch=2, blocks_per_epoch=2, linear_blocks=4)
     for name, cache in (("first", site.root / "cache"), ("second", None)):
         site.adapt([LIVER], tmp_path / name, settings=settings, training=training, cache=cache)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
@@ -145,19 +147,17 @@ def test_another_seed_gives_another_adapter(site: Site, tmp_path: Path) -> None:
     assert not all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_label_that_no_annotation_holds_is_named_before_any_encoding(
+def test_a_label_value_that_is_in_no_annotation_is_refused_before_any_encoding(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EncoderSession, "encode", None)
-    with pytest.raises(LabelError) as caught:
+    with refused(LabelError, "77", "adrenal", site.root / "labels") as caught:
         site.adapt([LIVER, OrganLabel("adrenal", 77)], tmp_path / "a.adapter")
-    assert "label 77 (adrenal)" in caught.value.message
-    assert str(site.root / "labels") in caught.value.message
     assert "--organ" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_scan_without_an_organs_label_is_not_annotated_for_it_and_training_goes_on(
+def test_a_scan_without_the_label_of_an_organ_is_treated_as_not_annotated_for_it(
     site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_case(tmp_path, "full", 1)
@@ -177,7 +177,7 @@ def test_a_scan_without_an_organs_label_is_not_annotated_for_it_and_training_goe
 
 
 @pytest.mark.parametrize("difference", ["shape", "affine"])
-def test_an_annotation_on_another_lattice_is_named_with_its_scan_and_nothing_is_written(
+def test_an_annotation_on_another_lattice_is_refused_with_its_scan_and_nothing_is_written(
     site: Site, copied: Path, difference: str
 ) -> None:
     patient = scan(2)
@@ -187,23 +187,22 @@ def test_an_annotation_on_another_lattice_is_named_with_its_scan_and_nothing_is_
     else:
         affine[2, 3] += 3.0
     write_label_map(copied / "labels" / "case_2.nii.gz", LabelMap(labels, affine))
-    with pytest.raises(GeometryError, match=difference) as caught:
+    both = [copied / part / "case_2.nii.gz" for part in ("images", "labels")]
+    with refused(GeometryError, *both, difference):
         site.adapt([LIVER], copied / "out" / "a.adapter", images=copied / "images", labels=copied / "labels")
-    for part in ("images", "labels"):
-        assert str(copied / part / "case_2.nii.gz") in caught.value.message
     assert not (copied / "out").exists()
 
 
-def test_an_image_that_is_no_ct_is_named_and_nothing_is_written(site: Site, copied: Path) -> None:
+def test_an_image_that_is_not_a_ct_is_refused_by_name_and_nothing_is_written(site: Site, copied: Path) -> None:
     patient = scan(2)
     scaled = Volume(np.clip(patient.volume.array, 0, 1000), patient.volume.affine)
     write_ct(copied / "images" / "case_2.nii.gz", scaled)
-    with pytest.raises(NotACtError, match=r"images/case_2\.nii\.gz"):
+    with refused(NotACtError, copied / "images" / "case_2.nii.gz"):
         site.adapt([LIVER], copied / "a.adapter", images=copied / "images", labels=copied / "labels")
     assert not (copied / "a.adapter").exists()
 
 
-def test_scans_without_annotation_are_left_out_with_a_warning(
+def test_scans_without_annotation_are_skipped_with_a_warning(
     site: Site, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (copied / "labels" / "case_2.nii.gz").unlink()
@@ -213,31 +212,29 @@ def test_scans_without_annotation_are_left_out_with_a_warning(
     assert "case_2" in caplog.text
 
 
-def test_no_pair_at_all_names_both_folders(site: Site, copied: Path) -> None:
+def test_folders_without_a_pair_are_refused_by_name(site: Site, copied: Path) -> None:
     for path in (copied / "labels").iterdir():
         path.rename(path.with_name(f"seg_{path.name}"))
-    with pytest.raises(UnreadableFileError) as caught:
+    with refused(UnreadableFileError, copied / "images", copied / "labels"):
         site.adapt([LIVER], copied / "a.adapter", images=copied / "images", labels=copied / "labels")
-    assert str(copied / "images") in caught.value.message
-    assert str(copied / "labels") in caught.value.message
 
 
-def test_only_the_cases_asked_for_are_used(site: Site, tmp_path: Path) -> None:
+def test_only_the_named_cases_are_used(site: Site, tmp_path: Path) -> None:
     file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_2"])
     volume = float((scan(2).labels.array == LIVER.label).sum() * np.prod(SPACING) / 1000)
     assert file.description.shots == 1
     assert file.description.organs[0].support_volumes_ml == pytest.approx((volume,), abs=1e-3)
 
 
-def test_a_case_named_twice_counts_once(site: Site, tmp_path: Path) -> None:
+def test_a_case_that_is_named_twice_is_used_once(site: Site, tmp_path: Path) -> None:
     file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_2", "case_1", "case_2"])
     assert file.description.shots == 2
 
 
 @pytest.mark.parametrize("missing", ["images", "labels"])
-def test_a_case_asked_for_that_lacks_a_partner_is_named(site: Site, copied: Path, missing: str) -> None:
+def test_a_named_case_without_image_or_annotation_is_refused(site: Site, copied: Path, missing: str) -> None:
     (copied / missing / "case_2.nii.gz").unlink()
-    with pytest.raises(UnreadableFileError, match="case_2") as caught:
+    with refused(UnreadableFileError, "case_2") as caught:
         site.adapt(
             [LIVER],
             copied / "a.adapter",
@@ -249,7 +246,7 @@ def test_a_case_asked_for_that_lacks_a_partner_is_named(site: Site, copied: Path
     assert not (copied / "a.adapter").exists()
 
 
-def test_one_scan_and_one_annotation_pair_whatever_their_names(site: Site, tmp_path: Path) -> None:
+def test_a_single_scan_and_a_single_annotation_may_have_different_names(site: Site, tmp_path: Path) -> None:
     image, annotation = write_case(tmp_path, "ct", 1)
     annotation = annotation.rename(annotation.with_name("contours.nii.gz"))
     assert site.adapt([LIVER], tmp_path / "a.adapter", images=image, labels=annotation).description.shots == 1
@@ -272,17 +269,17 @@ def test_scans_of_different_size_and_orientation_train_together(site: Site, tmp_
 
 @pytest.mark.parametrize("method", ["linear", "pointwise", "spatial"])
 @pytest.mark.parametrize("levels", ["finest", "all"])
-def test_before_its_first_step_an_adapter_is_the_heads_classifier(
+def test_before_the_first_training_step_an_adapter_gives_the_masks_of_the_head(
     site: Site, tmp_path: Path, method: str, levels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a learning rate of zero, or no iteration, the masks of known organs are those of the encoder's own head."""
+    """The learning rate is zero, or the linear solver runs no iteration. The organs are those of the encoder's head."""
     monkeypatch.setattr("fseft_edge.adaptation.training.solve", partial(solve, iterations=0))
     known = [OrganLabel(name, label_of(name)) for name in HEAD_ORGANS]
     site.adapt(
         known,
         tmp_path / "adapted.adapter",
         settings=AdapterSettings(method, levels, width=4),  # type: ignore[arg-type]  # parametrised literals
-        training=UNTOUCHED,
+        training=NO_TRAINING,
     )
     write_adapter(tmp_path / "head.adapter", zero_shot_adapter(site.bundle, known))
     image = site.root / "images" / "case_1.nii.gz"
@@ -291,10 +288,10 @@ def test_before_its_first_step_an_adapter_is_the_heads_classifier(
         case = site.segment(image, tmp_path / f"{name}.adapter", tmp_path / name)
         masks.append(read_label_map(case.mask).array)
     assert min(np.bincount(masks[1].ravel(), minlength=3)) > 100
-    assert (masks[0] != masks[1]).mean() < 1e-4  # rounding of voxels that lie on a threshold
+    assert (masks[0] != masks[1]).mean() < 1e-4  # rounding of probabilities at the threshold
 
 
-def test_the_head_row_of_an_organ_is_found_by_its_name_whatever_the_order(site: Site) -> None:
+def test_the_head_row_of_an_organ_is_found_by_its_name_in_any_order(site: Site) -> None:
     file = zero_shot_adapter(site.bundle, [OrganLabel(name, label_of(name)) for name in HEAD_ORGANS[::-1]])
     torch.testing.assert_close(
         file.adapter.direct.weight[:, :, 0, 0, 0], site.bundle.head_weight().flip(0), rtol=0, atol=0
@@ -303,22 +300,21 @@ def test_the_head_row_of_an_organ_is_found_by_its_name_whatever_the_order(site: 
     assert [organ.name for organ in file.description.organs] == list(HEAD_ORGANS[::-1])
 
 
-def test_an_organ_that_the_head_does_not_know_has_no_zero_shot_adapter(site: Site) -> None:
-    with pytest.raises(LabelError, match="tiny does not know spleen") as caught:
+def test_a_zero_shot_adapter_of_a_novel_organ_is_refused(site: Site) -> None:
+    with refused(LabelError, "tiny", "spleen", "liver, left_lung"):
         zero_shot_adapter(site.bundle, [LIVER, SPLEEN])
-    assert "liver, left_lung" in caught.value.remedy
 
 
 def _no_encoding(self: EncoderSession, windows: torch.Tensor) -> list[torch.Tensor]:
     raise AssertionError("a scan was encoded")
 
 
-def test_softmax_needs_a_scan_that_shows_background(site: Site, tmp_path: Path) -> None:
+def test_softmax_needs_a_scan_that_is_annotated_for_all_organs(site: Site, tmp_path: Path) -> None:
     write_case(tmp_path, "liver_only", 1, only=["liver"])
     write_case(tmp_path, "spleen_only", 2, only=["spleen"])
     where = {"images": tmp_path / "images", "labels": tmp_path / "labels"}
     softmax = replace(LINEAR, activation="softmax")
-    with pytest.raises(LabelError, match="never sees background") as caught:
+    with refused(LabelError, "softmax") as caught:
         site.adapt([LIVER, SPLEEN], tmp_path / "a.adapter", settings=softmax, **where)
     assert "--activation sigmoid" in caught.value.remedy
     site.adapt([LIVER], tmp_path / "a.adapter", settings=softmax, cases=["liver_only"], **where)
@@ -333,10 +329,10 @@ def test_a_support_scan_is_encoded_once_for_all_adapters(
     site.adapt([SPLEEN, LUNG], tmp_path / "b.adapter", cache=cache, settings=SPATIAL)
 
 
-def test_without_a_cache_nothing_stays_behind(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_no_feature_map_remains(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    site.adapt([LIVER], tmp_path / "a.adapter", cache=None)
+    site.adapt([LIVER], tmp_path / "a.adapter", cache=None, cases=["case_1"])
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
@@ -344,7 +340,7 @@ def test_an_output_that_is_a_folder_is_refused_before_any_work(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EncoderSession, "encode", _no_encoding)
-    with pytest.raises(UsageError, match="is a folder"):
+    with refused(UsageError, tmp_path):
         site.adapt([LIVER], tmp_path, cache=None)
 
 
@@ -358,11 +354,11 @@ def test_an_interrupted_adaptation_leaves_no_file(site: Site, tmp_path: Path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_adaptation_finds_an_organ_of_a_patient_it_has_not_seen(site: Site, tmp_path: Path) -> None:
-    """The liver, on top of an encoder and a head with random weights."""
+def test_adaptation_finds_an_organ_of_a_new_patient(site: Site, tmp_path: Path) -> None:
+    """The organ is the liver. The encoder and its head have random weights."""
     image, reference = write_case(tmp_path / "query", "case_3", 3)
     trained = TrainingSettings(
-        epochs=20,
+        epochs=12,
         block=16,
         batch=4,
         blocks_per_epoch=8,
@@ -373,7 +369,7 @@ def test_adaptation_finds_an_organ_of_a_patient_it_has_not_seen(site: Site, tmp_
         bfloat16=False,
     )
     dsc = []
-    for name, training in (("before", UNTOUCHED), ("after", trained)):
+    for name, training in (("before", NO_TRAINING), ("after", trained)):
         site.adapt([LIVER], tmp_path / f"{name}.adapter", settings=SPATIAL, training=training)
         case = site.segment(image, tmp_path / f"{name}.adapter", tmp_path / name)
         (row,) = evaluate(case.mask, reference, {"liver": LIVER.label}).rows
@@ -386,7 +382,7 @@ def test_adaptation_finds_an_organ_of_a_patient_it_has_not_seen(site: Site, tmp_
 
 
 @pytest.mark.real_ct
-def test_a_real_scan_can_be_adapted_to_and_segmented_on_its_own_lattice(
+def test_an_adapter_from_a_real_scan_segments_another_real_scan_on_its_lattice(
     site: Site, real_ct: Path, tmp_path: Path
 ) -> None:
     splits = json.loads((real_ct / "headneck" / "splits.json").read_text())
@@ -412,9 +408,9 @@ def test_a_real_scan_can_be_adapted_to_and_segmented_on_its_own_lattice(
     assert volume_ml == pytest.approx(voxels * abs(np.linalg.det(contour.affine[:3, :3])) / 1000, abs=1e-2)
 
 
-def test_a_left_out_score_is_that_of_an_adapter_made_from_the_others(site: Site, tmp_path: Path) -> None:
-    # A scan that is alone would be varied by itself, which one of two is not.
-    training = TrainingSettings(epochs=10, block=16, batch=2, blocks_per_epoch=4, residual_rate=1e-2, variations=0)
+def test_a_left_out_score_is_the_score_of_an_adapter_from_the_other_scans(site: Site, tmp_path: Path) -> None:
+    # Variations are off, because by default only a single scan has variations.
+    training = TrainingSettings(epochs=5, block=16, batch=2, blocks_per_epoch=4, residual_rate=1e-2, variations=0)
     both = site.adapt([LIVER], tmp_path / "both.adapter", settings=SPATIAL, training=training, validate=True)
     site.adapt([LIVER], tmp_path / "one.adapter", settings=SPATIAL, training=training, cases=["case_2"])
     steps = asdict(both.description.organs[0].post_processing)
@@ -425,7 +421,7 @@ def test_a_left_out_score_is_that_of_an_adapter_made_from_the_others(site: Site,
     assert read_adapter(tmp_path / "both.adapter").description.organs == both.description.organs
 
 
-def test_an_organ_that_only_the_left_out_scan_shows_is_not_scored(site: Site, tmp_path: Path, copied: Path) -> None:
+def test_an_organ_that_only_one_scan_annotates_is_not_validated(site: Site, tmp_path: Path, copied: Path) -> None:
     path = copied / "labels" / "case_1.nii.gz"
     labels = read_label_map(path)
     array = np.where(labels.array == SPLEEN.label, 0, labels.array)
@@ -437,14 +433,17 @@ def test_an_organ_that_only_the_left_out_scan_shows_is_not_scored(site: Site, tm
     assert (len(liver.left_out_dsc), len(spleen.left_out_dsc)) == (2, 0)
 
 
-def test_one_scan_validates_nothing_and_says_so(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_scan_is_not_validated_and_a_warning_states_it(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = site.adapt([LIVER], tmp_path / "a.adapter", cases=["case_1"], choose=True, validate=True)
     assert file.description.organs[0].left_out_dsc == ()
     assert file.description.settings["method"] == "linear"
-    assert "no organ is annotated in two scans, so nothing can be validated" in caplog.text
+    (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+    assert LINEAR.name in warning.getMessage()
 
 
-def test_scans_that_share_no_organ_validate_nothing(
+def test_scans_without_a_common_organ_are_not_validated(
     site: Site, tmp_path: Path, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, kept in (("case_1", LIVER.label), ("case_2", SPLEEN.label)):
@@ -460,19 +459,21 @@ def test_scans_that_share_no_organ_validate_nothing(
         choose=True,
     )
     assert [organ.left_out_dsc for organ in file.description.organs] == [(), ()]
-    assert "nothing can be validated" in caplog.text
+    assert any(LINEAR.name in record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
 
 
-def test_what_validated_best_is_what_is_made(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    winner = "linear on pyramid, ridge 0.01"
+def test_the_adapter_is_made_with_the_best_candidate(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    winner = "linear on all levels, ridge 0.01"
     steps = PostProcessing(fill_holes=True)
 
-    def decided(kinds: Sequence[Candidate], *_: object, **__: object) -> tuple[Validated, list[Validated]]:
+    def best_of(kinds: Sequence[Candidate], *_: object, **__: object) -> tuple[Validated, list[Validated]]:
         (candidate,) = [kind for kind in kinds if kind.name == winner]
         validated = Validated(candidate, ((0.8, 0.7),), (steps,))
         return validated, [validated]
 
-    monkeypatch.setattr("fseft_edge.adaptation.adapt.best_of", decided)
+    monkeypatch.setattr("fseft_edge.adaptation.adapt.best_of", best_of)
     file = site.adapt([LIVER], tmp_path / "a.adapter", choose=True)
     assert (file.description.settings["method"], file.description.settings["reads"]) == ("linear", "pyramid")
     assert file.description.organs[0].left_out_dsc == (0.8, 0.7)

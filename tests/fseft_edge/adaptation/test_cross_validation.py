@@ -1,4 +1,4 @@
-"""Cross-validation and the choice of a method, on masks of which the DSC is known beforehand."""
+"""Cross-validation and the choice of a method, with masks whose DSC is known."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ORGAN = (slice(2, 12),) * 3  # a cube of 1000 voxels
 SETTINGS = AdapterSettings()
 
 
-def found(dsc: float) -> NDArray[np.uint8]:
-    """Return a mask in one piece whose DSC with the organ is near ``dsc``: the organ's first voxels."""
+def mask_with(dsc: float) -> NDArray[np.uint8]:
+    """Return a mask with one component whose DSC with the organ is near ``dsc``: the first voxels of the organ."""
     voxels = round(dsc * 1000 / (2 - dsc))
     cube = np.zeros(1000, np.uint8)
     cube[:voxels] = 1
@@ -39,7 +39,7 @@ def found(dsc: float) -> NDArray[np.uint8]:
 
 @dataclass
 class Bench:
-    """Stands for training and segmentation: each candidate's mask is given by name, and calls are counted."""
+    """A replacement of training and segmentation with a given mask for each candidate name; records all calls."""
 
     masks: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     made: list[tuple[str, int]] = field(default_factory=list)
@@ -62,7 +62,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 def scans(count: int) -> list[SupportScan]:
-    """Return scans that show the organ."""
+    """Return scans that contain the organ."""
     labels = np.zeros(SHAPE, np.uint8)
     labels[ORGAN] = 1
     ct = Volume(np.where(labels, 50, -1000).astype(np.int16), np.diag([3.0, 3.0, 3.0, 1.0]))
@@ -82,23 +82,23 @@ def kinds(*names: str) -> list[Candidate]:
     return [Candidate(name, SETTINGS, TrainingSettings()) for name in names]
 
 
-def test_every_scan_is_left_out_once_alone_or_of_many_in_ten_groups() -> None:
+def test_every_scan_is_left_out_once_in_at_most_ten_folds() -> None:
     assert folds(3) == [[0], [1], [2]]
     groups = folds(25)
     assert len(groups) == 10
     assert sorted(index for group in groups for index in group) == list(range(25))
 
 
-def test_scores_are_of_adapters_made_without_the_scan(bench: Bench) -> None:
-    bench.masks = {"a": found(0.7)}
+def test_the_adapter_of_a_fold_is_made_without_the_left_out_scan(bench: Bench) -> None:
+    bench.masks = {"a": mask_with(0.7)}
     validated = leave_one_out(kinds("a")[0], scans(4), [None])
     assert bench.made == [("a", 3)] * 4
     assert validated.dsc == (pytest.approx((0.7,) * 4, abs=1e-3),)
 
 
-def test_softmax_is_not_scored_on_what_it_could_not_learn_without_the_scan(bench: Bench) -> None:
-    """It learns from scans that show every organ: without the only such scan, nothing."""
-    bench.masks = {"a": found(0.7)}
+def test_softmax_is_not_scored_without_a_training_scan_that_annotates_all_organs(bench: Bench) -> None:
+    """Softmax trains only on scans that annotate all organs. If the only such scan is left out, it cannot train."""
+    bench.masks = {"a": mask_with(0.7)}
     (scan,) = scans(1)
     whole, partial = (
         replace(scan, annotated=np.array(annotated), reference=(scan.reference[0], (1, 2)))
@@ -111,23 +111,23 @@ def test_softmax_is_not_scored_on_what_it_could_not_learn_without_the_scan(bench
         assert [len(organ) for organ in validated.dsc] == [scores, 0]
 
 
-def test_the_best_is_taken_and_a_dearer_one_only_if_it_is_worth_it(bench: Bench) -> None:
-    bench.masks = {"cheap": found(0.7), "dear": found(0.703)}
-    assert best_of(kinds("cheap", "dear"), scans(3), [None])[0].candidate.name == "cheap"
-    bench.masks["dear"] = found(0.71)
-    assert best_of(kinds("cheap", "dear"), scans(3), [None])[0].candidate.name == "dear"
+def test_the_best_candidate_is_chosen_and_a_costlier_one_only_if_it_is_clearly_better(bench: Bench) -> None:
+    bench.masks = {"cheap": mask_with(0.7), "costly": mask_with(0.703)}
+    assert best_of(kinds("cheap", "costly"), scans(3), [None])[0].candidate.name == "cheap"
+    bench.masks["costly"] = mask_with(0.71)
+    assert best_of(kinds("cheap", "costly"), scans(3), [None])[0].candidate.name == "costly"
 
 
-def test_what_is_far_behind_after_two_folds_is_given_up(bench: Bench) -> None:
-    bench.masks = {"hopeless": found(0.6), "behind": found(0.68), "best": found(0.7)}
-    _, validated = best_of(kinds("hopeless", "behind", "best"), scans(5), [None])
-    assert [result.candidate.name for result in validated] == ["behind", "best"]
-    assert [name for name, _ in bench.made].count("hopeless") == 2
-    assert [name for name, _ in bench.made].count("behind") == 5
+def test_a_candidate_far_below_the_best_is_dropped_after_two_folds(bench: Bench) -> None:
+    bench.masks = {"bad": mask_with(0.6), "good": mask_with(0.68), "best": mask_with(0.7)}
+    _, validated = best_of(kinds("bad", "good", "best"), scans(5), [None])
+    assert [result.candidate.name for result in validated] == ["good", "best"]
+    assert [name for name, _ in bench.made].count("bad") == 2
+    assert [name for name, _ in bench.made].count("good") == 5
 
 
-def test_post_processing_is_chosen_where_it_helps_and_counts_in_the_score(bench: Bench) -> None:
-    stray = found(0.9)
+def test_post_processing_is_chosen_if_it_improves_the_dsc_and_the_scores_include_it(bench: Bench) -> None:
+    stray = mask_with(0.9)
     stray[14:, 14:] = 1
     bench.masks = {"stray": stray}
     validated = leave_one_out(kinds("stray")[0], scans(2), [None])
@@ -135,23 +135,23 @@ def test_post_processing_is_chosen_where_it_helps_and_counts_in_the_score(bench:
     assert validated.dsc == (pytest.approx((0.9, 0.9), abs=1e-3),)
 
 
-def test_post_processing_that_gains_next_to_nothing_is_not_chosen(bench: Bench) -> None:
-    stray = found(0.9)
+def test_post_processing_with_almost_no_gain_is_not_chosen(bench: Bench) -> None:
+    stray = mask_with(0.9)
     stray[15, 15, 15] = 1
     bench.masks = {"stray": stray}
     assert leave_one_out(kinds("stray")[0], scans(2), [None]).post_processing == (PostProcessing(),)
 
 
-def test_zero_shot_is_no_choice_where_the_encoder_does_not_know_an_organ() -> None:
+def test_zero_shot_is_only_a_candidate_if_the_encoder_knows_all_organs() -> None:
     names = [kind.name for kind in candidates(TrainingSettings(), AdapterSettings(), [None])]
     assert names == [
-        "linear on last",
-        "linear on pyramid, ridge 0.01",
-        "linear on pyramid, ridge 0.001",
-        "pointwise on last",
-        "pointwise on pyramid",
-        "spatial on last",
-        "spatial on pyramid",
+        "linear on the finest level",
+        "linear on all levels, ridge 0.01",
+        "linear on all levels, ridge 0.001",
+        "pointwise on the finest level",
+        "pointwise on all levels",
+        "spatial on the finest level",
+        "spatial on all levels",
     ]
     known = [(cast("Any", None), 0.0)]
     assert candidates(TrainingSettings(), AdapterSettings(), known)[0].name == "zero-shot"

@@ -1,3 +1,5 @@
+"""Loss functions: comparison with MONAI, closed forms, and organs without annotation."""
+
 from __future__ import annotations
 
 import pytest
@@ -36,7 +38,7 @@ def test_partial_label_loss_is_the_mean_over_annotated_organs() -> None:
     torch.testing.assert_close(partial_label_loss(logits, targets, mask), expected)
 
 
-def test_an_organ_nobody_annotated_has_exactly_no_gradient() -> None:
+def test_an_organ_without_annotation_has_a_gradient_of_zero() -> None:
     logits, targets = _case()
     logits.requires_grad_()
     mask = torch.ones(3, 4)
@@ -47,7 +49,7 @@ def test_an_organ_nobody_annotated_has_exactly_no_gradient() -> None:
     assert logits.grad[:, 0].abs().max() > 0
 
 
-def test_nothing_annotated_gives_zero_loss_and_gradient() -> None:
+def test_loss_and_gradient_are_zero_without_any_annotation() -> None:
     logits, targets = _case()
     logits.requires_grad_()
     loss = partial_label_loss(logits, targets, torch.zeros(3, 4))
@@ -71,7 +73,7 @@ def test_adaptation_loss_is_near_zero_for_a_perfect_prediction_and_large_for_its
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_adaptation_loss_ignores_what_is_not_annotated(activation: str) -> None:
+def test_adaptation_loss_ignores_samples_without_annotation(activation: str) -> None:
     logits, targets = _case()
     if activation == "softmax":
         logits = torch.cat([torch.zeros(3, 1, 6, 5, 4), logits], 1)
@@ -83,7 +85,7 @@ def test_adaptation_loss_ignores_what_is_not_annotated(activation: str) -> None:
 
 
 def test_batch_dice_is_formed_after_summing_over_blocks() -> None:
-    """Half an organ in either block counts as one organ, whose Dice has a closed form."""
+    """Each of two blocks contains one half of an organ, whose Dice loss has a closed form."""
     targets = torch.zeros(2, 1, 4, 4, 4)
     targets[:, :, :2] = 1
     logits = torch.full_like(targets, -100.0)

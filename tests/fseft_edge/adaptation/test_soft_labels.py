@@ -1,4 +1,4 @@
-"""Occupancies of organs, cut to boxes, against the whole array."""
+"""Occupancies of organs: blocks and positions, compared with the complete array."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fseft_edge.adapters.blocks import Box
 SHAPE = (10, 12, 14)
 
 
-def test_a_block_is_the_part_of_the_whole_and_nothing_beyond_it() -> None:
+def test_a_block_is_a_part_of_the_complete_array_and_zero_outside() -> None:
     random = np.random.default_rng(0)
     shares = np.zeros((3, *SHAPE), np.float32)
     shares[0, 2:5, 3:9, 0:4] = random.random((3, 6, 4))
-    shares[1, 9, 11, 13] = 1.0  # a corner; organ 2 is nowhere
+    shares[1, 9, 11, 13] = 1.0  # a corner; organ 2 is absent
     occupancy = Occupancy(shares)
     padded = np.pad(shares, [(0, 0)] + [(16, 16)] * 3)
     for low in (*random.integers(-15, 14, (40, 3)), np.array([9, 11, 13]), np.array([-8, -8, -8])):
@@ -24,7 +24,7 @@ def test_a_block_is_the_part_of_the_whole_and_nothing_beyond_it() -> None:
         torch.testing.assert_close(occupancy.block(core), torch.from_numpy(expected), rtol=0, atol=0.5 / 255 + 1e-6)
 
 
-def test_positions_are_those_filled_by_half() -> None:
+def test_positions_are_the_voxels_that_are_at_least_half_filled() -> None:
     share = np.zeros(SHAPE)
     share[4, 5, 6], share[4, 5, 7], share[1, 0, 2] = 0.51, 0.49, 1.0
     occupancy = Occupancy([share, np.zeros(SHAPE)])

@@ -1,4 +1,4 @@
-"""Training on a synthetic feature map whose first channel is the organ, so that success has a closed form."""
+"""Training on synthetic feature maps whose first channel is the organ, so that the correct mask is known."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.runtime.encoder.feature_store import FeatureMap
 
 FAST = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.02, residual_rate=0.02)
+BRIEF = replace(FAST, epochs=2, linear_blocks=4)
 
 
 @pytest.mark.parametrize("levels", ["finest", "all"])
 @pytest.mark.parametrize("method", ["linear", "spatial"])
-def test_training_finds_an_organ_that_the_features_show(method: str, levels: str) -> None:
+def test_training_finds_an_organ_that_the_features_contain(method: str, levels: str) -> None:
     settings = AdapterSettings(method, levels, width=4)  # type: ignore[arg-type]  # parametrised literals
     trained = train_adapter(settings, [scan_with_organ(1), scan_with_organ(2)], head_rows=[None], training=FAST)
     query = scan_with_organ(3)
@@ -42,12 +43,12 @@ def test_training_finds_an_organ_that_the_features_show(method: str, levels: str
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("method", ["linear", "spatial"])
-def test_the_same_seed_gives_the_same_weights_to_the_bit(method: str, activation: str) -> None:
-    """Whatever random numbers were drawn elsewhere, and without disturbing those."""
+def test_equal_seeds_give_bit_identical_weights(method: str, activation: str) -> None:
+    """The global random state has no influence on the training, and the training does not change it."""
     settings = AdapterSettings(method, "all", activation, width=4)  # type: ignore[arg-type]  # parametrised literals
-    first = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
+    first = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=BRIEF)
     torch.manual_seed(99)
-    second = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
+    second = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=BRIEF)
     drawn = torch.rand(1)
     torch.manual_seed(99)
     assert torch.equal(drawn, torch.rand(1))
@@ -58,17 +59,14 @@ def test_the_same_seed_gives_the_same_weights_to_the_bit(method: str, activation
 
 def test_another_seed_gives_other_weights() -> None:
     settings = AdapterSettings("linear", "finest")
-    first = train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=FAST)
-    second = train_adapter(
-        settings,
-        [scan_with_organ(1)],
-        head_rows=[None],
-        training=TrainingSettings(seed=5, block=16, epochs=12, linear_rate=0.05, residual_rate=0.05),
+    first, second = (
+        train_adapter(settings, [scan_with_organ(1)], head_rows=[None], training=replace(BRIEF, seed=seed))
+        for seed in (0, 5)
     )
     assert not torch.equal(first.adapter.direct.weight, second.adapter.direct.weight)
 
 
-def test_normalisation_is_the_supports_mean_and_deviation() -> None:
+def test_the_normalisation_uses_mean_and_standard_deviation_of_the_support_set() -> None:
     features = MemoryFeatures((torch.full((2, 64, 64, 64), 3.0), torch.zeros(1, 32, 32, 32)))
     features.tensors[0][1] = torch.randn(64, 64, 64) * 5 + 7
     scan = SupportScan(
@@ -76,24 +74,24 @@ def test_normalisation_is_the_supports_mean_and_deviation() -> None:
     )
     adapter = untrained_adapter(AdapterSettings("linear", "all"), [scan], head_rows=[None])
     assert float(adapter.mean(0)[0]) == pytest.approx(3)
-    assert float(adapter.mean(0)[1]) == pytest.approx(7, abs=0.5)  # blocks at the border repeat its voxels
+    assert float(adapter.mean(0)[1]) == pytest.approx(7, abs=0.5)  # blocks at the border repeat edge voxels
     assert float(adapter.scale(0)[1]) == pytest.approx(5, rel=0.1)
     assert bool((adapter.scale(0) > 0).all())
     assert bool((adapter.scale(1) > 0).all())
 
 
-def test_training_ends_early_once_the_smoothed_loss_stands_still() -> None:
+def test_training_stops_early_if_the_averaged_loss_does_not_decrease() -> None:
     training = TrainingSettings(
         block=16, batch=4, epochs=60, linear_rate=1e-9, residual_rate=1e-9, smoothing=2, patience=3, least_gain=1e-3
     )
     trained = train_adapter(
         AdapterSettings("pointwise", "finest"), [scan_with_organ(1)], head_rows=[None], training=training
     )
-    # An epoch of 8 blocks tells little: 2 and 3 epochs stand for four times as many.
+    # An epoch has only 8 blocks, so `smoothing` and `patience` are extended by a factor of 4.
     assert 4 * (2 + 3) <= len(trained.losses) < 60
 
 
-def test_an_anchor_holds_the_classifiers_of_known_organs_only() -> None:
+def test_the_anchor_holds_only_the_classifiers_of_known_organs() -> None:
     rows = [(torch.tensor([1.0, 0.0, 0.0]), 0.0), None]
     scan = replace(scan_with_organ(1), occupancy=Occupancy([ball(1)] * 2), annotated=np.array([True, True]))
     settings = AdapterSettings("spatial", "all", width=4)
@@ -109,18 +107,18 @@ def test_an_anchor_holds_the_classifiers_of_known_organs_only() -> None:
     assert held_novel > 0.5 * free_novel
 
 
-def test_an_organ_without_annotation_in_a_scan_teaches_nothing_there() -> None:
-    """A scan that is annotated for no organ has no influence at all, whatever its contours hold."""
-    silent = scan_with_organ(7)
-    silent = SupportScan(silent.features, SHAPE, silent.occupancy, np.array([False]), (0.0,))
-    inverted = SupportScan(silent.features, SHAPE, Occupancy([1 - ball(7)]), np.array([False]), (0.0,))
-    training = TrainingSettings(block=16, batch=1, epochs=1, blocks_per_epoch=4)
-    kinds = AdapterSettings("linear", "finest")
-    results = [train_adapter(kinds, [scan], head_rows=[None], training=training) for scan in (silent, inverted)]
+def test_a_scan_without_annotation_has_no_influence() -> None:
+    """The occupancy of an organ that is not annotated has no effect."""
+    scan = scan_with_organ(7)
+    unannotated = SupportScan(scan.features, SHAPE, scan.occupancy, np.array([False]), (0.0,))
+    inverted = SupportScan(scan.features, SHAPE, Occupancy([1 - ball(7)]), np.array([False]), (0.0,))
+    training = TrainingSettings(block=16, batch=1, epochs=1, blocks_per_epoch=4, linear_blocks=4)
+    settings = AdapterSettings("linear", "finest")
+    results = [train_adapter(settings, [one], head_rows=[None], training=training) for one in (unannotated, inverted)]
     assert results[0].losses == results[1].losses == (0.0,)
 
 
-def test_epochs_follow_the_size_of_the_support_set_up_to_the_papers_number() -> None:
+def test_the_number_of_epochs_depends_on_the_size_of_the_support_set_and_is_limited_to_that_of_the_paper() -> None:
     training = TrainingSettings()
     assert training.epochs_for(1, 1) == 200
     assert training.epochs_for(5, 5) == training.epochs_for(10, 10) == 80
@@ -129,11 +127,11 @@ def test_epochs_follow_the_size_of_the_support_set_up_to_the_papers_number() -> 
     assert TrainingSettings(epochs=3).epochs_for(10, 10) == 3
 
 
-def test_variations_lengthen_an_epoch_and_not_the_training() -> None:
+def test_variations_make_an_epoch_longer_but_not_the_training() -> None:
     assert TrainingSettings(blocks=1200).epochs_for(1, 9) == round(1200 / (6 * 9))
 
 
-def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_only() -> None:
+def test_perturbed_features_keep_their_mean_and_channels_are_dropped_only_at_coarse_levels() -> None:
     scan = scan_with_organ(1)
     adapter = untrained_adapter(AdapterSettings("linear", "all"), [scan], head_rows=[None])
     features = [torch.full((200, level.channels, 1, 1, 1), 5.0) for level in adapter.levels]
@@ -145,16 +143,16 @@ def test_perturbed_features_keep_their_mean_and_are_dropped_at_coarse_levels_onl
         if level == 0:
             assert float(offset.std()) == pytest.approx(0.5, rel=0.1)
             assert float(offset.mean()) == pytest.approx(0, abs=0.1)
-    left_out = (coarse.flatten(1) == adapter.mean(1)).float().mean()
-    assert float(left_out) == pytest.approx(0.5, abs=0.1)
+    dropped = (coarse.flatten(1) == adapter.mean(1)).float().mean()
+    assert float(dropped) == pytest.approx(0.5, abs=0.1)
     assert not bool((finest.flatten(1) == adapter.mean(0)).any())
-    still = perturbed(features, adapter, TrainingSettings(feature_shift=0, channel_dropout=0), generator)
-    for before, after in zip(features, still, strict=True):
+    unchanged = perturbed(features, adapter, TrainingSettings(feature_shift=0, channel_dropout=0), generator)
+    for before, after in zip(features, unchanged, strict=True):
         assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_a_linear_adapter_is_held_to_zero_where_nothing_is_known(activation: str) -> None:
+def test_a_linear_adapter_starts_from_zero_for_novel_organs(activation: str) -> None:
     settings = AdapterSettings("linear", "all", activation)  # type: ignore[arg-type]  # parametrised literal
     start = untrained_adapter(settings, [scan_with_organ(1)], head_rows=[None])
     assert not bool(start.linear_weight().any())

@@ -1,4 +1,4 @@
-"""The size constraint on synthetic maps whose first channel is the organ, so that every size is known."""
+"""The size constraint on synthetic feature maps whose first channel is the organ, so that every size is known."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from doubles.errors import refused
 from doubles.features import MemoryFeatures
 
 from fseft_edge.adaptation.block_sampling import SupportScan
@@ -27,7 +28,7 @@ from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.grid import Grid
 
 SHAPE = (48, 48, 64)
-SAMPLED = 800  # voxels, fewer than the organ is seen in
+SAMPLED = 800  # voxels; the organ is visible in more voxels
 VOXEL_MM3 = 27.0
 BALL_ML = 4 / 3 * np.pi * 8**3 * VOXEL_MM3 / 1000
 TRAINING = TrainingSettings(block=16, batch=4, epochs=12, linear_rate=0.05, residual_rate=0.05)
@@ -39,7 +40,7 @@ def _map(seed: int, centre: tuple[float, float, float], *, strength: float = 1.0
     distance = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.indices(SHAPE), centre, strict=True)))
     organ = distance < 8
     finest = torch.from_numpy(random.normal(0, 0.1, (3, *SHAPE)).astype(np.float32))
-    # The organ fades towards its rim, so that a threshold decides on its size.
+    # The signal of the organ decreases towards its border, so that the size depends on the threshold.
     finest[0] += strength * torch.from_numpy(np.clip(2 - distance / 8, 0, 2).astype(np.float32))
     return MemoryFeatures((finest, torch.nn.functional.avg_pool3d(finest[None], 2)[0])), organ
 
@@ -64,7 +65,7 @@ def scans() -> list[SupportScan]:
 
 @pytest.fixture(scope="module")
 def adapter(scans: list[SupportScan]) -> Adapter:
-    """The exact segmenter of these maps: a voxel is the organ's where the first channel exceeds 1."""
+    """An adapter with the exact mask of these maps: a voxel belongs to the organ if the first channel is above 1."""
     settings = AdapterSettings("spatial", "all", width=4)
     row = torch.tensor([20.0, 0.0, 0.0]), -20.0
     return untrained_adapter(settings, scans, head_rows=[row]).eval()
@@ -78,7 +79,7 @@ def support(adapter: Adapter, scans: list[SupportScan]) -> Voxels:
 PRIOR = SizePrior(0.7 * BALL_ML, 1.3 * BALL_ML)
 
 
-def test_a_size_inside_the_prior_changes_nothing(adapter: Adapter, support: Voxels) -> None:
+def test_a_size_inside_the_prior_needs_no_refit(adapter: Adapter, support: Voxels) -> None:
     done = transduce(adapter, _query(3), support, [PRIOR], settings=SETTINGS)
     assert done.evaluations == 0
     assert done.adapter is adapter
@@ -88,7 +89,7 @@ def test_a_size_inside_the_prior_changes_nothing(adapter: Adapter, support: Voxe
 
 @pytest.mark.parametrize("form", ["relative", "absolute"])
 @pytest.mark.parametrize("strength", [0.7, 1.5])
-def test_an_organ_found_too_small_or_too_large_is_brought_inside(
+def test_the_refit_brings_the_size_of_an_organ_into_its_prior(
     adapter: Adapter, support: Voxels, strength: float, form: str
 ) -> None:
     before = [tensor.clone() for tensor in adapter.state_dict().values()]
@@ -99,11 +100,11 @@ def test_an_organ_found_too_small_or_too_large_is_brought_inside(
     assert PRIOR.low_ml * 0.99 <= organ.after_ml <= PRIOR.high_ml * 1.01
     assert organ.notes == ()
     assert done.evaluations > 0
-    for mine, old in zip(adapter.state_dict().values(), before, strict=True):
-        assert torch.equal(mine, old)
+    for now, old in zip(adapter.state_dict().values(), before, strict=True):
+        assert torch.equal(now, old)
 
 
-def test_only_the_classifiers_are_tuned(adapter: Adapter, support: Voxels) -> None:
+def test_only_the_classifiers_are_refitted(adapter: Adapter, support: Voxels) -> None:
     done = transduce(adapter, _query(3, strength=0.7), support, [PRIOR], settings=SETTINGS)
     assert not torch.equal(done.adapter.linear_weight(), adapter.linear_weight())
     assert torch.equal(
@@ -111,8 +112,8 @@ def test_only_the_classifiers_are_tuned(adapter: Adapter, support: Voxels) -> No
     )
 
 
-def test_an_organ_that_the_field_of_view_cuts_is_not_made_larger(adapter: Adapter, support: Voxels) -> None:
-    """The lower half of the organ is not in the scan, so its size is half and says nothing against the mask."""
+def test_an_organ_at_the_border_of_the_field_of_view_is_not_made_larger(adapter: Adapter, support: Voxels) -> None:
+    """The lower half of the organ is outside the scan, so that the correct size is half of the organ."""
     query = _query(3, (24, 24, 0))
     done = transduce(adapter, query, support, [PRIOR], settings=SETTINGS)
     assert done.organs[0].before_ml == pytest.approx(BALL_ML / 2, rel=0.2)
@@ -121,61 +122,67 @@ def test_an_organ_that_the_field_of_view_cuts_is_not_made_larger(adapter: Adapte
     assert done.evaluations == 0
 
 
-def test_a_cut_organ_that_is_too_large_all_the_same_is_made_smaller(adapter: Adapter, support: Voxels) -> None:
+def test_an_organ_at_the_border_that_is_too_large_is_made_smaller(adapter: Adapter, support: Voxels) -> None:
     done = transduce(adapter, _query(3, (24, 24, 2)), support, [SizePrior(10.0, 30.0)], settings=SETTINGS)
     assert "cut_off" in done.organs[0].notes
     assert done.organs[0].after_ml < done.organs[0].before_ml
 
 
-def test_an_absent_organ_is_not_conjured(adapter: Adapter, support: Voxels) -> None:
+def test_an_absent_organ_is_not_refitted(adapter: Adapter, support: Voxels) -> None:
     done = transduce(adapter, _query(3, strength=0.0), support, [PRIOR], settings=SETTINGS)
     assert done.organs[0].notes == ("absent",)
     assert done.evaluations == 0
 
 
-def test_a_haze_over_the_whole_scan_is_no_organ(adapter: Adapter, support: Voxels) -> None:
-    """Probabilities far below one half everywhere add up to an organ's size, and are none."""
-    hazy = Adapter(adapter.settings, adapter.levels, 1)
-    hazy.load_state_dict(adapter.state_dict())
+def _with_constant_probability(adapter: Adapter, bias: float) -> Adapter:
+    """Return an adapter with a small constant probability in all voxels."""
+    constant = Adapter(adapter.settings, adapter.levels, 1)
+    constant.load_state_dict(adapter.state_dict())
     with torch.no_grad():
-        hazy.linear_bias()[0] = -4.5
-        hazy.direct.weight.zero_()
-    done = transduce(hazy.eval(), _query(3, strength=0.0), support, [PRIOR], settings=SETTINGS)
+        constant.linear_bias()[0] = bias
+        constant.direct.weight.zero_()
+    return constant.eval()
+
+
+def test_small_probabilities_over_the_complete_scan_are_not_an_organ(adapter: Adapter, support: Voxels) -> None:
+    """The sum of the probabilities is the size of an organ, but all probabilities are far below 0.5."""
+    constant = _with_constant_probability(adapter, -4.5)
+    done = transduce(constant, _query(3, strength=0.0), support, [PRIOR], settings=SETTINGS)
     assert PRIOR.low_ml < done.organs[0].before_ml < PRIOR.high_ml
     assert done.organs[0].notes == ("absent",)
     assert done.evaluations == 0
 
 
-def test_a_query_inside_its_priors_is_passed_over_once(
+def test_a_query_inside_its_priors_is_read_only_once(
     adapter: Adapter, support: Voxels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, seen = Adapter.forward, []
+    forward, computed = Adapter.forward, []
 
     def counted(self: Adapter, features: list[torch.Tensor], core: Box) -> torch.Tensor:
-        seen.append(core)
+        computed.append(core)
         return forward(self, features, core)
 
     monkeypatch.setattr(Adapter, "forward", counted)
     transduce(adapter, _query(3), support, [PRIOR], settings=SETTINGS)
-    assert len(seen) == len(set(seen)) == 2
+    assert len(computed) == len(set(computed)) == 2
 
 
 @pytest.mark.parametrize("voxels", [100_000, SAMPLED])
-def test_sizes_of_the_kept_voxels_are_those_of_the_whole_query(adapter: Adapter, voxels: int) -> None:
-    """All voxels in which something of the organ is seen, or a sample of them; the rest counts as it is."""
+def test_sizes_from_the_visible_voxels_equal_those_of_the_complete_query(adapter: Adapter, voxels: int) -> None:
+    """The test uses all voxels in which the organ is visible, or a sample of them."""
     query = _query(3, (16, 16, 16), strength=0.7)
     survey = survey_of(adapter, query)
     settings = replace(SETTINGS, voxels=voxels)
-    seen = visible_voxels(
+    voxels_of_query = visible_voxels(
         adapter, query, survey, torch.tensor([True]), visible=settings.visible, most=settings.voxels, seed=0
     )
     if voxels == SAMPLED:
-        assert len(seen.features) == SAMPLED
+        assert len(voxels_of_query.features) == SAMPLED
     else:
-        assert SAMPLED < len(seen.features) < np.prod(SHAPE) / 4
+        assert SAMPLED < len(voxels_of_query.features) < np.prod(SHAPE) / 4
     bias = adapter.linear_bias() + 0.5
     with torch.no_grad():
-        sizes = seen.sizes(adapter, adapter.linear_weight(), bias)
+        sizes = voxels_of_query.sizes(adapter, adapter.linear_weight(), bias)
     moved = Adapter(adapter.settings, adapter.levels, 1)
     moved.load_state_dict(adapter.state_dict())
     moved.set_linear(adapter.linear_weight(), bias)
@@ -184,27 +191,27 @@ def test_sizes_of_the_kept_voxels_are_those_of_the_whole_query(adapter: Adapter,
     assert float(sizes) == pytest.approx(expected, rel=0.05 if voxels == SAMPLED else 0.01)
 
 
-def test_a_size_that_stays_outside_is_flagged(adapter: Adapter, support: Voxels) -> None:
-    powerless = replace(SETTINGS, weight=1e-9, ridge=1e6)
-    done = transduce(adapter, _query(3, strength=0.7), support, [PRIOR], settings=powerless)
+def test_a_size_that_remains_outside_the_prior_is_flagged(adapter: Adapter, support: Voxels) -> None:
+    weak = replace(SETTINGS, weight=1e-9, ridge=1e6)
+    done = transduce(adapter, _query(3, strength=0.7), support, [PRIOR], settings=weak)
     assert done.organs[0].notes == ("outside_prior",)
     assert done.evaluations > 0
 
 
-def test_the_same_query_gives_the_same_bytes(adapter: Adapter, support: Voxels) -> None:
+def test_equal_queries_give_bit_identical_weights(adapter: Adapter, support: Voxels) -> None:
     first, second = (transduce(adapter, _query(3, strength=0.7), support, [PRIOR], settings=SETTINGS) for _ in range(2))
     for a, b in zip(first.adapter.state_dict().values(), second.adapter.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_without_any_prior_it_refuses(adapter: Adapter, support: Voxels) -> None:
-    with pytest.raises(UsageError, match="prior"):
+def test_a_refit_without_any_prior_is_refused(adapter: Adapter, support: Voxels) -> None:
+    with refused(UsageError, "prior"):
         transduce(adapter, _query(3), support, [None])
 
 
 @pytest.mark.parametrize("form", ["relative", "absolute"])
-def test_the_gradient_of_the_penalty_is_that_of_finite_differences(form: Form) -> None:
-    """Through probabilities and their sum over voxels, in double precision, below and above the prior."""
+def test_the_gradient_of_the_penalty_equals_finite_differences(form: Form) -> None:
+    """The penalty is a function of the weights, in double precision, for sizes below and above the prior."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(500, 6, generator=generator, dtype=torch.float64)
     start = torch.randn(3, 6, generator=generator, dtype=torch.float64)
@@ -219,12 +226,12 @@ def test_the_gradient_of_the_penalty_is_that_of_finite_differences(form: Form) -
     assert not bool(gradient[2].any())
 
 
-def test_what_is_minimised_is_support_loss_ridge_and_penalty(adapter: Adapter, support: Voxels) -> None:
-    """At the solution the gradient of their sum vanishes: the size lies outside its prior, where all are smooth."""
+def test_the_refit_minimises_the_sum_of_support_loss_ridge_and_penalty(adapter: Adapter, support: Voxels) -> None:
+    """At the solution, the gradient of the sum is zero. The size is outside its prior, where the sum is smooth."""
     query = _query(3, strength=0.7)
     settings = replace(SETTINGS, weight=0.05)
     survey = survey_of(adapter, query)
-    seen = visible_voxels(
+    voxels_of_query = visible_voxels(
         adapter, query, survey, torch.tensor([True]), visible=settings.visible, most=settings.voxels, seed=0
     )
     refitted = transduce(adapter, query, support, [PRIOR], settings=settings)
@@ -233,7 +240,7 @@ def test_what_is_minimised_is_support_loss_ridge_and_penalty(adapter: Adapter, s
     bias = refitted.adapter.linear_bias()
     logits = (support.features @ weight.T + bias)[..., None, None, None]
     loss = adaptation_loss(logits, support.targets[..., None, None, None], support.weight, "sigmoid")
-    sizes = seen.sizes(adapter, weight, bias)
+    sizes = voxels_of_query.sizes(adapter, weight, bias)
     low, high = torch.tensor([PRIOR.low_ml]), torch.tensor([PRIOR.high_ml])
     ridge = settings.ridge / 2 * (weight - adapter.linear_weight()).square().sum()
     (loss + ridge + settings.weight * size_penalty(sizes, low, high, "relative").sum()).backward()
@@ -244,13 +251,13 @@ def test_what_is_minimised_is_support_loss_ridge_and_penalty(adapter: Adapter, s
 @pytest.mark.parametrize(
     ("size", "relative", "absolute"), [(50.0, 0.5, 50.0), (100.0, 0.0, 0.0), (180.0, 0.0, 0.0), (400.0, 0.5, 200.0)]
 )
-def test_the_penalty_is_that_of_the_paper(size: float, relative: float, absolute: float) -> None:
+def test_the_penalty_is_the_formula_of_the_paper(size: float, relative: float, absolute: float) -> None:
     bounds = torch.tensor([100.0]), torch.tensor([200.0])
     assert float(size_penalty(torch.tensor([size]), *bounds, "relative")) == pytest.approx(relative)
     assert float(size_penalty(torch.tensor([size]), *bounds, "absolute")) == pytest.approx(absolute)
 
 
-def test_with_softmax_the_background_gives_way_too(scans: list[SupportScan]) -> None:
+def test_with_softmax_the_classifier_of_the_background_is_refitted_too(scans: list[SupportScan]) -> None:
     settings = AdapterSettings("linear", "all", activation="softmax")
     softmax = untrained_adapter(settings, scans, head_rows=[(torch.tensor([20.0, 0.0, 0.0]), -20.0)]).eval()
     support = support_of(softmax, scans, SETTINGS)
@@ -261,7 +268,7 @@ def test_with_softmax_the_background_gives_way_too(scans: list[SupportScan]) -> 
 
 
 def test_an_organ_inside_its_prior_keeps_its_classifier(scans: list[SupportScan]) -> None:
-    """Of two organs, one well found and one too small, the one is left as it is, to the bit."""
+    """One organ is inside its prior and one is too small. The classifier of the first stays bit-identical."""
     settings = AdapterSettings("linear", "finest")
     rows = [(torch.tensor([20.0, 0.0, 0.0]), -20.0)] * 2
     adapter = untrained_adapter(settings, scans, head_rows=rows).eval()
@@ -279,14 +286,10 @@ def _twice(scan: SupportScan) -> Occupancy:
     return Occupancy([organ, organ])
 
 
-def test_haze_alone_is_never_pulled_even_under_a_prior_from_nothing(adapter: Adapter, support: Voxels) -> None:
-    """A prior that begins at 0 and a haze that exceeds its end, with no voxel in which the organ is visible."""
-    hazy = Adapter(adapter.settings, adapter.levels, 1)
-    hazy.load_state_dict(adapter.state_dict())
-    with torch.no_grad():
-        hazy.linear_bias()[0] = -5.0
-        hazy.direct.weight.zero_()
-    done = transduce(hazy.eval(), _query(3, strength=0.0), support, [SizePrior(0.0, 1.0)], settings=SETTINGS)
+def test_small_probabilities_are_not_refitted_if_the_prior_starts_at_zero(adapter: Adapter, support: Voxels) -> None:
+    """The sum of the probabilities is above the prior, but the organ is not visible in any voxel."""
+    constant = _with_constant_probability(adapter, -5.0)
+    done = transduce(constant, _query(3, strength=0.0), support, [SizePrior(0.0, 1.0)], settings=SETTINGS)
     assert done.organs[0].before_ml > 1.0
     assert done.organs[0].notes == ("absent",)
     assert done.evaluations == 0

@@ -1,4 +1,4 @@
-"""Variations of annotated scans."""
+"""Variations of annotated scans: geometry, number, and use in training and cross-validation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ball(shape: tuple[int, int, int], centre: tuple[float, float, float], radius
 
 
 def varied(mask: np.ndarray, seed: int, *, margin: int = 8, affine: np.ndarray | None = None) -> Variation:
-    """A scan that shows its organ and nothing else: 250 HU within, air outside."""
+    """Return a variation of a scan with 250 HU inside the organ and air outside."""
     affine = np.diag((*SPACING, 1.0)) if affine is None else affine
     volume = Volume(np.where(mask, 250, -1000).astype(np.int16), affine)
     grid = Grid.of(volume, Preprocessing(spacing=SPACING))
@@ -42,7 +42,7 @@ def varied(mask: np.ndarray, seed: int, *, margin: int = 8, affine: np.ndarray |
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_image_and_annotation_are_turned_and_zoomed_alike(seed: int) -> None:
+def test_image_and_annotation_have_the_same_rotation_and_scale(seed: int) -> None:
     mask = ball((48, 44, 40), (30, 18, 22), 7) | ball((48, 44, 40), (14, 28, 14), 4)
     variation = varied(mask, seed)
     bright = variation.volume.array > 0.5 * (variation.volume.array.max() + variation.volume.array.min())
@@ -52,8 +52,8 @@ def test_image_and_annotation_are_turned_and_zoomed_alike(seed: int) -> None:
     assert 0.8**3 * 0.9 < filled.sum() / mask.sum() < 1.25**3 * 1.1
 
 
-def test_a_variation_lies_where_the_scan_lies() -> None:
-    """The organ in the middle of the field of view stays there, in millimetres, whatever the cut."""
+def test_a_variation_keeps_the_position_of_the_scan() -> None:
+    """The centre of an organ at the centre of the field of view keeps its world coordinates after the crop."""
     mask = ball((49, 45, 41), (24, 22, 20), 6)
     affine = np.diag((*SPACING, 1.0))
     affine[:3, 3] = (-100.0, 30.0, 7.0)
@@ -63,8 +63,8 @@ def test_a_variation_lies_where_the_scan_lies() -> None:
     assert world == pytest.approx(affine[:3, :3] @ (24, 22, 20) + affine[:3, 3], abs=3.0)
 
 
-def test_a_turn_is_one_of_millimetres_where_voxels_are_not_cubes() -> None:
-    """A ball stays a ball: as long in every direction, by the second moments of its mask."""
+def test_a_rotation_with_anisotropic_voxels_is_a_rotation_in_millimetres() -> None:
+    """A ball stays a ball: the second moments of its mask are equal in all directions."""
     spacing = (3.0, 3.0, 9.0)
     axes = np.meshgrid(*(np.arange(n) * s for n, s in zip((64, 64, 24), spacing, strict=True)), indexing="ij")
     mask = sum((axis - axis.mean()) ** 2 for axis in axes) <= 45.0**2
@@ -77,21 +77,21 @@ def test_a_turn_is_one_of_millimetres_where_voxels_are_not_cubes() -> None:
         assert lengths.max() / lengths.min() < 1.1
 
 
-def test_only_what_lies_around_the_organs_is_kept() -> None:
+def test_a_variation_is_cropped_to_its_organs_plus_a_margin() -> None:
     mask = ball((96, 90, 80), (40, 40, 40), 5)
     shape = varied(mask, 1, margin=6).volume.shape
     assert all(2 * 6 + 2 * 4 - 1 <= length <= 2 * 6 + 2 * 8 for length in shape)
     assert all(length % 2 == 0 for length in shape)
 
 
-def test_an_organ_turned_out_of_the_field_of_view_is_no_error() -> None:
+def test_an_organ_that_leaves_the_field_of_view_is_not_an_error() -> None:
     mask = np.zeros((40, 40, 40), bool)
     mask[0, 0, 0] = True
     shapes = [varied(mask, seed).shares[0].any() for seed in range(8)]
     assert not all(shapes)
 
 
-def test_the_same_seed_gives_the_same_variation_and_another_seed_another() -> None:
+def test_equal_seeds_give_equal_variations_and_other_seeds_give_others() -> None:
     mask = ball((40, 40, 40), (20, 20, 20), 6)
     first, again, other = (varied(mask, seed) for seed in (1, 1, 2))
     assert np.array_equal(first.volume.array, again.volume.array)
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_variation_and_another_seed_another() -> No
 
 @pytest.fixture(scope="module")
 def support(tmp_path_factory: pytest.TempPathFactory) -> list[SupportScan]:
-    """Two phantoms with two variations each."""
+    """Two phantoms with two variations of each."""
     return load(tmp_path_factory.mktemp("variations"), variations=2)
 
 
@@ -116,7 +116,7 @@ def load(root: Path, *, variations: int | None, seed: int = 0, cases: Sequence[i
         )
 
 
-def test_each_scan_brings_its_variations_with_its_own_annotation(support: list[SupportScan]) -> None:
+def test_each_scan_has_variations_with_annotations(support: list[SupportScan]) -> None:
     assert [len(one.variations) for one in support] == [2, 2]
     assert len(with_variations(support)) == 6
     for one in support:
@@ -126,7 +126,7 @@ def test_each_scan_brings_its_variations_with_its_own_annotation(support: list[S
             assert all(len(variation.occupancy.positions(organ)) for organ in range(2))
 
 
-def test_variations_change_what_is_learned(support: list[SupportScan]) -> None:
+def test_variations_are_used_in_training(support: list[SupportScan]) -> None:
     training = TrainingSettings(epochs=1, block=16, batch=2, blocks_per_epoch=2)
     settings = AdapterSettings(method="spatial", width=4)
     rows = [None, None]
@@ -138,27 +138,30 @@ def test_variations_change_what_is_learned(support: list[SupportScan]) -> None:
     assert not (with_them.adapter.direct.weight == without.adapter.direct.weight).all()
 
 
-def test_what_is_left_out_is_left_out_with_its_variations(
+def test_a_left_out_scan_is_left_out_with_its_variations(
     support: list[SupportScan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[list[SupportScan]] = []
+    trained_on: list[list[SupportScan]] = []
 
-    def noted(settings: object, scans: list[SupportScan], **more: object) -> object:
-        seen.append(with_variations(scans))
-        return train_adapter(settings, scans, **more)  # type: ignore[arg-type]  # passed on as they came
+    def recorded(settings: object, scans: list[SupportScan], **more: object) -> object:
+        trained_on.append(with_variations(scans))
+        return train_adapter(settings, scans, **more)  # type: ignore[arg-type]  # passed on unchanged
 
-    monkeypatch.setattr("fseft_edge.adaptation.cross_validation.train_adapter", noted)
+    monkeypatch.setattr("fseft_edge.adaptation.cross_validation.train_adapter", recorded)
     training = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1)
     leave_one_out(Candidate("", AdapterSettings(method="spatial", width=4), training), support, [None, None])
-    assert seen == [[support[1], *support[1].variations], [support[0], *support[0].variations]]
+    assert trained_on == [[support[1], *support[1].variations], [support[0], *support[0].variations]]
 
 
-def test_a_single_scan_that_is_soon_encoded_is_varied_by_itself() -> None:
-    assert default_variations(1, 1) == default_variations(1, 16) > 0
+def test_only_a_single_scan_with_few_windows_has_variations_by_default() -> None:
+    assert default_variations(1, 1) == default_variations(1, 16) == 8
     assert default_variations(2, 1) == default_variations(1, 17) == 0
 
 
-def test_what_is_said_counts_and_else_the_default(tmp_path: Path) -> None:
+def test_the_number_of_variations_is_the_given_number_or_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fseft_edge.adaptation.augmentation._DEFAULT_VARIATIONS", 2)  # each one must be encoded
     assert [len(one.variations) for one in load(tmp_path, variations=1)] == [1, 1]
-    assert [len(one.variations) for one in load(tmp_path, variations=None, cases=(1,))] == [default_variations(1, 8)]
+    assert [len(one.variations) for one in load(tmp_path, variations=None, cases=(1,))] == [2]
     assert [len(one.variations) for one in load(tmp_path, variations=None)] == [0, 0]

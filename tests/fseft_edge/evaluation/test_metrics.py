@@ -1,3 +1,5 @@
+"""DSC, HD95 and normalised surface distance: closed forms, dense distance transforms, and empty masks."""
+
 from __future__ import annotations
 
 import math
@@ -40,7 +42,7 @@ def blobs(seed: int, shape: tuple[int, int, int]) -> tuple[Mask, Mask]:
 def scipy_surface_distances(
     a: Mask, b: Mask, spacing: tuple[float, float, float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Distances from each surface to the other, by dense distance transforms of the whole lattice."""
+    """Return the distances from each surface to the other, from dense distance transforms of the complete lattice."""
     surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in (a, b)]
     to_a, to_b = (ndimage.distance_transform_edt(~surface, sampling=spacing) for surface in surfaces)
     return to_b[surfaces[0]], to_a[surfaces[1]]
@@ -49,7 +51,7 @@ def scipy_surface_distances(
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("shift", [1, 3, 5])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_shifted_cube_has_closed_form_scores(axis: int, shift: int, spacing: tuple[float, float, float]) -> None:
+def test_a_shifted_cube_has_closed_form_scores(axis: int, shift: int, spacing: tuple[float, float, float]) -> None:
     start = [4, 4, 4]
     reference = box((24, 24, 24), (4, 4, 4), 10)
     start[axis] += shift
@@ -59,7 +61,9 @@ def test_shifted_cube_has_closed_form_scores(axis: int, shift: int, spacing: tup
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.5, 2.0)])
-def test_concentric_spheres_are_their_radii_apart(spacing: tuple[float, float, float]) -> None:
+def test_the_distance_of_concentric_spheres_is_the_difference_of_their_radii(
+    spacing: tuple[float, float, float],
+) -> None:
     shape = (60, 56, 52)
     small, large = sphere(16, spacing, shape), sphere(24, spacing, shape)
     half_voxel = math.hypot(*spacing) / 2
@@ -88,7 +92,7 @@ def test_surface_scores_equal_dense_distance_transforms(
 
 
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")
-def test_cropping_changes_nothing_even_for_masks_at_the_border_of_the_scan() -> None:
+def test_the_crop_does_not_change_scores_of_masks_at_the_border_of_the_scan() -> None:
     a, b = box((40, 30, 20), (0, 12, 10), 9), box((40, 30, 20), (2, 14, 11), 9)
     whole = compute_hausdorff_distance(
         torch.from_numpy(a)[None, None],
@@ -112,19 +116,19 @@ def test_scores_do_not_depend_on_the_array_axes(seed: int, axes: list[int], reve
     assert other.hd95_mm == pytest.approx(score.hd95_mm)
 
 
-def test_a_surface_exactly_at_the_tolerance_is_within_it() -> None:
+def test_a_distance_equal_to_the_tolerance_is_within_the_tolerance() -> None:
     reference = box((30, 30, 30), (5, 5, 5), 12)
     shifted = box((30, 30, 30), (8, 5, 5), 12)
     assert surface_scores(shifted, reference, (0.7, 0.7, 0.7), nsd_tolerance_mm=2.1) == (pytest.approx(2.1), 1.0)
     assert surface_scores(shifted, reference, (0.7, 0.7, 0.7), nsd_tolerance_mm=2.0)[1] < 1
 
 
-def test_identical_masks_agree_perfectly() -> None:
+def test_identical_masks_have_perfect_scores() -> None:
     mask = sphere(8, (1.0, 1.0, 2.0), (24, 24, 12))
     assert score_mask(mask, mask.copy(), (1.0, 1.0, 2.0)) == MaskScore(dsc=1.0, hd95_mm=0.0, nsd=1.0)
 
 
-def test_two_empty_masks_have_no_score_and_one_empty_mask_the_worst() -> None:
+def test_two_empty_masks_have_no_scores_and_one_empty_mask_has_the_worst_scores() -> None:
     empty, full = np.zeros((8, 8, 8), dtype=bool), box((8, 8, 8), (2, 2, 2), 4)
     assert score_mask(empty, empty, (1, 1, 1)) == MaskScore(dsc=None, hd95_mm=None, nsd=None)
     worst = MaskScore(dsc=0.0, hd95_mm=math.inf, nsd=0.0)
@@ -134,9 +138,9 @@ def test_two_empty_masks_have_no_score_and_one_empty_mask_the_worst() -> None:
 
 def test_masks_of_different_shape_or_type_are_refused() -> None:
     mask = np.zeros((4, 4, 4), dtype=bool)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match=r"\(4, 4, 4\).*\(3, 4, 4\)"):
         dice(mask, mask[:3])
-    with pytest.raises(TypeError, match="boolean"):
+    with pytest.raises(TypeError, match="uint8"):
         dice(mask, mask.astype(np.uint8))  # type: ignore[arg-type]  # the wrong type is the point
 
 

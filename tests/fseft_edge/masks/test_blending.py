@@ -1,4 +1,4 @@
-"""Blending in feature space is exact for a linear head: the whole path against MONAI's blending of logits."""
+"""Blending of features is exact for a linear head: comparison of the complete path with MONAI's blending of logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fseft_edge.runtime.scans.organs import OrganLabel
 
 @pytest.mark.real_ct
 @pytest.mark.parametrize(("storage", "tolerance"), [("float32", 1e-4), ("float16", 0.02)])
-def test_zero_shot_on_a_real_ct_equals_monais_blended_logits(
+def test_zero_shot_probabilities_of_a_real_ct_equal_those_of_monai(
     real_ct: Path, tmp_path: Path, storage: str, tolerance: float
 ) -> None:
     bundle = export_encoder(None, model="edge_base", output=tmp_path / "edge_base.encoder", onnx=False)

@@ -1,4 +1,4 @@
-"""Plans of segmentation: within the budget, the same mask, and what adapters' tensors really take."""
+"""Memory plans of the segmentation: budget, equal masks for all plans, and measured memory of adapters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.encoder import scan, write_case, write_random_adapter, write_tiny_encoder
+from doubles.errors import refused
 from doubles.features import random_features
 from doubles.storages import LiveStorage
 from hypothesis import given
@@ -19,7 +20,7 @@ from fseft_edge.adapters.blocks import Box, read_block
 from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.evaluation.metrics import dice
 from fseft_edge.masks import prediction
-from fseft_edge.masks.memory_plan import AMPLE, adapter_bytes, plan_segmentation, plans
+from fseft_edge.masks.memory_plan import AMPLE, LEAST, adapter_bytes, in_smaller_pieces, plan_segmentation, plans
 from fseft_edge.masks.prediction import segment_encoded
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
@@ -44,7 +45,7 @@ def grid_of(shape: tuple[int, int, int], spacing: float = 1.5) -> Grid:
 
 @pytest.mark.parametrize(("method", "levels"), METHODS)
 @pytest.mark.parametrize("organs", [1, 5])
-def test_an_adapter_takes_what_is_said_or_a_little_less(method: Any, levels: Any, organs: int) -> None:
+def test_an_adapter_needs_at_most_the_predicted_memory(method: Any, levels: Any, organs: int) -> None:
     adapter = Adapter(AdapterSettings(method, levels), LEVELS, organs).eval()
     features: Any = random_features((64, 64, 64), tuple(level.channels for level in LEVELS))
     core = Box((8, 56), (8, 56), (16, 48))
@@ -56,7 +57,7 @@ def test_an_adapter_takes_what_is_said_or_a_little_less(method: Any, levels: Any
 
 
 @given(shape=st.tuples(*[st.integers(2, 600)] * 3), organs=st.integers(1, 40), ram=st.integers(GB // 10, 20 * GB))
-def test_a_plan_never_exceeds_the_budget_by_its_own_prediction(
+def test_the_predicted_memory_of_a_plan_is_within_the_budget(
     shape: tuple[int, int, int], organs: int, ram: int
 ) -> None:
     array = np.broadcast_to(np.int16(0), shape)
@@ -72,14 +73,14 @@ def test_a_plan_never_exceeds_the_budget_by_its_own_prediction(
     assert (more.tile, more.slab) >= (plan.tile, plan.slab)
 
 
-def test_plans_take_less_and_less_and_the_first_is_the_usual_one() -> None:
+def test_plans_are_ordered_by_decreasing_memory_and_the_first_is_the_default() -> None:
     found = list(plans(grid_of((512, 512, 300)), [Adapter(AdapterSettings(), LEVELS, 5)], held=0))
     assert (found[0].tile, found[0].slab) == (AMPLE.tile, AMPLE.slab)
     taken = [plan.footprint.ram for plan in found]
     assert taken == sorted(taken, reverse=True)
 
 
-def test_the_mask_is_the_same_from_ample_memory_to_the_smallest_plan(tmp_path: Path) -> None:
+def test_all_plans_give_the_same_mask(tmp_path: Path) -> None:
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
     settings = AdapterSettings("spatial", "all", width=4)
     adapter = write_random_adapter(tmp_path / "a.adapter", bundle, ("liver", "spleen"), settings=settings).adapter
@@ -96,9 +97,13 @@ def test_the_mask_is_the_same_from_ample_memory_to_the_smallest_plan(tmp_path: P
             assert score >= 0.9999
 
 
-@pytest.mark.parametrize(("fits", "code"), [(32, 0), (16, 4)])
-def test_smaller_pieces_where_memory_runs_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fits: int, code: int
+@pytest.mark.parametrize(("largest_block", "is_enough"), [(32, True), (16, False)])
+def test_segmentation_repeats_with_smaller_pieces_if_memory_is_exhausted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    largest_block: int,
+    is_enough: bool,
 ) -> None:
     image, _ = write_case(tmp_path, "case", 1)
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
@@ -108,16 +113,17 @@ def test_smaller_pieces_where_memory_runs_out(
     predict = prediction._predict_block
 
     def scarce(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
-        if max(core.shape) > fits:
+        if max(core.shape) > largest_block:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return predict(adapter, encoded, core)
 
     monkeypatch.setattr(prediction, "_predict_block", scarce)
-    if code:
-        with pytest.raises(OutOfMemoryError, match="smallest pieces") as caught:
+    caplog.clear()
+    if not is_enough:
+        with refused(OutOfMemoryError, LEAST.tile, LEAST.slab) as caught:
             segment([image], [tmp_path / "a.adapter"], tmp_path / "out", **where)
-        assert caught.value.exit_code == code
+        assert caught.value.exit_code == 4
         return
     (case,) = segment([image], [tmp_path / "a.adapter"], tmp_path / "out", **where)
-    assert "Memory ran out while segmenting" in caplog.text
+    assert [record.name for record in caplog.records if record.levelname == "WARNING"] == [in_smaller_pieces.__module__]
     assert case.mask.read_bytes() == expected.mask.read_bytes()

@@ -1,4 +1,4 @@
-"""Largest components and holes, on masks whose outcome can be counted."""
+"""Largest components and filled holes, on masks with a known number of voxels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILLED = PostProcessing(fill_holes=True)
 
 @pytest.fixture
 def labels() -> NDArray[np.uint8]:
-    """Organ 1: a hollow cube with organ 2 in its hollow, and a stray voxel; organ 2 also as a stray pair."""
+    """Organ 1 is a hollow cube plus a single voxel; organ 2 is a voxel inside the hollow plus a pair of voxels."""
     labels = np.zeros((12, 12, 12), np.uint8)
     labels[1:8, 1:8, 1:8] = 1
     labels[3:6, 3:6, 3:6] = 0
@@ -26,7 +26,7 @@ def labels() -> NDArray[np.uint8]:
     return labels
 
 
-def test_nothing_is_done_unasked_and_the_input_is_left_alone(labels: NDArray[np.uint8]) -> None:
+def test_without_steps_nothing_changes_and_the_input_is_never_changed(labels: NDArray[np.uint8]) -> None:
     before = labels.copy()
     assert np.array_equal(post_process(labels, [ALL[0], ALL[0]]), before)
     post_process(labels, [ALL[-1], ALL[-1]])
@@ -42,32 +42,32 @@ def test_the_largest_component_of_each_organ_is_kept(labels: NDArray[np.uint8]) 
     assert np.array_equal(np.argwhere(done == 2), [[10, 1, 1], [10, 1, 2]])
 
 
-def test_voxels_that_touch_at_a_corner_are_one_component() -> None:
+def test_voxels_that_touch_at_a_corner_belong_to_one_component() -> None:
     mask = np.zeros((4, 4, 4), bool)
     mask[0, 0, 0] = mask[1, 1, 1] = mask[3, 3, 3] = True
     assert np.argwhere(largest_component(mask)).tolist() == [[0, 0, 0], [1, 1, 1]]
     assert bounding_box(mask) == (slice(0, 4),) * 3
 
 
-def test_holes_are_filled_around_another_organ_that_lies_in_them(labels: NDArray[np.uint8]) -> None:
+def test_a_hole_is_filled_around_another_organ_inside_it(labels: NDArray[np.uint8]) -> None:
     done = post_process(labels, [FILLED, ALL[0]])
     assert done[4, 4, 4] == 2
     assert (done == 1).sum() == 7**3 - 1 + 1
     assert (done == 2).sum() == 3
 
 
-def test_a_stray_piece_in_a_hole_goes_before_the_hole_is_filled(labels: NDArray[np.uint8]) -> None:
+def test_a_small_component_in_a_hole_is_removed_before_the_hole_is_filled(labels: NDArray[np.uint8]) -> None:
     done = post_process(labels, [FILLED, LARGEST])
     assert done[4, 4, 4] == 1
     assert (done == 1).sum() == 7**3 + 1
 
 
-def test_an_open_hollow_is_no_hole(labels: NDArray[np.uint8]) -> None:
+def test_a_hollow_with_an_opening_is_not_filled(labels: NDArray[np.uint8]) -> None:
     labels[1, 4, 4] = labels[2, 4, 4] = 0
     assert np.array_equal(post_process(labels, [FILLED, ALL[0]]), labels)
 
 
-def test_an_organ_that_is_not_there_stays_so() -> None:
+def test_an_empty_mask_stays_empty() -> None:
     empty = np.zeros((3, 3, 3), np.uint16)
     done = post_process(empty, [ALL[-1]])
     assert done.dtype == np.uint16
