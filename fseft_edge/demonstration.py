@@ -1,8 +1,8 @@
 """The demonstration: an organ that the encoder does not know is learned from four real CT scans.
 
-Six head-and-neck CTs of OpenKBP are installed with the package (see ``demonstration_data/README.md``). The built-in encoder
-segments the brainstem, the spinal cord and the mandible of two of them without any training (zero-shot). It has never seen
-a contour of a parotid: both parotids are learned from the other four scans and then found in the two.
+Six head-and-neck CTs of OpenKBP are installed with the package (see ``demonstration_data/README.md``). The built-in
+encoder segments the brainstem, the spinal cord and the mandible of two of them without any training (zero-shot). The
+encoder has never seen a contour of a parotid. The other four scans teach it both parotids.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def _write_page(output: Path, result: DemoResult) -> None:
             "Known organs, zero-shot",
             [
                 Paragraph(
-                    "The built-in encoder knows the brainstem, the spinal cord and the mandible. It segments them in two "
-                    "new patients without any training."
+                    "The built-in encoder knows the brainstem, the spinal cord and the mandible. It segments these "
+                    "organs in two new patients without any training."
                 ),
                 *_pictures(output, "before", KNOWN, "before"),
             ],
@@ -185,8 +185,8 @@ def _write_page(output: Path, result: DemoResult) -> None:
         result.page,
         "fseft-edge demonstration",
         sections,
-        summary="Real CT of head and neck: known organs without training, and two new organs from four annotated scans. "
-        "Two patients show that the method works, not how accurate it is.",
+        summary="Real CT of head and neck: known organs without training, and two new organs from four annotated "
+        "scans. Two patients show that the method works, not how accurate it is.",
     )
 
 

@@ -347,6 +347,7 @@ def _fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> st
             "fill_holes": segmentation.fill_holes,
             "dicom": sorted(set(segmentation.dicom)),
             "transductive": segmentation.transduction is not None,
+            **({"organs": list(segmentation.organs)} if segmentation.organs else {}),
         },
         sort_keys=True,
     )

@@ -41,13 +41,24 @@ def demo(output: Path, quiet: bool) -> None:
 @click.command()
 @click.argument("scans", type=PATH, nargs=-1, required=True)
 @click.option(
-    "--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter, NAME.adapter. May be repeated."
+    "--adapter",
+    "adapters",
+    type=PATH,
+    multiple=True,
+    help="Adapter, NAME.adapter. May be repeated. Without an adapter, --encoder segments the organs that it knows.",
 )
 @click.option("-o", "--output", type=PATH, required=True, help="Folder for the masks and their JSON files.")
 @click.option(
     "--encoder",
     type=PATH,
     help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+)
+@click.option(
+    "--organ",
+    "organs",
+    multiple=True,
+    metavar="NAME",
+    help="Without an adapter: segment only these organs of the encoder: NAME[,NAME...]. May be repeated.",
 )
 @click.option(
     "--series",
@@ -100,6 +111,7 @@ def segment(
     adapters: tuple[Path, ...],
     output: Path,
     encoder: Path | None,
+    organs: tuple[str, ...],
     series: str | None,
     transductive: bool,
     support_images: Path | None,
@@ -132,6 +144,7 @@ def segment(
                 adapters,
                 output,
                 encoder=encoder,
+                organs=[name.strip() for part in organs for name in part.split(",")],
                 series=series,
                 transduction=transduction,
                 largest_component=largest_component,

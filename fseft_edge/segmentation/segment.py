@@ -30,6 +30,7 @@ def segment(
     adapters: Sequence[Path],
     output: Path,
     *,
+    organs: Sequence[str] = (),
     encoder: Path | None = None,
     series: str | None = None,
     transduction: TransductionInputs | None = None,
@@ -53,8 +54,10 @@ def segment(
 
     Args:
         scans: NIfTI files, DICOM files, zip archives of DICOM files, and folders of NIfTI or DICOM files.
-        adapters: adapter files, all trained on the same encoder.
+        adapters: adapter files, all trained on the same encoder. Without an adapter, the classifiers of ``encoder``
+            itself segment the organs that the encoder knows (zero-shot).
         output: output folder; created if it does not exist.
+        organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
         encoder: encoder bundle; None searches for it beside the first adapter and in the working folder.
         series: number or UID of the DICOM series to segment, if exactly one scan is given; None means the CT series
             with the most slices.
@@ -80,7 +83,8 @@ def segment(
         The segmented cases in the order of the scans.
 
     Raises:
-        UsageError: no scan or no adapter is given, or the output folder contains the scans.
+        UsageError: no scan is given, neither an adapter nor an encoder is given, or the output folder contains the
+            scans.
         InputError: the only scan, an adapter or the encoder is not usable.
         OutOfMemoryError: the memory budget is too small for the only scan.
         SomeCasesFailedError: several scans were given and some of them failed; the masks of the others are written.
@@ -102,6 +106,7 @@ def segment(
         precision,
         memory_gb,
         vram_gb,
+        tuple(organs),
     )
     paths = cases_of(scans, series)
     check_output(output, paths)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fseft_edge._version import __version__
+from fseft_edge.adaptation.adapt import zero_shot_adapter
 from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs, refitted_adapters, support_of
 from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing, read_adapter
@@ -50,7 +51,8 @@ class SegmentationSettings:
     """Settings of a segmentation. They consist of paths and plain values, so they can be sent to another process.
 
     Attributes:
-        adapters: adapter files, all trained on the same encoder.
+        adapters: adapter files, all trained on the same encoder. Without an adapter, the classifiers of the encoder
+            itself segment the organs that the encoder knows (zero-shot).
         encoder: encoder bundle; None searches for it beside the first adapter and in the working folder.
         series: DICOM series of a scan (see :func:`fseft_edge.runtime.scans.dicom.choose_series`).
         transduction: refit the classifiers of the adapters to each scan under a prior on organ sizes; None uses the
@@ -68,6 +70,7 @@ class SegmentationSettings:
         precision: number format of the encoder (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
         vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
+        organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
 
     Raises:
         UsageError: a memory budget is not positive.
@@ -88,6 +91,7 @@ class SegmentationSettings:
     precision: Precision | Literal["auto"] = "auto"
     memory_gb: float | None = None
     vram_gb: float | None = None
+    organs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.budget  # noqa: B018 - raises UsageError if a budget is not positive
@@ -138,12 +142,18 @@ def load_models(settings: SegmentationSettings) -> LoadedModels:
     """Read the adapters and the encoder, and check that they belong together.
 
     Raises:
-        UsageError: no adapter is given, or two adapters segment the same organ.
-        InputError: an adapter or the encoder is not usable.
+        UsageError: no adapter and no encoder is given, two adapters segment the same organ, or organs are given
+            together with adapters.
+        InputError: an adapter or the encoder is not usable, or the encoder does not know one of the organs.
     """
+    if not settings.adapters:
+        return _zero_shot_models(settings)
+    if settings.organs:
+        raise UsageError(
+            "--organ can only be used without --adapter: an adapter segments all of its organs.",
+            remedy="Remove --organ.",
+        )
     files = tuple(read_adapter(path) for path in settings.adapters)
-    if not files:
-        raise UsageError("No adapter was given.", remedy="Give at least one adapter file with --adapter.")
     encoder = settings.encoder or find_encoder(settings.adapters[0], files[0].description.encoder_id)
     bundle = EncoderBundle.open(encoder)
     for path, file in zip(settings.adapters, files, strict=True):
@@ -152,6 +162,30 @@ def load_models(settings: SegmentationSettings) -> LoadedModels:
     if settings.transduction is not None:
         settings.transduction.check(files)
     return LoadedModels(files, bundle)
+
+
+def _zero_shot_models(settings: SegmentationSettings) -> LoadedModels:
+    """Return the encoder with its own classifiers as the adapter."""
+    if settings.encoder is None:
+        raise UsageError(
+            "No adapter and no encoder was given.",
+            remedy="Give an adapter file with --adapter, or an encoder bundle with --encoder. An encoder without an "
+            "adapter segments the organs that it knows.",
+        )
+    if settings.transduction is not None:
+        raise UsageError(
+            "--transductive refits the classifiers of an adapter, but no adapter was given.",
+            remedy="Add --adapter, or remove --transductive.",
+        )
+    bundle = EncoderBundle.open(settings.encoder)
+    names = settings.organs or bundle.manifest.organs
+    if not names:
+        raise UsageError(
+            f"The encoder {settings.encoder} has no classifier for any organ.",
+            remedy="Train an adapter with `fseft-edge adapt`, and give it with --adapter.",
+        )
+    organs = [OrganLabel(name, label) for label, name in enumerate(names, start=1)]
+    return LoadedModels((zero_shot_adapter(bundle, organs),), bundle)
 
 
 @contextlib.contextmanager

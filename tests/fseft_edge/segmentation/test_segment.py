@@ -22,7 +22,7 @@ from doubles.errors import refused
 from numpy.typing import NDArray
 from PIL import Image
 
-from fseft_edge.adaptation.adapt import adapt
+from fseft_edge.adaptation.adapt import adapt, zero_shot_adapter
 from fseft_edge.adaptation.size_priors import SizePrior
 from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adaptation.transduction import OrganOutcome, Transduced, TransductionInputs, TransductionSettings
@@ -41,6 +41,7 @@ from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import (
     AdapterError,
     InputError,
+    LabelError,
     NotACtError,
     OutOfMemoryError,
     SomeCasesFailedError,
@@ -105,6 +106,33 @@ def probabilities(encoded: EncodedScan, file: AdapterFile) -> NDArray[np.float32
         whole[tuple(where)] = piece.probabilities
     assert np.isfinite(whole).all()
     return whole
+
+
+def test_without_an_adapter_the_encoder_segments_the_organs_that_it_knows(site: Site, tmp_path: Path) -> None:
+    """The masks are those of an adapter that holds the classifiers of the encoder's head."""
+    organs = [OrganLabel(name, label) for label, name in enumerate(site.bundle.manifest.organs, start=1)]
+    write_adapter(tmp_path / "head.adapter", zero_shot_adapter(site.bundle, organs))
+    (expected,) = site.segment([site.image("case_1")], [tmp_path / "head.adapter"], tmp_path / "adapter")
+    (found,) = site.segment([site.image("case_1")], [], tmp_path / "none")
+    assert [organ.name for organ in found.organs] == list(site.bundle.manifest.organs)
+    np.testing.assert_array_equal(labels_in(found), labels_in(expected))
+    (one,) = site.segment([site.image("case_1")], [], tmp_path / "one", organs=["left_lung"])
+    assert [(organ.name, organ.label) for organ in one.organs] == [("left_lung", 1)]
+    assert labels_in(one).max() == 1
+
+
+def test_zero_shot_segmentation_is_refused_without_an_encoder_or_a_classifier(site: Site, tmp_path: Path) -> None:
+    scans, output = [site.image("case_1")], tmp_path / "out"
+    with refused(UsageError, "adapter", "encoder"):
+        site.segment(scans, [], output, encoder=None)
+    with refused(LabelError, "heart", "liver"):
+        site.segment(scans, [], output, organs=["heart"])
+    write_random_adapter(tmp_path / "a.adapter", site.bundle)
+    with refused(UsageError, "--organ"):
+        site.segment(scans, [tmp_path / "a.adapter"], output, organs=["liver"])
+    with refused(UsageError, "--transductive"):
+        site.segment(scans, [], output, transduction=TransductionInputs(site.root / "images", site.root / "labels"))
+    assert not output.exists()
 
 
 ORIENTATIONS = ["RAS", "LPS", "PLI", "IRP"]
