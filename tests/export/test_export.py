@@ -1,4 +1,4 @@
-"""From a checkpoint to a bundle, and every way it can go wrong."""
+"""Export of a checkpoint to an encoder bundle, and its errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles.errors import refused
 from doubles.models import ORGANS, small_model, small_network, windows
 
 from fseft_edge.export import export
@@ -25,7 +26,7 @@ def model_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_bundle_holds_the_encoder_its_head_and_a_passed_parity_report(model_file: Path, tmp_path: Path) -> None:
+def test_bundle_contains_encoder_head_and_a_passed_parity_report(model_file: Path, tmp_path: Path) -> None:
     export_encoder(model_file, model="custom", output=tmp_path / "small.encoder")
     bundle = EncoderBundle.open(tmp_path / "small.encoder")
     manifest = bundle.manifest
@@ -51,7 +52,7 @@ def test_bundle_holds_the_encoder_its_head_and_a_passed_parity_report(model_file
 
 @pytest.fixture
 def copied_graph(small_graph: Path, small_mixed_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand in for the exporter, which takes seconds, with graphs that are there already."""
+    """Replace the exporter, which takes seconds, by a copy of existing graphs."""
     graphs = {"float32": small_graph, "mixed": small_mixed_graph}
 
     def copy(network: object, window: object, path: Path, precision: str = "float32") -> None:
@@ -69,7 +70,7 @@ def test_encoder_id_does_not_depend_on_the_graph(model_file: Path, tmp_path: Pat
     assert len(ids) == 1
 
 
-def test_export_without_graph_needs_no_exporter(
+def test_export_without_a_graph_does_not_call_the_exporter(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "write_graph", None)
@@ -79,7 +80,7 @@ def test_export_without_graph_needs_no_exporter(
 
 
 @pytest.mark.usefixtures("copied_graph")
-def test_export_without_an_engine_leaves_the_reports_out(
+def test_export_without_installed_engines_writes_no_parity_reports(
     model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fseft_edge.export.parity.find_spec", lambda name: None)
@@ -91,10 +92,10 @@ def test_export_without_an_engine_leaves_the_reports_out(
 def test_existing_output_is_refused_and_kept(model_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "s.encoder"
     output.mkdir()
-    (output / "mine").touch()
-    with pytest.raises(UsageError, match=r"s\.encoder already exists"):
+    (output / "existing").touch()
+    with refused(UsageError, output):
         export_encoder(model_file, model="custom", output=output)
-    assert [path.name for path in output.iterdir()] == ["mine"]
+    assert [path.name for path in output.iterdir()] == ["existing"]
 
 
 def test_interrupted_export_leaves_nothing(model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,26 +108,26 @@ def test_interrupted_export_leaves_nothing(model_file: Path, tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == [model_file.name]
 
 
-def test_volumes_to_compare_on_need_a_graph(model_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nothing to compare"):
+def test_parity_volumes_without_a_graph_are_refused(model_file: Path, tmp_path: Path) -> None:
+    with refused(UsageError, "--parity-ct", "--no-onnx"):
         export_encoder(
             model_file, model="custom", output=tmp_path / "s", onnx=False, parity_volumes=[tmp_path / "ct.nii.gz"]
         )
 
 
-def test_checkpoint_of_another_network_is_refused_by_name(tmp_path: Path) -> None:
+def test_checkpoint_of_another_network_is_refused_with_its_keys(tmp_path: Path) -> None:
     weights = {
         "encoder.first.weight": torch.zeros(2),
         "classifier.weight": torch.zeros(29, 48, 1, 1, 1),
         "classifier.bias": torch.zeros(29),
     }
     torch.save(weights, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth has none of this network's weights.*encoder\.first\.weight"):
+    with refused(CheckpointError, tmp_path / "other.pth", "encoder.first.weight"):
         export_encoder(tmp_path / "other.pth", model="fseft", output=tmp_path / "s.encoder")
     assert not (tmp_path / "s.encoder").exists()
 
 
 def test_classifier_of_another_width_is_refused(tmp_path: Path) -> None:
     write_model_file(tmp_path / "m.safetensors", replace(small_model(), head_weight=torch.zeros(2, 9)))
-    with pytest.raises(CheckpointError, match=r"\[2, 9\], not \[2, 4\]"):
+    with refused(CheckpointError, tmp_path / "m.safetensors", [2, 9], [2, 4]):
         export_encoder(tmp_path / "m.safetensors", model="custom", output=tmp_path / "s.encoder")

@@ -1,4 +1,4 @@
-"""Encoders with inserted modules: every engine computes what PyTorch does, and bundles hold them like any other."""
+"""Encoders with inserts: comparison of all engines with PyTorch, bundles, and model files."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.encoder.networks.block_inserts import AdaptFormer, BlockInserts, BlockPlace, Compacter
 from fseft_edge.runtime.encoder.networks.inserts import insert_parameters
+from fseft_edge.runtime.encoder.networks.swin_unetr import SwinUnetrFeatures
 from fseft_edge.runtime.encoder.session import open_session
 
 WINDOW = (16, 12, 20)
@@ -37,7 +38,7 @@ def windows(size: tuple[int, int, int], count: int = 2) -> Tensor:
 
 
 def worst_errors(graph: Path, network: nn.Module, size: tuple[int, int, int]) -> dict[str, float]:
-    """Return by how much the engines differ from PyTorch at most, relative to a level's largest feature."""
+    """Return the largest difference of each engine from PyTorch, relative to the largest feature of the level."""
     with torch.no_grad():
         expected = network(windows(size))
     first = [level[:1] for level in expected]
@@ -64,11 +65,11 @@ def test_engines_compute_med_adapters(network: FeatureNetwork, bundle: EncoderBu
     assert bundle.graph is not None
     assert max(worst_errors(bundle.graph, network, WINDOW).values()) <= GATES["float32"]
     operators = {node.op_type for node in onnx.load(bundle.graph).graph.node}
-    # The Fourier transform is matrix products, of matrices that are constants in the graph.
+    # The Fourier transform is computed as matrix products, and its matrices are constants in the graph.
     assert operators == {"Conv", "ConvTranspose", "Relu", "Gelu", "Add", "Concat", "MatMul", "Mul", "Transpose"}
 
 
-def test_mixed_graph_with_med_adapters_is_near_pytorch(network: FeatureNetwork, tmp_path: Path) -> None:
+def test_mixed_graph_with_med_adapters_is_close_to_pytorch(network: FeatureNetwork, tmp_path: Path) -> None:
     write_graph(network, WINDOW, tmp_path / "mixed.onnx", "mixed")
     with torch.no_grad():
         expected = network(windows(WINDOW))
@@ -76,16 +77,14 @@ def test_mixed_graph_with_med_adapters_is_near_pytorch(network: FeatureNetwork, 
     assert 2**-13 < max(relative_errors(expected, features)) <= GATES["mixed"]
 
 
-def test_engines_compute_a_transformer_with_inserts(tmp_path: Path) -> None:
-    network = network_with("swin_unetr", "compacter", trained=True)
-    for stage in (3, 4):  # a plain and a shifted block are left in the second
-        network.get_submodule(f"swinViT.layers{stage}.0").blocks = nn.ModuleList()
-    write_graph(network, SWIN_WINDOW, tmp_path / "encoder.onnx")
-    assert max(worst_errors(tmp_path / "encoder.onnx", network, SWIN_WINDOW).values()) <= GATES["float32"]
+def test_engines_compute_a_transformer_with_inserts(
+    compacter_swin: SwinUnetrFeatures, compacter_swin_graph: Path
+) -> None:
+    assert max(worst_errors(compacter_swin_graph, compacter_swin, SWIN_WINDOW).values()) <= GATES["float32"]
 
 
 class _Blocks(nn.Module):
-    """What is inserted into one block, by itself; voxels along Z stand for channels."""
+    """Inserts of one block without the rest of a network. The axis Z of the input is used as the channels."""
 
     def __init__(self, kind: type[BlockInserts]) -> None:
         super().__init__()
@@ -95,13 +94,13 @@ class _Blocks(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         insert = self.inserts.at(BlockPlace(0, 0))
-        return [insert.attended(x), insert.perceived(x, torch.relu(x))]
+        return [insert.attention_output(x), insert.mlp_output(x, torch.relu(x))]
 
 
 @pytest.mark.parametrize("kind", [AdaptFormer, Compacter])
-def test_engines_compute_what_is_inserted_into_blocks(kind: type[BlockInserts], tmp_path: Path) -> None:
+def test_engines_compute_inserts_of_blocks(kind: type[BlockInserts], tmp_path: Path) -> None:
     network, size = _Blocks(kind).eval(), (3, 5, 12)
-    write_model(graph_of(network, size, ["attended", "perceived"]), tmp_path / "blocks.onnx")
+    write_model(graph_of(network, size, ["attention", "mlp"]), tmp_path / "blocks.onnx")
     assert max(worst_errors(tmp_path / "blocks.onnx", network, size).values()) <= GATES["float32"]
 
 
@@ -130,8 +129,8 @@ def test_a_model_file_with_inserts_is_exported(network: FeatureNetwork, tmp_path
     assert insert_parameters(exported.network()) == insert_parameters(network)
 
 
-def test_the_encoder_is_another_with_inserts_and_the_same_without(tmp_path: Path) -> None:
-    """The id of an encoder made before there were inserts; it is part of every adapter file."""
+def test_inserts_change_the_encoder_id(tmp_path: Path) -> None:
+    """The constant is the id of this encoder from a version without inserts; adapter files contain encoder ids."""
     ids = {}
     for kind in (None, "med-adapter"):
         plain = network_with("residual_unet", kind)

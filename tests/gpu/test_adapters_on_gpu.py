@@ -1,4 +1,4 @@
-"""Adapters trained and used on a GPU, against the CPU."""
+"""Adapters trained and used on a GPU: comparison with the CPU."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def _probability(adapter: Adapter, scan: SupportScan) -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["linear", "pointwise", "spatial"])
-def test_an_adapter_learns_on_the_gpu_and_says_the_same_on_the_cpu(method: str) -> None:
+def test_an_adapter_trained_on_the_gpu_gives_the_same_probabilities_on_the_cpu(method: str) -> None:
     settings = AdapterSettings(method, "all", width=4)  # type: ignore[arg-type]  # parametrised literals
     support, query = [scan_with_organ(1), scan_with_organ(2)], scan_with_organ(3)
     trained = train_adapter(settings, support, head_rows=[None], training=FAST)
     assert trained.adapter.device.type == "cuda"
-    there = _probability(trained.adapter, query)
-    here = _probability(copy.deepcopy(trained.adapter).cpu(), query)
-    assert float((there - here).abs().max()) < 5e-3  # convolutions in TF32
+    on_gpu = _probability(trained.adapter, query)
+    on_cpu = _probability(copy.deepcopy(trained.adapter).cpu(), query)
+    assert float((on_gpu - on_cpu).abs().max()) < 5e-3  # the GPU computes convolutions in TF32
     truth = query.occupancy.block(CORE)[0] > 0.5
-    found = there > 0.5
+    found = on_gpu > 0.5
     assert 2 * float((found & truth).sum()) / float(found.sum() + truth.sum()) > 0.75
 
 

@@ -1,4 +1,4 @@
-"""Engines and mixed precision run on a GPU, against PyTorch on the CPU."""
+"""Engines and mixed precision on a GPU: comparison with PyTorch on the CPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubles.models import WINDOW, small_contents, small_network, windows
+from doubles.errors import refused
+from doubles.models import small_contents, small_graph_bytes, small_network, windows
 
 from fseft_edge.export.engines import build_engines
-from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.encoder.backends.tensorrt_library import import_library
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoder.engine_files import EngineLibrary, target_of
@@ -23,14 +23,14 @@ BOUNDS: dict[Precision, float] = {"mixed": 5e-3, "float32": 1e-4}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> EncoderBundle:
     folder = tmp_path_factory.mktemp("gpu")
-    write_graph(small_network(), WINDOW, folder / "graph.onnx")
-    write_graph(small_network(), WINDOW, folder / "mixed.onnx", "mixed")
+    (folder / "graph.onnx").write_bytes(small_graph_bytes())
+    (folder / "mixed.onnx").write_bytes(small_graph_bytes("mixed"))
     contents = small_contents(graph=folder / "graph.onnx", mixed_graph=folder / "mixed.onnx")
     return EncoderBundle.write(folder / "small.encoder", contents)
 
 
 def build(bundle: EncoderBundle, library: EngineLibrary, precision: Precision) -> None:
-    """Build for this GPU; the test is skipped where the library is not installed or does not know the GPU."""
+    """Build for this GPU; skip the test if the library is not installed or does not support the GPU."""
     pytest.importorskip(library, exc_type=ImportError)
     known = getattr(import_library(library), "ComputeCapability", None)
     own = target_of(torch.cuda.get_device_capability())
@@ -43,7 +43,7 @@ def build(bundle: EncoderBundle, library: EngineLibrary, precision: Precision) -
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("precision", ["mixed", "float32"])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_features_are_those_of_pytorch(
+def test_features_equal_pytorch(
     bundle: EncoderBundle, library: EngineLibrary, precision: Precision, count: int
 ) -> None:
     build(bundle, library, precision)
@@ -58,12 +58,12 @@ def test_features_are_those_of_pytorch(
 
 
 @pytest.mark.gpu
-def test_an_engine_built_here_is_compared_here_and_its_kernels_are_kept(bundle: EncoderBundle) -> None:
+def test_an_engine_for_this_gpu_is_compared_and_its_kernels_are_stored(bundle: EncoderBundle) -> None:
     build(bundle, "tensorrt_rtx", "float32")
     (engine,) = build_engines(bundle.path, library="tensorrt_rtx", precision="float32")
     assert engine.description.parity is not None
     assert engine.description.parity.shortcoming is None
-    for _ in range(2):  # the second session reads what the first one wrote
+    for _ in range(2):  # the second session reads the kernels that the first session stored
         with open_session(bundle, "cuda", "tensorrt_rtx", precision="float32") as session:
             session.encode(windows(2))
         assert engine.runtime_cache.stat().st_size > 0
@@ -75,16 +75,16 @@ def test_an_engine_of_another_gpu_is_refused_by_the_library(bundle: EncoderBundl
     build(bundle, "tensorrt_rtx", "mixed")
     other = "sm_75" if own != "sm_75" else "sm_120"
     (foreign,) = build_engines(bundle.path, [other], library="tensorrt_rtx")
-    passed_off = foreign.path.with_name(foreign.path.name.replace(other, own))
-    passed_off.write_bytes(foreign.path.read_bytes())
+    renamed = foreign.path.with_name(foreign.path.name.replace(other, own))
+    renamed.write_bytes(foreign.path.read_bytes())
     description = foreign.description.model_copy(update={"target": own})
-    passed_off.with_suffix(".json").write_text(description.model_dump_json())
-    with pytest.raises(EngineError, match="cannot be used on this GPU"):
+    renamed.with_suffix(".json").write_text(description.model_dump_json())
+    with refused(EngineError, renamed):
         open_session(bundle, "cuda", "tensorrt_rtx", precision="mixed")
 
 
 @pytest.mark.gpu
-def test_torch_in_mixed_precision_is_near_float32(bundle: EncoderBundle) -> None:
+def test_torch_in_mixed_precision_is_close_to_float32(bundle: EncoderBundle) -> None:
     with open_session(bundle, "cuda", "torch", precision="mixed") as session:
         features = session.encode(windows(3))
     with torch.no_grad():
@@ -96,13 +96,13 @@ def test_torch_in_mixed_precision_is_near_float32(bundle: EncoderBundle) -> None
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_onnxruntime_returns_the_features_of_pytorch_on_the_gpu(bundle: EncoderBundle, count: int) -> None:
+def test_features_of_onnxruntime_on_the_gpu_equal_pytorch(bundle: EncoderBundle, count: int) -> None:
     library = pytest.importorskip("onnxruntime", exc_type=ImportError)
     if "CUDAExecutionProvider" not in library.get_available_providers():
-        pytest.skip("the installed onnxruntime is the one without CUDA")
+        pytest.skip("the installed onnxruntime has no CUDA support")
     with open_session(bundle, "cuda", "onnxruntime") as session:
         first, second = session.encode(windows(count)), session.encode(windows(count).cuda())
-        with torch.cuda.stream(torch.cuda.Stream()):  # a caller that is on a stream of its own
+        with torch.cuda.stream(torch.cuda.Stream()):  # the caller uses another stream than the default
             third = [level.cpu() for level in session.encode(windows(count).cuda())]
     with torch.no_grad():
         expected = small_network()(windows(count))

@@ -15,7 +15,7 @@ from fseft_edge.runtime.system.progress import SilentProgress
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", FOR_A_UNET)
 def test_an_encoder_is_fine_tuned_on_the_gpu(tmp_path: Path, method: TuningMethod) -> None:
-    """The encoder knows one of the organs, so that its classifier starts from what lies on the CPU."""
+    """The encoder's head contains one of the organs, so that its classifier starts from weights on the CPU."""
     support = tuning_site(tmp_path).support()
     assert support.rows[0] is not None
     decoder = None if method == "full" else "tuned"

@@ -1,4 +1,4 @@
-"""Doctor and benchmark on a machine with an NVIDIA GPU; skipped where there is none."""
+"""Doctor and benchmark on a machine with an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fseft_edge.machine.speed import benchmark
 pytestmark = pytest.mark.gpu
 
 
-def test_doctor_tells_what_pytorch_sees(tmp_path: Path) -> None:
+def test_doctor_lists_the_gpus_of_pytorch(tmp_path: Path) -> None:
     diagnosis = diagnose([write_tiny_encoder(tmp_path / "tiny.encoder").path])
     assert diagnosis.cuda_problem is None
     assert [gpu.name for gpu in diagnosis.machine.gpus] == [
@@ -24,7 +24,7 @@ def test_doctor_tells_what_pytorch_sees(tmp_path: Path) -> None:
     assert chosen["cuda:0"] == "torch"
 
 
-def test_benchmark_on_a_gpu_has_its_memory_and_adds_up(tmp_path: Path) -> None:
+def test_benchmark_measures_gpu_memory_and_its_stages_add_up(tmp_path: Path) -> None:
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
     report = benchmark(bundle.path, backends=["torch"], device="cuda", rounds=1)
     assert report.device == torch.cuda.get_device_name(0)

@@ -1,7 +1,8 @@
-"""Plans of encoding: within the budget, the same map, and what they predict against what tensors take."""
+"""Plans of encoding: memory budget, equal feature maps of all plans, and predicted memory."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from doubles.encoder import scan, write_tiny_encoder
+from doubles.errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,14 +26,14 @@ SIDES = st.tuples(*[st.integers(1, 700)] * 3)
 
 
 def encoding(shape: tuple[int, int, int], *, on_gpu: bool = False, max_batch: int = 1) -> Encoding:
-    """SwinUNETR-48 on a scan of some shape."""
+    """Return the quantities for SwinUNETR-48 on a scan of this shape."""
     layout = WindowLayout.plan(shape, (96, 96, 96), 16)
     levels = ((1, 48), (2, 48), (4, 96), (8, 192), (16, 384))
     return Encoding(layout, levels, 1_335_000_000, max_batch, on_gpu, 2, 400_000_000, 260_000_000)
 
 
 @given(shape=SIDES, ram=st.integers(GB // 10, 40 * GB), vram=st.integers(GB // 10, 40 * GB), on_gpu=st.booleans())
-def test_a_plan_never_exceeds_the_budget_by_its_own_prediction(
+def test_the_predicted_memory_of_a_plan_never_exceeds_the_budget(
     shape: tuple[int, int, int], ram: int, vram: int, on_gpu: bool
 ) -> None:
     plans = list(encoding(shape, on_gpu=on_gpu, max_batch=2).plans())
@@ -47,9 +49,7 @@ def test_a_plan_never_exceeds_the_budget_by_its_own_prediction(
 
 
 @given(shape=SIDES, on_gpu=st.booleans())
-def test_what_is_further_down_a_list_of_places_never_takes_more_of_the_scarce_memory(
-    shape: tuple[int, int, int], on_gpu: bool
-) -> None:
+def test_a_slower_place_never_needs_more_of_the_faster_memory(shape: tuple[int, int, int], on_gpu: bool) -> None:
     by_place = {plan.place: plan.footprint for plan in encoding(shape, on_gpu=on_gpu).plans()}
     assert by_place["disk"].ram <= by_place["memory"].ram
     if on_gpu:
@@ -63,15 +63,15 @@ def test_the_prediction_does_not_grow_with_the_number_of_slices(length: int) -> 
     assert first.footprint == longer.footprint
 
 
-def test_the_sums_are_those_of_one_window_depth() -> None:
-    """48 channels, 48/8, 96/64, ... of a grid of 336x336 over 96 slices, in float32: 2.4 GB, on disk none of it."""
+def test_the_sums_cover_one_window_depth() -> None:
+    """Channels of all levels (48 + 48/8 + 96/64 + ...) over 336x336x96 voxels in float32: 2.4 GB in memory."""
     plans = {plan.place: plan.footprint.ram for plan in encoding((336, 336, 300)).plans()}
     sums = 4 * 336 * 336 * 96 * (48 + 48 / 8 + 96 / 64 + 192 / 512 + 384 / 4096)
     window = 4 * 96**3 * (48 + 48 / 8 + 96 / 64 + 192 / 512 + 384 / 4096)
     assert plans["memory"] - plans["disk"] == pytest.approx(sums - window, rel=1e-6)
 
 
-def test_half_precision_halves_what_is_stored() -> None:
+def test_half_precision_halves_the_stored_bytes() -> None:
     half = encoding((600, 600, 300))
     full = replace(half, stored=4, activations=0)
     half = replace(half, activations=0)
@@ -90,17 +90,18 @@ def test_every_plan_gives_the_same_map_bit_for_bit(tmp_path: Path) -> None:
             budget = Budget(ram=plan.footprint.ram + GB // 50)
             store = FeatureStore(tmp_path / str(number))
             maps.append(encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget).features)
-        with pytest.raises(OutOfMemoryError, match=r"--memory \d+\.\d\d"):
+        with refused(OutOfMemoryError) as caught:
             encode_scan(
                 volume, bundle=bundle, session=session, store=FeatureStore(tmp_path / "no"), budget=Budget(ram=1)
             )
+        assert re.search(r"--memory \d+\.\d\d", str(caught.value))
     for features in maps:
         for level in range(len(ample.levels)):
             whole = [(0, size) for size in ample.meta.level_shape(level)]
             np.testing.assert_array_equal(features.read(level, *whole), ample.read(level, *whole))
 
 
-def test_memory_that_runs_out_while_storing_is_an_error_with_a_remedy(
+def test_running_out_of_memory_while_storing_is_an_error_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -109,21 +110,19 @@ def test_memory_that_runs_out_while_storing_is_an_error_with_a_remedy(
     monkeypatch.setattr("fseft_edge.runtime.encoder.feature_map._stored", full)
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
     store = FeatureStore(tmp_path / "store")
-    with (
-        open_session(bundle, device="cpu", backend="torch") as session,
-        pytest.raises(OutOfMemoryError, match="--memory"),
-    ):
+    with open_session(bundle, device="cpu", backend="torch") as session, refused(OutOfMemoryError) as caught:
         encode_scan(scan(1).volume, bundle=bundle, session=session, store=store)
+    assert "--memory" in caught.value.remedy
     assert not list((tmp_path / "store").glob("*/entry"))
 
 
-def test_a_second_scan_needs_no_larger_budget_than_the_first(tmp_path: Path) -> None:
-    """What engines keep of the first scan's windows is used again, and does not count twice."""
+def test_a_second_scan_does_not_need_a_larger_budget(tmp_path: Path) -> None:
+    """Engines keep memory of the first scan's windows and use this memory again, so it must not count twice."""
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
     with open_session(bundle, device="cpu", backend="torch") as session:
         layout = WindowLayout.plan((64, 48, 56), bundle.window, 8)
         first = list(encoding_of(layout, bundle, session).plans())
-        kept = torch.ones(1 << 25)  # 128 MiB, as if left over
+        kept = torch.ones(1 << 25)  # 128 MiB that represent memory kept by an engine
         assert list(encoding_of(layout, bundle, session).plans()) == first
         assert held_after_encoding(bundle, session) <= session.held_before + (64 << 20)
     assert kept[0] == 1

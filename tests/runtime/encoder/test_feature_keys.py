@@ -1,4 +1,4 @@
-"""The key of a scan's features: everything that determines them, and nothing else."""
+"""Key of a scan's features: it depends on everything that determines the features, and on nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def key(tmp_path: Path, volume: Volume | None = None, **changes: Any) -> str:
     return FeatureStore(tmp_path).key(volume or scan(), **arguments)
 
 
-def test_a_key_depends_on_all_that_determines_the_features(tmp_path: Path) -> None:
+def test_a_key_depends_on_everything_that_determines_the_features(tmp_path: Path) -> None:
     array = scan().array
     changed = array.copy()
     changed[4, 5, 6] += 1

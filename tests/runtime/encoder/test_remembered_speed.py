@@ -1,4 +1,4 @@
-"""What a benchmark found fast is remembered for the same encoder, device and versions, and for nothing else."""
+"""Measured speeds of backends: a record is valid only for the same encoder, device and versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles.errors import refused
 from doubles.models import small_contents
 
 from fseft_edge.runtime.encoder import remembered_speed
@@ -36,16 +37,16 @@ def other_encoder(bundle: EncoderBundle) -> EncoderBundle:
     return replace(bundle, manifest=bundle.manifest.model_copy(update={"weights_sha256": "0" * 64}))
 
 
-def test_nothing_is_known_at_first(bundle: EncoderBundle) -> None:
+def test_without_a_record_there_is_no_order(bundle: EncoderBundle) -> None:
     assert remembered_order(bundle, CPU) is None
 
 
-def test_the_fastest_comes_first(bundle: EncoderBundle, tmp_path: Path) -> None:
+def test_the_fastest_backend_is_first(bundle: EncoderBundle, tmp_path: Path) -> None:
     assert remember(bundle, CPU, SECONDS) == tmp_path / "cache/fseft-edge/speeds.json"
     assert remembered_order(bundle, CPU) == IN_ORDER
 
 
-def test_a_new_measurement_takes_the_place_of_the_old(bundle: EncoderBundle) -> None:
+def test_a_new_measurement_replaces_the_old_record(bundle: EncoderBundle) -> None:
     remember(other_encoder(bundle), CPU, SECONDS)
     remember(bundle, CPU, SECONDS)
     remember(bundle, CPU, {("torch", "float32"): 1.0, ("openvino", "bfloat16"): 2.0})
@@ -54,7 +55,9 @@ def test_a_new_measurement_takes_the_place_of_the_old(bundle: EncoderBundle) -> 
     assert len(json.loads(speeds_file().read_text())["records"]) == 2
 
 
-def test_another_encoder_device_or_version_is_not_known(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_of_another_encoder_device_or_version_is_not_used(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     remember(bundle, CPU, SECONDS)
     assert remembered_order(other_encoder(bundle), CPU) is None
     threads = torch.get_num_threads()
@@ -83,14 +86,14 @@ def test_the_file_of_schema_version_1_is_read(bundle: EncoderBundle) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"schema_version": 2, "records": []}', '{"records": [1]}'])
-def test_a_damaged_file_is_passed_over_with_a_warning_and_replaced(
+def test_a_damaged_file_is_skipped_with_a_warning_and_replaced(
     bundle: EncoderBundle, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
     speeds_file().parent.mkdir(parents=True)
     speeds_file().write_text(content)
     with caplog.at_level(logging.WARNING):
         assert remembered_order(bundle, CPU) is None
-    assert "speeds.json cannot be read" in caplog.text
+    assert str(speeds_file()) in caplog.text
     remember(bundle, CPU, SECONDS)
     assert remembered_order(bundle, CPU) == IN_ORDER
 
@@ -102,12 +105,13 @@ def test_a_relative_cache_folder_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp
         assert speeds_file() == tmp_path / ".cache/fseft-edge/speeds.json"
 
 
-def test_an_account_without_a_home_remembers_nothing(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
+def test_without_a_home_folder_no_speeds_are_stored(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", no_home)
     assert remembered_order(bundle, CPU) is None
-    with pytest.raises(EnvironmentProblemError, match="no home folder"):
+    with refused(EnvironmentProblemError, "home folder") as caught:
         remember(bundle, CPU, SECONDS)
+    assert "XDG_CACHE_HOME" in caught.value.remedy

@@ -1,4 +1,4 @@
-"""EncoderSession: every backend under one contract, and how one is chosen."""
+"""EncoderSession: common behaviour of all backends, and choice of the backend."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
+from doubles.errors import refused
 from doubles.libraries import fake_library
-from doubles.models import WINDOW, small_contents, small_network, windows
+from doubles.models import WINDOW, small_contents, small_graph_bytes, small_network, windows
 
-from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.encoder.backend_choice import BackendChoice, backend_choices
 from fseft_edge.runtime.encoder.backends import pytorch
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
@@ -39,7 +41,7 @@ PARITY = {
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> EncoderBundle:
     folder = tmp_path_factory.mktemp("session")
-    write_graph(small_network(), WINDOW, folder / "graph.onnx")
+    (folder / "graph.onnx").write_bytes(small_graph_bytes())
     contents = small_contents(graph=folder / "graph.onnx", parity=PARITY)
     return EncoderBundle.write(folder / "small.encoder", contents)
 
@@ -56,7 +58,7 @@ def described_as(bundle: EncoderBundle, **changes: object) -> EncoderBundle:
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("max_batch", [1, 2, 8])
-def test_features_are_those_of_plain_pytorch(session: EncoderSession, count: int, max_batch: int) -> None:
+def test_features_equal_plain_pytorch(session: EncoderSession, count: int, max_batch: int) -> None:
     session.max_batch = max_batch
     features = session.encode(windows(count))
     with torch.no_grad():
@@ -68,7 +70,7 @@ def test_features_are_those_of_plain_pytorch(session: EncoderSession, count: int
         assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
 
 
-def test_session_says_what_it_is(session: EncoderSession, bundle: EncoderBundle) -> None:
+def test_attributes_of_a_session(session: EncoderSession, bundle: EncoderBundle) -> None:
     assert session.backend in BACKENDS
     assert session.device == torch.device("cpu")
     assert session.precision == "float32"
@@ -77,7 +79,7 @@ def test_session_says_what_it_is(session: EncoderSession, bundle: EncoderBundle)
     assert session.max_batch >= 1
 
 
-def test_windows_of_any_memory_order_are_taken(session: EncoderSession) -> None:
+def test_windows_may_have_any_memory_order(session: EncoderSession) -> None:
     turned = windows(2).permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)
     for a, b in zip(session.encode(windows(2)), session.encode(turned), strict=True):
         assert torch.equal(a, b)
@@ -88,7 +90,7 @@ def test_encoding_again_gives_the_same_bits(session: EncoderSession) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_features_may_enter_training(session: EncoderSession) -> None:
+def test_features_can_be_used_in_training(session: EncoderSession) -> None:
     feature = session.encode(windows(1))[0]
     weight = torch.ones(feature.shape[1], requires_grad=True)
     (feature * weight[:, None, None, None]).sum().backward()
@@ -102,7 +104,7 @@ def test_features_may_enter_training(session: EncoderSession) -> None:
     ids=["none", "no batch", "shape", "type", "channels"],
 )
 def test_windows_of_another_shape_or_type_are_refused(session: EncoderSession, wrong: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"not torch.float32 \['n', 1, 16, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"torch.float32 \['n', 1, 16, 16, 16\]"):
         session.encode(wrong)
 
 
@@ -112,7 +114,7 @@ def test_closed_session_is_refused(session: EncoderSession) -> None:
         session.encode(windows(1))
 
 
-def test_torch_session_leaves_the_number_of_threads_alone(bundle: EncoderBundle) -> None:
+def test_torch_session_restores_the_number_of_threads(bundle: EncoderBundle) -> None:
     before = torch.get_num_threads()
     with open_session(bundle, device="cpu", backend="torch", threads=before + 1) as session:
         session.encode(windows(1))
@@ -131,17 +133,17 @@ def test_network_without_onednn_gives_the_same_features(bundle: EncoderBundle, m
 @pytest.mark.parametrize(
     ("device", "backend"), [("gpu", "torch"), ("cuda:", "torch"), ("cuda:x", "torch"), ("cpu", "tf")]
 )
-def test_unknown_device_or_backend_is_wrong_use(bundle: EncoderBundle, device: str, backend: str) -> None:
-    with pytest.raises(UsageError, match="is unknown"):
+def test_unknown_device_or_backend_is_a_usage_error(bundle: EncoderBundle, device: str, backend: str) -> None:
+    with refused(UsageError, repr(backend if device == "cpu" else device)):
         open_session(bundle, device=device, backend=backend)
 
 
 @pytest.mark.parametrize(("device", "count"), [("cuda", 0), ("cuda:0", 0), ("cuda:3", 2)])
-def test_absent_gpu_is_a_problem_of_the_environment(
+def test_missing_gpu_is_an_environment_problem(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, device: str, count: int
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    with pytest.raises(EnvironmentProblemError, match=f"{device} was asked for, but PyTorch sees {count}") as caught:
+    with refused(EnvironmentProblemError, device, count) as caught:
         open_session(bundle, device=device)
     assert caught.value.exit_code == 4
 
@@ -159,7 +161,7 @@ def test_absent_gpu_is_a_problem_of_the_environment(
         ("onnxruntime", "auto", True, (), ("onnxruntime", "float32")),
     ],
 )
-def test_the_fastest_that_passes_its_gate_is_taken_unless_another_is_named(
+def test_the_fastest_choice_that_passes_its_gate_is_used_unless_another_is_requested(
     bundle: EncoderBundle,
     monkeypatch: pytest.MonkeyPatch,
     backend: str,
@@ -170,27 +172,31 @@ def test_the_fastest_that_passes_its_gate_is_taken_unless_another_is_named(
 ) -> None:
     monkeypatch.setattr("fseft_edge.runtime.encoder.backend_choice.has_bfloat16", lambda _: bfloat16)
     parity = {name: report for name, report in PARITY.items() if name not in missing}
-    with open_session(described_as(bundle, parity=parity), "cpu", backend, precision=precision) as session:
-        assert (session.backend, session.precision) == taken
+    opened = recorded_backends(monkeypatch)
+    open_session(described_as(bundle, parity=parity), "cpu", backend, precision=precision)
+    assert opened == [taken]
 
 
-def test_a_precision_named_against_its_gate_is_warned_of(
+def test_a_requested_precision_that_did_not_pass_its_gate_is_used_with_a_warning(
     bundle: EncoderBundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fseft_edge.runtime.encoder.backend_choice.has_bfloat16", lambda _: True)
     failed = {**PARITY, "openvino-bfloat16": FASTEST.model_copy(update={"mask_dsc": 0.9})}
-    open_session(described_as(bundle, parity=failed), "cpu", "openvino", precision="bfloat16").close()
-    assert "openvino in bfloat16 was asked for, though masks in bfloat16 agree" in caplog.text
+    opened = recorded_backends(monkeypatch)
+    open_session(described_as(bundle, parity=failed), "cpu", "openvino", precision="bfloat16")
+    assert opened == [("openvino", "bfloat16")]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert all(text in warning for text in ("openvino", "bfloat16", "0.9000"))
 
 
-@pytest.mark.parametrize(("backend", "message"), [("torch", "torch does not compute in mixed"), ("auto", "No backend")])
-def test_a_precision_that_nothing_computes_in_is_wrong_use(bundle: EncoderBundle, backend: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_precision_that_no_backend_supports_is_a_usage_error(bundle: EncoderBundle, backend: str) -> None:
+    with refused(UsageError, "mixed"):
         open_session(bundle, "cpu", backend, precision="mixed")
 
 
 def test_onnxruntime_is_used_without_its_telemetry(bundle: EncoderBundle, tmp_path: Path) -> None:
-    """It leaves an identifier and a session's file where it reports its use."""
+    """With telemetry, ONNX Runtime writes an identifier and a session file to one of these folders."""
     code = (
         "import sys, torch; from pathlib import Path;"
         "from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner;"
@@ -213,9 +219,7 @@ def test_openvino_is_imported_without_its_telemetry() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_signal_does_no_harm_after_two_openvino_sessions_closed_in_the_order_they_were_opened(
-    bundle: EncoderBundle,
-) -> None:
+def test_a_signal_does_not_crash_the_process_after_two_openvino_sessions_were_closed(bundle: EncoderBundle) -> None:
     code = (
         "import gc, signal, sys; from pathlib import Path; from fseft_edge.runtime.encoder.backends.openvino import *;"
         "first, second = (CompiledGraph(Path(sys.argv[1]), 1, 'float32') for _ in range(2)); del first; gc.collect();"
@@ -227,24 +231,25 @@ def test_a_signal_does_no_harm_after_two_openvino_sessions_closed_in_the_order_t
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_missing_library_says_how_to_install_it(
+def test_the_remedy_of_a_missing_library_is_its_installation(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     monkeypatch.setitem(sys.modules, backend, None)
     monkeypatch.setattr("fseft_edge.runtime.encoder.backends.openvino.openvino_core", openvino_core.__wrapped__)
-    with pytest.raises(MissingBackendError, match=r"pip install 'fseft-edge\[(cpu|openvino)\]'") as caught:
+    with refused(MissingBackendError, backend) as caught:
         open_session(bundle, device="cpu", backend=backend)
+    assert f"pip install 'fseft-edge[{'cpu' if backend == 'onnxruntime' else 'openvino'}]'" in caught.value.remedy
     assert caught.value.exit_code == 4
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_engines_of_graphs_need_one(tmp_path: Path, backend: str) -> None:
+def test_a_bundle_without_a_graph_is_refused_by_backends_that_need_a_graph(tmp_path: Path, backend: str) -> None:
     bundle = EncoderBundle.write(tmp_path / "small.encoder", small_contents())
-    with pytest.raises(EncoderBundleError, match="has no ONNX graph"):
+    with refused(EncoderBundleError, bundle.path, "ONNX"):
         open_session(bundle, device="cpu", backend=backend)
 
 
-def test_without_openvino_auto_takes_onnxruntime_for_attention(bundle: EncoderBundle) -> None:
+def test_without_openvino_auto_uses_onnxruntime_for_attention(bundle: EncoderBundle) -> None:
     attention = described_as(bundle, architecture="swin_unetr", parity={"onnxruntime": PASSED})
     with open_session(attention, device="cpu") as session:
         assert session.backend == "onnxruntime"
@@ -254,12 +259,12 @@ def test_without_openvino_auto_takes_onnxruntime_for_attention(bundle: EncoderBu
     ("changes", "installed", "reason"),
     [
         ({"parity": {}}, True, "no parity report"),
-        ({"parity": {"onnxruntime": PASSED.model_copy(update={"relative_error": (0.5,)})}}, True, "5.0e-01 exceeds"),
-        ({"files": {}}, True, "without an ONNX graph"),
+        ({"parity": {"onnxruntime": PASSED.model_copy(update={"relative_error": (0.5,)})}}, True, "5.0e-01"),
+        ({"files": {}}, True, "ONNX graph"),
         ({}, False, "not installed"),
     ],
 )
-def test_auto_passes_over_what_cannot_be_used_and_says_why(
+def test_auto_skips_unusable_backends_and_logs_the_reasons(
     bundle: EncoderBundle,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -279,8 +284,8 @@ def test_auto_passes_over_what_cannot_be_used_and_says_why(
     with caplog.at_level(logging.INFO), open_session(attention, device="cpu") as session:
         assert session.backend == "torch"
     assert chosen == [attention]
-    assert "backend onnxruntime in float32 passed over: " in caplog.text
-    assert reason in caplog.text
+    (skipped,) = (message for message in caplog.messages if message.startswith("backend onnxruntime in float32"))
+    assert reason in skipped
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -289,31 +294,30 @@ INTERNALS = sys.modules["fseft_edge.runtime.encoder.session"]
 
 @pytest.mark.parametrize("architecture", ["residual_unet", "swin_unetr"])
 @pytest.mark.parametrize("parity", [{}, {"onnxruntime": PASSED}, PARITY], ids=["none", "onnxruntime", "all"])
-def test_auto_takes_the_first_choice_that_is_usable(
+def test_auto_uses_the_first_usable_choice(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, architecture: str, parity: dict[str, ParityReport]
 ) -> None:
-    opened = []
-    for name in BACKENDS:
-        monkeypatch.setitem(
-            INTERNALS._BACKENDS, name, lambda *given, name=name: opened.append((name, given[3])) or _Named(name)
-        )
+    opened = recorded_backends(monkeypatch)
     described = described_as(bundle, architecture=architecture, parity=parity)
     open_session(described, device="cpu")
     usable = [(choice.backend, choice.precision) for choice in backend_choices(described, CPU) if choice.usable]
     assert opened == usable[:1]
 
 
-class _Named:
-    """What `open_session` asks of a session that it has opened."""
+def recorded_backends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Replace all backends by functions that record backend and precision, and return the list of the records."""
+    opened: list[tuple[str, str]] = []
 
-    device = "cpu"
-    precision = "float32"
+    def record(name: str, bundle: EncoderBundle, device: torch.device, threads: int, precision: str) -> SimpleNamespace:
+        opened.append((name, precision))
+        return SimpleNamespace(backend=name, device=device, precision=precision)
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    for name in BACKENDS:
+        monkeypatch.setitem(INTERNALS._BACKENDS, name, partial(record, name))
+    return opened
 
 
-def test_an_engine_that_is_named_imports_no_other(bundle: EncoderBundle) -> None:
+def test_a_requested_backend_does_not_import_other_libraries(bundle: EncoderBundle) -> None:
     code = (
         "import sys; from pathlib import Path; from fseft_edge.runtime.encoder.bundle import EncoderBundle;"
         "from fseft_edge.runtime.encoder.session import open_session; bundle = EncoderBundle.open(Path(sys.argv[1]));"
@@ -323,9 +327,9 @@ def test_an_engine_that_is_named_imports_no_other(bundle: EncoderBundle) -> None
     assert done.stdout.strip() == "set()"
 
 
-def test_choices_name_every_backend_and_why_not(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_list_every_backend_with_its_obstacle(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fseft_edge.runtime.encoder.backend_choice.has_bfloat16", lambda _: False)
-    missing = "the bundle holds no parity report for it"
+    missing = "the bundle contains no parity report for this backend"
     assert list(backend_choices(described_as(bundle, parity={}), CPU)) == [
         BackendChoice("openvino", "bfloat16", "this CPU has no bfloat16 instructions"),
         BackendChoice("torch", "float32", None),
@@ -341,18 +345,18 @@ def test_an_architecture_of_a_newer_version_has_no_backend(bundle: EncoderBundle
     assert not any(choice.usable for choice in backend_choices(unknown, CPU))
     for choice in backend_choices(unknown, GPU):
         if choice.suits_device:
-            assert choice.obstacle == "this version does not know the encoder's architecture"
+            assert "architecture" in str(choice.obstacle)
 
 
-def test_the_choices_are_of_the_backends_that_can_be_opened() -> None:
+def test_there_are_choices_for_all_backends_that_can_be_opened() -> None:
     assert set(INTERNALS._BACKENDS) == set(sys.modules["fseft_edge.runtime.encoder.backend_choice"].BACKENDS)
 
 
-def test_an_onnxruntime_without_cuda_is_not_for_a_gpu(
+def test_an_onnxruntime_without_cuda_cannot_be_used_on_a_gpu(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for providers, reason in (
-        ("['CPUExecutionProvider']", "the installed onnxruntime cannot use the GPU"),
+        ("['CPUExecutionProvider']", "the installed ONNX Runtime does not support GPUs"),
         ("['CUDAExecutionProvider', 'CPUExecutionProvider']", None),
     ):
         source = f"def get_available_providers(): return {providers}"
@@ -362,17 +366,18 @@ def test_an_onnxruntime_without_cuda_is_not_for_a_gpu(
         assert BackendChoice("onnxruntime", "float32", reason) in backend_choices(bundle, GPU)
 
 
-def test_auto_passes_over_a_broken_library(
+def test_auto_skips_a_broken_library(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     fake_library(monkeypatch, tmp_path, "onnxruntime", "raise ImportError('libonnx.so: not there')")
     attention = described_as(bundle, architecture="swin_unetr", parity={"onnxruntime": PASSED})
-    with caplog.at_level(logging.INFO), pytest.raises(EncoderBundleError):
-        open_session(attention, device="cpu")  # whose weights are no attention network's
-    assert "backend onnxruntime in float32 passed over: broken: libonnx.so: not there" in caplog.text
+    with caplog.at_level(logging.INFO), refused(EncoderBundleError):
+        open_session(attention, device="cpu")  # fails because the weights do not match the architecture
+    (skipped,) = (message for message in caplog.messages if message.startswith("backend onnxruntime in float32"))
+    assert "broken: libonnx.so: not there" in skipped
 
 
-def test_auto_prefers_what_was_measured_to_be_faster_here(
+def test_auto_prefers_backends_that_were_measured_to_be_faster(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -380,7 +385,7 @@ def test_auto_prefers_what_was_measured_to_be_faster_here(
     remember(bundle, CPU, {fastest: 1.0, second: 2.0, ("abacus", "float32"): 0.1})
     with caplog.at_level(logging.INFO), open_session(bundle, device="cpu") as session:
         assert session.backend == "onnxruntime"
-    assert "by their speed on this machine, as remembered: onnxruntime float32, torch float32" in caplog.text
+    assert "onnxruntime float32, torch float32" in caplog.text
     choices = [(choice.backend, choice.precision) for choice in backend_choices(bundle, CPU)]
     assert choices[:4] == [fastest, second, ("openvino", "bfloat16"), ("openvino", "float32")]
     without_parity = described_as(bundle, parity={})

@@ -1,4 +1,4 @@
-"""The streaming blend against MONAI and against a dense blend; air, and memory that runs out."""
+"""Streaming blend: comparison with MONAI and with a dense blend, windows of air, and lack of memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from doubles.errors import refused
 from doubles.session import FakeSession, joined, padded, scan, streamed
 from doubles.storages import LiveStorage
 from monai.data.utils import compute_importance_map
@@ -22,7 +23,7 @@ from fseft_edge.runtime.errors import OutOfMemoryError, OutOfSpaceError
 
 
 def dense_blend(image: NDArray[np.float32], layout: WindowLayout, session: FakeSession, level: int) -> NDArray[Any]:
-    """``Σ w f / Σ w`` over the whole grid at once, in float64."""
+    """Return ``Σ w f / Σ w`` computed over the whole grid at once, in float64."""
     stride, channels = session.levels[level].stride, session.levels[level].channels
     x, y, z = (size // stride for size in layout.window)
     importance = compute_importance_map(layout.window, mode="gaussian", sigma_scale=0.125).double().numpy()
@@ -48,7 +49,7 @@ def test_a_linear_head_on_blended_features_equals_monai_sliding_window_logits(
     layout = WindowLayout.plan(shape, session.window, 8, overlap)
     head = nn.Conv3d(3, 2, 1)
     logits = head(joined(streamed(image, layout, session))[0])
-    theirs = sliding_window_inference(
+    expected = sliding_window_inference(
         padded(image, layout)[None, None],
         session.window,
         sw_batch_size=2,
@@ -56,7 +57,7 @@ def test_a_linear_head_on_blended_features_equals_monai_sliding_window_logits(
         overlap=overlap,
         mode="gaussian",
     )
-    assert torch.allclose(logits, theirs[0], atol=1e-5, rtol=0)
+    assert torch.allclose(logits, expected[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("shape", "overlap"), [((50, 40, 71), 0.25), ((33, 16, 24), 0.5), ((40, 24, 130), 0.9)])
@@ -84,7 +85,7 @@ def test_sections_tile_the_padded_grid_in_order() -> None:
             assert features.is_contiguous()
 
 
-def test_equal_features_stay_what_they_are() -> None:
+def test_a_blend_of_constant_features_is_constant() -> None:
     class Constant(FakeSession):
         def encode(self, windows: Tensor) -> list[Tensor]:
             return [
@@ -120,7 +121,7 @@ def test_memory_does_not_grow_with_the_scans_length() -> None:
         image, session = scan((48, 32, length)), FakeSession()
         layout = WindowLayout.plan((48, 32, length), session.window, 8)
         with LiveStorage() as live:
-            # A copy: the storage of a view would count as large as the whole image.
+            # A copy is passed, because the storage of a view counts as the whole image.
             for _section in stream_features(lambda z0, z1: image[:, :, z0:z1].copy(), layout, session):
                 pass
         return live.peak
@@ -130,7 +131,7 @@ def test_memory_does_not_grow_with_the_scans_length() -> None:
 
 
 class CountingSession(FakeSession):
-    """Counts windows and keeps the sizes of the batches."""
+    """A session that records the sizes of the batches."""
 
     def __init__(self, max_batch: int = 3) -> None:
         super().__init__(max_batch)
@@ -142,7 +143,7 @@ class CountingSession(FakeSession):
 
 
 def scan_in_air(shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """Return a scan with something in its middle and nothing around."""
+    """Return a scan with an object in the middle and air around it."""
     image = np.zeros(shape, np.float32)
     image[40:70, 20:30, 30:60] = scan((30, 10, 30))
     return image
@@ -162,39 +163,39 @@ def test_windows_of_air_are_encoded_once_and_change_no_bit(max_batch: int, caplo
         for corner in corners
     ]
     assert 0 < sum(filled) < len(corners) / 2
-    assert f"{len(corners) - sum(filled)} of {len(corners)} windows held only air" in caplog.text
+    assert f"{len(corners) - sum(filled)} of {len(corners)} windows" in caplog.text
     assert sum(session.batches) == sum(filled) + max_batch  # and one batch of air
-    # The smallest number there is makes a window other than air, and vanishes in whatever it is added to.
+    # With the smallest positive number, a window is not air, but the number has no effect in sums.
     almost = joined(streamed(np.maximum(image, np.float32(1e-45)), layout, FakeSession(max_batch)))
-    for mine, expected in zip(features, almost, strict=True):
+    for found, expected in zip(features, almost, strict=True):
         if max_batch == 1:
-            assert torch.equal(mine, expected)
-        else:  # batches of other sizes, which may round otherwise
-            torch.testing.assert_close(mine, expected)
+            assert torch.equal(found, expected)
+        else:  # batches of other sizes may give other rounding errors
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("section_slices", [16, 8, 1])
-def test_where_the_sums_lie_and_how_thick_sections_are_changes_no_bit(place: Any, section_slices: int) -> None:
+def test_place_of_the_sums_and_thickness_of_sections_change_no_bit(place: Any, section_slices: int) -> None:
     image = scan((60, 40, 90))
     layout = WindowLayout.plan(image.shape, FakeSession.window, 8)
     expected = joined(streamed(image, layout, FakeSession()))
     sections = streamed(image, layout, FakeSession(), place=place, section_slices=section_slices)
     assert max(section.z1 - section.z0 for section in sections) == max(section_slices, 8)
-    for mine, reference in zip(joined(sections), expected, strict=True):
-        assert torch.equal(mine, reference)
+    for found, reference in zip(joined(sections), expected, strict=True):
+        assert torch.equal(found, reference)
 
 
-class ForgetfulSession(FakeSession):
-    """Has memory for ``fits`` windows at a time, and for that only from the call ``from_call`` on."""
+class LimitedSession(FakeSession):
+    """A session that runs out of memory for more than ``fits`` windows, and in the first ``failing_calls`` calls."""
 
-    def __init__(self, error: Exception, fits: int, from_call: int = 0, max_batch: int = 4) -> None:
+    def __init__(self, error: Exception, fits: int, failing_calls: int = 0, max_batch: int = 4) -> None:
         super().__init__(max_batch)
-        self._error, self._fits, self._from, self._calls = error, fits, from_call, 0
+        self._error, self._fits, self._failing_calls, self._calls = error, fits, failing_calls, 0
 
     def encode(self, windows: Tensor) -> list[Tensor]:
         self._calls += 1
-        if len(windows) > self._fits or self._calls <= self._from:
+        if len(windows) > self._fits or self._calls <= self._failing_calls:
             raise self._error
         return super().encode(windows)
 
@@ -209,65 +210,68 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS.keys())
-def test_fewer_windows_at_a_time_where_memory_runs_out(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_windows_are_encoded_at_a_time_if_memory_runs_out(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     image = scan((60, 40, 90))
     layout = WindowLayout.plan(image.shape, FakeSession.window, 8)
-    features = joined(streamed(image, layout, ForgetfulSession(error, fits=1)))
-    for mine, expected in zip(features, joined(streamed(image, layout, FakeSession(1))), strict=True):
-        assert torch.equal(mine, expected)
+    features = joined(streamed(image, layout, LimitedSession(error, fits=1)))
+    for found, expected in zip(features, joined(streamed(image, layout, FakeSession(1))), strict=True):
+        assert torch.equal(found, expected)
     (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
     assert "1 window at a time" in warning.getMessage()
 
 
-def test_the_sums_go_to_disk_when_one_window_is_too_many(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_sums_move_to_disk_if_memory_runs_out_for_one_window(caplog: pytest.LogCaptureFixture) -> None:
     image = scan((60, 40, 90))
     layout = WindowLayout.plan(image.shape, FakeSession.window, 8)
-    session = ForgetfulSession(MemoryError(), fits=1, from_call=1, max_batch=1)
+    session = LimitedSession(MemoryError(), fits=1, failing_calls=1, max_batch=1)
     features = joined(streamed(image, layout, session))
-    for mine, expected in zip(features, joined(streamed(image, layout, FakeSession(1))), strict=True):
-        assert torch.equal(mine, expected)
+    for found, expected in zip(features, joined(streamed(image, layout, FakeSession(1))), strict=True):
+        assert torch.equal(found, expected)
     (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
     assert "in a temporary file" in warning.getMessage()
 
 
-def test_when_nothing_can_be_reduced_the_error_says_so() -> None:
+def test_running_out_of_memory_is_an_error_if_the_work_cannot_be_reduced() -> None:
     image = scan((60, 40, 90))
     layout = WindowLayout.plan(image.shape, FakeSession.window, 8)
-    with pytest.raises(OutOfMemoryError, match="one window at a time"):
-        streamed(image, layout, ForgetfulSession(MemoryError(), fits=0))
+    with refused(OutOfMemoryError):
+        streamed(image, layout, LimitedSession(MemoryError(), fits=0))
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+def test_other_errors_are_not_treated_as_a_lack_of_memory() -> None:
     image = scan((60, 40, 90))
     layout = WindowLayout.plan(image.shape, FakeSession.window, 8)
     with pytest.raises(RuntimeError, match="illegal instruction"):
-        streamed(image, layout, ForgetfulSession(RuntimeError("illegal instruction"), fits=0))
+        streamed(image, layout, LimitedSession(RuntimeError("illegal instruction"), fits=0))
 
 
-def test_sums_that_have_no_room_in_memory_begin_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_that_do_not_fit_in_memory_start_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     image = scan((60, 40, 90))
     layout = WindowLayout.plan(image.shape, FakeSession.window, 8)
     expected = joined(streamed(image, layout, FakeSession()))
-    zeros, asked = torch.zeros, []
+    zeros, refusals = torch.zeros, []
 
     def full(*size: Any, **options: Any) -> Tensor:
-        if len(size) == 1 and len(size[0]) == 4:  # that of a level's sums
-            asked.append(size)
+        if len(size) == 1 and len(size[0]) == 4:  # the sums of a level
+            refusals.append(size)
             raise RuntimeError("can't allocate memory")
         return zeros(*size, **options)
 
     monkeypatch.setattr(torch, "zeros", full)
     features = joined(streamed(image, layout, FakeSession()))
-    assert len(asked) == 1
-    for mine, reference in zip(features, expected, strict=True):
-        assert torch.equal(mine, reference)
+    assert len(refusals) == 1
+    for found, reference in zip(features, expected, strict=True):
+        assert torch.equal(found, reference)
 
 
-def test_no_room_on_disk_either_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
     layout = WindowLayout.plan((60, 40, 90), FakeSession.window, 8)
-    with pytest.raises(OutOfSpaceError, match="TMPDIR"):
+    with refused(OutOfSpaceError) as caught:
         streamed(scan((60, 40, 90)), layout, FakeSession(), place="disk")
+    assert "TMPDIR" in caught.value.remedy

@@ -1,4 +1,4 @@
-"""The window layout and the importance of a window's voxels, against MONAI."""
+"""Window layout and importance of a window's voxels: comparison with MONAI."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from doubles.errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from monai.data.utils import compute_importance_map, dense_patch_slices
@@ -41,22 +42,22 @@ def test_windows_cover_the_grid_on_the_lattice(lattice: int, axes: tuple[Any, ..
 
 
 @given(count=st.integers(1, 12), extra=st.integers(0, 200), overlap=st.sampled_from([0.0, 0.25, 0.5, 0.75]))
-def test_origins_are_those_of_monai_where_the_lattice_allows_its_interval(
+def test_origins_equal_monai_if_the_interval_is_a_multiple_of_the_lattice(
     count: int, extra: int, overlap: float
 ) -> None:
     window = 32 * count
     layout = WindowLayout.plan((window + extra,) * 3, (window,) * 3, 8, overlap)
     interval = int(window * (1 - overlap))
-    theirs = dense_patch_slices(layout.padded_shape[:1], (window,), (interval,))
-    assert layout.origins[0] == tuple(part[0].start for part in theirs)
+    expected = dense_patch_slices(layout.padded_shape[:1], (window,), (interval,))
+    assert layout.origins[0] == tuple(part[0].start for part in expected)
 
 
-def test_a_window_off_the_lattice_is_the_bundles_fault() -> None:
-    with pytest.raises(EncoderBundleError, match="multiple of its coarsest stride 32"):
+def test_a_window_that_is_not_a_multiple_of_the_lattice_is_refused() -> None:
+    with refused(EncoderBundleError, (96, 96, 80), 32):
         WindowLayout.plan((100, 100, 100), (96, 96, 80), 32)
 
 
 @pytest.mark.parametrize("overlap", [-0.1, 1.0])
-def test_an_impossible_overlap_is_wrong_use(overlap: float) -> None:
-    with pytest.raises(UsageError):
+def test_an_overlap_outside_the_range_is_a_usage_error(overlap: float) -> None:
+    with refused(UsageError, overlap):
         WindowLayout.plan((100, 100, 100), (96, 96, 96), 32, overlap)

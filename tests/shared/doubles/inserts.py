@@ -1,4 +1,4 @@
-"""Networks with inserted modules that were, or were not, trained."""
+"""Networks with trained or untrained inserts."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ FITTING: list[tuple[str, InsertKind]] = [
 
 
 def network_with(architecture: str, inserts: InsertKind | None, *, trained: bool = False) -> FeatureNetwork:
-    """Return a small network; all of the same architecture have the same weights beside what is inserted.
+    """Return a small network. Networks of one architecture have the same weights, except for the inserts.
 
-    A SwinUNETR lacks the blocks of its first stage, which would take most of the time.
+    A SwinUNETR has no blocks in the first stage, which would take most of the time, and one block in the other stages.
     """
     network = copy.deepcopy(_plain(architecture))
     with torch.random.fork_rng(devices=[]):
@@ -50,7 +50,9 @@ def _plain(architecture: str) -> FeatureNetwork:
         torch.manual_seed(5)
         network = build_network(architecture, **SETTINGS[architecture])
         if architecture == "swin_unetr":
-            network.get_submodule("swinViT.layers1.0").blocks = nn.ModuleList()
+            for stage in range(1, 5):
+                layer = network.get_submodule(f"swinViT.layers{stage}.0")
+                layer.blocks = nn.ModuleList() if stage == 1 else layer.get_submodule("blocks")[:1]
         for module in network.modules():
             if isinstance(module, nn.BatchNorm3d) and module.running_mean is not None:
                 nn.init.normal_(module.running_mean, std=0.3)

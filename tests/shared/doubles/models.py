@@ -1,11 +1,17 @@
-"""Small networks with random weights and statistics, and models made of them."""
+"""Small networks with random weights and statistics, and models and graphs of these networks."""
 
 from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile
+from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.encoder.bundle import BundleContents
 from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
@@ -16,7 +22,7 @@ ORGANS = ("liver", "spleen")
 
 
 def small_network(seed: int = 0) -> ResidualUNet:
-    """Return a residual U-Net whose batch normalisations are far from the identity."""
+    """Return a residual U-Net whose batch normalisations are very different from the identity."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ResidualUNet(CHANNELS).eval()
@@ -29,8 +35,17 @@ def small_network(seed: int = 0) -> ResidualUNet:
     return network
 
 
+@functools.cache
+def small_graph_bytes(precision: Literal["float32", "mixed"] = "float32") -> bytes:
+    """Return the ONNX file of the small network; the export takes seconds, so all tests share the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "encoder.onnx"
+        write_graph(small_network(), WINDOW, path, precision)
+        return path.read_bytes()
+
+
 def small_model(seed: int = 0) -> ModelFile:
-    """Return that network as what `pretrain` makes."""
+    """Return the small network as a model file of `fseft-edge pretrain`."""
     description = ModelDescription(
         name="small",
         architecture="residual_unet",
@@ -46,7 +61,7 @@ def small_model(seed: int = 0) -> ModelFile:
 
 
 def small_contents(seed: int = 0, **changes: object) -> BundleContents:
-    """Return that network as what a bundle is written from, without a graph."""
+    """Return the small network as contents of an encoder bundle, without a graph."""
     entries: dict[str, object] = {
         "name": "small",
         "architecture": "residual_unet",

@@ -1,4 +1,4 @@
-"""A network that somebody else wrote, for exports that import it."""
+"""A network of a user's own code, for exports that import this code."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 CALLS: list[int] = []
-"""Grows whenever the factory is called."""
+"""One entry for each call of the factory."""
 
 
 class OwnNetwork(nn.Module):
-    """Three levels; names and layers that no architecture of the toolkit has."""
+    """A network of three levels, with names and layers that no architecture of the toolkit has."""
 
     def __init__(self, width: int, classes: int, *, pyramid: bool) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def make_nothing() -> str:
 
 
 class Undecided(nn.Module):
-    """What it computes depends on what it sees, which a graph cannot say."""
+    """A network whose operations depend on values of the input, so that it cannot be exported as a graph."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The authors' networks, built without the toolkit's code, and checkpoints in the layouts of their releases."""
+"""The authors' networks, written without code of this toolkit, and checkpoints in the layouts of their releases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 4
 
 
 def published_merging(module: nn.Module, x: Tensor) -> Tensor:
-    """The merging of MONAI 0.9 to 1.5 and of FSEFT's own network, written out slice by slice."""
+    """Patch merging of MONAI 0.9 to 1.5 and of FSEFT's network, slice by slice."""
     x0 = x[:, 0::2, 0::2, 0::2, :]
     x1 = x[:, 1::2, 0::2, 0::2, :]
     x2 = x[:, 0::2, 1::2, 0::2, :]
@@ -30,7 +30,7 @@ def published_merging(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def authors_swin(classes: int, feature_size: int = FEATURE_SIZE, seed: int = 7) -> nn.Module:
-    """MONAI's SwinUNETR with weights that matter everywhere, biases and position tables included."""
+    """Return MONAI's SwinUNETR; all its weights affect the features, including biases and position tables."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = swin_unetr.SwinUNETR(in_channels=1, out_channels=classes, feature_size=feature_size).eval()
@@ -44,7 +44,11 @@ def authors_swin(classes: int, feature_size: int = FEATURE_SIZE, seed: int = 7) 
 
 
 class AuthorsUnet(nn.Module):
-    """The table: 1-32-64, 64-64-128, 128-128-256, 256-256-512; up 512+256, 256+128, 128+64; all 3x3x3 but the last."""
+    """The U-Net of Models Genesis.
+
+    Channels: down 1-32-64, 64-64-128, 128-128-256, 256-256-512; up 512+256, 256+128, 128+64. All convolutions except
+    the last are 3x3x3.
+    """
 
     def __init__(self, classes: int, width: int = WIDTH) -> None:
         super().__init__()
@@ -69,15 +73,15 @@ class AuthorsUnet(nn.Module):
             if isinstance(module, nn.BatchNorm3d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
-                nn.init.normal_(module.running_mean, std=3.0)  # what evaluation would use, and this network never reads
+                nn.init.normal_(module.running_mean, std=3.0)  # running statistics, which this network never uses
         self.layers = nn.ModuleDict({key.replace(".", "/"): layer for key, layer in layers.items()})
 
     def state(self) -> dict[str, Tensor]:
-        """The state dict under the release's names."""
+        """Return the state dict with the names of the release."""
         return {key.replace("/", ".").removeprefix("layers."): value for key, value in self.state_dict().items()}
 
     def forward(self, windows: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return the pyramid, finest first, and the classifier's logits."""
+        """Return the feature pyramid, finest level first, and the logits of the classifier."""
         a = self._two("down_tr64", windows)
         b = self._two("down_tr128", F.max_pool3d(a, 2))
         c = self._two("down_tr256", F.max_pool3d(b, 2))
@@ -96,7 +100,7 @@ class AuthorsUnet(nn.Module):
 
 
 def authors_unet(classes: int, width: int = WIDTH, seed: int = 7) -> AuthorsUnet:
-    """Models Genesis' U-Net, whose batch normalisation always takes the batch's statistics."""
+    """Return the U-Net of Models Genesis, whose batch normalisation always uses the statistics of the batch."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AuthorsUnet(classes, width).eval()
@@ -114,13 +118,13 @@ def renamed(weights: Mapping[str, Tensor], *pairs: tuple[str, str]) -> dict[str,
 
 
 def old_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As the first releases of MONAI stored a SwinUNETR, without what follows from its shape."""
+    """Return a SwinUNETR's weights with the names of the first MONAI releases, without the computed indices."""
     named = renamed(weights, ("swinViT.", "swin_vit."), (".mlp.linear", ".mlp.fc"))
     return {key: value for key, value in named.items() if "relative_position_index" not in key}
 
 
 def with_unused_skips(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As MONAI before 0.9 stored a SwinUNETR: residual blocks of equal widths hold a convolution that nothing calls."""
+    """Return a SwinUNETR's weights as in MONAI before 0.9, with unused convolutions in blocks of equal widths."""
     unused = {}
     for number in (2, 3, 4, 10):
         channels = weights[f"encoder{number}.layer.conv1.conv.weight"].shape[0]
@@ -129,7 +133,7 @@ def with_unused_skips(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def text_head(channels: int, organs: int = 32) -> dict[str, Tensor]:
-    """The universal model's head, whose classifier is computed from the scan and from texts."""
+    """Return the universal model's head, which computes its classifier from the scan and from texts."""
     shapes = {
         "organ_embedding": (organs, 512),
         "precls_conv.0.weight": (channels,),
@@ -149,7 +153,7 @@ def text_head(channels: int, organs: int = 32) -> dict[str, Tensor]:
 
 
 def pretext_heads(dimension: int) -> dict[str, Tensor]:
-    """What the self-supervised release trains beside its transformer."""
+    """Return the heads for the pretext tasks of the self-supervised release."""
     shapes = {
         "norm.weight": (dimension,),
         "norm.bias": (dimension,),
@@ -164,19 +168,19 @@ def pretext_heads(dimension: int) -> dict[str, Tensor]:
 
 
 def transformer(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a SwinUNETR that is pre-trained without labels, as released."""
-    alone = {key.removeprefix("swinViT."): v for key, v in weights.items() if key.startswith("swinViT.")}
-    return renamed(alone, (".mlp.linear", ".mlp.fc"))
+    """Return the self-supervised part of a SwinUNETR, with the names of the release."""
+    swin = {key.removeprefix("swinViT."): v for key, v in weights.items() if key.startswith("swinViT.")}
+    return renamed(swin, (".mlp.linear", ".mlp.fc"))
 
 
 @dataclass(frozen=True)
 class Release:
-    """A checkpoint's layout.
+    """Layout of a checkpoint.
 
     Attributes:
-        model: what ``--model`` calls it.
-        classes: rows of the authors' classifier that become ours, or 0.
-        content: what the file holds, from the network's state dict.
+        model: name of the model for ``--model``.
+        classes: number of rows of the authors' classifier, or 0 if the classifier is not used.
+        content: function from the network's state dict to the content of the file.
     """
 
     model: str
@@ -203,7 +207,7 @@ RELEASES = {
             "epoch": 3,
         },
     ),
-    "suprem_swinunetr, backbone alone": Release("suprem_swinunetr", 0, lambda w: {"net": _without_out(w)}),
+    "suprem_swinunetr, only the backbone": Release("suprem_swinunetr", 0, lambda w: {"net": _without_out(w)}),
     "suprem_swinunetr, own head": Release(
         "suprem_swinunetr",
         29,
@@ -228,4 +232,4 @@ RELEASES = {
         "suprem_unet", 29, lambda w: {"net": renamed(w, ("out_tr.", "classifier."))}
     ),
 }
-"""By name, every layout of which the whole network is published."""
+"""All layouts of releases that contain the whole network, by name."""

@@ -1,4 +1,4 @@
-"""An encoder session around two strided convolutions, and what tests of streaming do with it."""
+"""A small encoder session, and helpers for tests of streaming."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fseft_edge.runtime.encoder.windows import WindowLayout
 
 
 class FakeSession:
-    """An encoder session around two strided convolutions; zero padding makes its features depend on the window."""
+    """An encoder session with one convolution per level, whose zero padding makes features depend on the window."""
 
     device = "cpu"
     window = (32, 16, 24)

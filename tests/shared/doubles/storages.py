@@ -1,4 +1,4 @@
-"""What memory tensors really take."""
+"""Measure the memory of tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveStorage(TorchDispatchMode):
-    """Follows every storage that an operation made, until it is freed; ``peak`` is the most bytes alive at a time."""
+    """Record the storages that operations allocate, until they are freed; ``peak`` is the peak of their bytes."""
 
     def __init__(self) -> None:
         super().__init__()

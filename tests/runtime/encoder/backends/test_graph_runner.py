@@ -1,4 +1,4 @@
-"""How ONNX Runtime is driven: PyTorch's tensors are its buffers, on the CPU here and on a GPU by the same calls."""
+"""Calls of ONNX Runtime: PyTorch's tensors are its buffers, on a CPU and, with the same calls, on a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from doubles.models import WINDOW, small_network, windows
+from doubles.errors import refused
+from doubles.models import small_graph_bytes, windows
 
-from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.runtime.encoder.backends import onnxruntime as backend
 from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner, import_onnxruntime
 from fseft_edge.runtime.errors import MissingBackendError
@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graph") / "graph.onnx"
-    write_graph(small_network(), WINDOW, path)
+    path.write_bytes(small_graph_bytes())
     return path
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_bound_tensors_hold_what_onnxruntime_returns_by_itself(graph: Path, count: int) -> None:
+def test_bound_tensors_contain_the_results_of_onnxruntimes_plain_call(graph: Path, count: int) -> None:
     session = import_onnxruntime().InferenceSession(graph, providers=["CPUExecutionProvider"])
     given = windows(count)
     expected = session.run(None, {session.get_inputs()[0].name: given.numpy()})
@@ -38,7 +38,7 @@ def test_bound_tensors_hold_what_onnxruntime_returns_by_itself(graph: Path, coun
         np.testing.assert_allclose(level.numpy(), reference, rtol=1e-5, atol=1e-6)
 
 
-def test_features_outlive_the_next_window_and_the_runner(graph: Path) -> None:
+def test_features_stay_valid_after_the_next_window_and_without_the_runner(graph: Path) -> None:
     runner = GraphRunner(graph, CPU, 1)
     first = runner(windows(1))
     kept = [level.clone() for level in first]
@@ -49,7 +49,7 @@ def test_features_outlive_the_next_window_and_the_runner(graph: Path) -> None:
         assert not torch.equal(a, c)
 
 
-def test_windows_of_any_memory_order_are_read_in_theirs(graph: Path) -> None:
+def test_windows_may_have_any_memory_order(graph: Path) -> None:
     runner = GraphRunner(graph, CPU, 1)
     given = windows(2)
     turned = given.permute(0, 1, 4, 3, 2).contiguous().permute(0, 1, 4, 3, 2)
@@ -59,7 +59,7 @@ def test_windows_of_any_memory_order_are_read_in_theirs(graph: Path) -> None:
 
 
 class Stream:
-    """A stream of a GPU that there is not."""
+    """A stream of a simulated GPU."""
 
     cuda_stream = 4711
 
@@ -70,14 +70,14 @@ class Stream:
         self.waited_for.append(other)
 
 
-def test_on_a_gpu_it_computes_on_a_stream_of_its_own_in_exact_float32(
+def test_on_a_gpu_the_graph_computes_on_a_separate_stream_without_tf32(
     graph: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
+    requested: list[Any] = []
     names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
     def session(path: Path, options: object, providers: list[Any]) -> SimpleNamespace:
-        asked.extend(providers)
+        requested.extend(providers)
         return SimpleNamespace(
             get_providers=lambda: names,
             get_inputs=lambda: [SimpleNamespace(name="windows")],
@@ -95,9 +95,9 @@ def test_on_a_gpu_it_computes_on_a_stream_of_its_own_in_exact_float32(
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     GraphRunner(graph, torch.device("cuda", 1), 1)
     settings = {"device_id": 1, "use_tf32": 0, "user_compute_stream": "4711"}
-    assert asked == [("CUDAExecutionProvider", settings)]
-    # ONNX Runtime goes on without the GPU, unasked, where it does not find CUDA's libraries.
+    assert requested == [("CUDAExecutionProvider", settings)]
+    # Without the CUDA libraries, ONNX Runtime uses the CPU instead of the GPU.
     names.remove("CUDAExecutionProvider")
     library.get_available_providers = lambda: ["CUDAExecutionProvider"]
-    with pytest.raises(MissingBackendError, match="cannot use the NVIDIA GPU"):
+    with refused(MissingBackendError, "ONNX Runtime"):
         GraphRunner(graph, torch.device("cuda", 1), 1)

@@ -1,4 +1,4 @@
-"""Mixed precision: what is halved, what is not, and what that costs."""
+"""Mixed precision: number formats of weights and operations, and accuracy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
 from fseft_edge.runtime.encoder.networks.swin_unetr import SwinUnetrFeatures
 
 
-def test_features_are_near_those_in_float32_and_have_its_type() -> None:
+def test_features_are_float32_and_close_to_those_of_the_float32_network() -> None:
     network = inference_network(small_network())
     with torch.no_grad():
         expected, features = network(windows(2)), MixedPrecision(network)(windows(2))
@@ -23,7 +23,7 @@ def test_features_are_near_those_in_float32_and_have_its_type() -> None:
         assert 2**-13 < float((a - b).abs().max() / a.abs().max()) < 5e-3
 
 
-def test_the_network_stays_as_it_was() -> None:
+def test_the_original_network_is_not_changed() -> None:
     network = SwinUnetrFeatures(12).eval()
     MixedPrecision(network)
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
@@ -40,13 +40,13 @@ def test_weights_of_norms_stay_float32_and_all_others_are_float16() -> None:
 
 
 @pytest.mark.parametrize("function", ["layer_norm", "softmax"])
-def test_what_is_no_module_computes_in_float32_too(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    seen = []
+def test_softmax_and_norms_without_modules_compute_in_float32(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    formats = []
     home = F if function == "layer_norm" else torch
     original = getattr(home, function)
 
     def watched(x: Tensor, *arguments: object, **settings: object) -> Tensor:
-        seen.append(x.dtype)
+        formats.append(x.dtype)
         result: Tensor = original(x, *arguments, **settings)
         return result
 
@@ -57,4 +57,4 @@ def test_what_is_no_module_computes_in_float32_too(monkeypatch: pytest.MonkeyPat
     else:
         attention = SwinUnetrFeatures(12).half().get_submodule("swinViT.layers1.0.blocks.0.attn")
         assert swin_unetr._self_attention(attention, torch.rand(1, 8, 12).half(), None).dtype == torch.float16
-    assert seen == [torch.float32]
+    assert formats == [torch.float32]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing changes what is kept in memory, and nothing that is computed."""
+"""Gradient checkpointing: less memory, and the same features, gradients and statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from doubles.storages import LiveStorage
-from torch import Tensor
+from torch import Tensor, nn
 
 from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
@@ -18,7 +18,7 @@ NETWORKS = {"residual_unet": {"channels": (4, 8, 8)}, "swin_unetr": {"feature_si
 
 @dataclass(frozen=True)
 class Pass:
-    """A network after one forward and backward pass, and the most bytes that were alive in between."""
+    """A network after one forward and backward pass, its features, and the peak bytes of all tensors."""
 
     network: FeatureNetwork
     pyramid: list[Tensor]
@@ -33,12 +33,15 @@ def trained_once(network: FeatureNetwork, windows: Tensor) -> Pass:
 
 
 @pytest.mark.parametrize("architecture", NETWORKS)
-def test_the_same_features_gradients_and_statistics_in_less_memory(architecture: str) -> None:
+def test_checkpointing_gives_equal_features_gradients_and_statistics_in_less_memory(architecture: str) -> None:
     plain = build_network(architecture, **NETWORKS[architecture])
-    frugal = copy.deepcopy(plain)
-    frugal.gradient_checkpointing = True
-    windows = torch.rand(2, 1, 64, 32, 32)
-    one, two = trained_once(plain, windows), trained_once(frugal, windows)
+    if architecture == "swin_unetr":  # the blocks of the first stage are sufficient, and computing is faster
+        for stage in range(2, 5):
+            plain.get_submodule(f"swinViT.layers{stage}.0").blocks = nn.ModuleList()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing = True
+    windows = torch.rand(1, 1, 64, 32, 32)
+    one, two = trained_once(plain, windows), trained_once(checkpointed, windows)
     for a, b in zip(one.pyramid, two.pyramid, strict=True):
         assert torch.equal(a, b)
     gradients = dict(two.network.named_parameters())
@@ -50,7 +53,7 @@ def test_the_same_features_gradients_and_statistics_in_less_memory(architecture:
     assert two.peak < 0.75 * one.peak
 
 
-def test_statistics_go_on_changing_after_a_pass() -> None:
+def test_statistics_change_in_every_pass() -> None:
     network = build_network("residual_unet", channels=(4, 8, 8))
     network.gradient_checkpointing = True
     for _ in range(2):
@@ -59,12 +62,12 @@ def test_statistics_go_on_changing_after_a_pass() -> None:
     assert {int(count) for count in batches} == {2}
 
 
-def test_held_statistics_are_used_and_stay() -> None:
+def test_fixed_statistics_are_used_and_not_changed() -> None:
     plain = build_network("residual_unet", channels=(4, 8, 8)).eval()
-    frugal = copy.deepcopy(plain)
-    frugal.gradient_checkpointing = True
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing = True
     windows = torch.rand(1, 1, 16, 16, 16)
-    one, two = trained_once(plain, windows), trained_once(frugal, windows)
+    one, two = trained_once(plain, windows), trained_once(checkpointed, windows)
     assert torch.equal(one.pyramid[0], two.pyramid[0])
     before = dict(plain.named_buffers())
-    assert all(torch.equal(before[name], buffer) for name, buffer in frugal.named_buffers())
+    assert all(torch.equal(before[name], buffer) for name, buffer in checkpointed.named_buffers())

@@ -1,4 +1,4 @@
-"""The compact encoder computed slab by slab equals the network as it was trained."""
+"""Slab-wise computation of the compact encoder: comparison with the whole network."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.encoder.networks.slabwise import SlabwiseResidualUNet
 
 
-def trained_looking(channels: tuple[int, ...]) -> ResidualUNet:
-    """Return a network whose normalisations are no identities and whose biases are not nil."""
+def network_of(channels: tuple[int, ...]) -> ResidualUNet:
+    """Return a network whose normalisations are not the identity and whose biases are not zero."""
     torch.manual_seed(7)
     network = ResidualUNet(channels).eval()
     for module in network.modules():
@@ -39,7 +39,7 @@ def trained_looking(channels: tuple[int, ...]) -> ResidualUNet:
 @pytest.mark.parametrize("count", [1, 2])
 @torch.no_grad()
 def test_equals_the_whole_network(channels: tuple[int, ...], window: tuple[int, int, int], count: int) -> None:
-    network = trained_looking(channels)
+    network = network_of(channels)
     windows = torch.rand(count, 1, *window).to(memory_format=torch.channels_last_3d)
     slabwise = SlabwiseResidualUNet(network.folded()).eval()
     assert slabwise.levels == network.levels
@@ -48,18 +48,18 @@ def test_equals_the_whole_network(channels: tuple[int, ...], window: tuple[int, 
 
 
 @torch.no_grad()
-def test_windows_do_not_see_one_another() -> None:
-    slabwise = SlabwiseResidualUNet(trained_looking((4, 8, 8)).folded()).eval()
+def test_features_of_a_window_do_not_depend_on_other_windows() -> None:
+    slabwise = SlabwiseResidualUNet(network_of((4, 8, 8)).folded()).eval()
     windows = torch.rand(3, 1, 16, 16, 16)
     together = slabwise(windows)
     for number in range(3):
-        for alone, level in zip(slabwise(windows[number : number + 1]), together, strict=True):
-            torch.testing.assert_close(level[number : number + 1], alone)
+        for single, level in zip(slabwise(windows[number : number + 1]), together, strict=True):
+            torch.testing.assert_close(level[number : number + 1], single)
 
 
 @torch.no_grad()
 def test_returned_features_are_not_overwritten_by_the_next_window() -> None:
-    slabwise = SlabwiseResidualUNet(trained_looking((4, 8, 8)).folded()).eval()
+    slabwise = SlabwiseResidualUNet(network_of((4, 8, 8)).folded()).eval()
     first = slabwise(torch.rand(1, 1, 16, 16, 16))
     copies = [level.clone() for level in first]
     slabwise(torch.rand(1, 1, 16, 16, 16))
