@@ -152,7 +152,7 @@ def test_a_requested_backend_is_not_replaced(bundle: EncoderBundle, monkeypatch:
 
 
 def test_opening_a_session_never_builds_an_engine(bundle: EncoderBundle) -> None:
-    with refused(EngineError, "tensorrt_rtx-mixed-sm_86.engine") as caught:
+    with refused(EngineError, "tensorrt_rtx-float32-sm_86.engine") as caught:
         open_session(bundle, backend="tensorrt_rtx")
     assert caught.value.exit_code == 4
     assert not (bundle.path / "engines").exists()

@@ -28,8 +28,7 @@ def peak_bytes(network: torch.nn.Module, window: Window, device: str) -> int:
 
 def without_values(architecture: str, **settings: object) -> FeatureNetwork:
     """Return a network on the meta device, whose tensors have no values."""
-    with torch.device("meta"):
-        return build_network(architecture, **settings).eval()
+    return build_network(architecture, **settings).to("meta").eval()
 
 
 @pytest.mark.parametrize("slabwise", [False, True])
@@ -80,7 +79,7 @@ def test_swin_unetr_with_inserts_within_ten_percent(inserts: InsertKind) -> None
 
 
 @pytest.mark.parametrize(
-    ("feature_size", "window"), [(48, (96, 96, 96)), (24, (96, 96, 96)), (48, (64, 64, 64)), (96, (64, 96, 64))]
+    ("feature_size", "window"), [(48, (96, 96, 96)), (24, (96, 96, 96)), (48, (64, 64, 64)), (60, (64, 96, 64))]
 )
 def test_swin_unetr_within_ten_percent(feature_size: int, window: Window) -> None:
     network = without_values("swin_unetr", feature_size=feature_size)

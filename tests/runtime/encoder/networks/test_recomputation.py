@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from doubles.storages import LiveStorage
-from torch import Tensor, nn
+from torch import Tensor
 
 from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
@@ -35,9 +35,6 @@ def trained_once(network: FeatureNetwork, windows: Tensor) -> Pass:
 @pytest.mark.parametrize("architecture", NETWORKS)
 def test_checkpointing_gives_equal_features_gradients_and_statistics_in_less_memory(architecture: str) -> None:
     plain = build_network(architecture, **NETWORKS[architecture])
-    if architecture == "swin_unetr":  # the blocks of the first stage are sufficient, and computing is faster
-        for stage in range(2, 5):
-            plain.get_submodule(f"swinViT.layers{stage}.0").blocks = nn.ModuleList()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing = True
     windows = torch.rand(1, 1, 64, 32, 32)
@@ -50,7 +47,7 @@ def test_checkpointing_gives_equal_features_gradients_and_statistics_in_less_mem
     statistics = dict(two.network.named_buffers())
     for name, buffer in one.network.named_buffers():
         assert torch.equal(buffer, statistics[name]), name
-    assert two.peak < 0.75 * one.peak
+    assert two.peak < 0.75 * one.peak, (two.peak, one.peak)
 
 
 def test_statistics_change_in_every_pass() -> None:
