@@ -88,7 +88,7 @@ def cpu_engines(graph: Path, mixed_graph: Path | None) -> list[Engine]:
 
 
 def gpu_engines(network: FeatureNetwork) -> list[Engine]:
-    """Return PyTorch in mixed precision if there is a GPU, else an empty list."""
+    """Return PyTorch in mixed precision if there is a GPU, else an empty list. Not yet run on a GPU."""
     if not torch.cuda.is_available():
         return []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 
@@ -19,6 +19,9 @@ from fseft_edge.runtime.system.libraries import import_library, import_problem
 BackendName = Literal["torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
 
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+
+NO_PARITY_REPORT: Final = "the bundle contains no parity report for this backend"
+"""Obstacle of a backend that was not compared with PyTorch when the bundle was exported."""
 
 # Fastest first, measured with `benchmarks/encoder_backends.py`. In float32, PyTorch with oneDNN (channels last)
 # computes a network of only convolutions as fast as OpenVINO, and needs two thirds of the memory. Attention is faster
@@ -151,7 +154,7 @@ def _obstacle(backend: BackendName, precision: Precision, bundle: EncoderBundle,
     if backend in ("tensorrt_rtx", "tensorrt"):
         return _engine_obstacle(backend, precision, bundle, device)
     report = bundle.parity(backend, precision)
-    return "the bundle contains no parity report for this backend" if report is None else report.shortcoming
+    return NO_PARITY_REPORT if report is None else report.shortcoming
 
 
 def _library_obstacle(backend: BackendName, precision: Precision, device: torch.device) -> str | None:

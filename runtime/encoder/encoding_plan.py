@@ -32,7 +32,7 @@ _FIRST_USE = 40 * _MIB
 _ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.36, "openvino": 1.1}
 _OTHER_ENGINES = 2.0
 _KEPT_BY_ENGINE = {"onnxruntime": 0.6, "openvino": 1.1}
-# Convolutions on a GPU need additional workspace. This factor is an estimate.
+# Convolutions on a GPU need additional workspace. This factor is an estimate; it has not been measured.
 _GPU_WORKSPACE_FACTOR = 1.25
 # A section's frame is built in pieces that are then joined, so the compressed data exist twice.
 _FRAME_FACTOR = 1.5

@@ -47,7 +47,7 @@ class GraphRunner:
     """A loaded ONNX graph with one input and several outputs. PyTorch's tensors are the buffers of the graph.
 
     On a GPU, windows and features stay on the GPU. The graph computes on a separate stream, which waits for the
-    caller's stream.
+    caller's stream. The tests run the same calls on the CPU; the code has not been run on a GPU yet.
 
     Args:
         graph: ONNX file; all inputs and outputs are float32, and only the number of windows is dynamic.

@@ -1,6 +1,7 @@
 """Backends tensorrt_rtx and tensorrt: run an existing engine on an NVIDIA GPU.
 
-Windows and features stay on the GPU: PyTorch's tensors are the buffers of the engine.
+Windows and features stay on the GPU: PyTorch's tensors are the buffers of the engine. This code has not been run on a
+GPU yet.
 """
 
 from __future__ import annotations
