@@ -37,37 +37,37 @@ def overlapped(
     Yields:
         For each item a completed future: the result of ``finish``, or the exception of the stage that failed.
     """
-    coming = iter(items)
-    finishing: Future[Finished] | None = None
+    remaining = iter(items)
+    previous: Future[Finished] | None = None  # the item in the last stage
 
-    def prepared() -> Prepared | _End:
-        for item in coming:
+    def prepare_next() -> Prepared | _End:
+        for item in remaining:
             return prepare(item)
         return _End()
 
-    with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(1) as behind:
-        upcoming = [ahead.submit(prepared)]
+    with ThreadPoolExecutor(1) as prepare_thread, ThreadPoolExecutor(1) as finish_thread:
+        next_prepared = prepare_thread.submit(prepare_next)
         while True:
-            current = upcoming.pop()
-            wait([current])
-            if current.exception() is None and isinstance(current.result(), _End):
+            prepared = next_prepared
+            wait([prepared])
+            if prepared.exception() is None and isinstance(prepared.result(), _End):
                 break
-            upcoming = [ahead.submit(prepared)]
-            last: Callable[[], Finished]
+            next_prepared = prepare_thread.submit(prepare_next)
+            finish_call: Callable[[], Finished]
             try:
-                last = partial(finish, work(cast("Prepared", current.result())))
+                finish_call = partial(finish, work(cast("Prepared", prepared.result())))
             except Exception as error:  # the future of this item reports the exception
-                last = partial(_raise, error)
-            del current
-            if finishing is not None:
-                wait([finishing])
-            before, finishing = finishing, behind.submit(last)
-            del last
-            if before is not None:
-                yield before
-        if finishing is not None:
-            wait([finishing])
-            yield finishing
+                finish_call = partial(_raise, error)
+            del prepared  # frees the prepared item
+            if previous is not None:
+                wait([previous])
+            finished, previous = previous, finish_thread.submit(finish_call)
+            del finish_call  # frees the item as soon as it is finished
+            if finished is not None:
+                yield finished
+        if previous is not None:
+            wait([previous])
+            yield previous
 
 
 class _End:

@@ -29,7 +29,11 @@ last and any other slice by up to 0.05 mm each. The deviation from the line betw
 """
 
 TILT_DEGREES = 0.1
-"""A stack is tilted if its direction differs from the slice normal by more than this and ``SLICE_TOLERANCE_MM``."""
+"""Largest accepted angle between the direction of a stack and the slice normal.
+
+A stack is tilted only if two limits are exceeded: the angle is larger than ``TILT_DEGREES``, and the sideways shift of
+the last slice relative to the first slice is larger than ``SLICE_TOLERANCE_MM``.
+"""
 
 _COSINE_TOLERANCE = 1e-3
 """Largest error of length and angle of direction cosines. It allows for rounding to three decimals."""
@@ -124,11 +128,15 @@ def check_stack(slices: Sequence[SliceHeader], path: Path) -> None:
 
 def _check_geometry(slices: Sequence[SliceHeader], path: Path) -> None:
     remedy = "Export the original series again from the PACS."
-    if any(slice_.position is None or slice_.orientation is None or slice_.spacing is None for slice_ in slices):
+    attributes = {
+        "ImagePositionPatient": [slice_.position for slice_ in slices],
+        "ImageOrientationPatient": [slice_.orientation for slice_ in slices],
+        "PixelSpacing": [slice_.spacing for slice_ in slices],
+    }
+    missing = [name for name, values in attributes.items() if None in values]
+    if missing:
         raise GeometryError(
-            f"The headers of the series in {path} do not contain ImagePositionPatient, ImageOrientationPatient or "
-            "PixelSpacing for each slice.",
-            remedy=remedy,
+            f"At least one slice of the series in {path} has no valid {' or '.join(missing)}.", remedy=remedy
         )
     if any(slice_.quadruped for slice_ in slices):
         raise GeometryError(
