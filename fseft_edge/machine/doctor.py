@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Final
 
 from fseft_edge._version import __version__
 from fseft_edge.runtime.errors import EncoderBundleError
-from fseft_edge.runtime.system.libraries import NOT_INSTALLED, WHEELS, Library, cuda_problem, import_problem, library
+from fseft_edge.runtime.system.libraries import (
+    BUILT_WITHOUT_CUDA,
+    NOT_INSTALLED,
+    WHEELS,
+    Library,
+    cuda_problem,
+    import_problem,
+    library,
+)
 from fseft_edge.runtime.system.machine import Machine, this_machine
 
 if TYPE_CHECKING:
@@ -145,6 +153,8 @@ def _encoder(path: Path, machine: Machine) -> EncoderDiagnosis:
 
 def _choice_remedy(choice: BackendChoice, has_graph: bool, machine: Machine) -> str | None:
     """Return the step that makes a backend usable; None if it is usable, or if no step helps on this device."""
+    from fseft_edge.runtime.encoder.backend_choice import NO_PARITY_REPORT  # noqa: PLC0415 - imports torch
+
     if choice.usable:
         return None
     problem = import_problem(_module(choice.backend))
@@ -152,7 +162,7 @@ def _choice_remedy(choice: BackendChoice, has_graph: bool, machine: Machine) -> 
         return _install(_module(choice.backend), machine)
     if not has_graph:
         return "Export the encoder again with its ONNX graph."
-    if "no parity report" in str(choice.obstacle):
+    if choice.obstacle == NO_PARITY_REPORT:
         return f"Export the encoder again on a machine on which {choice.backend} is installed."
     return None
 
@@ -166,7 +176,7 @@ def _advice(machine: Machine, libraries: dict[str, Library], cuda: str | None) -
         yield Advice(
             f"{driver}, but {cuda}.",
             _CUDA_TORCH
-            if "without CUDA" in cuda
+            if cuda.endswith(BUILT_WITHOUT_CUDA)
             else "Update the driver, or install a version of PyTorch that supports this driver.",
         )
     if torch.state == "ready":

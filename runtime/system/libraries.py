@@ -24,6 +24,9 @@ WHEELS: Final[dict[str, tuple[str, ...]]] = {
 
 NOT_INSTALLED: Final = "not installed"
 
+BUILT_WITHOUT_CUDA: Final = "was built without CUDA"
+"""End of the reason of :func:`cuda_problem` if the installed PyTorch is a build for CPUs."""
+
 _TELEMETRY: Final = "openvino_telemetry"
 
 
@@ -124,7 +127,7 @@ def cuda_problem() -> str | None:
         return f"PyTorch is {problem}"
     torch: Any = import_module("torch")
     if torch.version.cuda is None:
-        return f"this PyTorch ({torch.__version__}) was built without CUDA"
+        return f"this PyTorch ({torch.__version__}) {BUILT_WITHOUT_CUDA}"
     try:
         torch.cuda.init()
     except Exception as error:  # PyTorch raises several kinds of exception
