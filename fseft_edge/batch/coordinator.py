@@ -31,7 +31,7 @@ from fseft_edge.outbox.folders import (
     scratch_folder,
 )
 from fseft_edge.outbox.records import CaseState, Outcome
-from fseft_edge.outbox.store import SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore
+from fseft_edge.outbox.store import FINGERPRINT_KEY, SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings, load_models
 
@@ -94,13 +94,13 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
         scratch_folder(settings.outbox) as scratch,
     ):
         _check_same_outbox(settings.outbox, store)
-        earlier = store.metadata("recipe")
+        earlier = store.metadata(FINGERPRINT_KEY)
         if earlier not in (None, fingerprint):
             raise BatchStateError(
                 f"The results in {settings.outbox} were made with other adapters or other options.",
                 remedy="Give another OUTBOX, or the same adapters and options as before.",
             )
-        store.set_metadata("recipe", fingerprint)
+        store.set_metadata(FINGERPRINT_KEY, fingerprint)
         store.requeue_running()
         store.forget_unreadable()
         remove_partial_results(settings.outbox)

@@ -48,7 +48,10 @@ class StageSeconds:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a case: organs and times if it is done; kind of error, reason and remedy if it is not."""
+    """Outcome of a case: organs and times if it is done; kind of error, reason and remedy if it is not.
+
+    :class:`CaseRecord` lists the values of ``problem``.
+    """
 
     state: CaseState
     organs: tuple[SegmentedOrgan, ...] = ()
@@ -79,7 +82,9 @@ class CaseRecord:
         attempts: number of attempts in which the case crashed its worker or exceeded the time limit, without other
             cases in that worker.
         found_at, started_at, finished_at: times in seconds since the epoch.
-        problem: class name of the error, if the case failed or was set aside; else empty.
+        problem: class name of the error, if the case failed or was set aside; else empty. Two values are not class
+            names: ``Crash``, if the case ended its worker process or exceeded the time limit, and ``Gone``, if its scan
+            was changed or removed (:data:`fseft_edge.outbox.store.SOURCE_MISSING`).
         reason: error message, if the case failed or was set aside; else empty. It names the case only by its key.
         remedy: remedy of the error, if the case failed or was set aside; else empty.
         organs: organs as returned by ``segment``, if the case is done; else empty.

@@ -34,6 +34,10 @@ UNREADABLE_PREFIX: Final = "unread-"
 SOURCE_MISSING: Final = "Gone"
 """Value of ``problem`` of a case whose scan was changed or removed before it was segmented."""
 
+FINGERPRINT_KEY: Final = "recipe"  # earlier files use this name
+"""Key of the options fingerprint in the state file and in the record of each case."""
+
+# The column `alone` is the parameter `exclusive` in the code; earlier files use this name.
 _SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 CREATE TABLE cases (
@@ -174,7 +178,7 @@ class BatchStore:
         return _record(rows[0]) if rows else None
 
     def metadata(self, name: str) -> str | None:
-        """Return a value that belongs to the whole batch, ``recipe`` or ``outbox``; None if it is not set."""
+        """Return a value of the whole batch, :data:`FINGERPRINT_KEY` or ``outbox``; None if it is not set."""
         rows = self._execute("SELECT value FROM meta WHERE name = ?", name)
         return str(rows[0]["value"]) if rows else None
 
