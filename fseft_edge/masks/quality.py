@@ -14,7 +14,7 @@ from fseft_edge.runtime.scans.intensities import HuPercentiles
 if TYPE_CHECKING:  # reports import this module for its limits, and they must not import torch
     from fseft_edge.adapters.network import Method
 
-MEANINGS: Final = {
+_MEASURED: Final = {
     "empty": "The mask contains no voxel of the organ.",
     "touches_edge": "The mask touches the border of the scan. The organ may be cut off, and its volume too small.",
     "small": "The volume is more than 30 % below the smallest volume in the support set.",
@@ -23,11 +23,14 @@ MEANINGS: Final = {
     "low_confidence": "The mean probability of the voxels of the mask is low.",
     "implausible_hu": "The median HU of the mask is far from the values of the support set. Possible reasons: another "
     "organ, another contrast phase, metal, or a scan with wrong HU.",
+}
+_SET_BY_TRANSDUCTION: Final = {
     "cut_off": "The organ touches the border of the field of view. Its size was not corrected upwards.",
     "absent": "Almost no voxel of the organ was found. The organ is treated as absent; its size was not corrected.",
     "outside_prior": "After the refit, the size of the organ is still outside its size prior.",
 }
-"""The meaning of each flag. The transduction sets the last three flags; this module sets all others."""
+MEANINGS: Final = {**_MEASURED, **_SET_BY_TRANSDUCTION}
+"""The meaning of each flag that :func:`quality_flags` or the transduction sets."""
 
 
 def in_words(flag: str) -> str:
