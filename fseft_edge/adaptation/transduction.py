@@ -81,7 +81,7 @@ class OrganOutcome:
         before_ml: sum of the probabilities of the organ before the refit, as a volume.
         after_ml: sum of the probabilities of the organ after the refit, as a volume.
         prior: size prior of the organ; None if it has none.
-        notes: any of ``cut_off`` (the organ touches the border of the field of view; only the upper end of the prior
+        flags: any of ``cut_off`` (the organ touches the border of the field of view; only the upper end of the prior
             was applied), ``absent`` (almost no voxel of the organ was found; the organ was not refitted), and
             ``outside_prior`` (the size after the refit is outside the prior).
     """
@@ -89,7 +89,7 @@ class OrganOutcome:
     before_ml: float
     after_ml: float
     prior: SizePrior | None
-    notes: tuple[str, ...]
+    flags: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def refitted_adapters(
     files: Sequence[AdapterFile],
     query: EncodedScan,
     supports: Sequence[Voxels],
-    plan: TransductionInputs,
+    inputs: TransductionInputs,
 ) -> tuple[list[Adapter], list[OrganOutcome]]:
     """Refit adapters to a query; return the refitted adapters and the results of all organs, in this order.
 
@@ -170,12 +170,12 @@ def refitted_adapters(
         files: adapters to refit.
         query: scan to segment.
         supports: for each adapter, sampled voxels of its support set (see :func:`support_of`).
-        plan: size priors and settings.
+        inputs: size priors and settings.
     """
     refitted: list[Adapter] = []
     outcomes: list[OrganOutcome] = []
     for file, support in zip(files, supports, strict=True):
-        done = transduce(file.adapter, query, support, plan.priors_for(file), settings=plan.settings)
+        done = transduce(file.adapter, query, support, inputs.priors_for(file), settings=inputs.settings)
         refitted.append(done.adapter)
         outcomes += done.organs
     return refitted, outcomes
@@ -255,7 +255,7 @@ def transduce(
             before_ml=float(first.sizes[k]),
             after_ml=float(after[k]),
             prior=prior,
-            notes=organ.notes + (("outside_prior",) if _outside(float(after[k]), organ) else ()),
+            flags=organ.flags + (("outside_prior",) if _outside(float(after[k]), organ) else ()),
         )
         for k, (prior, organ) in enumerate(zip(priors, organs, strict=True))
     )
@@ -266,7 +266,7 @@ def transduce(
 class _Constraint:
     low: float
     high: float
-    notes: tuple[str, ...]
+    flags: tuple[str, ...]
 
 
 def _require_prior(priors: Sequence[SizePrior | None], organs: Sequence[str]) -> None:

@@ -13,11 +13,12 @@ from typing import Final, TypeVar
 
 from fseft_edge.masks.result import SegmentedOrgan
 from fseft_edge.outbox.records import CaseState, Outcome, StageSeconds
+from fseft_edge.outbox.store import FINGERPRINT_KEY
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError
 from fseft_edge.runtime.scans.nifti import SUFFIXES
 from fseft_edge.runtime.system.atomic import atomic_folder
 from fseft_edge.runtime.system.memory import is_out_of_memory
-from fseft_edge.segmentation.segmenter import EncodedCase, OpenedCase, Segmenter
+from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, Segmenter
 
 RECORD_FILE: Final = "batch.json"
 """Record of the options and times of a case in its result folder. The folder appears complete, by one rename."""
@@ -49,7 +50,7 @@ class CaseInProgress:
     task: CaseTask
     link: tempfile.TemporaryDirectory[str]
     seconds: list[float] = field(default_factory=list)
-    opened: OpenedCase | None = None
+    read: ReadCase | None = None
     encoded: EncodedCase | None = None
 
 
@@ -82,14 +83,14 @@ class CaseWork:
                 remedy="Check that the disk of the folder TMPDIR has free space and is writable.",
             )
             raise CaseError(failed_outcome(problem, task.key, task.source)) from None
-        case.opened = self._stage(case, lambda: self.segmenter.open(link))
+        case.read = self._stage(case, lambda: self.segmenter.read(link))
         return case
 
     def encode(self, case: CaseInProgress) -> CaseInProgress:
         """Compute the feature map of the scan."""
-        opened = case.opened
-        assert opened is not None  # noqa: S101 - the caller runs the stages in order
-        case.encoded = self._stage(case, lambda: self.segmenter.encode(opened))
+        read = case.read
+        assert read is not None  # noqa: S101 - the caller runs the stages in order
+        case.encoded = self._stage(case, lambda: self.segmenter.encode(read))
         return case
 
     def finish(self, case: CaseInProgress) -> Outcome:
@@ -149,7 +150,7 @@ def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
     assert outcome.seconds is not None  # noqa: S101 - every case that is done has times
     record = {
         "schema_version": _SCHEMA_VERSION,
-        "recipe": fingerprint,
+        FINGERPRINT_KEY: fingerprint,
         "organs": [asdict(organ) for organ in outcome.organs],
         "seconds": asdict(outcome.seconds),
     }
@@ -160,7 +161,7 @@ def read_record(folder: Path, fingerprint: str) -> Outcome | None:
     """Return the outcome of a case whose result is in the outbox; None if there is none with this fingerprint."""
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if record["schema_version"] != _SCHEMA_VERSION or record["recipe"] != fingerprint:
+        if record["schema_version"] != _SCHEMA_VERSION or record[FINGERPRINT_KEY] != fingerprint:
             return None
         organs = tuple(SegmentedOrgan.from_json(organ) for organ in record["organs"])
         return Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]))

@@ -1,4 +1,7 @@
-"""Segment scans: one mask per scan, on the lattice of the scan."""
+"""Segment many scans, one after another or overlapping: the function behind ``fseft-edge segment``.
+
+This module checks the arguments and collects results and failures; ``segmenter.py`` segments each scan.
+"""
 
 from __future__ import annotations
 
@@ -91,22 +94,22 @@ def segment(
     """
     progress = progress or SilentProgress()
     settings = SegmentationSettings(
-        tuple(adapters),
-        encoder,
-        series,
-        transduction,
-        largest_component,
-        fill_holes,
-        preview,
-        tuple(dicom),
-        cache,
-        cache_gb,
-        device,
-        backend,
-        precision,
-        memory_gb,
-        vram_gb,
-        tuple(organs),
+        adapters=tuple(adapters),
+        encoder=encoder,
+        series=series,
+        transduction=transduction,
+        largest_component=largest_component,
+        fill_holes=fill_holes,
+        preview=preview,
+        dicom=tuple(dicom),
+        cache=cache,
+        cache_gb=cache_gb,
+        device=device,
+        backend=backend,
+        precision=precision,
+        memory_gb=memory_gb,
+        vram_gb=vram_gb,
+        organs=tuple(organs),
     )
     paths = cases_of(scans, series)
     check_output(output, paths)
@@ -137,13 +140,13 @@ def _outcomes(paths: Sequence[Path], segmenter: Segmenter, output: Path) -> Iter
     """Yield the outcome of each case. Stages of several cases overlap only if no memory budget limits them."""
     if len(paths) > 1 and segmenter.settings.budget == AS_MUCH_AS_IS_FREE:
         yield from overlapped(
-            paths, segmenter.open, segmenter.encode, lambda encoded: segmenter.finish(encoded, output)
+            paths, segmenter.read, segmenter.encode, lambda encoded: segmenter.finish(encoded, output)
         )
         return
     for path in paths:
         outcome: Future[SegmentedCase] = Future()
         try:
-            outcome.set_result(segmenter.finish(segmenter.encode(segmenter.open(path)), output))
+            outcome.set_result(segmenter.finish(segmenter.encode(segmenter.read(path)), output))
         except Exception as error:  # raised again by result() of this case's outcome
             outcome.set_exception(error)
         yield outcome

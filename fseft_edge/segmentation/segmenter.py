@@ -1,4 +1,8 @@
-"""The stages that turn the file of one scan into a mask file: open, encode, finish."""
+"""Open the encoder and the adapters, and segment one scan in stages. ``segment.py`` runs the stages for many scans.
+
+The stages of a scan are methods of :class:`Segmenter`: ``read`` the scan; ``encode`` it; ``finish``: refit the
+classifiers (transduction), label the voxels, post-process and flag the mask, and write the files.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +124,7 @@ class LoadedModels:
 
 
 @dataclass(frozen=True, eq=False)
-class OpenedCase:
+class ReadCase:
     """A scan that was read, its grid, and the memory plan of its segmentation."""
 
     scan: Scan
@@ -133,7 +137,7 @@ class OpenedCase:
 class EncodedCase:
     """A scan with its feature map; closing ``resources`` closes the feature store that contains the map."""
 
-    opened: OpenedCase
+    case: ReadCase
     scan: EncodedScan
     resources: ExitStack
 
@@ -165,7 +169,7 @@ def load_models(settings: SegmentationSettings) -> LoadedModels:
 
 
 def _zero_shot_models(settings: SegmentationSettings) -> LoadedModels:
-    """Return the encoder with its own classifiers as the adapter."""
+    """Return the encoder, with its own classifiers in place of an adapter."""
     if settings.encoder is None:
         raise UsageError(
             "No adapter and no encoder was given.",
@@ -225,7 +229,7 @@ def _unchanged(files: Sequence[AdapterFile], _: EncodedScan) -> tuple[Sequence[A
 
 
 def _refitter(
-    plan: TransductionInputs,
+    inputs: TransductionInputs,
     files: Sequence[AdapterFile],
     *,
     bundle: EncoderBundle,
@@ -235,23 +239,23 @@ def _refitter(
     progress: Progress,
 ) -> _Refit:
     supports = []
-    pairs = find_pairs(plan.images, plan.labels)
+    pairs = find_pairs(inputs.images, inputs.labels)
     for file in files:
         organs = [OrganLabel(organ.name, organ.label) for organ in file.description.organs]
-        annotated = read_annotations(pairs, organs, plan.labels, file.adapter.settings)
+        annotated = read_annotations(pairs, organs, inputs.labels, file.adapter.settings)
         if file.description.shots:
             volumes = [organ.support_volumes_ml for organ in file.description.organs]
             annotated = of_support_set(annotated, organs, volumes)
         support = load_support(
             annotated, organs, bundle=bundle, session=session, store=store, budget=budget, progress=progress
         )
-        supports.append(support_of(file.adapter, support, plan.settings, progress))
-    return lambda adapters, encoded: refitted_adapters(adapters, encoded, supports, plan)
+        supports.append(support_of(file.adapter, support, inputs.settings, progress))
+    return lambda adapters, encoded: refitted_adapters(adapters, encoded, supports, inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class Segmenter:
-    """An open encoder with its adapters, and the three stages from the file of a scan to its mask file."""
+    """An open encoder with its adapters, and the stages read, encode and finish of a scan."""
 
     settings: SegmentationSettings
     adapters: Sequence[AdapterFile]
@@ -259,7 +263,7 @@ class Segmenter:
     session: EncoderSession
     _refit: _Refit
 
-    def open(self, path: Path) -> OpenedCase:
+    def read(self, path: Path) -> ReadCase:
         """Read a scan and plan the memory use of its segmentation."""
         scan = find_scan(path, self.settings.series)
         volume = scan.read()
@@ -277,38 +281,38 @@ class Segmenter:
                 if encoding_error.least > segmentation_error.least:
                     raise encoding_error from None
             raise
-        return OpenedCase(scan, volume, grid, plan)
+        return ReadCase(scan, volume, grid, plan)
 
-    def encode(self, opened: OpenedCase) -> EncodedCase:
+    def encode(self, case: ReadCase) -> EncodedCase:
         """Return the scan with its feature map. A map in the cache is not computed again."""
         with ExitStack() as stack:
             store = stack.enter_context(open_store(self.settings.cache, self.settings.cache_gb))
             scan = encode_scan(
-                opened.volume,
+                case.volume,
                 bundle=self.bundle,
                 session=self.session,
                 store=store,
-                grid=opened.grid,
+                grid=case.grid,
                 budget=self.settings.budget,
             )
-            return EncodedCase(opened, scan, stack.pop_all())
+            return EncodedCase(case, scan, stack.pop_all())
 
     def finish(self, encoded: EncodedCase, output: Path) -> SegmentedCase:
         """Label every voxel; write mask file, JSON file and the optional picture and DICOM objects into ``output``."""
-        opened = encoded.opened
+        read = encoded.case
         with encoded.resources:
             refitted, outcomes = self._refit(self.adapters, encoded.scan)
-            found = in_smaller_pieces(opened.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
-        labels = LabelMap(post_process(found.labels, self._post_processing), opened.volume.affine)
-        organs = tuple(_measured_organs(opened.volume, labels, found.confidence, self.adapters, outcomes))
-        name = scan_name(opened.scan.path)
+            found = in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
+        labels = LabelMap(post_process(found.labels, self._post_processing), read.volume.affine)
+        organs = tuple(_measured_organs(read.volume, labels, found.confidence, self.adapters, outcomes))
+        name = scan_name(read.scan.path)
         case = SegmentedCase(name, output / f"{name}.nii.gz", organs)
-        _write_summary(case, opened.volume, self.bundle, self.adapters, outcomes)
+        _write_summary(case, read.volume, self.bundle, self.adapters, outcomes)
         if self.settings.preview:
             masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
-            three_plane_picture(opened.volume, masks, output / f"{name}.png")
-        if self.settings.dicom and opened.scan.series is not None:
-            self._write_dicom(case, labels, opened.scan.series)
+            three_plane_picture(read.volume, masks, output / f"{name}.png")
+        if self.settings.dicom and read.scan.series is not None:
+            self._write_dicom(case, labels, read.scan.series)
         write_label_map(case.mask, labels)
         return case
 
@@ -365,7 +369,7 @@ def _measured_organs(
             support_hu=organ.support_hu,
         )
         if outcomes:
-            flags += outcomes[label - 1].notes
+            flags += outcomes[label - 1].flags
         known = organ.support_volumes_ml
         yield SegmentedOrgan(
             name=organ.name,
@@ -399,7 +403,14 @@ def _write_summary(
     }
     if outcomes:
         summary["transduction"] = [
-            {"name": organ.name, **asdict(outcome)} for organ, outcome in zip(case.organs, outcomes, strict=True)
+            {
+                "name": organ.name,
+                "before_ml": outcome.before_ml,
+                "after_ml": outcome.after_ml,
+                "prior": outcome.prior and asdict(outcome.prior),
+                "notes": outcome.flags,
+            }
+            for organ, outcome in zip(case.organs, outcomes, strict=True)
         ]
     with atomic_path(case.mask.with_name(f"{case.case}.json")) as temporary:
         temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -83,7 +83,7 @@ def test_a_size_inside_the_prior_needs_no_refit(adapter: Adapter, support: Voxel
     done = transduce(adapter, _query(3), support, [PRIOR], settings=SETTINGS)
     assert done.evaluations == 0
     assert done.adapter is adapter
-    assert done.organs[0].notes == ()
+    assert done.organs[0].flags == ()
     assert PRIOR.low_ml < done.organs[0].before_ml == done.organs[0].after_ml < PRIOR.high_ml
 
 
@@ -98,7 +98,7 @@ def test_the_refit_brings_the_size_of_an_organ_into_its_prior(
     (organ,) = done.organs
     assert (organ.before_ml < PRIOR.low_ml) if strength < 1 else (organ.before_ml > PRIOR.high_ml)
     assert PRIOR.low_ml * 0.99 <= organ.after_ml <= PRIOR.high_ml * 1.01
-    assert organ.notes == ()
+    assert organ.flags == ()
     assert done.evaluations > 0
     for now, old in zip(adapter.state_dict().values(), before, strict=True):
         assert torch.equal(now, old)
@@ -118,19 +118,19 @@ def test_an_organ_at_the_border_of_the_field_of_view_is_not_made_larger(adapter:
     done = transduce(adapter, query, support, [PRIOR], settings=SETTINGS)
     assert done.organs[0].before_ml == pytest.approx(BALL_ML / 2, rel=0.2)
     assert done.organs[0].before_ml < PRIOR.low_ml
-    assert done.organs[0].notes == ("cut_off",)
+    assert done.organs[0].flags == ("cut_off",)
     assert done.evaluations == 0
 
 
 def test_an_organ_at_the_border_that_is_too_large_is_made_smaller(adapter: Adapter, support: Voxels) -> None:
     done = transduce(adapter, _query(3, (24, 24, 2)), support, [SizePrior(10.0, 30.0)], settings=SETTINGS)
-    assert "cut_off" in done.organs[0].notes
+    assert "cut_off" in done.organs[0].flags
     assert done.organs[0].after_ml < done.organs[0].before_ml
 
 
 def test_an_absent_organ_is_not_refitted(adapter: Adapter, support: Voxels) -> None:
     done = transduce(adapter, _query(3, strength=0.0), support, [PRIOR], settings=SETTINGS)
-    assert done.organs[0].notes == ("absent",)
+    assert done.organs[0].flags == ("absent",)
     assert done.evaluations == 0
 
 
@@ -149,7 +149,7 @@ def test_small_probabilities_over_the_complete_scan_are_not_an_organ(adapter: Ad
     constant = _with_constant_probability(adapter, -4.5)
     done = transduce(constant, _query(3, strength=0.0), support, [PRIOR], settings=SETTINGS)
     assert PRIOR.low_ml < done.organs[0].before_ml < PRIOR.high_ml
-    assert done.organs[0].notes == ("absent",)
+    assert done.organs[0].flags == ("absent",)
     assert done.evaluations == 0
 
 
@@ -194,7 +194,7 @@ def test_sizes_from_the_visible_voxels_equal_those_of_the_complete_query(adapter
 def test_a_size_that_remains_outside_the_prior_is_flagged(adapter: Adapter, support: Voxels) -> None:
     weak = replace(SETTINGS, weight=1e-9, ridge=1e6)
     done = transduce(adapter, _query(3, strength=0.7), support, [PRIOR], settings=weak)
-    assert done.organs[0].notes == ("outside_prior",)
+    assert done.organs[0].flags == ("outside_prior",)
     assert done.evaluations > 0
 
 
@@ -235,7 +235,7 @@ def test_the_refit_minimises_the_sum_of_support_loss_ridge_and_penalty(adapter: 
         adapter, query, survey, torch.tensor([True]), visible=settings.visible, most=settings.voxels, seed=0
     )
     refitted = transduce(adapter, query, support, [PRIOR], settings=settings)
-    assert refitted.organs[0].notes == ("outside_prior",)
+    assert refitted.organs[0].flags == ("outside_prior",)
     weight = refitted.adapter.linear_weight().requires_grad_()
     bias = refitted.adapter.linear_bias()
     logits = (support.features @ weight.T + bias)[..., None, None, None]
@@ -291,5 +291,5 @@ def test_small_probabilities_are_not_refitted_if_the_prior_starts_at_zero(adapte
     constant = _with_constant_probability(adapter, -5.0)
     done = transduce(constant, _query(3, strength=0.0), support, [SizePrior(0.0, 1.0)], settings=SETTINGS)
     assert done.organs[0].before_ml > 1.0
-    assert done.organs[0].notes == ("absent",)
+    assert done.organs[0].flags == ("absent",)
     assert done.evaluations == 0

@@ -545,14 +545,14 @@ def test_a_transductive_run_records_the_result_of_every_organ(
         device="cpu",
         backend="torch",
     )
-    plan = TransductionInputs(
+    inputs = TransductionInputs(
         site.root / "images",
         site.root / "labels",
         {"spleen": SizePrior(1.0, 2.0)},
         {"liver": SizePrior(1.0, 1e6), "heart": SizePrior(1.0, 2.0)},
         TransductionSettings(blocks=2, training=TrainingSettings(block=16, batch=1)),
     )
-    (case,) = site.segment([site.image("case_3")], [adapter], tmp_path / "out", transduction=plan)
+    (case,) = site.segment([site.image("case_3")], [adapter], tmp_path / "out", transduction=inputs)
     summary = json.loads((tmp_path / "out" / "case_3.json").read_text())
     assert "case_3" in caplog.text  # not in the support set of the adapter
     assert "case_1" not in caplog.text
@@ -578,11 +578,11 @@ def test_the_mask_comes_from_the_refitted_adapter(site: Site, tmp_path: Path, mo
             refitted.linear_bias().fill_(-1e4)
         return Transduced(refitted, (OrganOutcome(9.0, 0.0, priors[0], ("outside_prior",)),), evaluations=1)
 
-    plan = TransductionInputs(site.root / "images", site.root / "labels")
+    inputs = TransductionInputs(site.root / "images", site.root / "labels")
     scans = [site.image("case_1"), site.image("case_2")]
     plain = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "plain")
     monkeypatch.setattr("fseft_edge.adaptation.transduction.transduce", emptied)
-    refitted = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "out", transduction=plan)
+    refitted = site.segment(scans, [tmp_path / "a.adapter"], tmp_path / "out", transduction=inputs)
     assert all(labels_in(case).any() for case in plain)
     assert not any(labels_in(case).any() for case in refitted)
     assert all("outside_prior" in case.organs[0].flags for case in refitted)
@@ -597,15 +597,15 @@ def test_a_prior_of_the_user_precedes_the_table_and_the_support_set(site: Site, 
     ]
     file = replace(file, description=file.description.model_copy(update={"organs": tuple(organs)}))
     given, table = SizePrior(1, 2), SizePrior(3, 4)
-    plan = TransductionInputs(tmp_path, tmp_path, {"liver": given}, {"liver": table, "spleen": table})
-    assert plan.priors_for(file) == [given, table, SizePrior.from_volumes([100.0])]
+    inputs = TransductionInputs(tmp_path, tmp_path, {"liver": given}, {"liver": table, "spleen": table})
+    assert inputs.priors_for(file) == [given, table, SizePrior.from_volumes([100.0])]
 
 
 def test_a_table_that_contains_only_other_organs_is_refused(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
-    plan = TransductionInputs(tmp_path, tmp_path, table={"heart": SizePrior(1, 2)})
+    inputs = TransductionInputs(tmp_path, tmp_path, table={"heart": SizePrior(1, 2)})
     with refused(UsageError, "heart"):
-        plan.check([read_adapter(tmp_path / "a.adapter")])
+        inputs.check([read_adapter(tmp_path / "a.adapter")])
 
 
 def test_overlapped_and_sequential_cases_give_equal_bytes(site: Site, tmp_path: Path) -> None:
