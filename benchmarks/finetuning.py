@@ -26,10 +26,10 @@ from torch import nn
 
 from fseft_edge.adaptation.losses import adaptation_loss
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile, load_weights, read_model_file, write_model_file
-from fseft_edge.pretraining.cohort import draw_batch, load_cohorts
 from fseft_edge.pretraining.config import FilesConfig, PretrainingConfig, ScheduleConfig
 from fseft_edge.pretraining.network import PretrainingNetwork
 from fseft_edge.pretraining.training import learning_rate
+from fseft_edge.pretraining.training_cases import draw_batch, load_cohorts
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
 from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.system.progress import SilentProgress

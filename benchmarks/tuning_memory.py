@@ -22,7 +22,7 @@ import torch
 
 from fseft_edge.finetuning.settings import TUNING_METHODS, TuningSettings
 from fseft_edge.finetuning.training import fine_tune
-from fseft_edge.pretraining.cohort import TrainingCase
+from fseft_edge.pretraining.training_cases import TrainingCase
 from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.preprocessing import Preprocessing

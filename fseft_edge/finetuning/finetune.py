@@ -22,8 +22,8 @@ from fseft_edge.finetuning.tuning_file import SUFFIX, TuningDescription, TuningF
 from fseft_edge.finetuning.unfreezing import unfreeze
 from fseft_edge.masks.prediction import segment_encoded
 from fseft_edge.outbox.accepted_masks import ReviewedBatch
-from fseft_edge.pretraining.cohort import TrainingCase, prepare_case
 from fseft_edge.pretraining.config import MOST_ORGANS
+from fseft_edge.pretraining.training_cases import TrainingCase, prepare_case
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.encoder.feature_store import open_store
@@ -125,7 +125,7 @@ def finetune(
     support = load_tuning_support(annotated, organs, bundle, progress)
     scores = OrganScores(len(organs))
     if validate and len(annotated) > 1:
-        scores = leave_one_out(support, settings, progress)
+        scores = cross_validate(support, settings, progress)
     elif validate:
         _LOG.warning("there is only one scan, so cross-validation is not possible")
     tuned = support.tuned(settings, range(len(annotated)), progress)
@@ -174,20 +174,22 @@ def load_tuning_support(
     Raises:
         InputError: a CT cannot be read, or its annotation has another lattice.
     """
-    ids = {organ.name: organ.label for organ in organs}
+    label_values = {organ.name: organ.label for organ in organs}
     prepared, looks = [], []
     with progress.task("read", len(annotated)) as task:
         for image, labels in annotated:
             volume = read_scan(image)
             check_labels_match(volume, labels)
-            prepared.append(prepare_case(volume, labels, ids, list(ids), bundle.preprocessing, partial=True))
+            prepared.append(
+                prepare_case(volume, labels, label_values, list(label_values), bundle.preprocessing, partial=True)
+            )
             looks.append([hu_percentiles(volume, labels.array == organ.label) for organ in organs])
             task.advance(1)
     volumes = [annotated_volumes_ml(labels, organs) for _, labels in annotated]
     return TuningSupport(annotated, prepared, organs, head_rows(bundle, organs), bundle, volumes, looks)
 
 
-def leave_one_out(support: TuningSupport, settings: TuningSettings, progress: Progress) -> OrganScores:
+def cross_validate(support: TuningSupport, settings: TuningSettings, progress: Progress) -> OrganScores:
     """Return the scores of a cross-validation in which every scan is left out once."""
     scores = OrganScores(len(support.organs))
     groups = folds(len(support.cases))

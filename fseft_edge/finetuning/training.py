@@ -18,7 +18,7 @@ from fseft_edge.adaptation.training import rate_share
 from fseft_edge.adapters.network import Adapter, AdapterSettings, HeadRows
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.unfreezing import renewed_parts, unfreeze
-from fseft_edge.pretraining.cohort import Batch, TrainingCase, batch_of, random_crop
+from fseft_edge.pretraining.training_cases import Batch, TrainingCase, batch_of, random_crop
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError

@@ -17,7 +17,6 @@ from fseft_edge.adaptation.bfloat16_fix import short_inputs_in_float32
 from fseft_edge.adaptation.losses import adaptation_loss, partial_label_loss
 from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.zoo import CUSTOM, load_model
-from fseft_edge.pretraining.cohort import Batch, TrainingCase, draw_batch, load_cohorts
 from fseft_edge.pretraining.config import PretrainingConfig
 from fseft_edge.pretraining.metrics_log import MetricsLog, StepMetrics
 from fseft_edge.pretraining.network import PretrainingNetwork
@@ -29,6 +28,7 @@ from fseft_edge.pretraining.run_folder import (
     save_checkpoint,
     write_trained,
 )
+from fseft_edge.pretraining.training_cases import Batch, TrainingCase, draw_batch, load_cohorts
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
 from fseft_edge.runtime.encoder.bundle import sha256_of_file
 from fseft_edge.runtime.encoder.networks import build_network

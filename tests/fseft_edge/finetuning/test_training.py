@@ -24,7 +24,7 @@ from fseft_edge.finetuning.merging import folded_encoder
 from fseft_edge.finetuning.settings import TUNING_METHODS, TuningMethod, TuningSettings
 from fseft_edge.finetuning.training import TunedNetwork, _optimizer, crop_edge
 from fseft_edge.finetuning.unfreezing import unfreeze
-from fseft_edge.pretraining.cohort import prepare_case, random_crop
+from fseft_edge.pretraining.training_cases import prepare_case, random_crop
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
@@ -442,7 +442,7 @@ def test_an_organ_too_thin_for_the_grid_is_not_treated_as_absent(site: TuningSit
     coarse = Preprocessing(spacing=(18.0, 18.0, 18.0))
     case = prepare_case(volume, LabelMap(sheet, volume.affine), {"sheet": 1}, ["sheet"], coarse, partial=True)
     assert case.task_mask.tolist() == [True]
-    assert case.organs.any()
+    assert case.organ_bits.any()
 
 
 def test_a_new_decoder_is_refused_for_networks_without_a_decoder() -> None:

@@ -14,7 +14,7 @@ from doubles.repository import ROOT
 
 from fseft_edge.phantom import ORGANS
 from fseft_edge.pretraining import PretrainingConfig, read_pretraining_config
-from fseft_edge.pretraining.cohort import TrainingCase, draw_batch, load_cohorts
+from fseft_edge.pretraining.training_cases import TrainingCase, draw_batch, load_cohorts
 from fseft_edge.runtime.errors import InputError, UnreadableFileError
 from fseft_edge.runtime.system.progress import SilentProgress
 
@@ -38,7 +38,7 @@ def changed_config(data: Path, *changes: tuple[str, str]) -> PretrainingConfig:
 
 
 def organ(case: TrainingCase, config: PretrainingConfig, name: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return case.organs & (1 << config.organs.index(name)) != 0
+    return case.organ_bits & (1 << config.organs.index(name)) != 0
 
 
 SWIN = ('"residual_unet"\nchannels = [4, 8, 8]', '"swin_unetr"\nfeature_size = 12')

@@ -20,9 +20,9 @@ from fseft_edge.adaptation.losses import partial_label_loss
 from fseft_edge.export.checkpoints import read_model_file
 from fseft_edge.export.zoo import MODELS
 from fseft_edge.pretraining import PretrainingConfig, Processes, pretrain, read_pretraining_config, training
-from fseft_edge.pretraining.cohort import Batch, draw_batch, load_cohorts
 from fseft_edge.pretraining.config import SwinUnetrConfig
 from fseft_edge.pretraining.training import learning_rate
+from fseft_edge.pretraining.training_cases import Batch, draw_batch, load_cohorts
 from fseft_edge.runtime.encoder.bundle import sha256_of_file
 from fseft_edge.runtime.encoder.networks.swin_unetr import SwinUnetrFeatures
 from fseft_edge.runtime.errors import CheckpointError, MissingBackendError, OutOfSpaceError, UsageError
@@ -56,7 +56,7 @@ def test_cases_are_those_of_the_list_with_their_annotated_organs(data: Path, con
 
 def test_halves_divide_an_organ_into_the_patients_right_and_left(data: Path, config: PretrainingConfig) -> None:
     case = load_cohorts(config, data, SilentProgress())[0][0]
-    spine, right, left = (case.organs & (1 << bit) != 0 for bit in (1, 2, 3))
+    spine, right, left = (case.organ_bits & (1 << bit) != 0 for bit in (1, 2, 3))
     assert np.array_equal(right | left, spine)
     assert not (right & left).any()
     assert np.flatnonzero(right.any((1, 2))).min() > np.flatnonzero(left.any((1, 2))).max()

@@ -1,4 +1,4 @@
-"""Training cases on the encoder's grid, and random augmented crops of these cases."""
+"""Training cases of pre-training and fine-tuning: annotated scans on the encoder's grid, and random augmented crops."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class TrainingCase:
 
     Attributes:
         image: image values, float16 ``[X, Y, Z]``, scaled to 0..1.
-        organs: organ masks, int32 ``[X, Y, Z]``; bit ``k`` stands for organ ``k``, so organs may overlap.
+        organ_bits: organ masks, int32 ``[X, Y, Z]``; bit ``k`` stands for organ ``k``, so organs may overlap.
         task_mask: bool ``[K]``; True for each organ that is annotated in this scan.
         centres: voxel positions ``[m, 3]`` around which crops are drawn. There is one array per organ that is present;
             the last array contains positions anywhere outside air.
     """
 
     image: NDArray[np.float16]
-    organs: NDArray[np.int32]
+    organ_bits: NDArray[np.int32]
     task_mask: NDArray[np.bool_]
     centres: tuple[NDArray[np.int64], ...]
 
@@ -85,12 +85,18 @@ def load_cohorts(config: PretrainingConfig, root: Path, progress: Progress) -> l
         cohort: list[TrainingCase] = []
         scans = _phantom_scans(dataset) if isinstance(dataset, PhantomsConfig) else _file_scans(dataset, root)
         with progress.task(f"read {dataset.name}", len(scans)) as task:
-            for volume, labels, ids in scans:
+            for volume, labels, label_values in scans:
                 partial = isinstance(dataset, FilesConfig) and dataset.partial
                 halves = dataset.halves if isinstance(dataset, FilesConfig) else {}
                 cohort.append(
                     prepare_case(
-                        volume, labels, ids, config.organs, config.preprocessing, partial=partial, halves=halves
+                        volume,
+                        labels,
+                        label_values,
+                        config.organs,
+                        config.preprocessing,
+                        partial=partial,
+                        halves=halves,
                     )
                 )
                 task.advance(1)
@@ -152,7 +158,7 @@ def _phantom_scans(dataset: PhantomsConfig) -> _Scans:
 def prepare_case(
     volume: Volume,
     labels: LabelMap,
-    ids: Mapping[str, Labels],
+    label_values: Mapping[str, Labels],
     organs: Sequence[str],
     preprocessing: Preprocessing,
     *,
@@ -164,8 +170,8 @@ def prepare_case(
     Args:
         volume: the CT.
         labels: the annotation of the CT, on the lattice of the CT.
-        ids: label value, or label values, of each organ in the annotation.
-        organs: names of all organs, at most 31, in the order of the bits of :attr:`TrainingCase.organs`.
+        label_values: label value, or label values, of each organ in the annotation.
+        organs: names of all organs, at most 31, in the order of the bits of :attr:`TrainingCase.organ_bits`.
         preprocessing: preprocessing of the encoder.
         partial: True if an organ without voxels in the annotation was not contoured; False if it is absent.
         halves: for each organ to split in two, the names of its right half and its left half.
@@ -174,7 +180,7 @@ def prepare_case(
     image = grid.section(volume, 0, grid.shape[2])
     bits = np.zeros(grid.shape, np.int32)
     task_mask = np.zeros(len(organs), np.bool_)
-    for organ, values in ids.items():
+    for organ, values in label_values.items():
         mask = np.isin(labels.array, values)
         if partial and not mask.any():
             continue
@@ -197,8 +203,8 @@ def _filled(occupancy: NDArray[np.float32]) -> NDArray[np.bool_]:
     return half if half.any() else occupancy > 0.5 * occupancy.max()
 
 
-def _mark(organs: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArray[np.bool_], bit: int) -> None:
-    organs[region] |= np.int32(1 << bit)
+def _mark(organ_bits: NDArray[np.int32], task_mask: NDArray[np.bool_], region: NDArray[np.bool_], bit: int) -> None:
+    organ_bits[region] |= np.int32(1 << bit)
     task_mask[bit] = True
 
 
@@ -295,7 +301,7 @@ def random_crop(
     image = _erase_boxes(clean, random) if random.random() < 0.5 else clean
     order = list(mirrored) if mirrored is not None and "x" in flipped else list(range(len(case.task_mask)))
     shifts = torch.tensor(order, dtype=torch.int32)[:, None, None, None]
-    targets = ((_sample_organs(case.organs, position, edge)[None] >> shifts) & 1).float()
+    targets = ((_sample_organs(case.organ_bits, position, edge)[None] >> shifts) & 1).float()
     return image[None], clean[None], targets, torch.from_numpy(case.task_mask[order]).float()
 
 
@@ -315,12 +321,12 @@ def _sample_image(image: NDArray[np.float16], position: Tensor, edge: int) -> Te
     return F.grid_sample(source, normalised, padding_mode="zeros", align_corners=False)[0, 0]
 
 
-def _sample_organs(organs: NDArray[np.int32], position: Tensor, edge: int) -> Tensor:
+def _sample_organs(organ_bits: NDArray[np.int32], position: Tensor, edge: int) -> Tensor:
     nearest = position.round().long()
-    size = torch.tensor(organs.shape)[:, None]
+    size = torch.tensor(organ_bits.shape)[:, None]
     inside = ((nearest >= 0) & (nearest < size)).all(0)
     x, y, z = torch.minimum(nearest.clamp_min(0), size - 1)
-    bits = torch.from_numpy(organs).flatten()[(x * organs.shape[1] + y) * organs.shape[2] + z]
+    bits = torch.from_numpy(organ_bits).flatten()[(x * organ_bits.shape[1] + y) * organ_bits.shape[2] + z]
     return torch.where(inside, bits, 0).reshape(edge, edge, edge)
 
 
