@@ -19,7 +19,7 @@ from bench import Bench
 from kshot import ADAPTERS
 
 from fseft_edge.adaptation.adapt import head_rows
-from fseft_edge.adaptation.cross_validation import Candidate, leave_one_out
+from fseft_edge.adaptation.cross_validation import Candidate, cross_validate
 from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adapters.file import PostProcessing, read_adapter
 from fseft_edge.evaluation.metrics import dice
@@ -62,7 +62,7 @@ def _compared(bench: Bench, method: str, shots: int, draw: int, adapter: Path) -
     support = bench.support(headneck.draw_support(shots, draw))
     candidate = Candidate(method, ADAPTERS[method], TrainingSettings(seed=draw))
     started = time.monotonic()
-    validated = leave_one_out(candidate, support, head_rows(bench.bundle, headneck.ORGANS))
+    validated = cross_validate(candidate, support, head_rows(bench.bundle, headneck.ORGANS))
     seconds = time.monotonic() - started
     trained = read_adapter(adapter).adapter
     plain: dict[str, list[float]] = {organ.name: [] for organ in headneck.ORGANS}

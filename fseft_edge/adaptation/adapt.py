@@ -18,7 +18,7 @@ from fseft_edge.adaptation.cross_validation import (
     best_of,
     can_validate,
     candidates,
-    leave_one_out,
+    cross_validate,
 )
 from fseft_edge.adaptation.support_set import find_annotated, load_support
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
@@ -81,8 +81,9 @@ def adapt(
         training: training schedule and seed.
         choose: use the method and the levels with the best cross-validation result; of ``settings``, only
             ``activation`` and ``width`` are then used.
-        validate: run a leave-one-out cross-validation and store its DSC values in the file. This takes about the time
-            of one training per scan. It needs an organ that is annotated in at least two scans.
+        validate: run a cross-validation (see :mod:`fseft_edge.adaptation.cross_validation`) and store its DSC values
+            in the file. This takes about the time of one training per fold (at most ten). It needs an organ that is
+            annotated in at least two scans.
         cases: names of the cases of ``images`` to use; None uses all cases that have an annotation.
         cache: folder of the feature cache; None keeps no feature maps.
         cache_gb: largest size of the cache in units of 1e9 bytes; the least recently used feature maps are deleted
@@ -139,7 +140,7 @@ def adapt(
             for result in finalists:
                 _LOG.info("%s: DSC %.3f", result.candidate.name, result.mean)
         elif validate:
-            validated = leave_one_out(candidate, support, rows, progress=progress)
+            validated = cross_validate(candidate, support, rows, progress=progress)
         trained = candidate.make(support, rows, progress)
         file = describe(trained, support, organs, bundle=bundle, seed=training.seed, validated=validated)
     write_adapter(output, file)

@@ -1,4 +1,7 @@
-"""Leave-one-out cross-validation over the support set: expected accuracy on new scans, and choice of the method."""
+"""Cross-validation over the support set: expected accuracy on new scans, and choice of the method.
+
+There is one scan per fold (leave-one-out); with more than ten scans, there are ten folds of several scans each.
+"""
 
 from __future__ import annotations
 
@@ -111,11 +114,11 @@ def can_validate(support: Sequence[SupportScan]) -> bool:
 
 
 def folds(scans: int) -> list[list[int]]:
-    """Return the indices of the scans that each fold leaves out: one scan per fold, and at most ten folds."""
+    """Return the indices of the scans that each fold leaves out: one scan per fold, but at most ten folds."""
     return [list(range(first, scans, _MAX_FOLDS)) for first in range(min(scans, _MAX_FOLDS))]
 
 
-def leave_one_out(
+def cross_validate(
     candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows, *, progress: Progress | None = None
 ) -> Validated:
     """Score a candidate on every scan of the support set with an adapter that was made without that scan.

@@ -51,7 +51,7 @@ class AdapterOrgan(BaseModel):
         name: organ name that the user gave.
         label: label value of the organ in the annotations of the support set.
         support_volumes_ml: volume of the organ in every support scan that annotates it; source of the size prior.
-        left_out_dsc: DSC of leave-one-out cross-validation, for every support scan that annotates the organ. Empty
+        left_out_dsc: DSC of the cross-validation, for every support scan that annotates the organ. Empty
             without validation.
         post_processing: default post-processing of the masks; ``left_out_dsc`` includes it.
         support_hu: HU percentiles of the organ in every support scan that annotates it. Files of older versions do not

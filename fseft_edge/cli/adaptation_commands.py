@@ -60,7 +60,7 @@ _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointin
     default="spatial",
     show_default=True,
     help="linear, pointwise and spatial train an adapter on the encoder's features. auto chooses the adapter and the "
-    "levels that are best in leave-one-out cross-validation. The other methods fine-tune the encoder itself.",
+    "levels that are best in cross-validation. The other methods fine-tune the encoder itself.",
 )
 @click.option(
     "--levels",
@@ -70,8 +70,8 @@ _OF_TUNINGS = ("decoder", "steps", "crops", "accumulate", "gradient_checkpointin
 @click.option(
     "--validate/--no-validate",
     default=None,
-    help="Estimate the accuracy on new scans by leave-one-out cross-validation.  [default: yes for adapters, no for "
-    "fine-tuning]",
+    help="Estimate the accuracy on new scans by cross-validation: one scan per fold; with more than ten scans, ten "
+    "folds of several scans each.  [default: yes for adapters, no for fine-tuning]",
 )
 @click.option(
     "--activation",

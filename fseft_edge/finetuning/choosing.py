@@ -1,4 +1,4 @@
-"""The choice between an adapter and fine-tuning, by leave-one-out cross-validation within a time limit."""
+"""The choice between an adapter and fine-tuning, by cross-validation within a time limit."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from doubles.features import random_features
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation.block_sampling import SupportScan
-from fseft_edge.adaptation.cross_validation import Candidate, best_of, candidates, folds, leave_one_out
+from fseft_edge.adaptation.cross_validation import Candidate, best_of, candidates, cross_validate, folds
 from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import PostProcessing
@@ -91,7 +91,7 @@ def test_every_scan_is_left_out_once_in_at_most_ten_folds() -> None:
 
 def test_the_adapter_of_a_fold_is_made_without_the_left_out_scan(bench: Bench) -> None:
     bench.masks = {"a": mask_with(0.7)}
-    validated = leave_one_out(kinds("a")[0], scans(4), [None])
+    validated = cross_validate(kinds("a")[0], scans(4), [None])
     assert bench.made == [("a", 3)] * 4
     assert validated.dsc == (pytest.approx((0.7,) * 4, abs=1e-3),)
 
@@ -107,7 +107,7 @@ def test_softmax_is_not_scored_without_a_training_scan_that_annotates_all_organs
     )
     for activation, scores in (("sigmoid", 3), ("softmax", 2)):
         candidate = Candidate("a", AdapterSettings(activation=activation), TrainingSettings())
-        validated = leave_one_out(candidate, [whole, partial, partial], [None, None])
+        validated = cross_validate(candidate, [whole, partial, partial], [None, None])
         assert [len(organ) for organ in validated.dsc] == [scores, 0]
 
 
@@ -130,7 +130,7 @@ def test_post_processing_is_chosen_if_it_improves_the_dsc_and_the_scores_include
     stray = mask_with(0.9)
     stray[14:, 14:] = 1
     bench.masks = {"stray": stray}
-    validated = leave_one_out(kinds("stray")[0], scans(2), [None])
+    validated = cross_validate(kinds("stray")[0], scans(2), [None])
     assert validated.post_processing == (PostProcessing(largest_component=True),)
     assert validated.dsc == (pytest.approx((0.9, 0.9), abs=1e-3),)
 
@@ -139,7 +139,7 @@ def test_post_processing_with_almost_no_gain_is_not_chosen(bench: Bench) -> None
     stray = mask_with(0.9)
     stray[15, 15, 15] = 1
     bench.masks = {"stray": stray}
-    assert leave_one_out(kinds("stray")[0], scans(2), [None]).post_processing == (PostProcessing(),)
+    assert cross_validate(kinds("stray")[0], scans(2), [None]).post_processing == (PostProcessing(),)
 
 
 def test_zero_shot_is_only_a_candidate_if_the_encoder_knows_all_organs() -> None:

@@ -11,7 +11,7 @@ from doubles.encoder import label_of, write_case, write_tiny_encoder
 
 from fseft_edge.adaptation.augmentation import Variation, default_variations, vary
 from fseft_edge.adaptation.block_sampling import SupportScan, with_variations
-from fseft_edge.adaptation.cross_validation import Candidate, leave_one_out
+from fseft_edge.adaptation.cross_validation import Candidate, cross_validate
 from fseft_edge.adaptation.support_set import load_support
 from fseft_edge.adaptation.training import TrainingSettings, train_adapter
 from fseft_edge.adapters.network import AdapterSettings
@@ -149,7 +149,7 @@ def test_a_left_out_scan_is_left_out_with_its_variations(
 
     monkeypatch.setattr("fseft_edge.adaptation.cross_validation.train_adapter", recorded)
     training = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1)
-    leave_one_out(Candidate("", AdapterSettings(method="spatial", width=4), training), support, [None, None])
+    cross_validate(Candidate("", AdapterSettings(method="spatial", width=4), training), support, [None, None])
     assert trained_on == [[support[1], *support[1].variations], [support[0], *support[0].variations]]
 
 
