@@ -45,7 +45,7 @@ PARTS = ("kills", "pipeline", "cluster")
 
 
 @dataclass(frozen=True)
-class Night:
+class Batch:
     """The folders and files of the test."""
 
     root: Path
@@ -99,18 +99,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
-    night = _prepared(arguments.output)
-    good, broken = _fill(night.inbox, arguments.cases)
-    print(f"{len(good)} good inputs, {len(broken)} broken ones, {len(night.adapters)} adapters\n")
+    batch = _prepared(arguments.output)
+    good, broken = _fill(batch.inbox, arguments.cases)
+    print(f"{len(good)} good inputs, {len(broken)} broken ones, {len(batch.adapters)} adapters\n")
     if "kills" in arguments.parts:
-        _kills(night, good, broken, arguments.kills, random.Random(arguments.seed))  # noqa: S311 - not used for security
+        _kills(batch, good, broken, arguments.kills, random.Random(arguments.seed))  # noqa: S311 - not used for security
     if "pipeline" in arguments.parts:
-        _pipeline(night)
+        _pipeline(batch)
     if "cluster" in arguments.parts:
-        _cluster(night)
+        _cluster(batch)
 
 
-def _prepared(root: Path) -> Night:
+def _prepared(root: Path) -> Batch:
     for folder in ("inbox", "tmp", "images", "labels"):
         (root / folder).mkdir(parents=True)
     support = headneck.split("support")[:3]
@@ -135,7 +135,7 @@ def _prepared(root: Path) -> Night:
             validate=False,
             cache=headneck.RUNS / "features",
         )
-    return Night(root, encoder, tuple(made))
+    return Batch(root, encoder, tuple(made))
 
 
 def _fill(inbox: Path, test_cases: int) -> tuple[set[str], set[str]]:
@@ -171,30 +171,30 @@ def _scaled_to_one(plain: bytes) -> bytes:
     return plain[:112] + struct.pack("<ff", 1 / 4000, 0.25) + plain[120:]
 
 
-def _kills(night: Night, good: set[str], broken: set[str], kills: int, moments: random.Random) -> None:
+def _kills(batch: Batch, good: set[str], broken: set[str], kills: int, moments: random.Random) -> None:
     done: dict[str, int] = {}
     struck = []
     for _ in range(kills):
-        process = night.start("killed")
+        process = batch.start("killed")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(moments.uniform(2.0, 25.0))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        states = [case.state for case in night.cases("killed")]
+        states = [case.state for case in batch.cases("killed")]
         struck.append(states.count(CaseState.RUNNING))
-        _check_once(night, done)
+        _check_once(batch, done)
     started = time.monotonic()
-    night.start("killed").wait()
-    _check_once(night, done)
-    state = {case.key: case for case in night.cases("killed")}
+    batch.start("killed").wait()
+    _check_once(batch, done)
+    state = {case.key: case for case in batch.cases("killed")}
     finished = {key for key, case in state.items() if case.state == CaseState.DONE}
     failed = {key for key, case in state.items() if case.state == CaseState.FAILED and case.reason}
-    with sqlite3.connect(state_path(night.root / "killed")) as connection:
+    with sqlite3.connect(state_path(batch.root / "killed")) as connection:
         sound = connection.execute("PRAGMA integrity_check").fetchone()[0]
-    left = [*(night.root / "killed").rglob("*partial*"), *(night.root / "tmp").iterdir()]
+    left = [*(batch.root / "killed").rglob("*partial*"), *(batch.root / "tmp").iterdir()]
     print("## Killed and started again\n")
-    print(f"- {kills} kills; cases in hand at each: {struck}; the last run took {time.monotonic() - started:.0f} s")
+    print(f"- {kills} kills; cases in progress at each: {struck}; the last run took {time.monotonic() - started:.0f} s")
     print(f"- good cases done: {len(finished & good)} of {len(good)}; others done: {len(finished - good)}")
     print(f"- broken inputs that failed with a reason: {len(failed & broken)} of {len(broken)}")
     print(f"- other cases that failed: {len(failed - broken)}")
@@ -206,39 +206,39 @@ def _kills(night: Night, good: set[str], broken: set[str], kills: int, moments: 
     print()
 
 
-def _check_once(night: Night, done: dict[str, int]) -> None:
+def _check_once(batch: Batch, done: dict[str, int]) -> None:
     """Raise SystemExit if the result of a finished case was written again."""
-    for path in (night.root / "killed").glob("case-*/case-*.nii.gz"):
+    for path in (batch.root / "killed").glob("case-*/case-*.nii.gz"):
         date = path.stat().st_mtime_ns
         if done.setdefault(path.parent.name, date) != date:
             raise SystemExit(f"{path.parent.name} was made twice")
 
 
-def _pipeline(night: Night) -> None:
+def _pipeline(batch: Batch) -> None:
     print("## Stages overlapping, and one by one\n")
     print("| run | cases | seconds | cases an hour | encoder idle |\n|---|---|---|---|---|")
     seconds = {}
     for outbox, options in (("overlapping", ()), ("one_by_one", ("--one-by-one",))):
-        night.start(outbox, *options).wait()
-        seconds[outbox] = _row(night, outbox)
-    print(f"\nRatio {seconds['one_by_one'] / seconds['overlapping']:.2f}; {_same(night, ['killed', *seconds])}\n")
+        batch.start(outbox, *options).wait()
+        seconds[outbox] = _row(batch, outbox)
+    print(f"\nRatio {seconds['one_by_one'] / seconds['overlapping']:.2f}; {_same(batch, ['killed', *seconds])}\n")
 
 
-def _cluster(night: Night) -> None:
+def _cluster(batch: Batch) -> None:
     print("## One Dask worker, and two\n")
     print("| run | cases | seconds | cases an hour | encoder idle |\n|---|---|---|---|---|")
     seconds = {}
     for workers in (1, 2):
         outbox = f"workers_{workers}"
-        with _workers(workers, night.root / "tmp") as address:
-            night.start(outbox, "--scheduler", address).wait()
-        seconds[outbox] = _row(night, outbox)
-    print(f"\nRatio {seconds['workers_1'] / seconds['workers_2']:.2f}; {_same(night, ['killed', *seconds])}")
+        with _workers(workers, batch.root / "tmp") as address:
+            batch.start(outbox, "--scheduler", address).wait()
+        seconds[outbox] = _row(batch, outbox)
+    print(f"\nRatio {seconds['workers_1'] / seconds['workers_2']:.2f}; {_same(batch, ['killed', *seconds])}")
 
 
-def _row(night: Night, outbox: str) -> float:
+def _row(batch: Batch, outbox: str) -> float:
     """Print a row; return the seconds from the start of the first case to the end of the last case."""
-    done = [case for case in night.cases(outbox) if case.seconds is not None]
+    done = [case for case in batch.cases(outbox) if case.seconds is not None]
     begun = min(case.started_at for case in done if case.started_at is not None)
     wall = max(case.finished_at for case in done if case.finished_at is not None) - begun
     encoding = sum(case.seconds.encode for case in done if case.seconds is not None)
@@ -247,8 +247,8 @@ def _row(night: Night, outbox: str) -> float:
     return wall
 
 
-def _same(night: Night, outboxes: Sequence[str]) -> str:
-    masks = [night.masks(outbox) for outbox in outboxes if (night.root / outbox).exists()]
+def _same(batch: Batch, outboxes: Sequence[str]) -> str:
+    masks = [batch.masks(outbox) for outbox in outboxes if (batch.root / outbox).exists()]
     return "masks are the same bytes" if all(other == masks[0] for other in masks) else "MASKS DIFFER"
 
 
