@@ -400,12 +400,12 @@ def test_the_error_of_the_only_scan_is_raised(site: Site, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_no_scan_or_no_adapter_is_a_usage_error(site: Site, tmp_path: Path) -> None:
+def test_no_scan_or_neither_adapter_nor_encoder_is_a_usage_error(site: Site, tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     with refused(UsageError, "CT"):
         site.segment([], [tmp_path / "a.adapter"], tmp_path / "out")
     with refused(UsageError, "adapter"):
-        site.segment([site.image("case_1")], [], tmp_path / "out")
+        site.segment([site.image("case_1")], [], tmp_path / "out", encoder=None)
 
 
 def test_the_encoder_is_found_beside_the_adapter_by_its_id_and_not_by_its_name(site: Site, tmp_path: Path) -> None:
