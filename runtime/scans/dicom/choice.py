@@ -85,5 +85,7 @@ def _series_list(series: Sequence[DicomSeries], *, patients: bool = False) -> st
     lines = []
     for candidate in series:
         who = f"patient {order.index(candidate.patient) + 1}: " if patients else ""
-        lines.append(f"\n  {candidate.number}: {who}{candidate.description()}{'; not readable' if candidate.problem else ''}")
+        lines.append(
+            f"\n  {candidate.number}: {who}{candidate.description()}{'; not readable' if candidate.problem else ''}"
+        )
     return "".join(lines)
