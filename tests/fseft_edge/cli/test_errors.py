@@ -37,7 +37,7 @@ Case = tuple[int, list[str], Callable[[Site, Path], list[object]]]
 ERRORS: dict[str, Case] = {
     "an unknown command": (2, ["paint"], lambda s, t: ["paint"]),
     "an unknown option": (2, ["--colour"], lambda s, t: [*s.segment("ct.nii", output=t), "--colour", "red"]),
-    "a missing option": (2, ["--adapter"], lambda s, t: ["segment", "ct.nii.gz", "-o", t / "out"]),
+    "a missing option": (2, ["--output"], lambda s, t: ["segment", "ct.nii.gz", "--adapter", s / "a.adapter"]),
     "a malformed organ": (
         2,
         ["'liver'", "--organ"],
