@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SUPPORT: Final = ("hn_002", "hn_004", "hn_017", "hn_020")
-QUERIES: Final = ("hn_021", "hn_022")
+QUERIES: Final = ("hn_164", "hn_333")
 KNOWN: Final = (OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 7))
 NOVEL: Final = (OrganLabel("right_parotid", 3), OrganLabel("left_parotid", 4))
 """Organs with their label values in the annotations."""
@@ -93,14 +93,14 @@ def run_demo(output: Path, *, progress: Progress | None = None) -> DemoResult:
     progress = progress or SilentProgress()
     _prepare_folder(output)
     with progress.task("export edge_base", 1) as task:
-        bundle = export_encoder(None, model="edge_base", output=output / "edge_base.encoder")
+        bundle = export_encoder(None, model="edge_base", output=output / "edge_base.encoder", onnx=False)
         task.advance(1)
     write_adapter(output / "zero_shot.adapter", zero_shot_adapter(bundle, KNOWN))
     before = _segment_and_score(output, "before", ["zero_shot"], KNOWN, progress)
     adapt(
         bundle.path,
-        output / "support" / "ct",
-        output / "support" / "label",
+        output / "support" / "images",
+        output / "support" / "labels",
         NOVEL,
         output / "parotids.adapter",
         training=TrainingSettings(blocks=_BLOCKS),
@@ -123,11 +123,11 @@ def _prepare_folder(output: Path) -> None:
             )
         shutil.rmtree(output)
     for folder, cases in (("support", SUPPORT), ("query", QUERIES)):
-        for kind in ("ct", "label"):
-            (output / folder / kind).mkdir(parents=True)
+        for kind, part in (("ct", "images"), ("label", "labels")):
+            (output / folder / part).mkdir(parents=True)
             for case in cases:
                 with as_file(files("fseft_edge") / "demonstration_data" / kind / f"{case}.nii.gz") as scan:
-                    shutil.copyfile(scan, output / folder / kind / scan.name)
+                    shutil.copyfile(scan, output / folder / part / scan.name)
     (output / _MARKER).touch()
 
 
@@ -135,9 +135,9 @@ def _segment_and_score(
     output: Path, name: str, adapters: Sequence[str], organs: Sequence[OrganLabel], progress: Progress
 ) -> Evaluation:
     paths = [output / f"{adapter}.adapter" for adapter in adapters]
-    segment([output / "query" / "ct"], paths, output / name, cache=output / "cache", progress=progress)
+    segment([output / "query" / "images"], paths, output / name, cache=output / "cache", progress=progress)
     labels = {organ.name: organ.label for organ in organs}
-    return evaluate(output / name, output / "query" / "label", labels, progress=progress)
+    return evaluate(output / name, output / "query" / "labels", labels, progress=progress)
 
 
 def _write_page(output: Path, result: DemoResult) -> None:
@@ -195,8 +195,8 @@ def _pictures(output: Path, name: str, organs: Sequence[OrganLabel], when: str) 
     pictures = []
     positions = {organ.name: number for number, organ in enumerate((*KNOWN, *NOVEL), start=1)}
     for case in QUERIES:
-        volume = read_ct(output / "query" / "ct" / f"{case}.nii.gz")
-        truth = read_label_map(output / "query" / "label" / f"{case}.nii.gz").array
+        volume = read_ct(output / "query" / "images" / f"{case}.nii.gz")
+        truth = read_label_map(output / "query" / "labels" / f"{case}.nii.gz").array
         found = read_label_map(output / name / f"{case}.nii.gz").array
         masks = {organ.name: (np.equal(found, positions[organ.name]), np.equal(truth, organ.label)) for organ in organs}
         path = output / f"{case}_{when}.png"

@@ -76,13 +76,13 @@ def test_each_stage_writes_its_results(result: DemoResult) -> None:
     folder = result.page.parent
     assert result.page.name == "index.html"
     for part, cases in (("support", SUPPORT), ("query", QUERIES)):
-        for kind in ("ct", "label"):
+        for kind in ("images", "labels"):
             assert sorted(path.name for path in (folder / part / kind).iterdir()) == [f"{c}.nii.gz" for c in cases]
     bundle = EncoderBundle.open(folder / "edge_base.encoder")
     for name in ("zero_shot.adapter", "parotids.adapter"):
         assert read_adapter(folder / name).description.encoder_id == bundle.encoder_id
     for case in QUERIES:
-        query = read_ct(folder / "query" / "ct" / f"{case}.nii.gz")
+        query = read_ct(folder / "query" / "images" / f"{case}.nii.gz")
         for stage in ("before", "after"):
             mask = read_label_map(folder / stage / f"{case}.nii.gz")
             assert mask.shape == query.shape
