@@ -43,8 +43,8 @@ class RecordedProgress(SilentProgress):
         return super().task(name, total)
 
 
-def _tiny_export(checkpoint: Path | None, *, model: str, output: Path) -> EncoderBundle:
-    assert (checkpoint, model) == (None, "edge_base")
+def _tiny_export(checkpoint: Path | None, *, model: str, output: Path, onnx: bool) -> EncoderBundle:
+    assert (checkpoint, model, onnx) == (None, "edge_base", False)
     return write_tiny_encoder(output)
 
 

@@ -27,7 +27,7 @@ def test_zero_shot_probabilities_of_a_real_ct_equal_those_of_monai(
     bundle = export_encoder(None, model="edge_base", output=tmp_path / "edge_base.encoder", onnx=False)
     organs = [OrganLabel("mandible", 7), OrganLabel("spinal_cord", 2)]
     zero_shot = zero_shot_adapter(bundle, organs)
-    volume = read_ct(real_ct / "headneck" / "ct" / "hn_002.nii.gz")
+    volume = read_ct(real_ct / "headneck" / "ct" / "hn_004.nii.gz")  # four windows, side by side along two axes
     with open_session(bundle, backend="torch") as session:
         encoded = encode_scan(
             volume,
