@@ -2,7 +2,7 @@
 
 The formulas below add the largest amounts: the memory of the process before encoding (measured), the blend over the
 depth of one window, the network's tensors for one batch of windows
-(:mod:`fseft_edge.runtime.encoder.networks.activations`), and the section of the feature map that is being written.
+(:mod:`fseft_edge.runtime.encoder.networks.peak_memory`), and the section of the feature map that is being written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.blend import PLACES, Place
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
-from fseft_edge.runtime.encoder.networks.activations import activation_bytes
+from fseft_edge.runtime.encoder.networks.peak_memory import activation_bytes
 from fseft_edge.runtime.encoder.streaming import SECTION_SLICES
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.system.memory import Budget, Footprint, first_that_fits

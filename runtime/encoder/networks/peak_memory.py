@@ -1,4 +1,4 @@
-"""Compute the peak memory of the tensors in an encoder's forward pass from shapes.
+"""Predict the peak memory of the tensors in an encoder's forward pass, from the shapes of the tensors.
 
 The peak is computed with formulas. Running the network on tensors without values (PyTorch's meta device) would give the
 same result, but needs 80 MB of memory. The formulas follow the code of the networks in this package at the places where
@@ -38,13 +38,13 @@ def activation_bytes(architecture: str, settings: Mapping[str, Any], window: Win
     if architecture == "residual_unet":
         channels = cast("Sequence[int]", settings["channels"])
         plain = _slabwise_unet(channels, window) if slabwise else _residual_unet(channels, window)
-        return _FLOAT * (plain if settings.get("inserts") is None else _with_adapters(plain, channels, window))
+        return _FLOAT * (plain if settings.get("inserts") is None else _with_med_adapters(plain, channels, window))
     if architecture == "swin_unetr":  # inserts are negligible compared with the attention scores
         return _FLOAT * _swin_unetr(int(settings.get("feature_size", 48)), window)
     if architecture == "genesis_unet":
         channels = [2 * int(settings.get("width", 32)) * 2**level for level in range(4)]
         plain = _genesis_unet(channels, window)
-        return _FLOAT * (plain if settings.get("inserts") is None else _with_adapters(plain, channels, window))
+        return _FLOAT * (plain if settings.get("inserts") is None else _with_med_adapters(plain, channels, window))
     if architecture == IMPORTED:
         return int(settings["activation_bytes"])
     raise EncoderBundleError(
@@ -98,7 +98,7 @@ def _slabwise_unet(channels: Sequence[int], window: Window) -> int:
     return up
 
 
-def _with_adapters(plain: int, channels: Sequence[int], window: Window) -> int:
+def _with_med_adapters(plain: int, channels: Sequence[int], window: Window) -> int:
     """Return the peak number of elements with Med-Adapters.
 
     The peak is in a decoder level, as without adapters, or in the adapter of a stage: the stage's features twice, and

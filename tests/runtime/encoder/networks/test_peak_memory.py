@@ -11,9 +11,9 @@ from doubles.storages import LiveStorage
 
 from fseft_edge.runtime.encoder.backends.pytorch import inference_network
 from fseft_edge.runtime.encoder.networks import build_network
-from fseft_edge.runtime.encoder.networks.activations import Window, activation_bytes
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.encoder.networks.inserts import INSERTS, InsertKind
+from fseft_edge.runtime.encoder.networks.peak_memory import Window, activation_bytes
 from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.encoder.networks.slabwise import SlabwiseResidualUNet
 from fseft_edge.runtime.errors import EncoderBundleError
