@@ -1,4 +1,4 @@
-"""Cache of feature maps: reading and writing, damaged and incomplete entries, several processes, size limit."""
+"""Cache of feature maps: reading and writing, damaged and incomplete entries, several processes, size limit, keys."""
 
 from __future__ import annotations
 
@@ -387,3 +387,47 @@ def test_an_open_map_stays_readable_when_its_entry_is_deleted(tmp_path: Path) ->
     found = FeatureStore(tmp_path).build(KEY, META, sections(pyramid()))
     shutil.rmtree(tmp_path)
     assert torch.equal(found.read(0, *whole(META.padded_shape)), pyramid()[0].half())
+
+
+# --- keys: a key depends on everything that determines the features, and on nothing else
+
+
+def volume_with(**changes: Any) -> Volume:
+    values = np.random.default_rng(0).integers(-1000, 1000, (5, 6, 7)).astype(np.int16)
+    return Volume(**({"array": values, "affine": np.diag([1.0, 1.0, 2.0, 1.0])} | changes))
+
+
+def key_of(tmp_path: Path, volume: Volume | None = None, **changes: Any) -> str:
+    arguments = {"preprocessing": Preprocessing(), "encoder_id": "e", "overlap": 0.25, "dtype": "float16"} | changes
+    return FeatureStore(tmp_path).key(volume or volume_with(), **arguments)
+
+
+def test_a_key_depends_on_everything_that_determines_the_features(tmp_path: Path) -> None:
+    array = volume_with().array
+    changed = array.copy()
+    changed[4, 5, 6] += 1
+    volumes = [
+        volume_with(),
+        volume_with(array=changed),
+        volume_with(array=array.astype(np.int32)),
+        volume_with(array=array.reshape(6, 5, 7)),
+        volume_with(affine=np.diag([1.0, 1.0, 2.0000001, 1.0])),
+        volume_with(slope=2.0),
+        volume_with(intercept=-1024.0),
+    ]
+    keys = [key_of(tmp_path, volume) for volume in volumes]
+    keys += [key_of(tmp_path, preprocessing=Preprocessing(antialias=True)), key_of(tmp_path, encoder_id="f")]
+    keys += [key_of(tmp_path, overlap=0.5), key_of(tmp_path, dtype="float32")]
+    assert len(set(keys)) == len(keys)
+    assert all(len(each) == 64 and set(each) <= set("0123456789abcdef") for each in keys)
+
+
+def test_a_key_does_not_depend_on_file_name_memory_layout_or_byte_order(tmp_path: Path) -> None:
+    array = volume_with().array
+    same = [
+        volume_with(source=Path("elsewhere.nii")),
+        volume_with(array=np.asfortranarray(array)),
+        volume_with(array=array.astype(">i2")),
+        volume_with(affine=np.diag([1.0, 1.0, 2.0, 1.0]) * 1.0 - 0.0),
+    ]
+    assert {key_of(tmp_path, volume) for volume in same} == {key_of(tmp_path)}
