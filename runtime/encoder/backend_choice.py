@@ -11,7 +11,7 @@ import torch
 
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoder.engine_files import EngineLibrary, engine_for_gpu
-from fseft_edge.runtime.encoder.networks import IMPORTED
+from fseft_edge.runtime.encoder.networks import ARCHITECTURES, IMPORTED
 from fseft_edge.runtime.encoder.remembered_speed import remembered_order
 from fseft_edge.runtime.errors import EngineError
 from fseft_edge.runtime.system.libraries import import_library, import_problem
@@ -23,6 +23,7 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 NO_PARITY_REPORT: Final = "the bundle contains no parity report for this backend"
 """Obstacle of a backend that was not compared with PyTorch when the bundle was exported."""
 
+# This table only orders the backends of an architecture; ARCHITECTURES lists the architectures that are known.
 # Fastest first, measured with `benchmarks/encoder_backends.py`. In float32, PyTorch with oneDNN (channels last)
 # computes a network of only convolutions as fast as OpenVINO, and needs two thirds of the memory. Attention is faster
 # in engines that fuse operators, because fewer intermediate tensors are written to memory and read again.
@@ -52,6 +53,9 @@ _ON_CPU: dict[str, tuple[tuple[BackendName, Precision], ...]] = {
         ("torch", "float32"),
     ),
 }
+_DEFAULT_ON_CPU = _ON_CPU["residual_unet"]
+"""Order for architectures without an order in the table."""
+
 # Not measured: the order follows from the engines' support of float16 and of fused operators.
 _ON_CUDA: tuple[tuple[BackendName, Precision], ...] = (
     ("tensorrt_rtx", "mixed"),
@@ -105,12 +109,12 @@ def backend_choices(
         precision: yield only choices with this precision; ``auto`` means all precisions.
     """
 
-    def wanted(way: tuple[BackendName, Precision]) -> bool:
-        return backend in ("auto", way[0]) and precision in ("auto", way[1])
+    def wanted(pair: tuple[BackendName, Precision]) -> bool:
+        return backend in ("auto", pair[0]) and precision in ("auto", pair[1])
 
     order = _order(bundle, device)
-    for way in filter(wanted, order):
-        yield BackendChoice(*way, _obstacle(*way, bundle, device))
+    for pair in filter(wanted, order):
+        yield BackendChoice(*pair, _obstacle(*pair, bundle, device))
     never = f"does not compute on a {'CPU' if device.type == 'cpu' else 'GPU'}"
     for name in BACKENDS:
         if name not in {computes for computes, _ in order} and wanted((name, "float32")):
@@ -130,19 +134,19 @@ def _order(bundle: EncoderBundle, device: torch.device) -> list[tuple[BackendNam
 
     The order is that of the speeds measured on this machine, else that of the tables above.
     """
-    on_cpu = _ON_CPU.get(bundle.manifest.architecture, _ON_CPU["residual_unet"])
+    on_cpu = _ON_CPU.get(bundle.manifest.architecture, _DEFAULT_ON_CPU)
     order = list(on_cpu if device.type == "cpu" else _ON_CUDA)
     remembered = remembered_order(bundle, device)
     if remembered is None:
         return order
-    measured = [way for way in remembered if way in order]
+    measured = [pair for pair in remembered if pair in order]
     _log.info("order of backends by their measured speed on this machine: %s", ", ".join(map(" ".join, measured)))
-    ranked = sorted((way for way in order if way in measured), key=measured.index)
-    return ranked + [way for way in order if way not in measured]
+    ranked = sorted((pair for pair in order if pair in measured), key=measured.index)
+    return ranked + [pair for pair in order if pair not in measured]
 
 
 def _obstacle(backend: BackendName, precision: Precision, bundle: EncoderBundle, device: torch.device) -> str | None:
-    if bundle.manifest.architecture not in _ON_CPU:
+    if bundle.manifest.architecture not in ARCHITECTURES:
         return "this version of fseft-edge does not know the encoder's architecture"
     if backend == "torch" and (bundle.graph_only or precision == "float32"):
         return _NO_NETWORK if bundle.graph_only else None

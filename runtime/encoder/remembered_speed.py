@@ -89,7 +89,7 @@ def remembered_order(bundle: EncoderBundle, device: torch.device) -> list[tuple[
         )
         return None
     fastest_first = sorted(record.seconds_a_window, key=record.seconds_a_window.__getitem__)
-    return [(backend, precision) for backend, _, precision in (way.partition(" ") for way in fastest_first)]
+    return [(backend, precision) for backend, _, precision in (pair.partition(" ") for pair in fastest_first)]
 
 
 def remember(bundle: EncoderBundle, device: torch.device, seconds_a_window: Mapping[tuple[str, str], float]) -> Path:
@@ -103,7 +103,7 @@ def remember(bundle: EncoderBundle, device: torch.device, seconds_a_window: Mapp
         encoder_id=bundle.encoder_id,
         device=device_name(device),
         versions=installed_versions(),
-        seconds_a_window={" ".join(way): seconds for way, seconds in seconds_a_window.items()},
+        seconds_a_window={" ".join(pair): seconds for pair, seconds in seconds_a_window.items()},
     )
     others = [
         record for record in _read().records if (record.encoder_id, record.device) != (new.encoder_id, new.device)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from fseft_edge.runtime.encoder.backend_choice import BackendChoice, backend_choices
+from fseft_edge.runtime.encoder.backend_choice import BackendChoice, BackendName, backend_choices
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
@@ -43,8 +43,8 @@ def open_session(
         EngineError: the backend has no engine that this GPU can use.
     """
     target = resolve_device(device)
-    if backend != "auto" and backend not in _BACKENDS:
-        raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose one of auto, {', '.join(_BACKENDS)}.")
+    if backend != "auto" and backend not in _OPENERS:
+        raise UsageError(f"The backend {backend!r} is unknown.", remedy=f"Choose one of auto, {', '.join(_OPENERS)}.")
     refused: list[BackendChoice] = []
     for choice in backend_choices(bundle, target, backend, precision):
         if not choice.usable:
@@ -61,14 +61,14 @@ def open_session(
 
 
 def _opened(choice: BackendChoice, bundle: EncoderBundle, device: torch.device, threads: int | None) -> EncoderSession:
-    session = _BACKENDS[choice.backend](bundle, device, threads or torch.get_num_threads(), choice.precision)
+    session = _OPENERS[choice.backend](bundle, device, threads or torch.get_num_threads(), choice.precision)
     _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
     return session
 
 
 def backend_names() -> tuple[str, ...]:
     """Return the names of all backends of this version."""
-    return tuple(_BACKENDS)
+    return tuple(_OPENERS)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -148,7 +148,7 @@ def _open_tensorrt(bundle: EncoderBundle, device: torch.device, _: int, precisio
     return TensorRtSession(bundle, device, precision)
 
 
-_BACKENDS: dict[str, Callable[[EncoderBundle, torch.device, int, Precision], EncoderSession]] = {
+_OPENERS: dict[BackendName, Callable[[EncoderBundle, torch.device, int, Precision], EncoderSession]] = {
     "torch": _open_torch,
     "onnxruntime": _open_onnxruntime,
     "openvino": _open_openvino,

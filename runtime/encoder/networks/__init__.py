@@ -1,19 +1,33 @@
 """Encoder architectures. The torch backend builds a network from an architecture and weights in a safetensors file.
 
 Networks are not stored as serialised programs, because loading such a program unpickles data and may execute code.
+
+A new architecture needs entries in these places:
+
+1. a module in this package with a subclass of :class:`fseft_edge.runtime.encoder.networks.base.FeatureNetwork`;
+2. its name in :data:`ARCHITECTURES`, and its class in :func:`build_network`;
+3. a formula for its memory in :mod:`fseft_edge.runtime.encoder.networks.peak_memory`;
+4. its order of backends, fastest first, in :mod:`fseft_edge.runtime.encoder.backend_choice`; an architecture without an
+   order uses the default order.
+
+``docs/developing.md`` describes the steps, including export, pretraining, fine-tuning and tests.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from fseft_edge.runtime.errors import EncoderBundleError
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 
-IMPORTED = "imported"
+IMPORTED: Final = "imported"
 """Architecture name of encoders whose network is the user's own code; the bundle only contains the ONNX graph."""
+
+ARCHITECTURES: Final = ("residual_unet", "swin_unetr", "genesis_unet", IMPORTED)
+"""Architecture names in bundles that this version can use. :func:`build_network` builds all of them except
+:data:`IMPORTED`."""
 
 _REMEDY = "Update fseft-edge, or export the encoder again with this version."
 
@@ -27,7 +41,7 @@ def build_network(
     """Return a network with newly initialised weights.
 
     Args:
-        architecture: ``residual_unet``, ``swin_unetr`` or ``genesis_unet``.
+        architecture: one of :data:`ARCHITECTURES`, except :data:`IMPORTED`.
         inserts: one of :data:`fseft_edge.runtime.encoder.networks.inserts.INSERTS`, or ``None``. The value comes from a
             manifest, so it may have any type.
         settings: keyword arguments of the architecture. Together with ``inserts``, these are the settings in a bundle's

@@ -144,7 +144,7 @@ def test_two_wheels_of_onnxruntime_are_a_problem(simulate: Simulate) -> None:
 def test_every_backend_of_this_version_can_be_advised(simulate: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     absent = [Library(name, (), None, "missing", "not installed") for name in ("openvino", "tensorrt_rtx")]
     assert [advice.remedy for advice in simulate(*absent).advice] == ["pip install 'fseft-edge[openvino]'"]
-    monkeypatch.setitem(session._BACKENDS, "tensorrt_rtx", None)
+    monkeypatch.setitem(session._OPENERS, "tensorrt_rtx", None)
     assert [advice.remedy for advice in simulate(*absent).advice] == ["pip install 'fseft-edge[openvino]'"]
     with_gpu = simulate(*absent, driver="550.1", cuda=None).advice
     assert "tensorrt_rtx" in with_gpu[-1].problem

@@ -1,10 +1,11 @@
-"""Choice between engines and other backends on a GPU. The tests simulate the GPU."""
+"""Choice of a backend: known architectures, and engines on a simulated GPU."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,18 @@ import torch
 from doubles.errors import refused
 from doubles.models import small_contents
 
+from fseft_edge.runtime.encoder import backend_choice
 from fseft_edge.runtime.encoder import session as sessions
 from fseft_edge.runtime.encoder.backend_choice import backend_choices
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.backends.tensorrt_library import import_library
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, ParityReport, Precision
 from fseft_edge.runtime.encoder.engine_files import EngineDescription, engine_path, write_description
+from fseft_edge.runtime.encoder.networks import ARCHITECTURES
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import EngineError, MissingBackendError, UsageError
 
-GPU = torch.device("cuda", 0)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PASSED = ParityReport(
     backend="tensorrt_rtx",
     precision="mixed",
@@ -72,6 +75,40 @@ def obstacle(bundle: EncoderBundle, backend: str = "tensorrt_rtx", precision: st
         if (choice.backend, choice.precision) == (backend, precision)
     ]
     return found
+
+
+def of_architecture(bundle: EncoderBundle, architecture: str) -> EncoderBundle:
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"architecture": architecture}))
+
+
+def test_an_architecture_of_a_newer_version_has_no_backend(bundle: EncoderBundle) -> None:
+    unknown = of_architecture(bundle, "net_of_2030")
+    assert not any(choice.usable for choice in backend_choices(unknown, CPU))
+    for choice in backend_choices(unknown, GPU):
+        if choice.suits_device:
+            assert "architecture" in str(choice.obstacle)
+
+
+def test_the_order_of_backends_does_not_make_an_architecture_known(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backend_choice._ON_CPU, "net_of_2030", (("torch", "float32"),))
+    (choice,) = backend_choices(of_architecture(bundle, "net_of_2030"), CPU, "torch")
+    assert "architecture" in str(choice.obstacle)
+
+
+def test_a_known_architecture_without_an_order_has_the_default_order(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(backend_choice._ON_CPU, "swin_unetr")
+    choices = [choice for choice in backend_choices(of_architecture(bundle, "swin_unetr"), CPU) if choice.suits_device]
+    assert [(choice.backend, choice.precision) for choice in choices] == list(backend_choice._DEFAULT_ON_CPU)
+    assert [choice.backend for choice in choices if choice.usable] == ["torch"]  # the bundle has no parity reports
+    assert not any("architecture" in str(choice.obstacle) for choice in choices)
+
+
+def test_orders_are_those_of_known_architectures() -> None:
+    assert set(backend_choice._ON_CPU) <= set(ARCHITECTURES)
 
 
 def test_an_engine_that_passed_on_this_gpu_is_the_first_choice(bundle: EncoderBundle) -> None:
@@ -136,8 +173,8 @@ def test_auto_skips_an_engine_that_cannot_be_opened_and_logs_the_reason(
     bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     add_engine(bundle)
-    monkeypatch.setitem(sessions._BACKENDS, "tensorrt_rtx", broken)
-    monkeypatch.setitem(sessions._BACKENDS, "torch", lambda *settings: Plain(settings[0], settings[1], 1, settings[3]))
+    monkeypatch.setitem(sessions._OPENERS, "tensorrt_rtx", broken)
+    monkeypatch.setitem(sessions._OPENERS, "torch", lambda *settings: Plain(settings[0], settings[1], 1, settings[3]))
     with open_session(bundle) as session:
         assert (session.backend, session.precision) == ("torch", "float32")
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
@@ -146,7 +183,7 @@ def test_auto_skips_an_engine_that_cannot_be_opened_and_logs_the_reason(
 
 def test_a_requested_backend_is_not_replaced(bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     add_engine(bundle)
-    monkeypatch.setitem(sessions._BACKENDS, "tensorrt_rtx", broken)
+    monkeypatch.setitem(sessions._OPENERS, "tensorrt_rtx", broken)
     with refused(EngineError, "old cuda driver"):
         open_session(bundle, backend="tensorrt_rtx")
 

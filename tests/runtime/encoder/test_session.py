@@ -19,6 +19,7 @@ from doubles.errors import refused
 from doubles.libraries import fake_library
 from doubles.models import WINDOW, small_contents, small_graph_bytes, small_network, windows
 
+from fseft_edge.runtime.encoder import backend_choice
 from fseft_edge.runtime.encoder.backend_choice import BackendChoice, backend_choices
 from fseft_edge.runtime.encoder.backends import pytorch
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
@@ -274,7 +275,7 @@ def test_auto_skips_unusable_backends_and_logs_the_reasons(
 ) -> None:
     chosen: list[EncoderBundle] = []
     monkeypatch.setitem(
-        sys.modules["fseft_edge.runtime.encoder.session"]._BACKENDS,
+        sys.modules["fseft_edge.runtime.encoder.session"]._OPENERS,
         "torch",
         lambda opened, device, threads, _: chosen.append(opened) or pytorch.TorchSession(bundle, device, threads),
     )
@@ -313,7 +314,7 @@ def recorded_backends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         return SimpleNamespace(backend=name, device=device, precision=precision)
 
     for name in BACKENDS:
-        monkeypatch.setitem(INTERNALS._BACKENDS, name, partial(record, name))
+        monkeypatch.setitem(INTERNALS._OPENERS, name, partial(record, name))
     return opened
 
 
@@ -340,16 +341,8 @@ def test_choices_list_every_backend_with_its_obstacle(bundle: EncoderBundle, mon
     ]
 
 
-def test_an_architecture_of_a_newer_version_has_no_backend(bundle: EncoderBundle) -> None:
-    unknown = described_as(bundle, architecture="net_of_2030")
-    assert not any(choice.usable for choice in backend_choices(unknown, CPU))
-    for choice in backend_choices(unknown, GPU):
-        if choice.suits_device:
-            assert "architecture" in str(choice.obstacle)
-
-
-def test_there_are_choices_for_all_backends_that_can_be_opened() -> None:
-    assert set(INTERNALS._BACKENDS) == set(sys.modules["fseft_edge.runtime.encoder.backend_choice"].BACKENDS)
+def test_every_backend_has_a_function_that_opens_its_session() -> None:
+    assert set(INTERNALS._OPENERS) == set(backend_choice.BACKENDS)
 
 
 def test_an_onnxruntime_without_cuda_cannot_be_used_on_a_gpu(
