@@ -54,8 +54,8 @@ def merge(
 ) -> Merged:
     """Write a fine-tuned encoder as a new bundle and its classifier as ``NAME.adapter``, like ``fseft-edge merge``.
 
-    Low-rank sums and convolution adapters are folded into the weights, so they do not slow down inference. Inserted
-    modules become part of the network.
+    Low-rank sums and the parallel 1x1x1 convolutions of the method ``conv-adapter`` are folded into the weights, so
+    they do not slow down inference. Inserted modules become part of the network.
 
     Args:
         tuning: path of the tuning file.

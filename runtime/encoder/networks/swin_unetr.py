@@ -3,10 +3,11 @@
 Hatamizadeh et al., "Swin UNETR", arXiv 2201.01266; layers and weights as in ``monai.networks.nets.SwinUNETR``. Three
 differences from MONAI's forward pass:
 
-- Attention masks of shifted windows are comparisons of region ids, and positions of the relative bias are differences
-  of voxel codes. Both are vectors, and the network expands them during the forward pass. MONAI's tensors contain one
-  number per pair of voxels and become constants in an exported graph: 195 MB of masks and 8 MB of indices for a window
-  of 96^3 voxels.
+- Attention masks of shifted windows are comparisons of region ids. An exported graph contains one region id per token
+  and compares the ids during the forward pass. MONAI's masks contain one number per pair of voxels and become constants
+  in an exported graph: 195 MB for a window of 96^3 voxels. Positions of the relative bias are differences of voxel
+  codes. The exporter computes these differences and stores them as constants: 0.94 MB for each block with attention
+  windows of 7^3 voxels, 6.4 MB for all blocks and a window of 96^3 voxels.
 - Patch merging uses the offsets of MONAI 0.9 to 1.5, which contain (0,1,0) and (0,0,1) twice, and do not contain
   (1,1,0) and (0,1,1). Published checkpoints and FSEFT's code were trained with these offsets. Later versions of MONAI
   merge with other offsets under the same parameter names, so they load these weights but compute other features.
