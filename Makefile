@@ -5,7 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
-# What a user needs, and what tests and checks need beside it.
+# What a user needs, and what tests and checks need beside it. Python compiles a module when it is first imported; compiling
+# all of them would take longer than the rest of the installation.
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 # The CPU and GPU wheels of ONNX Runtime overwrite one another: take the one that fits this machine.
@@ -16,11 +17,11 @@ BENCHMARK ?= kshot
 
 $(USER_STAMP): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[$(RUNTIME)]'
+	$(PIP) --no-compile --editable '.[$(RUNTIME)]'
 	touch $@
 
 $(DEV_STAMP): $(USER_STAMP)
-	$(PIP) --editable '.[$(RUNTIME),dev]'
+	$(PIP) --no-compile --editable '.[$(RUNTIME),dev]'
 	touch $@
 
 # The same for a site, with the package itself installed and not linked to this folder; a step of the Dockerfile.
