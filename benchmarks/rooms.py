@@ -120,12 +120,13 @@ def walk(root: Path) -> None:
         name for name in ("fseft_edge.runtime.scans.nifti", "fseft_edge.runtime.nifti") if name in modules(root)
     )
     nifti = __import__(writer, fromlist=["write_ct"])
-    entered: set[str] = set()
+    files = {root / path for path in modules(root).values()}
+    entered: set[Path] = set()
 
     def note(frame: FrameType, event: str, _: object) -> None:
         path = Path(frame.f_code.co_filename)
-        if event == "call" and frame.f_code.co_name != "<module>" and path.is_relative_to(root):
-            entered.add(str(path.relative_to(root)))
+        if event == "call" and frame.f_code.co_name != "<module>" and path in files:
+            entered.add(path)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -153,7 +154,7 @@ def walk(root: Path) -> None:
             work()
             sys.setprofile(None)
             threading.setprofile(None)
-            rooms = sorted({room_of(Path(path), root) for path in entered})
+            rooms = sorted({room_of(path.relative_to(root), root) for path in entered})
             print(f"rooms entered by {what:8}  {len(rooms)}: {', '.join(rooms)}")
 
 
