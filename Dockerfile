@@ -1,4 +1,5 @@
-# The same steps as the Makefile: an environment of its own, exact versions from requirements.lock. CPU only.
+# This image is installed by the Makefile: in a virtual environment, with the exact versions of requirements.lock. It uses
+# the CPU only.
 FROM python:3.11-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/fseft-edge

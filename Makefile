@@ -1,15 +1,16 @@
-# Everything runs in a virtual environment of its own; versions come from requirements.lock.
+# All targets use their own virtual environment. requirements.lock sets the exact versions of the packages.
 #   make demo   make test   make test-gpu   make lint   make build   make benchmark
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
-# What a user needs, and what tests and checks need beside it. Python compiles a module when it is first imported; compiling
-# all of them would take longer than the rest of the installation.
+# USER_STAMP: the packages that a user needs are installed. DEV_STAMP: the packages for tests and checks are installed too.
+# pip does not compile the modules (--no-compile), because this would take longer than the rest of the installation. Python
+# compiles each module when the module is first imported.
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
-# The CPU and GPU wheels of ONNX Runtime overwrite one another: take the one that fits this machine.
+# The CPU wheel and the GPU wheel of ONNX Runtime write the same files, so only the wheel for this machine is installed.
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 BENCHMARK ?= kshot
 
@@ -24,7 +25,8 @@ $(DEV_STAMP): $(USER_STAMP)
 	$(PIP) --no-compile --editable '.[$(RUNTIME),dev]'
 	touch $@
 
-# The same for a site, with the package itself installed and not linked to this folder; a step of the Dockerfile.
+# Installs the packages for a site. The environment contains a copy of fseft-edge and no link to this folder. The Dockerfile
+# uses this target.
 install-runtime:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) '.[$(RUNTIME),cluster]'
@@ -32,11 +34,11 @@ install-runtime:
 demo: $(USER_STAMP)
 	$(BIN)/fseft-edge demo --output demo
 
-# One process for each core, at most four: each takes up to 2 GB.
+# The tests run in one process for each core, in at most four processes. Each process needs up to 2 GB of memory.
 test: $(DEV_STAMP)
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
-# Tests that need an NVIDIA GPU; `make test` skips them on a machine without one.
+# Runs the tests that need an NVIDIA GPU. `make test` skips these tests on a machine without a GPU.
 test-gpu: $(DEV_STAMP)
 	$(BIN)/pytest -m gpu
 
@@ -53,11 +55,12 @@ lint: $(DEV_STAMP)
 build: $(DEV_STAMP)
 	$(BIN)/python -m build --outdir dist .
 
-# One of the scripts in benchmarks/, e.g. `make benchmark BENCHMARK=speed`; those on real CT need FSEFT_EDGE_DATA.
+# Runs one script of benchmarks/, e.g. `make benchmark BENCHMARK=speed`. Scripts that use real CTs need FSEFT_EDGE_DATA.
 benchmark: $(DEV_STAMP)
 	$(BIN)/python benchmarks/$(BENCHMARK).py
 
-# New exact versions, after pyproject.toml has changed: resolves afresh in a throw-away environment.
+# Writes new exact versions into requirements.lock. Use this target after a change of pyproject.toml. pip resolves all
+# versions again in a temporary environment.
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/pip install --quiet --editable '.[cpu,dev]' 'torch==2.13.0'
