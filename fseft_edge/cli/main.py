@@ -6,6 +6,7 @@ import importlib
 import logging
 import signal
 import sys
+import threading
 import traceback
 from types import FrameType
 from typing import NoReturn
@@ -34,6 +35,7 @@ _COMMANDS = {
 }
 """For each command, the module of :mod:`fseft_edge.cli` that defines it."""
 _INTERRUPTED = 130
+_STOP_REQUESTED = threading.Event()
 _UNEXPECTED = 1
 _MEMORY_REMEDY = "Close other programs, set a limit with --memory, or use a machine with more memory."
 
@@ -64,13 +66,23 @@ def cli() -> None:
 
 def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - the signature of a signal handler
     """Raise KeyboardInterrupt, so that temporary files, which contain data of patients' images, are deleted."""
+    _STOP_REQUESTED.set()
     raise KeyboardInterrupt
+
+
+def _end_interrupted() -> NoReturn:
+    resume = " Add --resume to continue." if sys.argv[1:2] == ["pretrain"] else ""
+    click.echo(f"Interrupted. No incomplete files are left. Run the command again.{resume}", err=True)
+    sys.exit(_INTERRUPTED)
 
 
 def main() -> None:
     """Run the command line; a traceback is printed only for unexpected errors."""
     logging.captureWarnings(capture=True)
+    _STOP_REQUESTED.clear()
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored
+        signal.signal(signal.SIGINT, _stop)
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -82,10 +94,7 @@ def main() -> None:
         click.echo(f"Error: {error.message}\n{error.remedy}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "Interrupted. No incomplete files are left. Run the command again (`pretrain`: add --resume).", err=True
-        )
-        sys.exit(_INTERRUPTED)
+        _end_interrupted()
     except OSError as error:
         click.echo(
             f"Error: {error}.\nCheck that the file exists and that you have the permission to read and write it.",
@@ -93,6 +102,9 @@ def main() -> None:
         )
         sys.exit(EnvironmentProblemError.exit_code)
     except Exception as error:
+        # An interrupt during the import of a library can leave it half-loaded and come out as another error.
+        if _STOP_REQUESTED.is_set():
+            _end_interrupted()
         if is_out_of_memory(error):
             click.echo(f"Error: Memory ran out.\n{_MEMORY_REMEDY}", err=True)
             sys.exit(OutOfMemoryError.exit_code)

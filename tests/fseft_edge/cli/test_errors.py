@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -357,6 +358,23 @@ def test_an_interrupt_while_encoding_ends_with_130_and_leaves_no_files(
     assert "Traceback" not in outcome.err
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] in ([], ["lock"])
+
+
+def test_an_interrupt_that_comes_out_as_another_error_is_still_an_interrupt(
+    site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import that is interrupted can end in any error, such as an AttributeError of a half-loaded library."""
+
+    def half_loaded(*_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise AttributeError("module has no attribute 'void'")
+
+    monkeypatch.setattr("fseft_edge.segmentation.segment.segment", half_loaded)
+    outcome = run(*FULL["segment"](site, tmp_path / "out"))
+    assert outcome.code == 130
+    assert "Interrupted" in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 def test_termination_ends_like_an_interrupt(
