@@ -85,29 +85,34 @@ def main() -> None:
         signal.signal(signal.SIGINT, _stop)
     try:
         cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except FseftEdgeError as error:
-        click.echo(f"Error: {error.message}\n{error.remedy}", err=True)
-        sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _end_interrupted()
-    except OSError as error:
+    except click.exceptions.Exit as ended:
+        sys.exit(ended.exit_code)
+    except Exception as error:
+        # An interrupt during the import of a library can leave it half-loaded and come out as any other error.
+        if _STOP_REQUESTED.is_set():
+            _end_interrupted()
+        _end_with(error)
+
+
+def _end_with(error: Exception) -> NoReturn:
+    """Print an error with its remedy, and end with its exit code."""
+    if isinstance(error, click.ClickException):
+        error.show()
+        sys.exit(error.exit_code)
+    if isinstance(error, FseftEdgeError):
+        click.echo(f"Error: {error.message}\n{error.remedy}", err=True)
+        sys.exit(error.exit_code)
+    if isinstance(error, OSError):
         click.echo(
             f"Error: {error}.\nCheck that the file exists and that you have the permission to read and write it.",
             err=True,
         )
         sys.exit(EnvironmentProblemError.exit_code)
-    except Exception as error:
-        # An interrupt during the import of a library can leave it half-loaded and come out as another error.
-        if _STOP_REQUESTED.is_set():
-            _end_interrupted()
-        if is_out_of_memory(error):
-            click.echo(f"Error: Memory ran out.\n{_MEMORY_REMEDY}", err=True)
-            sys.exit(OutOfMemoryError.exit_code)
-        traceback.print_exc()
-        click.echo("This is a bug in fseft-edge. Please report the bug together with the lines above.", err=True)
-        sys.exit(_UNEXPECTED)
+    if is_out_of_memory(error):
+        click.echo(f"Error: Memory ran out.\n{_MEMORY_REMEDY}", err=True)
+        sys.exit(OutOfMemoryError.exit_code)
+    traceback.print_exception(error)
+    click.echo("This is a bug in fseft-edge. Please report the bug together with the lines above.", err=True)
+    sys.exit(_UNEXPECTED)

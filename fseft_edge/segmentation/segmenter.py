@@ -188,6 +188,9 @@ def _zero_shot_models(settings: SegmentationSettings) -> LoadedModels:
             f"The encoder {settings.encoder} has no classifier for any organ.",
             remedy="Train an adapter with `fseft-edge adapt`, and give it with --adapter.",
         )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"--organ contains {', '.join(twice)} more than once.", remedy="Give each organ once.")
     organs = [OrganLabel(name, label) for label, name in enumerate(names, start=1)]
     return LoadedModels((zero_shot_adapter(bundle, organs),), bundle)
 

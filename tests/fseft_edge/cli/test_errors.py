@@ -21,6 +21,7 @@ from doubles.command_line import LIVER, ON_CPU, Run, Site, assert_error_with_rem
 from doubles.encoder import write_tiny_encoder
 
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
+from fseft_edge.runtime.errors import MissingBackendError
 from fseft_edge.runtime.system import atomic
 
 
@@ -360,15 +361,20 @@ def test_an_interrupt_while_encoding_ends_with_130_and_leaves_no_files(
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] in ([], ["lock"])
 
 
+@pytest.mark.parametrize(
+    "error",
+    [AttributeError("no attribute 'void'"), OSError("no library"), MissingBackendError("broken", remedy="install")],
+    ids=lambda error: type(error).__name__,
+)
 def test_an_interrupt_that_comes_out_as_another_error_is_still_an_interrupt(
-    site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     """An import that is interrupted can end in any error, such as an AttributeError of a half-loaded library."""
 
     def half_loaded(*_: object, **__: object) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        raise AttributeError("module has no attribute 'void'")
+        raise error
 
     monkeypatch.setattr("fseft_edge.segmentation.segment.segment", half_loaded)
     outcome = run(*FULL["segment"](site, tmp_path / "out"))

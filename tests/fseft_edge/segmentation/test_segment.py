@@ -127,6 +127,8 @@ def test_zero_shot_segmentation_is_refused_without_an_encoder_or_a_classifier(si
         site.segment(scans, [], output, encoder=None)
     with refused(LabelError, "heart", "liver"):
         site.segment(scans, [], output, organs=["heart"])
+    with refused(UsageError, "liver"):
+        site.segment(scans, [], output, organs=["liver", "liver"])
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
     with refused(UsageError, "--organ"):
         site.segment(scans, [tmp_path / "a.adapter"], output, organs=["liver"])
