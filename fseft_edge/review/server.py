@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -51,6 +52,8 @@ class ReviewServer(ThreadingHTTPServer):
     allow_reuse_address = False  # no other program can take over the address of an open page
 
     def __init__(self, port: int, cases: ReviewCases) -> None:
+        self._replying = threading.Lock()  # http.server closes the server if the port cannot be used
+        self._closed = False
         super().__init__((HOST, port), _Handler)
         self.access = Access(self.server_address[1])
         self.routes = Routes(cases)
@@ -64,6 +67,24 @@ class ReviewServer(ThreadingHTTPServer):
     def progress(self) -> ReviewCount:
         """Return the number of reviewed masks and of all masks."""
         return review_count(self._cases.listed())
+
+    @contextlib.contextmanager
+    def reply_before_close(self) -> Iterator[None]:
+        """Keep the state of the batch open while a reply is made from it.
+
+        Raises:
+            ConnectionAbortedError: the server was closed before.
+        """
+        with self._replying:
+            if self._closed:
+                raise ConnectionAbortedError("The review server is closed.")
+            yield
+
+    def server_close(self) -> None:
+        """Wait for a reply that is being made, and refuse later requests: the state of the batch is closed next."""
+        with self._replying:
+            self._closed = True
+        super().server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Ignore a browser that closed the connection; show any other error, because it is a bug."""
@@ -138,7 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self) -> Reply:
         path = self.path.partition("?")[0]
         if self.command == "GET":
-            return self.server.routes.get(path)
+            with self.server.reply_before_close():
+                return self.server.routes.get(path)
         if self.command != "POST":
             return text_reply(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and POST are supported.", ("Allow", "GET, POST"))
         length = self.headers.get("Content-Length", "")
@@ -148,7 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
             return text_reply(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too long.")
         if self.headers.get_content_type() != "application/json":
             return text_reply(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be JSON.")
-        return self.server.routes.post(path, self.rfile.read(int(length)))
+        body = self.rfile.read(int(length))
+        with self.server.reply_before_close():
+            return self.server.routes.post(path, body)
 
     def _send(self, reply: Reply) -> None:
         self.send_response(reply.status)

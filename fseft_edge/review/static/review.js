@@ -179,6 +179,8 @@ async function showPicture(item, signal) {
   const response = await ask(`/cases/${item.key}/picture.png`, { signal });
   await response.blob();
   picture.src = `/cases/${item.key}/picture.png`;
+  await picture.decode(); // a decision is possible only once the picture is displayed
+  if (signal.aborted) return;
   picture.hidden = false;
   showMessage(`${why}\nThe picture below was written by the batch.`);
 }

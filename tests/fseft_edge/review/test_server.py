@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import threading
@@ -227,6 +229,19 @@ def test_several_requests_at_the_same_time_are_answered(batch: Batch, reviewer: 
     for thread in threads:
         thread.join(SECONDS)
     assert statuses == [200] * 16
+
+
+def test_a_request_after_the_end_of_the_review_gets_no_reply(batch: Batch, capsys: pytest.CaptureFixture[str]) -> None:
+    with served(batch.outbox) as reviewer, contextlib.ExitStack() as stack:
+        late = stack.enter_context(contextlib.closing(http.client.HTTPConnection(reviewer.host, timeout=SECONDS)))
+        late.connect()
+        assert reviewer.ask("/cases").status == 200  # the server has accepted the connection before this one
+        stack.pop_all()
+    with contextlib.closing(late):
+        late.request("GET", "/cases", headers={"Cookie": str(reviewer.cookie)})
+        with pytest.raises(ConnectionError):
+            late.getresponse()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_folder_without_a_batch_is_refused(tmp_path: Path) -> None:
