@@ -105,7 +105,7 @@ class CaseWork:
         with case.link, atomic_folder(self.outbox / case.task.key, overwrite=True) as folder:
             done = self.segmenter.finish(encoded, folder)
             seconds = StageSeconds(read, encode, time.monotonic() - started)
-            outcome = Outcome(CaseState.DONE, done.organs, seconds)
+            outcome = Outcome(CaseState.DONE, done.organs, seconds, warnings=done.warnings)
             write_record(folder, outcome, self.fingerprint)
         return outcome
 
@@ -153,6 +153,7 @@ def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
         FINGERPRINT_KEY: fingerprint,
         "organs": [asdict(organ) for organ in outcome.organs],
         "seconds": asdict(outcome.seconds),
+        "warnings": list(outcome.warnings),
     }
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -164,7 +165,8 @@ def read_record(folder: Path, fingerprint: str) -> Outcome | None:
         if record["schema_version"] != _SCHEMA_VERSION or record[FINGERPRINT_KEY] != fingerprint:
             return None
         organs = tuple(SegmentedOrgan.from_json(organ) for organ in record["organs"])
-        return Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]))
+        warnings = tuple(map(str, record.get("warnings", [])))  # older versions wrote none
+        return Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]), warnings=warnings)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -43,11 +43,20 @@ class SegmentedOrgan:
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """The result of a scan: the mask file, and the organs as stored in ``OUT/<case>.json``."""
+    """The result of a scan, as stored in ``OUT/<case>.json``.
+
+    Attributes:
+        case: name of the case.
+        mask: mask file.
+        organs: measurements of the organs.
+        warnings: everything that was left out, corrected or assumed when the scan was read or a result was written, one
+            sentence each (see :class:`fseft_edge.runtime.scans.volume.Volume`).
+    """
 
     case: str
     mask: Path
     organs: tuple[SegmentedOrgan, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def organ_labels(description: Path) -> dict[str, int]:

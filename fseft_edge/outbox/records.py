@@ -48,7 +48,7 @@ class StageSeconds:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a case: organs and times if it is done; kind of error, reason and remedy if it is not.
+    """Outcome of a case: organs, times and warnings if it is done; kind of error, reason and remedy if it is not.
 
     :class:`CaseRecord` lists the values of ``problem``.
     """
@@ -59,6 +59,7 @@ class Outcome:
     problem: str = ""
     reason: str = ""
     remedy: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +49,9 @@ from fseft_edge.segmentation.inputs import check_organs
 if TYPE_CHECKING:
     from fseft_edge.dicom_output import DicomKind
     from fseft_edge.runtime.scans.dicom import DicomSeries
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -270,6 +274,8 @@ class Segmenter:
         """Read a scan and plan the memory use of its segmentation."""
         scan = find_scan(path, self.settings.series)
         volume = scan.read()
+        for warning in volume.warnings:
+            _LOG.warning("%s: %s", scan_name(path), warning)
         grid = Grid.of(volume, self.bundle.preprocessing)
         # A budget that is too small is reported before the long computation.
         held = held_after_encoding(self.bundle, self.session)
@@ -306,10 +312,10 @@ class Segmenter:
         with encoded.resources:
             refitted, outcomes = self._refit(self.adapters, encoded.scan)
             found = in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
-        labels = LabelMap(post_process(found.labels, self._post_processing), read.volume.affine)
+        labels = read.volume.label_map(post_process(found.labels, self._post_processing))
         organs = tuple(_measured_organs(read.volume, labels, found.confidence, self.adapters, outcomes))
         name = scan_name(read.scan.path)
-        case = SegmentedCase(name, output / f"{name}.nii.gz", organs)
+        case = SegmentedCase(name, output / f"{name}.nii.gz", organs, read.volume.warnings)
         _write_summary(case, read.volume, self.bundle, self.adapters, outcomes)
         if self.settings.preview:
             masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
@@ -396,6 +402,7 @@ def _write_summary(
         "schema_version": 1,
         "case": case.case,
         "organs": [asdict(organ) for organ in case.organs],
+        "warnings": list(case.warnings),
         "shape": list(volume.shape),
         "spacing_mm": [round(float(value), 6) for value in volume.spacing],
         "encoder": {"name": bundle.manifest.name, "id": bundle.encoder_id},

@@ -35,6 +35,9 @@ class Volume:
         slope: HU per stored unit (NIfTI ``scl_slope``, DICOM RescaleSlope).
         intercept: HU of a stored zero (NIfTI ``scl_inter``, DICOM RescaleIntercept).
         source: file or folder of the scan; None for a volume without a file.
+        warnings: everything that the reader left out, corrected or assumed, one sentence each. ``segment`` shows these
+            sentences and writes them into the JSON file of the case; the report of a batch shows them too. They contain
+            no file name and no header text that could identify a patient.
 
     Raises:
         NotACtError: the array is not three-dimensional and numeric, an axis has fewer than two voxels, or the slope or
@@ -47,6 +50,7 @@ class Volume:
     slope: float = 1.0
     intercept: float = 0.0
     source: Path | None = None
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         name = self.source or "This volume"
@@ -92,6 +96,10 @@ class Volume:
     def voxel_volume_mm3(self) -> float:
         """Volume of one voxel."""
         return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    def label_map(self, array: NDArray[np.unsignedinteger[Any]]) -> LabelMap:
+        """Return label values ``[X, Y, Z]`` as a label map on the lattice of this scan."""
+        return LabelMap(array, self.affine)
 
     def hu(self, selection: tuple[slice, slice, slice]) -> NDArray[np.float32]:
         """Return the HU of a part of the scan, float32, in the axis order of the array. Only that part is read."""
