@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pydicom.uid import UID, generate_uid
 from fseft_edge._version import __version__
 from fseft_edge.dicom_output.organ_codes import PRIVATE_SCHEME, OrganCode, code_item, organ_code
 from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.scans.organs import organ_colour
 from fseft_edge.runtime.system.atomic import atomic_path
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def present_organs(
             remedy="Give every organ of the mask with its label value.",
         )
     numbered = tuple(
-        NumberedOrgan(number, organ.name, organ.label, organ_code(organ.name), _colour(number))
+        NumberedOrgan(number, organ.name, organ.label, organ_code(organ.name), organ_colour(number))
         for number, organ in enumerate(present, start=1)
     )
     return numbered, tuple(organ.name for organ in organs if not used[organ.label])
@@ -206,9 +206,3 @@ def write_instance(path: Path, dataset: Dataset) -> None:
 def _dimension_items(dataset: Dataset) -> Iterator[Dataset]:
     for keyword in ("DimensionOrganizationSequence", "DimensionIndexSequence"):
         yield from dataset.get(keyword, ())
-
-
-def _colour(number: int) -> tuple[int, int, int]:
-    """Return an RGB colour that differs clearly from those of smaller numbers: hues are a golden section apart."""
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 0.75, 1.0))
-    return red, green, blue

@@ -10,8 +10,9 @@ import contextlib
 import gzip
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import nibabel as nib
@@ -28,6 +29,7 @@ from fseft_edge.runtime.errors import (
     UsageError,
 )
 from fseft_edge.runtime.scans.hounsfield import check_hounsfield
+from fseft_edge.runtime.scans.label_names import BadLabelTableError, extensions_of, names_in
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, slabs
 from fseft_edge.runtime.system.atomic import atomic_path
 from fseft_edge.runtime.system.unnamed_file import no_space_to_unpack, unnamed_file
@@ -36,6 +38,8 @@ SUFFIXES = (".nii.gz", ".nii")
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _COPY_BYTES = 1 << 20
+_EXTENSION_FLAG_BYTES = 4
+_LARGEST_EXTENSIONS = 64 << 20
 
 
 def read_ct(path: Path) -> Volume:
@@ -84,18 +88,57 @@ def read_label_map(path: Path) -> LabelMap:
     return LabelMap(labels, _affine(header, path), source=path)
 
 
-def write_label_map(path: Path, labels: LabelMap) -> None:
+def read_label_names(path: Path) -> dict[int, str]:
+    """Return the names of the label values that a NIfTI file contains; no names if it contains none.
+
+    Names are read in the form in which :func:`write_label_map`, TotalSegmentator and Connectome Workbench write them.
+    Only the beginning of the file is read.
+
+    Raises:
+        UnreadableFileError: the file is missing, a folder, damaged, or not NIfTI.
+        LabelError: the table of names in the file is damaged.
+    """
+    with _opened(path) as file, contextlib.ExitStack() as stack:
+        packed = _is_packed(file)
+        source: IO[bytes] | gzip.GzipFile = stack.enter_context(gzip.GzipFile(fileobj=file)) if packed else file
+        try:
+            header = _header(source, path)
+            source.seek(header.sizeof_hdr)
+            length = int(header.get_data_offset()) - source.tell() - _EXTENSION_FLAG_BYTES
+            flag = source.read(_EXTENSION_FLAG_BYTES)
+            extensions = source.read(length) if 0 < length <= _LARGEST_EXTENSIONS and flag[:1] != b"\0" else b""
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _damaged(path, error) from error
+        except (ValueError, OverflowError) as error:  # the offset is a float and can be NaN or infinite
+            raise _not_nifti(path) from error
+    try:
+        return names_in(extensions, header.endianness)
+    except BadLabelTableError as error:
+        raise LabelError(
+            f"The table of label names in {path} is damaged.",
+            remedy="Write the file again with the program that made it, or without its names.",
+        ) from error
+
+
+def write_label_map(path: Path, labels: LabelMap, names: Mapping[int, str] = MappingProxyType({})) -> None:
     """Write a label map atomically as ``.nii`` or ``.nii.gz``.
 
     The data type is uint8 if all values fit, else uint16 or uint32. Both sform and qform contain the affine; a sheared
-    affine is written only as the sform, because a qform cannot represent shear. Equal label maps give equal bytes.
+    affine is written only as the sform, because a qform cannot represent shear. Equal label maps with equal names give
+    equal bytes.
+
+    Args:
+        path: file to write.
+        labels: label map.
+        names: name of each label value, for programs that show names
+            (:mod:`fseft_edge.runtime.scans.label_names`); empty writes no names.
 
     Raises:
         UsageError: the file name does not end in ``.nii`` or ``.nii.gz``.
         OutOfSpaceError: the disk is full, or the folder is not writable.
     """
     dtype = np.min_scalar_type(int(labels.array.max()))
-    _write(path, labels.array, _header_for(labels, dtype), dtype)
+    _write(path, labels.array, _header_for(labels, dtype), dtype, extensions_of(names))
 
 
 def write_ct(path: Path, volume: Volume) -> None:
@@ -190,21 +233,32 @@ def _is_nifti_name(name: str) -> bool:
 
 def _read(path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
     """Return the stored values as a read-only memory map, and the header."""
+    with _opened(path) as file:
+        if not _is_packed(file):
+            return _map(file, path)
+        with unnamed_file(path) as unpacked:
+            _unpack(file, unpacked, path)
+            return _map(unpacked, path)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file; an :class:`OSError` in the body becomes an error that names the file."""
     if path.is_dir():
         raise UnreadableFileError(f"{path} is a folder, not a NIfTI file.", remedy="Give a .nii or .nii.gz file.")
     try:
         with path.open("rb") as file:
-            packed = file.read(2) == _GZIP_MAGIC
-            file.seek(0)
-            if not packed:
-                return _map(file, path)
-            with unnamed_file(path) as unpacked:
-                _unpack(file, unpacked, path)
-                return _map(unpacked, path)
+            yield file
     except OSError as error:
         raise UnreadableFileError(
             f"{path} cannot be read: {error.strerror or error}.", remedy="Check the path and the file permissions."
         ) from error
+
+
+def _is_packed(file: IO[bytes]) -> bool:
+    packed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+    file.seek(0)
+    return packed
 
 
 def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
@@ -213,9 +267,7 @@ def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
             try:
                 piece = stream.read(_COPY_BYTES)
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UnreadableFileError(
-                    f"{path} is truncated or damaged: {error}.", remedy="Copy the file again from its source."
-                ) from error
+                raise _damaged(path, error) from error
             if not piece:
                 break
             try:
@@ -235,7 +287,12 @@ def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1He
         shape = tuple(int(length) for length in header.get_data_shape())
         dtype = header.get_data_dtype()
         offset = int(header.get_data_offset())
-    except (HeaderDataError, ValueError, OverflowError) as error:  # the offset is a float and can be NaN or infinite
+    except (
+        HeaderDataError,
+        KeyError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the offset is a float and can be NaN or infinite
         raise _not_nifti(path) from error
     if offset < 0:
         raise _not_nifti(path)
@@ -251,18 +308,22 @@ def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1He
     return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")), header
 
 
-def _header(file: IO[bytes], path: Path) -> nib.nifti1.Nifti1Header:
-    size = file.read(4)
-    file.seek(0)
-    sizes = (int.from_bytes(size, "little"), int.from_bytes(size, "big"))
-    kind = nib.nifti2.Nifti2Header if 540 in sizes else nib.nifti1.Nifti1Header
-    try:
-        header: nib.nifti1.Nifti1Header = kind.from_fileobj(file)
-    except Exception as error:  # nibabel raises many kinds of exception for bytes that are not a header
-        raise _not_nifti(path) from error
-    if bytes(header["magic"])[:3] not in (b"n+1", b"n+2"):
-        raise _not_nifti(path)
-    return header
+def _header(file: IO[bytes] | gzip.GzipFile, path: Path) -> nib.nifti1.Nifti1Header:
+    """Return the header of a file exactly as it is stored: nibabel's own reader would correct wrong values silently."""
+    block = file.read(nib.nifti2.Nifti2Header.sizeof_hdr)
+    for kind in (nib.nifti1.Nifti1Header, nib.nifti2.Nifti2Header):
+        for byte_order, name in (("<", "little"), (">", "big")):
+            if int.from_bytes(block[:4], name) == kind.sizeof_hdr <= len(block):
+                header = kind(block[: kind.sizeof_hdr], endianness=byte_order, check=False)
+                if header["magic"].item() == header.single_magic:
+                    return header
+    raise _not_nifti(path)
+
+
+def _damaged(path: Path, error: Exception) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{path} is truncated or damaged: {error}.", remedy="Copy the file again from its source."
+    )
 
 
 def _not_nifti(path: Path) -> UnreadableFileError:
@@ -334,7 +395,9 @@ def _header_for(image: Volume | LabelMap, dtype: np.dtype[Any]) -> nib.nifti1.Ni
     return header
 
 
-def _write(path: Path, array: NDArray[Any], header: nib.nifti1.Nifti1Header, dtype: np.dtype[Any]) -> None:
+def _write(
+    path: Path, array: NDArray[Any], header: nib.nifti1.Nifti1Header, dtype: np.dtype[Any], extensions: bytes = b""
+) -> None:
     if not _is_nifti_name(path.name):
         raise UsageError(
             f"The output name {path} is not a NIfTI file name.", remedy="Give a name that ends in .nii.gz or .nii."
@@ -344,7 +407,9 @@ def _write(path: Path, array: NDArray[Any], header: nib.nifti1.Nifti1Header, dty
         if path.name.lower().endswith(".gz"):
             # Without file name and time in the gzip header, equal voxels give equal bytes.
             file = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0, compresslevel=6))
+        header["vox_offset"] = header.single_vox_offset + len(extensions)
         file.write(header.binaryblock)
-        file.write(bytes(header.single_vox_offset - len(header.binaryblock)))
+        file.write(bytes([bool(extensions), 0, 0, 0]))
+        file.write(extensions)
         for slab in slabs(array):
             file.write(np.asarray(slab, dtype=dtype).tobytes(order="F"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,6 +47,15 @@ class OrganLabel:
                 f"The label value {self.label} of organ {self.name!r} is not between 1 and {LARGEST_LABEL}.",
                 remedy=_EXAMPLE,
             )
+
+
+def organ_colour(number: int) -> tuple[int, int, int]:
+    """Return an RGB colour (0 to 255) that differs clearly from those of smaller numbers.
+
+    The hues are a golden section apart. Mask files and DICOM objects show organ ``number`` (from 1) in this colour.
+    """
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(number * 0.618034 % 1.0, 0.75, 1.0))
+    return red, green, blue
 
 
 def parse_organs(values: Iterable[str]) -> tuple[OrganLabel, ...]:
