@@ -31,6 +31,7 @@ from fseft_edge.adapters.file import (
     write_adapter,
 )
 from fseft_edge.adapters.network import AdapterSettings, zero_shot
+from fseft_edge.export.built_in import open_encoder
 from fseft_edge.outbox.accepted_masks import ReviewedBatch
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoder.feature_store import open_store
@@ -108,7 +109,7 @@ def adapt(
     settings = settings or AdapterSettings()
     budget = Budget.of(memory_gb, vram_gb)
     check_writable(output)
-    bundle = EncoderBundle.open(encoder)
+    bundle = open_encoder(encoder)
     annotated = find_annotated(images, labels, organs, settings, cases=cases, reviewed=reviewed)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))

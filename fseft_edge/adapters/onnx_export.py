@@ -17,6 +17,7 @@ from fseft_edge._version import __version__
 from fseft_edge.adapters.file import AdapterFile, read_adapter
 from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.adapters.network import Adapter
+from fseft_edge.export.built_in import open_encoder
 from fseft_edge.export.onnx_graph import graph_of, write_model
 from fseft_edge.export.parity import noise_windows
 from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner
@@ -78,7 +79,7 @@ def export_adapter(adapter: Path, output: Path, *, encoder: Path | None = None) 
             f"The output {output} does not have the suffix .onnx.", remedy="Choose an output name NAME.onnx."
         )
     file = read_adapter(adapter)
-    bundle = EncoderBundle.open(encoder or find_encoder(adapter, file.description.encoder_id))
+    bundle = open_encoder(encoder or find_encoder(adapter, file.description.encoder_id))
     file.check_encoder(bundle.encoder_id, path=adapter)
     if bundle.path.resolve() in output.resolve().parents:
         raise UsageError(

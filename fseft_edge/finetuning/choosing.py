@@ -10,20 +10,27 @@ from pathlib import Path
 
 from fseft_edge.adaptation.adapt import head_rows
 from fseft_edge.adaptation.cross_validation import OrganScores, folds, mean_over_organs
-from fseft_edge.adaptation.support_set import find_annotated
-from fseft_edge.adapters.file import AdapterFile
+from fseft_edge.adaptation.support_set import annotated_volumes_ml, find_annotated
+from fseft_edge.adapters.file import AdapterOrgan, read_adapter
 from fseft_edge.adapters.network import AdapterSettings
-from fseft_edge.finetuning.finetune import TuningSupport, add_fold, check_tunable, describe_tuning, load_tuning_support
+from fseft_edge.export.built_in import open_encoder
+from fseft_edge.finetuning.finetune import (
+    TuningSupport,
+    add_fold,
+    check_output,
+    check_tunable,
+    describe_tuning,
+    load_tuning_support,
+)
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import DivergedError, OutOfTimeError
-from fseft_edge.finetuning.tuning_file import SUFFIX, TuningFile, write_tuning
+from fseft_edge.finetuning.tuning_file import TuningFile, write_tuning
 from fseft_edge.outbox.accepted_masks import ReviewedBatch
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.networks.inserts import HasBlocks
 from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
 from fseft_edge.runtime.scans.organs import OrganLabel
-from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
@@ -43,68 +50,31 @@ _HOPELESS = 0.05
 _GIVES_UP = (DivergedError, OutOfMemoryError)
 
 
-def tuning_beside(adapter: Path) -> Path:
-    """Return the path of the tuning that belongs to an adapter file: ``NAME.tuning`` for ``NAME.adapter``.
-
-    Raises:
-        UsageError: the name of the adapter file does not end in ``.adapter``, or the tuning already exists.
-        OutOfSpaceError: the tuning cannot be written.
-    """
-    if adapter.suffix != ".adapter":
-        raise UsageError(
-            f"--output is {adapter}, which does not end in .adapter.",
-            remedy="Set --output to NAME.adapter; the tuning is then written to NAME.tuning.",
-        )
-    tuning = adapter.with_suffix(f".{SUFFIX}")
-    if tuning.exists():
-        raise UsageError(f"{tuning} already exists.", remedy="Choose another --output, or delete this file first.")
-    check_writable(tuning)
-    return tuning
-
-
-def check_trial(encoder: Path, organs: Sequence[OrganLabel], output: Path, settings: TuningSettings) -> None:
-    """Raise an error if fine-tuning cannot be tried after the training of an adapter (see :func:`try_finetuning`).
-
-    Args:
-        encoder: path of the encoder bundle.
-        organs: the organs to segment.
-        output: path of the adapter file.
-        settings: settings of the fine-tuning.
-
-    Raises:
-        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` has a wrong name.
-        EncoderBundleError: the encoder bundle is damaged.
-    """
-    tuning_beside(output)
-    bundle = EncoderBundle.open(encoder)
-    for kind in default_candidates(bundle, settings):
-        check_tunable(bundle, organs, kind)
-
-
-def try_finetuning(
-    adapter: AdapterFile,
+def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapter to compare with
+    adapter: Path,
     encoder: Path,
     images: Path | None,
     labels: Path | None,
     organs: Sequence[OrganLabel],
-    *,
     output: Path,
-    minutes: float,
+    *,
+    minutes: float = 60.0,
     settings: TuningSettings | None = None,
     reviewed: ReviewedBatch | None = None,
     cases: Sequence[str] | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile | None:
-    """Fine-tune the encoder and write ``NAME.tuning`` if this is better than an adapter on left-out scans.
+    """Fine-tune the encoder and write a tuning if it is better than an adapter on left-out scans.
 
     Args:
-        adapter: result of ``adapt`` with this encoder, these scans and these organs, with its scores on left-out scans.
+        adapter: path of an adapter that ``adapt`` trained with this encoder, these scans and these organs, with
+            cross-validation.
         encoder: path of the encoder bundle, which is not changed.
         images: folder of CTs, or one CT; None together with ``labels`` if ``reviewed`` contains all scans.
         labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT.
         organs: organs to segment, at most 31.
-        output: path of the adapter file; the tuning is written beside it (:func:`tuning_beside`).
+        output: path of the tuning file, ``NAME.tuning``, which must not exist.
         minutes: time limit for all trials together, in minutes.
         settings: seed, number of steps and similar settings of all candidates; None means the defaults.
         reviewed: a batch whose accepted masks are used as annotations, too; None for no batch.
@@ -116,24 +86,63 @@ def try_finetuning(
         The tuning, or None if no better candidate was found within the time limit.
 
     Raises:
-        UsageError: the encoder cannot be fine-tuned, there are too many organs, or ``output`` has a wrong name.
+        UsageError: the encoder cannot be fine-tuned, there are too many organs, ``output`` has a wrong name or exists,
+            or the adapter was trained for other organs, with other scans or without cross-validation.
+        AdapterError: the adapter cannot be read, or was trained with another encoder.
+        EncoderBundleError: the encoder bundle is damaged.
         InputError: an image or an annotation cannot be used.
     """
     deadline = time.monotonic() + 60 * minutes
     progress = progress or SilentProgress()
     common = replace(settings or TuningSettings("full"), device=resolve_device(device))
-    check_trial(encoder, organs, output, common)
-    bundle = EncoderBundle.open(encoder)
-    obstacle = why_not(adapter, [row is not None for row in head_rows(bundle, organs)])
+    check_output(output)
+    if output.exists():
+        raise UsageError(f"{output} already exists.", remedy="Choose another --output, or delete this file first.")
+    bundle = open_encoder(encoder)
+    candidates = default_candidates(bundle, common)
+    for candidate in candidates:
+        check_tunable(bundle, organs, candidate)
+    of_adapter = _organs_of(adapter, bundle, organs)
+    known = [row is not None for row in head_rows(bundle, organs)]
+    obstacle = why_not(of_adapter, known)
     if obstacle is not None:
         _LOG.warning("fine-tuning was not tried: %s", obstacle)
         return None
+    if not any(organ.left_out_dsc for organ, of in zip(of_adapter, known, strict=True) if not of):
+        raise UsageError(
+            f"{adapter} contains no scores of left-out scans for the organs that are new to the encoder.",
+            remedy="Train the adapter with --validate on at least two scans that annotate these organs.",
+        )
     annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
+    volumes = zip(*(annotated_volumes_ml(label_map, organs) for _, label_map in annotated), strict=True)
+    if [organ.support_volumes_ml for organ in of_adapter] != [tuple(filter(None, of_organ)) for of_organ in volumes]:
+        raise UsageError(
+            f"{adapter} was not trained on these annotated scans: the volumes of its organs differ.",
+            remedy="Give the scans and annotations of the adapter, or train the adapter again on these scans.",
+        )
     support = load_tuning_support(annotated, organs, bundle, progress)
-    file = better_tuning(adapter, support, default_candidates(bundle, common), deadline=deadline, progress=progress)
+    file = better_tuning(of_adapter, support, candidates, deadline=deadline, progress=progress)
     if file is not None:
-        write_tuning(tuning_beside(output), file)
+        write_tuning(output, file)
     return file
+
+
+def _organs_of(adapter: Path, bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> list[AdapterOrgan]:
+    """Return the metadata of an adapter for each of the organs, in their order.
+
+    Raises:
+        UsageError: the adapter has other organs.
+        AdapterError: the adapter cannot be read, or was trained with another encoder.
+    """
+    file = read_adapter(adapter)
+    file.check_encoder(bundle.encoder_id, path=adapter)
+    found = {organ.name: organ for organ in file.description.organs}
+    if found.keys() != {organ.name for organ in organs}:
+        raise UsageError(
+            f"{adapter} segments {', '.join(found)}, but --organ names {', '.join(organ.name for organ in organs)}.",
+            remedy="Name the organs of the adapter with --organ.",
+        )
+    return [found[organ.name] for organ in organs]
 
 
 def default_candidates(bundle: EncoderBundle, common: TuningSettings) -> list[TuningSettings]:
@@ -155,26 +164,24 @@ def default_candidates(bundle: EncoderBundle, common: TuningSettings) -> list[Tu
     return [few, replace(common, method="full", decoder=None)]
 
 
-def why_not(adapter: AdapterFile, known: Sequence[bool]) -> str | None:
-    """Return the reason why fine-tuning is not tried, or None if fine-tuning should be tried.
+def why_not(adapter: Sequence[AdapterOrgan], known: Sequence[bool]) -> str | None:
+    """Return the reason why fine-tuning is not needed, or None if fine-tuning should be tried.
 
     Args:
-        adapter: the adapter with its scores on left-out scans.
+        adapter: the organs of the adapter, with their scores on left-out scans.
         known: for each organ, True if the encoder's head has a classifier for this organ.
     """
     if all(known):
         return "the encoder already has a classifier for every organ"
-    scores = [organ.left_out_dsc for organ, of in zip(adapter.description.organs, known, strict=True) if not of]
+    scores = [organ.left_out_dsc for organ, of in zip(adapter, known, strict=True) if not of]
     validated = [sum(of_organ) / len(of_organ) for of_organ in scores if of_organ]
-    if not validated:
-        return "no organ that is new to the encoder is annotated in two scans, so cross-validation is not possible"
-    if min(validated) >= _GOOD_ENOUGH:
+    if validated and min(validated) >= _GOOD_ENOUGH:
         return f"the adapter has a DSC of at least {_GOOD_ENOUGH} for every organ that is new to the encoder"
     return None
 
 
 def better_tuning(
-    adapter: AdapterFile,
+    adapter: Sequence[AdapterOrgan],
     support: TuningSupport,
     candidates: Sequence[TuningSettings],
     *,
@@ -187,16 +194,14 @@ def better_tuning(
     for all its folds and the final training.
 
     Args:
-        adapter: an adapter trained on this support set, with its scores on left-out scans.
+        adapter: the organs of an adapter trained on this support set, with their scores on left-out scans.
         support: the support set.
         candidates: settings of the candidates, in the order of the trials.
         deadline: end of the time limit on the clock :func:`time.monotonic`, in seconds.
         progress: display for the progress; None shows nothing.
     """
     progress = progress or SilentProgress()
-    adapters = _LeftOut(
-        [organ.left_out_dsc for organ in adapter.description.organs], [row is None for row in support.rows]
-    )
+    adapters = _LeftOut([organ.left_out_dsc for organ in adapter], [row is None for row in support.rows])
     to_beat = adapters.of_new_organs + _WORTHWHILE
     best: _Validated | None = None
     for settings in candidates:

@@ -15,6 +15,7 @@ from fseft_edge.adaptation.cross_validation import OrganScores, folds
 from fseft_edge.adaptation.support_set import annotated_volumes_ml, find_annotated
 from fseft_edge.adapters.file import STORED_LEVELS, PostProcessing
 from fseft_edge.adapters.network import AdapterSettings, HeadRows
+from fseft_edge.export.built_in import open_encoder
 from fseft_edge.finetuning.merging import plain_bundle
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import FineTuned, fine_tune
@@ -91,7 +92,7 @@ def finetune(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile:
-    """Fine-tune an encoder on annotated scans and write a tuning; ``fseft-edge adapt`` calls it for these methods.
+    """Fine-tune an encoder on annotated scans and write a tuning.
 
     Args:
         encoder: path of the encoder bundle, which is not changed.
@@ -115,10 +116,8 @@ def finetune(
         LabelError: an organ is not annotated in any case.
     """
     progress = progress or SilentProgress()
-    if output.suffix != f".{SUFFIX}":
-        raise UsageError(f"--output is {output}, which does not end in .tuning.", remedy="Set --output to NAME.tuning.")
-    check_writable(output)
-    bundle = EncoderBundle.open(encoder)
+    check_output(output)
+    bundle = open_encoder(encoder)
     check_tunable(bundle, organs, settings)
     annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
     settings = replace(settings, device=resolve_device(device))
@@ -132,6 +131,18 @@ def finetune(
     file = describe_tuning(tuned, support, settings, *scores.summary())
     write_tuning(output, file)
     return file
+
+
+def check_output(output: Path) -> None:
+    """Raise an error if a tuning cannot be written to this path.
+
+    Raises:
+        UsageError: the name does not end in ``.tuning``, or is the name of a folder.
+        OutOfSpaceError: the file cannot be written.
+    """
+    if output.suffix != f".{SUFFIX}":
+        raise UsageError(f"--output is {output}, which does not end in .tuning.", remedy="Set --output to NAME.tuning.")
+    check_writable(output)
 
 
 def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings: TuningSettings) -> None:
@@ -149,7 +160,8 @@ def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings:
     if bundle.graph_only:
         raise UsageError(
             f"{bundle.path} contains only the ONNX graph of its network, and a graph cannot be fine-tuned.",
-            remedy="Fine-tune the network with its own code and export it again, or choose --method spatial.",
+            remedy="Fine-tune the network with its own code and export it again, or train an adapter with "
+            "`fseft-edge adapt`.",
         )
     network = bundle.network()
     unfreeze(network, settings)

@@ -17,6 +17,7 @@ from fseft_edge.adapters.described_tensors import does_not_fit
 from fseft_edge.adapters.file import AdapterDescription, AdapterFile, stored_settings, write_adapter
 from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.adapters.network import Adapter
+from fseft_edge.export.built_in import open_encoder
 from fseft_edge.export.checkpoints import ModelDescription, ModelFile
 from fseft_edge.export.export import write_encoder
 from fseft_edge.export.zoo import LoadedModel
@@ -80,7 +81,7 @@ def merge(
     check_writable(output)
     check_writable(adapter)
     file = read_tuning(tuning)
-    base = EncoderBundle.open(encoder or find_encoder(tuning, file.description.encoder_id))
+    base = open_encoder(encoder or find_encoder(tuning, file.description.encoder_id))
     file.check_encoder(base, tuning)
     network = tuned_network(file, base, tuning)
     described = ModelDescription(

@@ -15,6 +15,7 @@ import torch
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters.file import read_adapter
+from fseft_edge.export.built_in import open_encoder
 from fseft_edge.machine.arithmetic import flop_of
 from fseft_edge.machine.speed_jobs import (
     CeilingJob,
@@ -88,7 +89,7 @@ def benchmark(
     """
     machine = this_machine()
     load_before = os.getloadavg()[0] / machine.cpu.usable_cores
-    bundle = EncoderBundle.open(encoder)
+    bundle = open_encoder(encoder)
     target = resolve_device(device)
     configurations = _configurations(bundle, target, backends)
     if remember:

@@ -22,6 +22,7 @@ from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs,
 from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing, read_adapter
 from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.adapters.network import Adapter
+from fseft_edge.export.built_in import open_encoder
 from fseft_edge.masks.memory_plan import MemoryPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.masks.post_processing import post_process
 from fseft_edge.masks.prediction import decide_encoded
@@ -163,7 +164,7 @@ def load_models(settings: SegmentationSettings) -> LoadedModels:
         )
     files = tuple(read_adapter(path) for path in settings.adapters)
     encoder = settings.encoder or find_encoder(settings.adapters[0], files[0].description.encoder_id)
-    bundle = EncoderBundle.open(encoder)
+    bundle = open_encoder(encoder)
     for path, file in zip(settings.adapters, files, strict=True):
         file.check_encoder(bundle.encoder_id, path=path)
     check_organs(files)
@@ -185,7 +186,7 @@ def _zero_shot_models(settings: SegmentationSettings) -> LoadedModels:
             "--transductive refits the classifiers of an adapter, but no adapter was given.",
             remedy="Add --adapter, or remove --transductive.",
         )
-    bundle = EncoderBundle.open(settings.encoder)
+    bundle = open_encoder(settings.encoder)
     names = settings.organs or bundle.manifest.organs
     if not names:
         raise UsageError(

@@ -8,7 +8,6 @@ record is valid only for the same encoder, the same device and the same installe
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -20,6 +19,7 @@ from fseft_edge.runtime.errors import EnvironmentProblemError
 from fseft_edge.runtime.system.atomic import atomic_path
 from fseft_edge.runtime.system.libraries import installed_versions
 from fseft_edge.runtime.system.machine import cpu
+from fseft_edge.runtime.system.user_cache import user_cache
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.encoder.bundle import EncoderBundle
@@ -53,16 +53,7 @@ def speeds_file() -> Path:
     Raises:
         EnvironmentProblemError: the account has no home folder.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not root.is_absolute():  # the XDG Base Directory Specification requires that relative paths are ignored
-        try:
-            root = Path.home() / ".cache"
-        except RuntimeError as error:
-            raise EnvironmentProblemError(
-                "This account has no home folder, so the measured speeds cannot be stored.",
-                remedy="Set the environment variable XDG_CACHE_HOME to a folder.",
-            ) from error
-    return root / "fseft-edge" / "speeds.json"
+    return user_cache() / "speeds.json"
 
 
 def device_name(device: torch.device) -> str:
