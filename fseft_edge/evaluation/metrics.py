@@ -1,12 +1,19 @@
 """Agreement of a predicted mask with a reference: DSC, HD95, normalised surface distance, volumes.
 
-The definition of a surface is that of MONAI (and of Nikolov et al. in its voxel form): all voxels of the mask with a
-face neighbour outside the mask, where the outside of the scan counts as outside the mask. Distances are measured in mm
-between the centres of surface voxels.
+The two surface measures have different definitions of a surface, those of their usual implementations in MONAI:
+
+- Normalised surface distance: the definition of Nikolov et al., as in their package ``surface-distance``. Each 2x2x2
+  neighbourhood of voxels that the surface crosses is one surface element, whose area comes from the marching cubes
+  algorithm. The score is a share of area, independent of voxel size and of the direction of the axes.
+- HD95: the surface consists of all voxels of the mask with a face neighbour outside the mask. Distances are measured
+  between the centres of these voxels, and each voxel counts once.
+
+For both, the outside of the scan counts as outside the mask, and distances are in mm.
 
 References: Dice 1945 (DSC); Huttenlocher et al. 1993 (Hausdorff distance); Nikolov et al., "Clinically applicable
-segmentation of head and neck anatomy", J Med Internet Res 23 (2021) e26151 (normalised surface distance); Maier-Hein
-et al., "Metrics reloaded", Nature Methods 21 (2024) 195-212 (which of them to report together).
+segmentation of head and neck anatomy", J Med Internet Res 23 (2021) e26151 (normalised surface distance, called
+surface Dice there); Maier-Hein et al., "Metrics reloaded", Nature Methods 21 (2024) 195-212 (which of them to report
+together).
 """
 
 from __future__ import annotations
@@ -87,9 +94,9 @@ def surface_scores(
 ) -> tuple[float | None, float | None]:
     """Return HD95 in mm and normalised surface distance (0 to 1) of a pair of masks.
 
-    HD95 is the larger of the 95th percentiles of the two directed surface distances. The normalised surface distance is
-    the share of all surface voxels of both masks that are within the tolerance of the other surface.
-    :class:`MaskScore` states the values for empty masks.
+    HD95 is the larger of the 95th percentiles of the two directed surface distances, over surface voxels. The
+    normalised surface distance is the share of the area of both surfaces that is within the tolerance of the other
+    surface. The module states the definitions of the surfaces, and :class:`MaskScore` the values for empty masks.
 
     Args:
         prediction: predicted mask ``[X, Y, Z]``.
@@ -115,7 +122,11 @@ def surface_scores(
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
         hd95_mm = compute_hausdorff_distance(y_pred, y, include_background=True, percentile=95, spacing=spacing)
         nsd = compute_surface_dice(
-            y_pred, y, class_thresholds=[nsd_tolerance_mm + _ROUNDING_MM], include_background=True, spacing=spacing
+            *(y_pred, y),
+            class_thresholds=[nsd_tolerance_mm + _ROUNDING_MM],
+            include_background=True,
+            spacing=spacing,
+            use_subvoxels=True,
         )
     return float(hd95_mm), float(nsd)
 
