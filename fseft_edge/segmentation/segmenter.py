@@ -40,7 +40,7 @@ from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import write_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
-from fseft_edge.runtime.scans.sources import Scan, find_scan, scan_name
+from fseft_edge.runtime.scans.sources import Scan, find_scan
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 from fseft_edge.runtime.system.atomic import atomic_path
 from fseft_edge.runtime.system.memory import Budget
@@ -271,12 +271,13 @@ class Segmenter:
     session: EncoderSession
     _refit: _Refit
 
-    def read(self, path: Path) -> ReadCase:
+    def read(self, scan: Path | Scan) -> ReadCase:
         """Read a scan and plan the memory use of its segmentation."""
-        scan = find_scan(path, self.settings.series)
+        if isinstance(scan, Path):
+            scan = find_scan(scan, self.settings.series)
         volume = scan.read()
         for warning in volume.warnings:
-            _LOG.warning("%s: %s", scan_name(path), warning)
+            _LOG.warning("%s: %s", scan.name, warning)
         grid = Grid.of(volume, self.bundle.preprocessing)
         # A budget that is too small is reported before the long computation.
         held = held_after_encoding(self.bundle, self.session)
@@ -315,7 +316,7 @@ class Segmenter:
             found = in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
         labels = read.volume.label_map(post_process(found.labels, self._post_processing))
         organs = tuple(_measured_organs(read.volume, labels, found.confidence, self.adapters, outcomes))
-        name = scan_name(read.scan.path)
+        name = read.scan.name
         case = SegmentedCase(name, output / f"{name}.nii.gz", organs, read.volume.warnings)
         _write_summary(case, read.volume, self.bundle, self.adapters, outcomes)
         if self.settings.preview:

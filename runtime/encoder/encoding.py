@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding_plan import plan_encoding
 from fseft_edge.runtime.encoder.feature_map import FeatureMap, FeatureMapMeta
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 from fseft_edge.runtime.encoder.streaming import stream_features
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.scans.grid import Grid
@@ -26,10 +28,48 @@ OVERLAP = 0.25
 
 @dataclass(frozen=True, eq=False)
 class EncodedScan:
-    """A scan's grid and its feature map."""
+    """The grid of a scan and its feature map.
+
+    Attributes:
+        grid: grid of the scan, which is the lattice of level 0.
+        features: feature map; :meth:`FeatureMap.read` reads a box of a level.
+    """
 
     grid: Grid
     features: FeatureMap
+
+    @property
+    def levels(self) -> tuple[FeatureLevel, ...]:
+        """Levels of the feature map, finest first: number of channels and stride of each level."""
+        return self.features.levels
+
+    def array(self, level: int = 0) -> NDArray[np.floating[Any]]:
+        """Return all features of a level, ``[C, X, Y, Z]`` in the stored number format.
+
+        The voxels cover the grid, without the padding of the feature map. The axes have the anatomical directions that
+        the encoder's preprocessing names. A whole level of a large scan can take gigabytes.
+
+        Raises:
+            IndexError: there is no such level.
+        """
+        stride = self.levels[level].stride
+        x, y, z = ((0, -(-length // stride)) for length in self.grid.shape)
+        features: NDArray[np.floating[Any]] = self.features.read(level, x, y, z).numpy()
+        return features
+
+    def affine(self, level: int = 0) -> NDArray[np.float64]:
+        """Return the affine of a level, float64 4x4, from the voxel index of :meth:`array` to RAS+ mm.
+
+        A voxel of a level with stride ``s`` covers ``s`` grid voxels along each axis. The affine gives their centre.
+
+        Raises:
+            IndexError: there is no such level.
+        """
+        stride = self.levels[level].stride
+        to_grid = np.diag([stride, stride, stride, 1.0])
+        to_grid[:3, 3] = (stride - 1) / 2
+        affine: NDArray[np.float64] = self.grid.affine @ to_grid
+        return affine
 
 
 def layout_of(grid: Grid, bundle: EncoderBundle) -> WindowLayout:

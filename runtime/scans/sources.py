@@ -40,15 +40,19 @@ def read_scan(path: Path, series: str | None = None) -> Volume:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A scan before reading.
+    """A scan before reading, or a scan that is already in memory.
 
     Attributes:
-        path: path of the scan.
-        series: the selected DICOM series; None for a NIfTI file.
+        name: name of the scan (see :func:`scan_name`).
+        path: path of the scan; None for a scan in memory.
+        series: the selected DICOM series; None for any other scan.
+        volume: the scan in memory; None for a scan that has to be read.
     """
 
-    path: Path
-    series: DicomSeries | None
+    name: str
+    path: Path | None = None
+    series: DicomSeries | None = None
+    volume: Volume | None = None
 
     def read(self) -> Volume:
         """Read the scan.
@@ -57,11 +61,14 @@ class Scan:
             InputError: the scan is not a readable CT.
             OutOfSpaceError: the temporary folder has too little disk space for the unpacked scan.
         """
-        if self.series is None:
-            return read_ct(self.path)
-        from fseft_edge.runtime.scans.dicom import read_series  # noqa: PLC0415 - loads pydicom
+        if self.volume is not None:
+            return self.volume
+        if self.series is not None:
+            from fseft_edge.runtime.scans.dicom import read_series  # noqa: PLC0415 - loads pydicom
 
-        return read_series(self.series)
+            return read_series(self.series)
+        assert self.path is not None  # noqa: S101 - every scan has one of the three
+        return read_ct(self.path)
 
 
 def find_scan(path: Path, series: str | None = None) -> Scan:
@@ -80,10 +87,10 @@ def find_scan(path: Path, series: str | None = None) -> Scan:
             raise UsageError(
                 f"{path} is a NIfTI file, but --series can only be used with DICOM.", remedy="Leave --series out."
             )
-        return Scan(path, None)
+        return Scan(scan_name(path), path)
     from fseft_edge.runtime.scans import dicom  # noqa: PLC0415 - loads pydicom
 
-    return Scan(path, dicom.choose_series(dicom.find_series(path), series))
+    return Scan(scan_name(path), path, dicom.choose_series(dicom.find_series(path), series))
 
 
 def list_scans(path: Path) -> list[Path]:
