@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fseft_edge.cli.options import PATH, logging_options
+from fseft_edge.cli.options import PATH, device_option, logging_options
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.runtime.errors import SomeCasesFailedError
 from fseft_edge.runtime.system.progress import open_progress
@@ -46,7 +46,7 @@ def doctor(*, encoders: tuple[Path, ...], as_json: bool, quiet: bool) -> None:  
     multiple=True,
     help="Backend to measure. May be repeated.  [default: all backends that can run the encoder]",
 )
-@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
+@device_option
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Number of measurements of each backend."
 )

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 ORGAN_HELP = "Organ and its label value in the annotation files: NAME=ID[,NAME=ID...]. May be repeated."
 _GB = click.FloatRange(min=0, min_open=True)
+device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
+"""Adds ``--device``."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def logging_options(command: Callable[..., None]) -> Callable[..., None]:
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options of :class:`Common` and ``--verbose``; the command receives ``common``."""
 
-    @click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
+    @device_option
     @click.option(
         "--backend",
         default="auto",
@@ -130,3 +132,8 @@ def dicom_option(command: Callable[..., None]) -> Callable[..., None]:
         command(**options)
 
     return wrapped
+
+
+def counted(number: int, thing: str) -> str:
+    """Return a number with the thing that it counts: ``1 case``, ``2 cases``."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -57,7 +57,7 @@ def test_adapt_segment_and_evaluate(site: Site, tmp_path: Path, run: Run) -> Non
     organs = ("--organ", f"{LIVER},spleen={label_of('spleen')}")
     adapted = run(*site.adapt(*organs, "--seed", 3, "--case", "case_1", output=tmp_path / "s.adapter"))
     assert (adapted.code, len(adapted.out.splitlines())) == (0, 3)
-    assert adapted.out.startswith("liver: 1 scans, ")
+    assert adapted.out.startswith("liver: 1 scan, ")
     assert str(tmp_path / "s.adapter") in adapted.out
     assert "encode" in adapted.err
     description = read_adapter(tmp_path / "s.adapter").description

@@ -156,6 +156,11 @@ ERRORS: dict[str, Case] = {
         ["--method auto", "--no-validate"],
         lambda s, t: s.adapt("--organ", LIVER, "--method", "auto", "--no-validate", output=t / "out"),
     ),
+    "a linear adapter with epochs": (
+        2,
+        ["--method linear", "--epochs"],
+        lambda s, t: s.adapt("--organ", LIVER, "--epochs", 3, output=t / "out"),
+    ),
     "a missing case": (
         3,
         ["case_7"],

@@ -1,4 +1,4 @@
-"""Fine-tuning from the command line: ``adapt`` with a method of fine-tuning, ``merge``, and refusals."""
+"""Fine-tuning from the command line: ``finetune``, ``merge``, and refusals."""
 
 from __future__ import annotations
 
@@ -10,18 +10,14 @@ from click.testing import CliRunner, Result
 from doubles.encoder import label_of, write_case, write_tiny_encoder
 from doubles.errors import refused
 
-from fseft_edge.adaptation.cross_validation import Candidate
-from fseft_edge.adaptation.training import TrainingSettings
-from fseft_edge.adapters.file import AdapterFile, read_adapter
-from fseft_edge.adapters.network import AdapterSettings
-from fseft_edge.cli import adaptation_commands
+from fseft_edge.adapters.file import read_adapter
+from fseft_edge.cli import training_options
 from fseft_edge.cli.main import cli
-from fseft_edge.finetuning.settings import TUNING_METHODS
+from fseft_edge.finetuning.settings import TUNING_METHODS, TuningSettings
 from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning
 from fseft_edge.runtime.errors import UsageError
 
 LIVER = f"liver={label_of('liver')}"
-CHEAP = Candidate("linear on last", AdapterSettings("linear", "finest"), TrainingSettings())
 SHORT = ("--steps", 2, "--crops", 1, "--device", "cpu")
 
 
@@ -38,16 +34,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def adapt(site: Path, output: Path, *more: object) -> Result:
+def train(verb: str, site: Path, output: Path, *more: object) -> Result:
     scans = ("--images", site / "images", "--labels", site / "labels", "--organ", LIVER)
-    return run("adapt", "--encoder", site / "tiny.encoder", *scans, "-o", output, *more)
+    return run(verb, "--encoder", site / "tiny.encoder", *scans, "-o", output, *more)
+
+
+def finetune(site: Path, output: Path, *more: object) -> Result:
+    return train("finetune", site, output, *more)
 
 
 def test_fine_tune_merge_segment(site: Path, tmp_path: Path) -> None:
-    tuned = adapt(site, tmp_path / "liver.tuning", "--method", "affine", "--decoder", "tuned", *SHORT, "--seed", 3)
+    tuned = finetune(site, tmp_path / "liver.tuning", "--method", "affine", "--decoder", "tuned", *SHORT, "--seed", 3)
     assert tuned.exit_code == 0, tuned.output
     assert tuned.stdout.startswith("liver: 2 scans, ")
     assert "liver.tuning: affine, decoder tuned" in tuned.stdout
+    assert "fseft-edge merge" in tuned.stderr
     description = read_tuning(tmp_path / "liver.tuning").description
     assert (description.method, description.decoder, description.steps, description.seed) == ("affine", "tuned", 2, 3)
     merged = run(
@@ -64,7 +65,7 @@ def test_fine_tune_merge_segment(site: Path, tmp_path: Path) -> None:
 
 
 def test_the_description_is_printed_as_json(site: Path, tmp_path: Path) -> None:
-    tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", "--levels", "finest", *SHORT, "--json")
+    tuned = finetune(site, tmp_path / "a.tuning", "--method", "bitfit", "--levels", "finest", *SHORT, "--json")
     described = json.loads(tuned.stdout)
     assert (described["method"], described["reads"]) == ("bitfit", "last")
     assert "content_sha256" not in described
@@ -73,61 +74,52 @@ def test_the_description_is_printed_as_json(site: Path, tmp_path: Path) -> None:
 def test_the_name_of_a_tuning_must_end_in_tuning(site: Path, tmp_path: Path) -> None:
     (tmp_path / "a.adapter").touch()
     with refused(UsageError, tmp_path / "a.adapter", ".tuning"):
-        adapt(site, tmp_path / "a.adapter", "--method", "bitfit", *SHORT)
+        finetune(site, tmp_path / "a.adapter", "--method", "bitfit", *SHORT)
     assert (tmp_path / "a.adapter").read_bytes() == b""
 
 
 def test_portions_and_checkpointing_can_be_used_together(site: Path, tmp_path: Path) -> None:
     saving = ("--accumulate", 2, "--gradient-checkpointing", "--crops", 2)
-    tuned = adapt(site, tmp_path / "a.tuning", "--method", "bitfit", *SHORT, *saving)
+    tuned = finetune(site, tmp_path / "a.tuning", "--method", "bitfit", *SHORT, *saving)
     assert tuned.exit_code == 0, tuned.output
 
 
-def test_auto_with_a_time_limit_keeps_the_adapter_and_adds_a_better_tuning(
+def test_auto_writes_a_tuning_only_if_it_is_better_than_the_adapter(
     site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trial of fine-tuning is replaced by one that always finds a better tuning; JSON has one line per file."""
-    found = adapt(site, tmp_path / "b.tuning", "--method", "bitfit", *SHORT)
-    assert found.exit_code == 0, found.output
-    tuning = read_tuning(tmp_path / "b.tuning")
-    minutes_given: list[float] = []
+    """The trial of fine-tuning is replaced by one that finds a better tuning, then by one that finds none."""
+    assert finetune(site, tmp_path / "b.tuning", "--method", "bitfit", *SHORT).exit_code == 0
+    tried: list[tuple[object, ...]] = []
+    found: list[TuningFile | None] = [read_tuning(tmp_path / "b.tuning"), None, None]
 
-    def tried(adapter: AdapterFile, *scans: object, minutes: float, **more: object) -> TuningFile:
-        minutes_given.append(minutes)
-        return tuning
+    def trial(adapter: Path, *scans: object, minutes: float, settings: TuningSettings, **more: object) -> object:
+        tried.append((adapter, scans[-1], minutes, settings.steps))
+        return found.pop(0)
 
-    monkeypatch.setattr("fseft_edge.finetuning.choosing.try_finetuning", tried)
-    monkeypatch.setattr("fseft_edge.adaptation.adapt.candidates", lambda training, settings, rows: [CHEAP])
-    chosen = adapt(site, tmp_path / "a.adapter", "--method", "auto", "--time-limit", 7, "--device", "cpu", "--json")
-    assert chosen.exit_code == 0, chosen.output
-    first, second = (json.loads(line) for line in chosen.stdout.splitlines())
-    assert first["settings"]["method"] == "linear"
-    assert second["method"] == "bitfit"
-    assert minutes_given == [7]
-    assert "fseft-edge merge" in chosen.stderr
-    assert (tmp_path / "a.adapter").exists()
-
-
-def test_a_time_limit_is_refused_before_training_if_the_tuning_cannot_be_written(site: Path, tmp_path: Path) -> None:
-    with refused(UsageError, tmp_path / "a.tuning", ".adapter"):
-        adapt(site, tmp_path / "a.tuning", "--method", "auto", "--time-limit", 7)
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.try_finetuning", trial)
+    auto = ("--method", "auto", "--adapter", tmp_path / "a.adapter")
+    better = finetune(site, tmp_path / "a.tuning", *auto, "--time-limit", 7, *SHORT, "--json")
+    assert json.loads(better.stdout)["method"] == "bitfit"
+    assert "fseft-edge merge" in better.stderr
+    none = finetune(site, tmp_path / "a.tuning", *auto, "--json")
+    assert (none.exit_code, none.stdout, none.stderr) == (0, "null\n", "")
+    none = finetune(site, tmp_path / "a.tuning", *auto)
+    assert str(tmp_path / "a.adapter") in none.stdout
+    paths = (tmp_path / "a.adapter", tmp_path / "a.tuning")
+    assert tried == [(*paths, 7, 2), (*paths, 60, 400), (*paths, 60, 400)]
 
 
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (("--method", "lora", "--activation", "softmax"), ("--activation", "--method lora")),
-        (("--method", "full", "--epochs", 3), ("--epochs", "--method full")),
-        (("--method", "full", "--cache", "features"), ("--cache", "--method full")),
-        (("--method", "linear", "--decoder", "tuned"), ("--decoder", "--method linear")),
-        (("--method", "spatial", "--steps", 3), ("--steps", "--method spatial")),
-        (("--method", "spatial", "--gradient-checkpointing"), ("--gradient-checkpointing", "--method spatial")),
-        (("--method", "spatial", "--time-limit", 3), ("--time-limit", "--method auto")),
-        (("--method", "auto", "--time-limit", 3, "--activation", "softmax"), ("--activation softmax", "--time-limit")),
-        (("--method", "auto", "--time-limit", 3, "--decoder", "new"), ("--decoder", "--method auto")),
-        (("--method", "lora", "--memory", 3), ("--memory", "--method lora")),
+        (("--method", "auto"), ("--method auto", "--adapter")),
+        (("--method", "auto", "--adapter", "a.adapter", "--decoder", "new"), ("--decoder", "--method auto")),
+        (("--method", "auto", "--adapter", "a.adapter", "--no-validate"), ("--no-validate", "--method auto")),
+        (("--method", "full", "--adapter", "a.adapter"), ("--adapter", "--method full")),
+        (("--method", "full", "--time-limit", 60), ("--time-limit", "--method full")),
         (("--method", "adaptformer"), ("adaptformer",)),
         (("--method", "decoder", "--decoder", "frozen"), ("--method decoder", "--decoder frozen")),
+        (("--method", "full", "--state", "state.sqlite"), ("--state", "--from-reviewed")),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
@@ -135,9 +127,30 @@ def test_options_that_contradict_the_method_are_refused(
     site: Path, tmp_path: Path, more: tuple[object, ...], named: tuple[str, ...]
 ) -> None:
     with refused(UsageError, *named):
-        adapt(site, tmp_path / "out" / "a.tuning", *more)
+        finetune(site, tmp_path / "out" / "a.tuning", *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "more", "named"),
+    [
+        ("finetune", ("--method", "spatial"), "fseft-edge adapt --method spatial"),
+        ("adapt", ("--method", "lora"), "fseft-edge finetune --method lora"),
+        ("adapt", ("--method", "loar"), "'loar' is not one of"),
+        ("adapt", ("--steps", 3), "No such option '--steps'"),
+        ("finetune", ("--method", "lora", "--memory", 3), "No such option '--memory'"),
+        ("finetune", ("--method", "lora", "--cache", "features"), "No such option '--cache'"),
+        ("finetune", (), "Missing option '--method'"),
+    ],
+)
+def test_the_error_for_a_method_of_the_other_command_names_that_command(
+    site: Path, tmp_path: Path, verb: str, more: tuple[object, ...], named: str
+) -> None:
+    refusal = train(verb, site, tmp_path / "out", *more)
+    assert refusal.exit_code == 2
+    assert named in refusal.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_offers_every_method() -> None:
-    assert adaptation_commands._TUNINGS == TUNING_METHODS
+    assert training_options.TUNINGS == TUNING_METHODS

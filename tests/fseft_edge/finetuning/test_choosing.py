@@ -18,8 +18,9 @@ from doubles.models import small_contents
 from doubles.tuning_site import LIVER, SHORT, SPLEEN, TuningSite, tuning_site
 
 from fseft_edge.adaptation.cross_validation import OrganScores
-from fseft_edge.adapters.file import AdapterFile
-from fseft_edge.finetuning.choosing import better_tuning, default_candidates, try_finetuning, tuning_beside, why_not
+from fseft_edge.adaptation.support_set import annotated_volumes_ml
+from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, write_adapter
+from fseft_edge.finetuning.choosing import better_tuning, default_candidates, try_finetuning, why_not
 from fseft_edge.finetuning.finetune import TuningSupport, check_tunable
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import DivergedError, TunedNetwork
@@ -65,12 +66,23 @@ def test_cross_validation_of_one_scan_is_skipped_with_a_warning(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def adapter_with(scores: float | None, tmp_path: Path, site: TuningSite) -> AdapterFile:
-    """Return an adapter with this score for every left-out scan of every organ; None for no scores."""
-    file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"))
-    left_out = () if scores is None else (scores, scores)
-    organs = tuple(organ.model_copy(update={"left_out_dsc": left_out}) for organ in file.description.organs)
-    return replace(file, description=file.description.model_copy(update={"organs": organs}))
+def written(path: Path, site: TuningSite, scores: float | None, *names: str, **more: Any) -> AdapterFile:
+    """Write an adapter of the site's scans with this score for every left-out scan of every organ; None for none."""
+    file = write_random_adapter(path, site.bundle, names or ("liver", "spleen"))
+    volumes = [annotated_volumes_ml(labels, [LIVER, SPLEEN]) for _, labels in site.support().annotated]
+    organs = tuple(
+        organ.model_copy(
+            update={"left_out_dsc": () if scores is None else (scores, scores), "support_volumes_ml": ml, **more}
+        )
+        for organ, ml in zip(file.description.organs, zip(*volumes, strict=True), strict=False)
+    )
+    file = replace(file, description=file.description.model_copy(update={"organs": organs}))
+    write_adapter(path, file)
+    return file
+
+
+def adapter_with(scores: float | None, tmp_path: Path, site: TuningSite) -> tuple[AdapterOrgan, ...]:
+    return written(tmp_path / "a.adapter", site, scores).description.organs
 
 
 @pytest.mark.parametrize(
@@ -80,12 +92,11 @@ def adapter_with(scores: float | None, tmp_path: Path, site: TuningSite) -> Adap
         (0.5, (False, False), True),
         (0.9, (True, False), False),
         (0.5, (True, True), False),
-        (None, (True, False), False),
     ],
-    ids=["poor on one new organ", "poor on two new organs", "good", "no new organ", "not validated"],
+    ids=["poor on one new organ", "poor on two new organs", "good", "no new organ"],
 )
 def test_fine_tuning_is_tried_if_the_adapter_is_poor_on_a_new_organ(
-    site: TuningSite, tmp_path: Path, scores: float | None, known: tuple[bool, bool], tried: bool
+    site: TuningSite, tmp_path: Path, scores: float, known: tuple[bool, bool], tried: bool
 ) -> None:
     reason = why_not(adapter_with(scores, tmp_path, site), known)
     assert (reason is None) == tried
@@ -156,13 +167,11 @@ def test_new_organs_decide_unless_known_organs_become_worse_by_more(
             scores.add(mask, labels, [LIVER.label, SPLEEN.label], np.array([True, True]))
 
     monkeypatch.setattr("fseft_edge.finetuning.choosing.add_fold", scored)
-    file = adapter_with(0.0, tmp_path, site)
-    organs = tuple(
+    organs = [
         organ.model_copy(update={"left_out_dsc": (score, score)})
-        for organ, score in zip(file.description.organs, adapters, strict=True)
-    )
-    file = replace(file, description=file.description.model_copy(update={"organs": organs}))
-    tuning = better_tuning(file, site.support(), [TuningSettings("bitfit", **SHORT)], deadline=within(30))
+        for organ, score in zip(adapter_with(0.0, tmp_path, site), adapters, strict=True)
+    ]
+    tuning = better_tuning(organs, site.support(), [TuningSettings("bitfit", **SHORT)], deadline=within(30))
     assert (tuning is not None) == chosen
     if tuning is not None:
         known, new = (organ.left_out_dsc for organ in tuning.description.organs)
@@ -264,46 +273,73 @@ def test_a_candidate_that_is_too_slow_is_stopped_after_a_few_steps(
 
 
 def trial(site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> TuningFile | None:
-    """Try one candidate with perfect scores against an adapter with a DSC of 0."""
+    """Try one candidate with perfect scores against an adapter, by default one with a DSC of 0 for both organs."""
     monkeypatch.setattr("fseft_edge.finetuning.choosing.default_candidates", lambda bundle, common: [FULL])
     monkeypatch.setattr("fseft_edge.finetuning.choosing.add_fold", perfect_fold)
+    if not (tmp_path / "a.adapter").exists():
+        written(tmp_path / "a.adapter", site, 0.0, "hepar", "spleen")
     return try_finetuning(
-        adapter_with(0.0, tmp_path, site),
-        *(site.bundle.path, site.root / "images", site.root / "labels", [OrganLabel("hepar", LIVER.label), SPLEEN]),
-        **{"output": tmp_path / "a.adapter", "minutes": 30, "device": "cpu", **more},
+        tmp_path / "a.adapter",
+        *(site.bundle.path, site.root / "images", site.root / "labels"),
+        **{"organs": [OrganLabel("hepar", LIVER.label), SPLEEN], "output": tmp_path / "a.tuning"}
+        | {"minutes": 30, "device": "cpu", **more},
     )
 
 
-def test_a_better_tuning_is_written_beside_the_adapter(
-    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = adapter_with(0.0, tmp_path, site) and (tmp_path / "a.adapter").read_bytes()
+def test_a_better_tuning_is_written(site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trial(site, tmp_path, monkeypatch)
     assert found is not None
     assert read_tuning(tmp_path / "a.tuning").description.losses == found.description.losses
-    assert (tmp_path / "a.adapter").read_bytes() == before
 
 
-def test_a_tuning_replaces_no_file(site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with refused(UsageError, tmp_path / "a.tuning", ".adapter"):
-        tuning_beside(tmp_path / "a.tuning")
+def test_a_tuning_that_must_surpass_an_adapter_replaces_no_file(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.tuning").touch()
     with refused(UsageError, tmp_path / "a.tuning"):
         trial(site, tmp_path, monkeypatch)
+    with refused(UsageError, tmp_path / "b.adapter", ".tuning"):
+        trial(site, tmp_path, monkeypatch, output=tmp_path / "b.adapter")
+
+
+def test_the_adapter_must_have_the_organs_the_scans_and_scores_to_compare_with(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.adapter"
+    written(path, site, 0.0)
+    with refused(UsageError, path, "liver, spleen", "hepar, spleen"):
+        trial(site, tmp_path, monkeypatch)
+    written(path, site, None, "hepar", "spleen")
+    with refused(UsageError, path, "left-out"):
+        trial(site, tmp_path, monkeypatch)
+    written(path, site, 0.0, "hepar", "spleen", support_volumes_ml=(1.0, 2.0))
+    with refused(UsageError, path, "volumes"):
+        trial(site, tmp_path, monkeypatch)
+    written(path, site, 0.0, "hepar", "spleen")
+    with refused(UsageError, path, "volumes"):
+        trial(site, tmp_path, monkeypatch, cases=["case_1"])
+    assert not (tmp_path / "a.tuning").exists()
+
+
+def test_the_organs_may_be_named_in_another_order_than_in_the_adapter(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        "fseft_edge.finetuning.choosing.better_tuning",
+        lambda adapter, *_, **__: seen.append([organ.name for organ in adapter]),
+    )
+    assert trial(site, tmp_path, monkeypatch, organs=[SPLEEN, OrganLabel("hepar", LIVER.label)]) is None
+    assert seen == [["spleen", "hepar"]]
+    assert not (tmp_path / "a.tuning").exists()
 
 
 def test_the_reason_for_not_trying_fine_tuning_is_logged(
-    site: TuningSite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    written(tmp_path / "a.adapter", site, 0.0, "liver")
     with caplog.at_level(logging.WARNING):
-        found = try_finetuning(
-            adapter_with(0.0, tmp_path, site),
-            *(site.bundle.path, site.root / "images", site.root / "labels", [LIVER]),
-            output=tmp_path / "a.adapter",
-            minutes=1,
-            device="cpu",
-        )
-    assert found is None
+        assert trial(site, tmp_path, monkeypatch, organs=[LIVER]) is None
     assert "every organ" in caplog.text
 
 

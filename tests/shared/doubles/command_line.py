@@ -17,7 +17,7 @@ from fseft_edge.cli.main import main
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 
 LIVER = f"liver={label_of('liver')}"
-CHEAP = ("--method", "linear", "--levels", "finest", "--epochs", "1", "--device", "cpu", "--backend", "torch")
+CHEAP = ("--method", "linear", "--levels", "finest", "--device", "cpu", "--backend", "torch")
 ON_CPU = ("--device", "cpu", "--backend", "torch")
 
 

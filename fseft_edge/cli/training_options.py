@@ -1,0 +1,183 @@
+"""What the commands `adapt` and `finetune` have in common: options for annotated scans, and the printed result."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from fseft_edge.cli.options import ORGAN_HELP, PATH, counted
+from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.scans.organs import OrganLabel, parse_organs
+
+if TYPE_CHECKING:
+    from fseft_edge.adapters.file import AdapterFile, AdapterOrgan
+    from fseft_edge.finetuning.tuning_file import TuningFile
+    from fseft_edge.outbox.accepted_masks import ReviewedBatch
+
+ADAPTERS = ("linear", "pointwise", "spatial")
+# equal to `fseft_edge.finetuning.settings.TUNING_METHODS`, whose import brings in torch
+TUNINGS = ("lora", "adaptformer", "affine", "bitfit", "compacter", "conv-adapter", "med-adapter", "full", "decoder")
+
+
+@dataclass(frozen=True)
+class Support:
+    """Options of every command that trains on annotated scans.
+
+    Attributes:
+        encoder: path of the encoder bundle.
+        images: folder of CTs, or None.
+        labels: folder of annotations, or None.
+        organs: organs to train.
+        reviewed: reviewed batch whose accepted masks are used, or None.
+        cases: names of the cases to use, or None for all.
+        output: path of the file to write.
+        seed: seed for all random choices.
+        as_json: True prints the metadata of the written file as JSON.
+    """
+
+    encoder: Path
+    images: Path | None
+    labels: Path | None
+    organs: Sequence[OrganLabel]
+    reviewed: ReviewedBatch | None
+    cases: tuple[str, ...] | None
+    output: Path
+    seed: int
+    as_json: bool
+
+    @property
+    def scans(self) -> tuple[Path, Path | None, Path | None, Sequence[OrganLabel], Path]:
+        """The positional arguments of the Python functions for training."""
+        return self.encoder, self.images, self.labels, self.organs, self.output
+
+    def print_result(self, file: AdapterFile | TuningFile) -> None:
+        """Print the metadata of the written file and the accuracy to expect; as JSON, on one line."""
+        made = file.description
+        if self.as_json:
+            click.echo(made.model_dump_json(exclude={"content_sha256"}))  # only the file itself contains this hash
+            return
+        for organ in made.organs:
+            click.echo(_organ_text(organ))
+        if self.reviewed is not None and any(organ.left_out_dsc for organ in made.organs):
+            click.echo(
+                "The expected DSC is too optimistic, because the references include masks made by an adapter. For a "
+                "reliable estimate, use scans contoured by a person."
+            )
+        steps = f", {counted(made.steps, 'step')}, loss {made.losses[-1]:.3f}" if made.steps else ""
+        click.echo(f"{self.output}: {made.kind}{steps}")
+
+
+def support_options(output_help: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that adds the options of :class:`Support`; the command receives ``support``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @click.option("--encoder", type=PATH, required=True, help="Encoder bundle, NAME.encoder.")
+        @click.option("--images", type=PATH, help="Folder of annotated CTs (NIfTI).")
+        @click.option("--labels", type=PATH, help="Folder of the annotations, with the file names of the CTs.")
+        @click.option(
+            "--from-reviewed",
+            type=PATH,
+            metavar="OUTBOX",
+            help="Batch whose accepted masks are used as annotations, in addition to --images and --labels or instead "
+            "of them.",
+        )
+        @click.option(
+            "--corrected",
+            type=PATH,
+            help="With --from-reviewed: folder of corrected masks <key>.nii.gz, which replace the masks of the batch.",
+        )
+        @click.option(
+            "--state",
+            type=PATH,
+            help="With --from-reviewed: state file of the batch, if `batch run` was started with --state.",
+        )
+        @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=ORGAN_HELP)
+        @click.option("-o", "--output", type=PATH, required=True, help=output_help)
+        @click.option(
+            "--case",
+            "cases",
+            multiple=True,
+            help="Use only this case. May be repeated.  [default: all annotated cases]",
+        )
+        @click.option(
+            "--seed",
+            type=click.IntRange(0, 2**32 - 1),
+            default=0,
+            show_default=True,
+            help="Seed for all random choices.",
+        )
+        @click.option("--json", "as_json", is_flag=True, help="Print the metadata of the written file as JSON.")
+        @functools.wraps(command)
+        def wrapped(
+            *,
+            encoder: Path,
+            images: Path | None,
+            labels: Path | None,
+            from_reviewed: Path | None,
+            corrected: Path | None,
+            state: Path | None,
+            organs: tuple[str, ...],
+            output: Path,
+            cases: tuple[str, ...],
+            seed: int,
+            as_json: bool,
+            **particular: object,
+        ) -> None:
+            wanted = parse_organs(organs)
+            if from_reviewed is None and (corrected or state):
+                raise UsageError(
+                    "--corrected and --state can only be used with --from-reviewed.",
+                    remedy="Add --from-reviewed, or remove --corrected and --state.",
+                )
+            reviewed = _reviewed(from_reviewed, state, corrected) if from_reviewed else None
+            support = Support(encoder, images, labels, wanted, reviewed, cases or None, output, seed, as_json)
+            command(support=support, **particular)
+
+        return wrapped
+
+    return decorate
+
+
+class MethodChoice(click.Choice[str]):
+    """The methods of one command; the error for a method of the other command names that command."""
+
+    def __init__(self, choices: Sequence[str], elsewhere: Sequence[str], command: str) -> None:
+        super().__init__(choices)
+        self._elsewhere, self._command = elsewhere, command
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ANN401 - the signature is click's
+        """Return the method, or raise click's error for a wrong value."""
+        if value in self._elsewhere:
+            self.fail(f"{value!r} is a method of another command: `{self._command} --method {value}`.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def was_given(name: str) -> bool:
+    """Return True if the parameter ``name`` of the running command was given on the command line."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _reviewed(outbox: Path, state: Path | None, corrected: Path | None) -> ReviewedBatch:
+    from fseft_edge.outbox.accepted_masks import ReviewedBatch  # noqa: PLC0415 - brings in torch
+
+    return ReviewedBatch(outbox, state, corrected)
+
+
+def _organ_text(organ: AdapterOrgan) -> str:
+    volumes, left_out = organ.support_volumes_ml, organ.left_out_dsc
+    expected = (
+        f"; expected DSC on new scans: {sum(left_out) / len(left_out):.2f} ({min(left_out):.2f} to "
+        f"{max(left_out):.2f} on left-out scans)"
+        if left_out
+        else ""
+    )
+    done = [name.replace("_", " ") for name, wanted in asdict(organ.post_processing).items() if wanted]
+    treated = f"; post-processing of its masks: {', '.join(done)}" if done else ""
+    scans = counted(len(volumes), "scan")
+    return f"{organ.name}: {scans}, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}{treated}"
