@@ -122,7 +122,7 @@ class _Run:
         self._scratch = scratch
         self._stop = stop
         self._inbox = Inbox(settings.inbox, settings.settle)
-        self._done = self._failed = 0
+        self._done = self._failed = self._warned = 0
         self._disk_problem: OutOfSpaceError | None = None
         self._pool: WorkerPool | None = None
         self._report_outdated = True
@@ -156,7 +156,7 @@ class _Run:
             raise self._disk_problem
         self._report()
         waiting = sum(case.state == CaseState.WAITING for case in self._store.cases())
-        return BatchSummary(self._done, self._failed, waiting)
+        return BatchSummary(self._done, self._failed, waiting, self._warned)
 
     def _report_when_due(self) -> None:
         """Write the report if enough time has passed; at most a tenth of the time goes into reports."""
@@ -305,7 +305,10 @@ class _Run:
         self._report_outdated = True
         if outcome.state == CaseState.DONE:
             self._done += 1
+            self._warned += bool(outcome.warnings)
             _LOG.info("%s is done", key)
+            for warning in outcome.warnings:
+                _LOG.warning("%s: %s", key, warning)
         else:
             self._failed += 1
             _LOG.warning("%s failed: %s %s", key, outcome.reason, outcome.remedy)

@@ -12,7 +12,7 @@ from fseft_edge.outbox.records import CaseState
 from fseft_edge.outbox.store import BatchStore
 from fseft_edge.runtime.system.atomic import atomic_path
 
-_ORDER = (CaseState.DONE, CaseState.RUNNING, CaseState.WAITING, CaseState.CANCELLED)
+_ORDER = (CaseState.DONE, CaseState.SUPERSEDED, CaseState.RUNNING, CaseState.WAITING, CaseState.CANCELLED)
 
 
 def write_report(outbox: Path, store: BatchStore, *, show_ids: bool = False, title: str = "Batch report") -> Path:
@@ -55,12 +55,13 @@ def write_report(outbox: Path, store: BatchStore, *, show_ids: bool = False, tit
 def _urgency(case: ReportedCase) -> tuple[int, ...]:
     """Return the sort key of a case: first cases without a mask, then masks to check, then the others.
 
-    Masks to check are sorted by review (masks without a decision first), then by number of complaints and flags (most
-    first). Cases with equal keys keep the order in which they were found.
+    Masks to check are sorted by review (masks without a decision first), then by number of warnings, complaints and
+    flags (most first). Cases with equal keys keep the order in which they were found.
     """
     if case.failed:
         return (0,)
     if case.flagged:
-        remarks = len(case.complaints) + sum(len(organ.flags) for organ in case.record.organs)
+        remarks = len(case.complaints) + len(case.record.warnings)
+        remarks += sum(len(organ.flags) for organ in case.record.organs)
         return (1, int(case.record.review is not None), -remarks)
     return (2 + _ORDER.index(case.record.state),)

@@ -48,16 +48,19 @@ def page(
             _Figure("found", statistics.found),
             _Figure("done", statistics.done, "unflagged" if unflagged else ""),
             _Figure("to check", statistics.flagged, "flagged"),
+            _Figure("with warnings", statistics.warned, "flagged"),
             _Figure("failed", statistics.failed, "failed"),
             _Figure("set aside", statistics.set_aside, "failed"),
             _Figure("waiting or running", statistics.waiting, "unfinished"),
             _Figure("cancelled", statistics.cancelled, "unfinished"),
+            _Figure("superseded", statistics.superseded, "superseded"),
             _Figure("duplicates", statistics.duplicates, "duplicates"),
         ],
         failed=[case for case in cases if case.failed],
         flagged=[case for case in cases if case.flagged],
         unflagged=unflagged,
-        unfinished=[case for case in cases if not case.done and not case.failed],
+        superseded=[case for case in cases if case.superseded],
+        unfinished=[case for case in cases if not (case.done or case.failed or case.superseded)],
         duplicates=duplicates,
         duplicate_lines=_duplicate_lines(duplicates, show_ids=show_ids),
         meanings=MEANINGS,
@@ -74,12 +77,19 @@ def page(
 def _summary(statistics: BatchStatistics) -> str:
     if not statistics.found:
         return "The batch has no cases."
-    sentences = [f"{statistics.done} of {statistics.found} cases are segmented."]
+    verb = "is" if 1 in (statistics.done, statistics.found) else "are"
+    sentences = [f"{statistics.done} of {_count(statistics.found, 'case')} {verb} segmented."]
     missing = statistics.failed + statistics.set_aside
     if missing:
         sentences.append(f"{_count(missing, 'case')} could not be segmented.")
     if statistics.flagged:
         sentences.append(f"A person should check {_count(statistics.flagged, 'mask')}.")
+    if statistics.warned:
+        whose = "its" if statistics.warned == 1 else "their"
+        warned = _count(statistics.warned, "mask")
+        sentences.append(f"{warned} must not be used before a person has read {whose} warnings.")
+    if statistics.superseded:
+        sentences.append(f"{_count(statistics.superseded, 'case is', 'cases are')} superseded by another case.")
     if statistics.waiting:
         sentences.append(f"The batch still has to segment {_count(statistics.waiting, 'case')}.")
     if len(sentences) == 1 and statistics.done:

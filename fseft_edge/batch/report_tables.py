@@ -41,6 +41,8 @@ COLUMNS: Final[tuple[str, ...]] = (
     "finish_s",
     "review",
     "review_note",
+    "warnings",
+    "superseded_by",
 )
 """Columns of ``report.csv``. Later versions may add columns at the end."""
 
@@ -99,6 +101,8 @@ def _case_fields(case: ReportedCase, *, show_ids: bool) -> dict[str, Any]:
         "reason": record.reason,
         "remedy": record.remedy,
         "complaints": list(case.complaints),
+        "warnings": list(record.warnings),
+        "superseded_by": record.superseded_by or None,
         "attempts": record.attempts,
         "found_at": _time(record.found_at),
         "started_at": _time(record.started_at),
@@ -120,6 +124,7 @@ def _case_cells(case: ReportedCase, *, show_ids: bool) -> dict[str, str | float 
     fields = _case_fields(case, show_ids=show_ids)
     return {name: fields[name] for name in COLUMNS if name in fields} | {
         "complaints": " ".join(case.complaints),
+        "warnings": " ".join(case.record.warnings),
         "read_s": round(seconds.read, 3) if seconds else None,
         "encode_s": round(seconds.encode, 3) if seconds else None,
         "finish_s": round(seconds.finish, 3) if seconds else None,

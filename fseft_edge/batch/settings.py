@@ -58,11 +58,15 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class BatchSummary:
-    """Numbers of cases that this run finished, of cases that failed in it, and of cases that still wait."""
+    """Numbers of cases that this run finished, of cases that failed in it, and of cases that still wait.
+
+    ``warned`` is the number of cases that this run finished with warnings about their scan.
+    """
 
     done: int
     failed: int
     waiting: int
+    warned: int = 0
 
 
 @dataclass

@@ -39,9 +39,19 @@ class ReportedCase:
         return self.record.state == CaseState.DONE
 
     @property
+    def warned(self) -> bool:
+        """Whether the case is done with warnings about its scan."""
+        return self.done and bool(self.record.warnings)
+
+    @property
+    def superseded(self) -> bool:
+        """Whether another case takes the place of this case."""
+        return self.record.state == CaseState.SUPERSEDED
+
+    @property
     def flagged(self) -> bool:
-        """Whether a person should check the mask: it has flags, or result files are missing or damaged."""
-        return self.done and bool(self.complaints or any(organ.flags for organ in self.record.organs))
+        """Whether a person should check the mask: it has warnings or flags, or result files are missing or damaged."""
+        return self.warned or (self.done and bool(self.complaints or any(organ.flags for organ in self.record.organs)))
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class BatchStatistics:
         found: number of all cases.
         done: number of cases that have a mask.
         flagged: number of cases whose mask a person should check.
+        warned: number of cases that are done with warnings about their scan; all of them are flagged.
+        superseded: number of cases whose place another case has taken.
         failed: number of cases that failed because of the scan itself.
         set_aside: number of cases that crashed their worker or exceeded the time limit in all allowed attempts.
         waiting: number of cases that have not ended, including the running ones.
@@ -67,6 +79,8 @@ class BatchStatistics:
     found: int
     done: int
     flagged: int
+    warned: int
+    superseded: int
     failed: int
     set_aside: int
     waiting: int
@@ -121,6 +135,8 @@ def statistics_of(cases: Sequence[ReportedCase], duplicates: int) -> BatchStatis
         found=len(cases),
         done=states[CaseState.DONE],
         flagged=sum(case.flagged for case in cases),
+        warned=sum(case.warned for case in cases),
+        superseded=states[CaseState.SUPERSEDED],
         failed=states[CaseState.FAILED],
         set_aside=states[CaseState.SET_ASIDE],
         waiting=states[CaseState.WAITING] + states[CaseState.RUNNING],

@@ -35,9 +35,7 @@ def batch() -> None:
 
 @batch.command("run")
 @click.argument("inbox", type=PATH)
-@click.option(
-    "-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for the results and the state file."
-)
+@click.argument("outbox", type=PATH)
 @click.option(
     "--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter, NAME.adapter. May be repeated."
 )
@@ -103,7 +101,9 @@ def run(
     dicom: tuple[DicomKind, ...],
     common: Common,
 ) -> None:
-    """Segment each scan in INBOX exactly once. After a crash, run the command again: finished cases are not repeated.
+    """Segment each scan in INBOX exactly once, and write results and state to OUTBOX.
+
+    After a crash, run the command again: finished cases are not repeated.
 
     Ctrl-C ends the run after the cases in progress; a second Ctrl-C ends the run at once.
     """
@@ -149,13 +149,16 @@ def run(
     stop = StopRequest()
     _listen(stop)
     summary = run_batch(settings, stop)
-    ended = f"{summary.done} cases done and {summary.failed} failed in this run, {summary.waiting} waiting"
+    done = f"{_cases(summary.done)} done"
+    if summary.warned:
+        done += f" ({summary.warned} with warnings that a person has to read)"
+    ended = f"{done} and {summary.failed} failed in this run, {summary.waiting} waiting"
     click.echo(f"{ended}: {outbox / 'report.html'}")
     if summary.failed:
         raise SomeCasesFailedError(
-            f"{summary.failed} cases failed.",
-            remedy=f"Run `fseft-edge batch status {outbox}` to see the reasons; `fseft-edge batch retry` returns these "
-            "cases to the queue.",
+            f"{_cases(summary.failed)} failed.",
+            remedy=f"Run `fseft-edge batch status {outbox}` to see the reasons; `fseft-edge batch retry {outbox}` "
+            "returns failed cases to the queue.",
         )
 
 
@@ -175,9 +178,14 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
         return
     for case in cases:
         name = f"{case.key}  {case.source_name}" if show_ids else case.key
-        click.echo(f"{name}  {case.state}{f'  {case.reason} {case.remedy}' if case.reason else ''}")
+        by = f" by {case.superseded_by}" if case.state == CaseState.SUPERSEDED else ""
+        click.echo(f"{name}  {case.state}{by}{f'  {case.reason} {case.remedy}' if case.reason else ''}")
+        for warning in case.warnings:
+            click.echo(f"    warning: {warning}")
     counts = ", ".join(f"{sum(case.state == state for case in cases)} {state.replace('_', ' ')}" for state in CaseState)
-    click.echo(f"{len(cases)} cases: {counts}; {len(duplicates)} duplicates skipped")
+    warned = sum(case.state == CaseState.DONE and bool(case.warnings) for case in cases)
+    copies = f"{len(duplicates)} {'duplicate' if len(duplicates) == 1 else 'duplicates'} skipped"
+    click.echo(f"{_cases(len(cases))}: {counts}; {warned} with warnings; {copies}")
 
 
 @batch.command()
@@ -188,7 +196,8 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
 def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
     """Return failed, set-aside and cancelled cases to the queue: the named cases, or all of them without a name."""
     with BatchStore(state_path(outbox, state)) as store:
-        click.echo(f"{store.retry(keys)} cases returned to the queue; start `fseft-edge batch run` to process them")
+        returned = _cases(store.retry(keys))
+    click.echo(f"{returned} returned to the queue; start `fseft-edge batch run` to continue")
 
 
 @batch.command()
@@ -199,14 +208,12 @@ def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: boo
 def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
     """Cancel waiting cases: the named cases, or all waiting cases without a name. A named case may also have failed."""
     with BatchStore(state_path(outbox, state)) as store:
-        click.echo(f"{store.cancel(keys)} cases cancelled")
+        click.echo(f"{_cases(store.cancel(keys))} cancelled")
 
 
 @batch.command("install-service")
 @click.argument("inbox", type=PATH)
-@click.option(
-    "-o", "--output", "outbox", type=PATH, required=True, help="OUTBOX: folder for the results and the state file."
-)
+@click.argument("outbox", type=PATH)
 @click.option(
     "--adapter", "adapters", type=PATH, multiple=True, required=True, help="Adapter, NAME.adapter. May be repeated."
 )
@@ -240,7 +247,7 @@ def install_service(
     units: Path | None,
     quiet: bool,
 ) -> None:
-    """Write systemd units that run the batch every night. The command does not start them."""
+    """Write systemd units that run the batch from INBOX to OUTBOX every night. The command does not start them."""
     from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
     from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
     from fseft_edge.segmentation.segmenter import SegmentationSettings, load_models  # noqa: PLC0415 - brings in torch
@@ -249,8 +256,8 @@ def install_service(
     begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))
     wanted = SegmentationSettings(adapters, encoder)
     settings = wanted.absolute(load_models(wanted).bundle.path)
-    command = [str(Path(sys.executable).with_name("fseft-edge")), "batch", "run", str(inbox.absolute())]
-    command += ["--output", str(outbox.absolute()), "--encoder", str(settings.encoder)]
+    command = [str(Path(sys.executable).with_name("fseft-edge")), "batch", "run"]
+    command += [str(inbox.absolute()), str(outbox.absolute()), "--encoder", str(settings.encoder)]
     command += [word for adapter in settings.adapters for word in ("--adapter", str(adapter))]
     command += ["--watch", "--until", end, "--limit", f"{limit:g}"]
     command += [word for kind in dicom for word in ("--dicom", kind)]
@@ -264,6 +271,10 @@ def install_service(
             "To run the service when no user is logged in: loginctl enable-linger",
             err=True,
         )
+
+
+def _cases(number: int) -> str:
+    return f"{number} {'case' if number == 1 else 'cases'}"
 
 
 def _as_dict(case: CaseRecord, *, show_ids: bool) -> dict[str, object]:

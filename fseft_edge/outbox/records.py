@@ -18,6 +18,7 @@ class CaseState(StrEnum):
     FAILED = "failed"  # the scan itself is the reason, so another attempt would fail again
     SET_ASIDE = "set_aside"  # crashed its worker or exceeded the time limit in all allowed attempts
     CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"  # the inbox now holds a more complete or changed version of the scan, another case
 
     @property
     def ended(self) -> bool:
@@ -50,7 +51,7 @@ class StageSeconds:
 class Outcome:
     """Outcome of a case: organs, times and warnings if it is done; kind of error, reason and remedy if it is not.
 
-    :class:`CaseRecord` lists the values of ``problem``.
+    :class:`CaseRecord` lists the values of ``problem`` and explains ``series``.
     """
 
     state: CaseState
@@ -60,6 +61,7 @@ class Outcome:
     reason: str = ""
     remedy: str = ""
     warnings: tuple[str, ...] = ()
+    series: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class CaseRecord:
         organs: organs as returned by ``segment``, if the case is done; else empty.
         seconds: wall time of each stage, if the case is done; else None.
         review: decision of a reviewer, if there is one; else None.
+        warnings: sentences on what the reader of the scan left out, corrected or assumed, and on what happened to the
+            scan in the inbox. A person has to read them before the mask is used.
+        superseded_by: key of the case that takes the place of this case; empty if there is none. The mask of a
+            superseded case stays in the outbox, but nothing uses it.
+        series: sha256 of the SeriesInstanceUID, if the scan is a DICOM series and was read; else empty.
     """
 
     key: str
@@ -106,6 +113,9 @@ class CaseRecord:
     organs: tuple[SegmentedOrgan, ...]
     seconds: StageSeconds | None
     review: Review | None
+    warnings: tuple[str, ...] = ()
+    superseded_by: str = ""
+    series: str = ""
 
     @property
     def source_name(self) -> str:

@@ -24,7 +24,7 @@ from fseft_edge.masks.result import SegmentedOrgan
 from fseft_edge.outbox.records import CaseRecord, CaseState, Decision, Duplicate, Outcome, Review, StageSeconds
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 STATE_FOLDER: Final = ".fseft-edge"
 STATE_FILE: Final = "state.sqlite"
 
@@ -48,8 +48,21 @@ CREATE TABLE cases (
 ) STRICT;
 CREATE TABLE sources (path TEXT PRIMARY KEY, signature TEXT NOT NULL, key TEXT NOT NULL REFERENCES cases (key)) STRICT;
 """
+_LATER: Final = {
+    2: """
+ALTER TABLE cases ADD COLUMN warnings TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE cases ADD COLUMN superseded_by TEXT NOT NULL DEFAULT '';
+ALTER TABLE cases ADD COLUMN series TEXT NOT NULL DEFAULT '';
+CREATE TABLE contents (key TEXT PRIMARY KEY, first TEXT NOT NULL, files TEXT NOT NULL) STRICT;
+CREATE INDEX contents_first ON contents (first);
+""",
+}
+"""What each later version of the schema adds. A file of an earlier version gets it when it is opened."""
+
 _PLAIN: Final = (string.punctuation + " ").replace("%", "")
 _BUSY_SECONDS: Final = 30.0
+_UNLESS_SUPERSEDED: Final = f"CASE WHEN superseded_by = '' THEN ? ELSE '{CaseState.SUPERSEDED}' END"
+"""The new state of a running case, in SQL."""
 
 
 def state_path(outbox: Path, state: Path | None = None) -> Path:
@@ -100,7 +113,8 @@ class BatchStore:
         tables = {
             row["name"] for row in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
-        if version == SCHEMA_VERSION and tables >= {"meta", "cases", "sources"}:
+        if version and tables >= {"meta", "cases", "sources"}:
+            self._upgrade(version)
             return
         if not tables and not create:
             raise self._no_batch()
@@ -112,7 +126,19 @@ class BatchStore:
         with self._transaction():
             for statement in _SCHEMA.split(";")[:-1]:
                 self._connection.execute(statement)
-            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self._connection.execute("PRAGMA user_version = 1")
+        self._upgrade(1)
+
+    def _upgrade(self, version: int) -> None:
+        """Add what later versions of the schema have, unless another process has just done it."""
+        if version == SCHEMA_VERSION:
+            return
+        with self._transaction():
+            reached = int(self._connection.execute("PRAGMA user_version").fetchone()[0])
+            for later in range(reached + 1, SCHEMA_VERSION + 1):
+                for statement in _LATER[later].split(";")[:-1]:
+                    self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA user_version = {max(reached, SCHEMA_VERSION)}")
 
     def _no_batch(self) -> UsageError:
         return UsageError(
@@ -242,10 +268,10 @@ class BatchStore:
         )
 
     def end(self, key: str, outcome: Outcome) -> None:
-        """Record the outcome of a case."""
+        """Record the outcome of a case. A case that was superseded while it was running becomes superseded."""
         self._execute(
-            "UPDATE cases SET state = ?, finished_at = ?, organs = ?, seconds = ?, problem = ?, reason = ?, remedy = ?"
-            " WHERE key = ?",
+            f"UPDATE cases SET state = {_UNLESS_SUPERSEDED}, finished_at = ?, organs = ?, seconds = ?, problem = ?,"  # noqa: S608 - a constant
+            " reason = ?, remedy = ?, warnings = ?, series = ? WHERE key = ?",
             outcome.state,
             time.time(),
             json.dumps([asdict(organ) for organ in outcome.organs]),
@@ -253,6 +279,8 @@ class BatchStore:
             outcome.problem,
             outcome.reason,
             outcome.remedy,
+            json.dumps(outcome.warnings),
+            outcome.series,
             key,
         )
 
@@ -269,8 +297,8 @@ class BatchStore:
         """
         with self._transaction():
             self._connection.execute(
-                "UPDATE cases SET state = ?, started_at = NULL, alone = alone | ?, attempts = attempts + ?"
-                " WHERE key = ? AND state = ?",
+                f"UPDATE cases SET state = {_UNLESS_SUPERSEDED}, started_at = NULL, alone = alone | ?,"  # noqa: S608 - a constant
+                " attempts = attempts + ? WHERE key = ? AND state = ?",
                 (CaseState.WAITING, int(exclusive), int(attempted), key, CaseState.RUNNING),
             )
         return self.case(key).attempts
@@ -279,7 +307,8 @@ class BatchStore:
         """Return all running cases to the queue, after the process that ran them has ended. Return their number."""
         with self._database_errors():
             return self._connection.execute(
-                "UPDATE cases SET state = ?, started_at = NULL WHERE state = ?", (CaseState.WAITING, CaseState.RUNNING)
+                f"UPDATE cases SET state = {_UNLESS_SUPERSEDED}, started_at = NULL WHERE state = ?",  # noqa: S608 - a constant
+                (CaseState.WAITING, CaseState.RUNNING),
             ).rowcount
 
     def retry(self, keys: Sequence[str]) -> int:
@@ -407,6 +436,9 @@ def _record(row: sqlite3.Row) -> CaseRecord:
         organs=tuple(SegmentedOrgan.from_json(organ) for organ in json.loads(row["organs"])),
         seconds=StageSeconds(**seconds) if seconds else None,
         review=review,
+        warnings=tuple(map(str, json.loads(row["warnings"]))),
+        superseded_by=row["superseded_by"],
+        series=row["series"],
     )
 
 

@@ -483,7 +483,7 @@ def test_a_batch_that_is_killed_several_times_does_every_case_once(batch: Batch)
     broken = batch.add_broken()
     adapters = [option for path in batch.site.adapters for option in ("--adapter", str(path))]
     command = [sys.executable, "-c", "from fseft_edge.cli.main import main; main()", "batch", "run", str(batch.inbox)]
-    command += ["--output", str(batch.outbox), *adapters, "--settle", "0", "--device", "cpu", "--backend", "torch"]
+    command += [str(batch.outbox), *adapters, "--settle", "0", "--device", "cpu", "--backend", "torch"]
     environment = {**os.environ, "TMPDIR": str(batch.root / "tmp"), "OMP_NUM_THREADS": "1"}
     for delay in (0.0, 0.25, 0.5):  # the three good cases take about a second
         process = subprocess.Popen(  # noqa: S603 - a fixed command

@@ -53,11 +53,18 @@ class Batch:
         self.store.add(Path(f"/inbox/{NAME}_{number}.nii.gz") if not source else Path(source), str(number), key)
         return key
 
-    def done(self, number: int, *organs: SegmentedOrgan, source: str = "", took: float = 20.0) -> str:
+    def done(
+        self,
+        number: int,
+        *organs: SegmentedOrgan,
+        source: str = "",
+        took: float = 20.0,
+        warnings: tuple[str, ...] = (),
+    ) -> str:
         key = self.add(number, source)
         self.store.start(key)
         self.at(self.now - START + took)
-        self.store.end(key, Outcome(CaseState.DONE, organs or (LIVER,), SECONDS))
+        self.store.end(key, Outcome(CaseState.DONE, organs or (LIVER,), SECONDS, warnings=warnings))
         folder = self.outbox / key
         folder.mkdir(parents=True)
         (folder / f"{key}.nii.gz").write_bytes(b"mask")
@@ -231,6 +238,8 @@ def test_the_summary_counts_cases_and_the_time_in_which_a_case_was_running(batch
         "found": 5,
         "done": 3,
         "flagged": 1,
+        "warned": 0,
+        "superseded": 0,
         "failed": 1,
         "set_aside": 0,
         "waiting": 1,
@@ -243,7 +252,7 @@ def test_the_summary_counts_cases_and_the_time_in_which_a_case_was_running(batch
         "organs": ["spleen", "liver"],
     }
     page = batch.report().page
-    assert [text.split()[0] for text in page.texts["figure"]] == ["5", "3", "1", "1", "0", "1", "0", "1"]
+    assert [text.split()[0] for text in page.texts["figure"]] == ["5", "3", "1", "0", "1", "0", "1", "0", "0", "1"]
     assert re.findall(r"\d+", page.texts["summary"][0]) == ["3", "5", "1", "1", "1"]
     assert "1 min 5 s" in page.texts["soft"][0]
     assert "166" in page.texts["soft"][0]
@@ -273,13 +282,13 @@ def test_names_of_patients_are_only_in_a_report_with_ids(batch: Batch) -> None:
     for file in report.outbox.glob("report.*"):
         content = file.read_text(encoding="utf-8")
         assert "Mustermann" not in content
-        assert "inbox" not in content
+        assert "/inbox" not in content
     assert {row["source"] for row in report.rows} == {""}
 
     named = batch.report(show_ids=True)
     assert f"{NAME}_1.nii.gz" in named.page.text
     assert f"copy of {NAME}.nii.gz" in named.page.text
-    assert "inbox" not in named.html  # the name of the file, not its folder
+    assert "/inbox" not in named.html  # the name of the file, not its folder
     assert {row["source"] for row in named.rows} == {
         *(f"{NAME}_{number}.nii.gz" for number in (1, 3, 4, 5)),
         "scan of Mustermann",
@@ -299,6 +308,25 @@ def test_all_text_is_escaped(batch: Batch) -> None:
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.text.count("<script>") >= 8
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
+
+
+def test_warnings_of_a_mask_without_flags_cannot_be_overlooked(batch: Batch) -> None:
+    batch.done(1)
+    key = batch.done(2, warnings=("Slices were left out: 7 of 16 <b>.", "=A1 The table drifts."))
+    report = batch.report()
+    assert [row["case"] for row in report.rows] == [key, "case-000000000001"]
+    assert report.rows[0]["warnings"] == "Slices were left out: 7 of 16 <b>. =A1 The table drifts."
+    case, other = report.json["cases"]
+    assert case["warnings"] == ["Slices were left out: 7 of 16 <b>.", "=A1 The table drifts."]
+    assert (case["flagged"], other["flagged"], other["warnings"]) == (True, False, [])
+    assert (report.json["summary"]["warned"], report.json["summary"]["flagged"]) == (1, 1)
+    page = report.page
+    assert "<b>" not in report.html
+    assert page.texts["warning"] == case["warnings"]
+    assert page.texts["warned"] == ["2 warnings about the scan"]
+    assert "1 mask must not be used before a person has read its warnings." in page.texts["summary"][0]
+    assert page.text.index("2 warnings about the scan") < page.text.index("Masks without flags")
+    assert "1 with warnings" in page.texts["figure"]
 
 
 def test_no_cell_is_a_formula_of_a_spreadsheet(batch: Batch) -> None:

@@ -35,7 +35,8 @@ def outbox(tmp_path: Path) -> Path:
         for key in ("case-1", "case-2", "case-3"):
             store.add(Path(f"/inbox/DOE^{key}.nii.gz"), key, key)
         organs = (SegmentedOrgan("liver", 1, 1500.0, ("large",)),)
-        store.end("case-1", Outcome(CaseState.DONE, organs, StageSeconds(1, 2, 3)))
+        outcome = Outcome(CaseState.DONE, organs, StageSeconds(1, 2, 3), warnings=("The table drifts.",))
+        store.end("case-1", outcome)
         store.end(
             "case-2", Outcome(CaseState.FAILED, problem="NotACtError", reason="It is an MRI.", remedy="Give a CT.")
         )
@@ -47,6 +48,8 @@ def test_status_shows_file_names_only_with_show_ids(outbox: Path) -> None:
     assert shown.exit_code == 0
     assert "case-2  failed  It is an MRI. Give a CT." in shown.stdout
     assert "3 cases: 1 waiting, 0 running, 1 done, 1 failed" in shown.stdout
+    assert "case-1  done\n    warning: The table drifts.\n" in shown.stdout
+    assert "; 1 with warnings; 0 duplicates skipped" in shown.stdout
     assert "DOE" not in shown.stdout + run("status", outbox, "--json").stdout
     assert "DOE^case-2.nii.gz" in run("status", outbox, "--show-ids").stdout
 
@@ -56,11 +59,12 @@ def test_status_as_json_contains_the_records_of_all_cases(outbox: Path) -> None:
     assert [case["state"] for case in status["cases"]] == ["done", "failed", "waiting"]
     assert status["cases"][0]["organs"][0]["flags"] == ["large"]
     assert status["cases"][0]["seconds"] == {"read": 1, "encode": 2, "finish": 3}
+    assert status["cases"][0]["warnings"] == ["The table drifts."]
     assert status["cases"][1]["source"] == "/inbox/DOE^case-2.nii.gz"
 
 
 def test_retry_and_cancel_print_the_number_of_cases(outbox: Path) -> None:
-    assert run("cancel", outbox).stdout.startswith("1 ")
+    assert run("cancel", outbox).stdout == "1 case cancelled\n"
     assert run("retry", outbox).stdout.startswith("2 ")
     assert run("retry", outbox, "case-1").stdout.startswith("0 ")
 
@@ -104,7 +108,7 @@ def test_workers_are_a_number_or_auto() -> None:
 def test_the_units_contain_the_options_of_the_batch(tmp_path: Path) -> None:
     write_random_adapter(tmp_path / "liver.adapter", write_tiny_encoder(tmp_path / "tiny.encoder"))
     made = run(
-        *("install-service", tmp_path / "in box", "-o", tmp_path / "out", "--adapter", tmp_path / "liver.adapter"),
+        *("install-service", tmp_path / "in box", tmp_path / "out", "--adapter", tmp_path / "liver.adapter"),
         *("--at", "19:15", "--until", "06:00", "--limit", "30", "--units", tmp_path / "units"),
         *("--dicom", "seg", "--state", tmp_path / "state"),
     )
@@ -114,7 +118,7 @@ def test_the_units_contain_the_options_of_the_batch(tmp_path: Path) -> None:
     service.read(tmp_path / "units" / "fseft-edge-batch.service")
     timer.read(tmp_path / "units" / "fseft-edge-batch.timer")
     command = service["Service"]["ExecStart"]
-    assert f'batch run "{tmp_path}/in box" --output {tmp_path}/out --encoder {tmp_path}/tiny.encoder' in command
+    assert f'batch run "{tmp_path}/in box" {tmp_path}/out --encoder {tmp_path}/tiny.encoder' in command
     assert command.endswith(f"--watch --until 06:00 --limit 30 --dicom seg --state {tmp_path}/state")
     assert service["Service"]["TimeoutStopSec"] == "1800"
     assert timer["Timer"]["OnCalendar"] == "*-*-* 19:15:00"

@@ -13,7 +13,13 @@ from fseft_edge.outbox.records import CaseState, Decision, Outcome, StageSeconds
 from fseft_edge.outbox.store import SCHEMA_VERSION, SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore, state_path
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
 
-DONE = Outcome(CaseState.DONE, (SegmentedOrgan("liver", 1, 1500.25, ("large",)),), StageSeconds(1.0, 2.0, 0.5))
+DONE = Outcome(
+    CaseState.DONE,
+    (SegmentedOrgan("liver", 1, 1500.25, ("large",)),),
+    StageSeconds(1.0, 2.0, 0.5),
+    warnings=("The table drifts.", "Slices were left out."),
+    series="ab",
+)
 FAILED = Outcome(CaseState.FAILED, problem="NotACtError", reason="The scan is not a CT.", remedy="Give a CT.")
 
 
@@ -37,6 +43,7 @@ def test_a_case_waits_runs_and_is_done_with_its_organs_and_times(tmp_path: Path)
     assert case.state == CaseState.DONE
     assert case.organs == DONE.organs
     assert case.seconds == DONE.seconds
+    assert (case.warnings, case.series, case.superseded_by) == (DONE.warnings, "ab", "")
     assert case.seconds is not None
     assert case.seconds.total == 3.5
     assert case.started_at is not None
