@@ -62,7 +62,6 @@ class Batch:
         command = [sys.executable, "-c", "from fseft_edge.cli.main import main; main()", "batch", "run"]
         command += [
             str(self.inbox),
-            "--output",
             str(self.root / outbox),
             "--encoder",
             str(self.encoder),
