@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 
 
 def export_encoder(
-    checkpoint: Path | None,
+    checkpoint: Path | None = None,
     *,
-    model: str,
+    model: str | None = None,
     output: Path,
     onnx: bool = True,
     parity_volumes: Sequence[Path] = (),
@@ -42,7 +42,8 @@ def export_encoder(
 
     Args:
         checkpoint: published checkpoint, or model file of ``fseft-edge pretrain``; ``None`` for a built-in model.
-        model: name of the model in :data:`fseft_edge.export.zoo.MODELS`.
+        model: name of the model in :data:`fseft_edge.export.zoo.MODELS`; None means ``custom`` if ``checkpoint`` or
+            ``description`` is given, else ``edge_base``.
         output: folder of the bundle; must not exist yet.
         onnx: whether to write the ONNX graphs (float32 and mixed precision) and to compare every engine that is
             installed on this machine with PyTorch.
@@ -59,6 +60,7 @@ def export_encoder(
         InputError: a CT in ``parity_volumes`` cannot be read, or the description or its code is not usable.
         OutOfSpaceError: the disk is full or not writable.
     """
+    model = model or ("custom" if checkpoint or description else "edge_base")
     _check_output(output, onnx=onnx, parity_volumes=parity_volumes)
     if targets and not onnx:
         raise UsageError(

@@ -76,10 +76,9 @@ def export(
     """Export the encoder of CHECKPOINT as an encoder bundle, which the other commands use."""
     from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
 
-    name = model or ("custom" if checkpoint or description else "edge_base")
     bundle = export_encoder(
         checkpoint,
-        model=name,
+        model=model,
         output=output,
         onnx=onnx,
         parity_volumes=parity_ct,

@@ -89,7 +89,7 @@ class Processes:
 
 
 @contextlib.contextmanager
-def open_processes(device: str) -> Iterator[Processes]:
+def open_processes(device: str = "auto") -> Iterator[Processes]:
     """Yield the device and rank of this process among the processes that ``torchrun`` started.
 
     Without ``torchrun``, the process trains as a single process.
