@@ -21,6 +21,7 @@ from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adapters.file import write_adapter
 from fseft_edge.evaluation.evaluate import Evaluation, evaluate
 from fseft_edge.export.export import export_encoder
+from fseft_edge.masks.result import organ_labels
 from fseft_edge.report.page import DiceChange, Paragraph, Picture, Section, dice_change_table, write_page
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.runtime.errors import UsageError
@@ -80,7 +81,7 @@ class DemoResult:
         return table
 
 
-def run_demo(output: Path, *, progress: Progress | None = None) -> DemoResult:
+def run_demo(output: Path = Path("demo"), *, progress: Progress | None = None) -> DemoResult:
     """Segment two real CT scans zero-shot, learn both parotids from four other scans, segment the two scans again.
 
     Args:
@@ -193,12 +194,12 @@ def _write_page(output: Path, result: DemoResult) -> None:
 def _pictures(output: Path, name: str, organs: Sequence[OrganLabel], when: str) -> list[Picture]:
     """Write a picture of each query scan with the given organs outlined."""
     pictures = []
-    positions = {organ.name: number for number, organ in enumerate((*KNOWN, *NOVEL), start=1)}
     for case in QUERIES:
         volume = read_ct(output / "query" / "images" / f"{case}.nii.gz")
         truth = read_label_map(output / "query" / "labels" / f"{case}.nii.gz").array
-        found = read_label_map(output / name / f"{case}.nii.gz").array
-        masks = {organ.name: (np.equal(found, positions[organ.name]), np.equal(truth, organ.label)) for organ in organs}
+        mask = output / name / f"{case}.nii.gz"
+        found, labels = read_label_map(mask).array, organ_labels(mask.with_name(f"{case}.json"), mask)
+        masks = {organ.name: (np.equal(found, labels[organ.name]), np.equal(truth, organ.label)) for organ in organs}
         path = output / f"{case}_{when}.png"
         three_plane_picture(volume, masks, path)
         pictures.append(Picture(path, f"{case}: mask in orange, contour of the oncologist in blue"))

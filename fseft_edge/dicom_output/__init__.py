@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset
 
 from fseft_edge.dicom_output.instance import DicomKind, SegmentationAlgorithm, WrittenDicom
 from fseft_edge.dicom_output.segmentation_object import write_dicom_segmentation
+from fseft_edge.dicom_output.source_headers import SourceHeaders
 from fseft_edge.dicom_output.structure_set import write_structure_set
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.volume import LabelMap
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DicomKind",
     "SegmentationAlgorithm",
+    "SourceHeaders",
     "WrittenDicom",
     "write_dicom_results",
     "write_dicom_segmentation",

@@ -17,6 +17,7 @@ from pydicom.uid import UID, generate_uid
 
 from fseft_edge._version import __version__
 from fseft_edge.dicom_output.organ_codes import PRIVATE_SCHEME, OrganCode, code_item, organ_code
+from fseft_edge.dicom_output.source_headers import MAY_BE_EMPTY, PATIENT_AND_STUDY
 from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.scans.organs import organ_colour
 from fseft_edge.runtime.system.atomic import atomic_path
@@ -33,37 +34,6 @@ SERIES_NUMBERS: Final[dict[DicomKind, int]] = {"seg": 9901, "rtstruct": 9902}
 
 PENDING_UID: Final = UID("2.25.0")
 """Placeholder of a UID that is computed from the content when the content is complete."""
-
-_PATIENT_AND_STUDY: Final = (
-    "SpecificCharacterSet",
-    "PatientName",
-    "PatientID",
-    "IssuerOfPatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "PatientIdentityRemoved",
-    "DeidentificationMethod",
-    "DeidentificationMethodCodeSequence",
-    "StudyInstanceUID",
-    "StudyDate",
-    "StudyTime",
-    "ReferringPhysicianName",
-    "StudyID",
-    "AccessionNumber",
-    "StudyDescription",
-)
-_REQUIRED: Final = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyDate",
-    "StudyTime",
-    "ReferringPhysicianName",
-    "StudyID",
-    "AccessionNumber",
-)
-"""Type 2 in the Patient and General Study modules (PS3.3 C.7.1.1, C.7.2.1): must be present, but may be empty."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +82,14 @@ class WrittenDicom:
         path: path of the file; None if the whole mask is empty, so that no file was written.
         organs: names of the organs in the file, in the order of their numbers, which start at 1.
         omitted: names of the organs without voxels, which are not in the file.
+        warnings: what was left out of the file or corrected in it, because an element of the series is not valid.
     """
 
     kind: DicomKind
     path: Path | None
     organs: tuple[str, ...]
     omitted: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +134,10 @@ def present_organs(
 
 def copy_patient_and_study(source: Dataset, target: Dataset) -> None:
     """Copy the attributes of patient and study from the source to a dataset of the same study."""
-    for keyword in _PATIENT_AND_STUDY:
+    for keyword in ("SpecificCharacterSet", "StudyInstanceUID", *PATIENT_AND_STUDY):
         if keyword in source:
             target[keyword] = source[keyword]
-        elif keyword in _REQUIRED:
+        elif keyword in MAY_BE_EMPTY:
             setattr(target, keyword, "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,6 +25,7 @@ from fseft_edge.dicom_output.instance import (
     write_instance,
 )
 from fseft_edge.dicom_output.organ_codes import code_item
+from fseft_edge.dicom_output.source_headers import SourceHeaders
 from fseft_edge.dicom_output.source_planes import SourceSeries
 from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.atomic import check_writable
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from highdicom.seg import Segmentation, SegmentDescription
 
     from fseft_edge.masks.result import SegmentedOrgan
-
-_LOG = logging.getLogger(__name__)
 
 _NO_DATE: Final = ("19000101", "000000")
 """Date and time for scans without a date, such as de-identified scans: a Segmentation must have a date."""
@@ -83,20 +81,21 @@ def write_dicom_segmentation(
         algorithm: encoder and adapters that made the mask.
 
     Raises:
-        InputError: a header has no UID or no size, or the headers do not belong to one series.
-        GeometryError: a header has no position, orientation or spacing, or the lattices of series and mask differ.
+        InputError: a header has no valid UID or no size, or the headers do not belong to one series.
+        GeometryError: a header has no valid position, orientation or spacing, or the lattices of series and mask
+            differ.
         LabelError: the mask contains a label value that does not belong to an organ.
         OutOfSpaceError: the disk is full or not writable.
     """
     check_writable(path)
-    series = SourceSeries.of(source, labels)
+    headers = SourceHeaders.of(source)
+    series = SourceSeries.of(headers.images, labels)
     numbered, omitted = present_organs(series.labels, organs)
     if not numbered:
-        _LOG.warning("%s was not written, because the mask is empty.", path)
         path.unlink(missing_ok=True)
-        return WrittenDicom("seg", None, (), omitted)
+        return WrittenDicom("seg", None, (), omitted, headers.warnings)
     write_instance(path, _segmentation(series, numbered, algorithm))
-    return WrittenDicom("seg", path, tuple(organ.name for organ in numbered), omitted)
+    return WrittenDicom("seg", path, tuple(organ.name for organ in numbered), omitted, headers.warnings)
 
 
 def _segmentation(

@@ -6,7 +6,6 @@ Sets (docs/dicom-output.md).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -32,14 +31,13 @@ from fseft_edge.dicom_output.instance import (
     write_instance,
 )
 from fseft_edge.dicom_output.organ_codes import OrganCode, code_item
+from fseft_edge.dicom_output.source_headers import SourceHeaders
 from fseft_edge.dicom_output.source_planes import SourcePlane, SourceSeries
 from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.atomic import check_writable
 
 if TYPE_CHECKING:
     from fseft_edge.masks.result import SegmentedOrgan
-
-_LOG = logging.getLogger(__name__)
 
 _DETACHED_STUDY: Final = "1.2.840.10008.3.1.2.3.1"
 """SOP class of the reference to a study. It is retired, but structure sets still use it and programs expect it."""
@@ -68,20 +66,21 @@ def write_structure_set(
         algorithm: encoder and adapters that made the mask.
 
     Raises:
-        InputError: a header has no UID or no size, or the headers do not belong to one series.
-        GeometryError: a header has no position, orientation or spacing, or the lattices of series and mask differ.
+        InputError: a header has no valid UID or no size, or the headers do not belong to one series.
+        GeometryError: a header has no valid position, orientation or spacing, or the lattices of series and mask
+            differ.
         LabelError: the mask contains a label value that does not belong to an organ.
         OutOfSpaceError: the disk is full or not writable.
     """
     check_writable(path)
-    series = SourceSeries.of(source, labels)
+    headers = SourceHeaders.of(source)
+    series = SourceSeries.of(headers.images, labels)
     numbered, omitted = present_organs(series.labels, organs)
     if not numbered:
-        _LOG.warning("%s was not written, because the mask is empty.", path)
         path.unlink(missing_ok=True)
-        return WrittenDicom("rtstruct", None, (), omitted)
+        return WrittenDicom("rtstruct", None, (), omitted, headers.warnings)
     write_instance(path, _structure_set(series, numbered, algorithm))
-    return WrittenDicom("rtstruct", path, tuple(organ.name for organ in numbered), omitted)
+    return WrittenDicom("rtstruct", path, tuple(organ.name for organ in numbered), omitted, headers.warnings)
 
 
 def _structure_set(series: SourceSeries, organs: Sequence[NumberedOrgan], algorithm: SegmentationAlgorithm) -> Dataset:

@@ -25,6 +25,8 @@ SLAB = 32
 TILE = 96
 
 _FLOAT, _STORED = 4, 2
+_KEPT = 2
+"""Bytes of a probability that is written to a file."""
 _SIZES = ((TILE, SLAB), (64, SLAB), (64, 16), (32, 16), (32, 8))
 # Measurements on the mask need: the mask and its post-processed copy; the mask of one organ and a padded copy; the
 # numbered components and the work arrays of their numbering. The prediction assumes organs as large as the scan.
@@ -53,7 +55,9 @@ LEAST = MemoryPlan(*_SIZES[-1], Footprint(0))
 """The plan with the smallest pieces."""
 
 
-def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, held: int) -> MemoryPlan:
+def plan_segmentation(
+    grid: Grid, adapters: Sequence[Adapter], budget: Budget, held: int, *, probabilities: bool = False
+) -> MemoryPlan:
     """Return the fastest plan within a budget.
 
     Args:
@@ -62,11 +66,13 @@ def plan_segmentation(grid: Grid, adapters: Sequence[Adapter], budget: Budget, h
         budget: memory that may be used.
         held: bytes that the process uses before the segmentation
             (:func:`fseft_edge.runtime.encoder.encoding_plan.held_after_encoding`).
+        probabilities: the probabilities are also written to files.
 
     Raises:
         OutOfMemoryError: the budget is too small; the message states the smallest sufficient budget.
     """
-    return first_that_fits(list(plans(grid, adapters, held)), budget, adapters[0].device, "segmenting this scan")
+    possible = list(plans(grid, adapters, held, probabilities=probabilities))
+    return first_that_fits(possible, budget, adapters[0].device, "segmenting this scan")
 
 
 def in_smaller_pieces(plan: MemoryPlan, work: Callable[[MemoryPlan], _Result]) -> _Result:
@@ -93,13 +99,14 @@ def in_smaller_pieces(plan: MemoryPlan, work: Callable[[MemoryPlan], _Result]) -
     )
 
 
-def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[MemoryPlan]:
+def plans(grid: Grid, adapters: Sequence[Adapter], held: int, *, probabilities: bool = False) -> Iterator[MemoryPlan]:
     """Yield all plans with their predicted memory, fastest plan first.
 
     Args:
         grid: grid of the scan.
         adapters: adapters that segment the scan.
         held: bytes that the process uses before the segmentation.
+        probabilities: the probabilities are also written to files.
     """
     classes = sum(adapter.classes for adapter in adapters)
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
@@ -111,6 +118,10 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[Memory
     piece = max(PIECE_BYTES, plane)
     # In addition to the probabilities of a piece: labels, highest probability, and results of comparisons.
     deciding = piece + piece * (_FLOAT + 4) // (_FLOAT * classes)
+    if probabilities:
+        # The probabilities of one organ in a piece: rescaled, as whole numbers, and mapped from their file.
+        deciding += piece * (_FLOAT + 2 * _KEPT) // (_FLOAT * classes)
+    # Writing the probabilities maps the file of one organ (two bytes for each voxel), before the measurements.
     measuring = voxels * _MEASURING_BYTES_PER_VOXEL
     on_gpu = adapters[0].device.type == "cuda"
     for tile, slab in _SIZES:
@@ -122,8 +133,8 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int) -> Iterator[Memory
             for level, box in zip(adapter.levels, adapter.boxes(core), strict=True)
         )
         # One slab on the grid, plus a copy with slices as the first axis and a part of the previous slab.
-        probabilities = _FLOAT * classes * x * y * (2 * slab + slab // 2)
-        predicting = probabilities + max(stored if on_gpu else adapting, deciding)
+        on_grid = _FLOAT * classes * x * y * (2 * slab + slab // 2)
+        predicting = on_grid + max(stored if on_gpu else adapting, deciding)
         ram = held + max(mask + predicting, measuring)
         yield MemoryPlan(tile, slab, Footprint(ram, adapting if on_gpu else 0))
 

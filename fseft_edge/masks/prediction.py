@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from fseft_edge.adapters.network import Adapter
 from fseft_edge.masks.decision import ConfidenceTally, decide, least_decisive
 from fseft_edge.masks.memory_plan import AMPLE, MemoryPlan
 from fseft_edge.runtime.encoder.encoding import EncodedScan
+from fseft_edge.runtime.scans.grid import SourcePiece
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,18 +37,28 @@ def segment_encoded(
     return decide_encoded(encoded, adapters, plan).labels
 
 
-def decide_encoded(encoded: EncodedScan, adapters: Sequence[Adapter], plan: MemoryPlan = AMPLE) -> DecidedScan:
+def decide_encoded(
+    encoded: EncodedScan,
+    adapters: Sequence[Adapter],
+    plan: MemoryPlan = AMPLE,
+    keep: Callable[[SourcePiece], None] | None = None,
+) -> DecidedScan:
     """Return the labels of an encoded scan on its lattice, and the confidence of each organ.
 
     Args:
         encoded: encoded scan.
         adapters: adapters that segment the scan.
         plan: sizes of the pieces in which the mask is computed.
+        keep: receives the probabilities of every piece of the scan. None computes probabilities only where they can
+            have an effect on the labels.
     """
     organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
     labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
     tally = ConfidenceTally(organs)
-    for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan), least_decisive(adapters)):
+    least = least_decisive(adapters) if keep is None else 0.0
+    for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan), least):
+        if keep is not None:
+            keep(piece)
         where = [slice(None)] * 3
         where[piece.axis] = slice(piece.start, piece.stop)
         decided = decide(piece.probabilities, adapters, labels.dtype)

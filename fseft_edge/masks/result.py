@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Final, Self
 
 from fseft_edge.runtime.errors import LabelError
+
+MASK_SHA256: Final = "mask_sha256"
+"""Key of the checksum of the mask file in its JSON file. Files of earlier versions have no such key."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +55,59 @@ class SegmentedCase:
         organs: measurements of the organs.
         warnings: everything that was left out, corrected or assumed when the scan was read or a result was written, one
             sentence each (see :class:`fseft_edge.runtime.scans.volume.Volume`).
+        not_written: outputs that were requested but could not be written, such as ``seg``. The mask is complete.
+        existing: whether the result was there before, so that nothing was computed.
     """
 
     case: str
     mask: Path
     organs: tuple[SegmentedOrgan, ...]
     warnings: tuple[str, ...] = ()
+    not_written: tuple[str, ...] = ()
+    existing: bool = False
 
 
-def organ_labels(description: Path) -> dict[str, int]:
+def describes(fields: Mapping[str, Any], mask: BinaryIO) -> bool:
+    """Return whether a JSON file describes this mask: whether the mask has the checksum that the JSON file states.
+
+    Files of earlier versions state no checksum. They are trusted.
+
+    Args:
+        fields: content of the file ``<case>.json``.
+        mask: the mask file, open at its start; it is read to its end.
+    """
+    stated = fields.get(MASK_SHA256)
+    return stated is None or bool(stated == hashlib.file_digest(mask, "sha256").hexdigest())
+
+
+def organ_labels(description: Path, mask: Path | None = None) -> dict[str, int]:
     """Return the label value of each organ of a mask, in the order of the description file.
 
     Args:
         description: the file ``<case>.json`` that ``segment`` writes.
+        mask: the mask to which the label values are applied. None, for a mask that a person corrected, accepts any
+            mask.
 
     Raises:
-        LabelError: the file cannot be read, or does not contain organ names and label values.
+        LabelError: the file cannot be read, does not contain organ names and label values, or describes another mask.
     """
     try:
-        entries = json.loads(description.read_text(encoding="utf-8"))["organs"]
-        return {str(entry["name"]): int(entry["label"]) for entry in entries}
+        fields = json.loads(description.read_text(encoding="utf-8"))
+        labels = {str(entry["name"]): int(entry["label"]) for entry in fields["organs"]}
+        if mask is None:
+            return labels
+        with mask.open("rb") as file:
+            same = describes(fields, file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabelError(
             f"{description} does not contain the organ names and label values of its mask.",
             remedy="Segment the case again. If another program made the label map, delete this file and give the label "
             "values with --organ.",
         ) from error
+    if not same:
+        raise LabelError(
+            f"{description} does not describe {mask}: the mask file is not the one that was written together with it.",
+            remedy="Segment the case again. If the mask was corrected by hand, move it to another folder, without the "
+            "JSON file.",
+        )
+    return labels

@@ -1,4 +1,4 @@
-"""The key of a case: a pseudonym that depends only on the content of the files of the scan."""
+"""The checksum of a scan, and the key of a case: both depend only on the content of the files of the scan."""
 
 from __future__ import annotations
 
@@ -7,20 +7,58 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
 from fseft_edge.runtime.errors import UnreadableFileError
 
 _KEY_DIGITS: Final = 12
+_FILE_DIGITS: Final = 16
 _CHUNK: Final = 1 << 20
 
 
+@dataclass(frozen=True)
+class Content:
+    """Content of a scan. File names, dates and the order of the files in a folder have no effect.
+
+    Attributes:
+        sha256: sha256 of the content of all files, as hexadecimal digits: equal for a series that is sent again.
+        files: first 16 hexadecimal digits of the sha256 of each file.
+    """
+
+    sha256: str
+    files: frozenset[str]
+
+    @property
+    def key(self) -> str:
+        """Pseudonym of the scan: ``case-`` and the first 12 digits of :attr:`sha256`."""
+        return f"case-{self.sha256[:_KEY_DIGITS]}"
+
+
 def content_key(source: Path) -> str:
-    """Return the pseudonym of a scan: ``case-`` and the first 12 hexadecimal digits of the sha256 of its content.
+    """Return the pseudonym of a scan: ``case-`` and the first 12 hexadecimal digits of its :func:`content_sha256`.
+
+    Raises:
+        UnreadableFileError: a file cannot be read.
+    """
+    return content_of(source).key
+
+
+def content_sha256(source: Path) -> str:
+    """Return the sha256 of the content of the files of a scan, as hexadecimal digits.
 
     File names, dates and the order of the files in a folder have no effect: a series that is sent again gets the same
-    key.
+    value.
+
+    Raises:
+        UnreadableFileError: a file cannot be read.
+    """
+    return content_of(source).sha256
+
+
+def content_of(source: Path) -> Content:
+    """Return the content of a file, or of all files in a folder.
 
     Raises:
         UnreadableFileError: a file cannot be read.
@@ -28,15 +66,16 @@ def content_key(source: Path) -> str:
     try:
         if os.path.isdir(source):  # noqa: PTH112 - is_dir() raises PermissionError for a link into a folder without access
             digests = sorted(_sha256(file) for file in files_below(source))
-            digest = hashlib.sha256(b"".join(digests)).hexdigest()
+            whole = hashlib.sha256(b"".join(digests)).hexdigest()
         else:
-            digest = _sha256(source).hex()
+            digests = [_sha256(source)]
+            whole = digests[0].hex()
     except OSError as error:
         # The name of a file inside the folder may contain a patient's name: the message names only `source`.
         raise UnreadableFileError(
             f"{source} cannot be read: {error.strerror}.", remedy="Check its permissions, or copy it again."
         ) from error
-    return f"case-{digest[:_KEY_DIGITS]}"
+    return Content(whole, frozenset(digest.hex()[:_FILE_DIGITS] for digest in digests))
 
 
 def open_regular_file(file: Path) -> BinaryIO:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -42,17 +43,24 @@ _REFERENCE_WIDTH: Final = 11
 visible where the contours agree."""
 
 
-def three_plane_picture(volume: Volume, masks: Mapping[str, tuple[Mask, Mask | None]], path: Path) -> None:
+def three_plane_picture(
+    volume: Volume,
+    masks: Mapping[str, tuple[Mask, Mask | None]],
+    path: Path,
+    *,
+    labels: Mapping[str, int] = MappingProxyType({}),
+) -> None:
     """Write a PNG with three planes of the scan, the outlines of the masks, and a legend with the DSC of each organ.
 
     The planes are those of :func:`fseft_edge.report.planes.three_cuts`, in radiological convention and with the same
-    scale in mm. If there are several organs, they are numbered. The same arguments and version of Pillow give the same
-    bytes.
+    scale in mm. If there are several organs, they have numbers: their label values. The same arguments and version of
+    Pillow give the same bytes.
 
     Args:
         volume: the scan.
         masks: prediction, and reference or None, of each organ name: boolean `[X, Y, Z]` on the scan's lattice.
         path: the PNG file. An existing file is replaced in one step.
+        labels: label value of each organ name; empty numbers the organs in the order of ``masks``, from 1.
 
     Raises:
         OutOfSpaceError: the disk is full or not writable.
@@ -63,9 +71,10 @@ def three_plane_picture(volume: Volume, masks: Mapping[str, tuple[Mask, Mask | N
                 raise ValueError(f"a mask of {name} is not a boolean array of the scan's shape {volume.shape}")
     cuts = three_cuts(volume, list(masks.values()))
     scale = _pixels_per_mm(cuts)
-    panels = [_panel(cut, scale, numbered=len(masks) > 1) for cut in cuts]
+    numbers = [labels.get(name, position) for position, name in enumerate(masks, start=1)] if len(masks) > 1 else []
+    panels = [_panel(cut, scale, numbers) for cut in cuts]
     with atomic_path(path) as temporary:
-        _assembled(panels, _legend(masks)).save(temporary, format="PNG")
+        _assembled(panels, _legend(masks, numbers)).save(temporary, format="PNG")
 
 
 @dataclass(frozen=True)
@@ -74,14 +83,14 @@ class _LegendEntry:
     colour: Colour | None = None
 
 
-def _legend(masks: Mapping[str, tuple[Mask, Mask | None]]) -> list[_LegendEntry]:
+def _legend(masks: Mapping[str, tuple[Mask, Mask | None]], numbers: Sequence[int]) -> list[_LegendEntry]:
     entries = [_LegendEntry("prediction", PREDICTION_COLOUR)]
     if any(reference is not None for _, reference in masks.values()):
         entries.append(_LegendEntry("reference", REFERENCE_COLOUR))
-    for number, (name, (prediction, reference)) in enumerate(masks.items(), start=1):
+    for position, (name, (prediction, reference)) in enumerate(masks.items()):
         score = None if reference is None else dice(prediction, reference)
         text = name if score is None else f"{name}  DSC {score:.3f}"
-        entries.append(_LegendEntry(f"{number}  {text}" if len(masks) > 1 else text))
+        entries.append(_LegendEntry(f"{numbers[position]}  {text}" if numbers else text))
     return entries
 
 
@@ -90,8 +99,11 @@ def _pixels_per_mm(cuts: Sequence[Cut]) -> float:
     return float(min((_LARGEST_WIDTH - _GAP * (len(cuts) + 1)) / sum(widths), _LARGEST_PANEL_HEIGHT / max(heights)))
 
 
-def _panel(cut: Cut, scale: float, *, numbered: bool) -> Image.Image:
-    """Return one plane with outlines, edge letters and a scale bar; ``scale`` is in pixels per mm."""
+def _panel(cut: Cut, scale: float, numbers: Sequence[int]) -> Image.Image:
+    """Return one plane with outlines, edge letters and a scale bar; ``scale`` is in pixels per mm.
+
+    ``numbers`` contains the number of each organ in the plane, or nothing.
+    """
     width, height = (max(round(length * scale), 1) for length in cut.size_mm)
     fine = (width * _SUPERSAMPLING, height * _SUPERSAMPLING)
     low, high = SOFT_TISSUE_HU
@@ -104,11 +116,10 @@ def _panel(cut: Cut, scale: float, *, numbered: bool) -> Image.Image:
         panel.paste(PREDICTION_COLOUR, mask=_outline(organ.prediction, fine, _PREDICTION_WIDTH))
     panel = panel.resize((width, height), Image.Resampling.BOX)
     writer = _Writer(panel)
-    if numbered:
-        for number, organ in enumerate(cut.organs, start=1):
-            _write_number(
-                writer, number, organ.prediction if organ.reference is None else organ.prediction | organ.reference
-            )
+    for number, organ in zip(numbers, cut.organs, strict=False):  # there may be no numbers
+        _write_number(
+            writer, number, organ.prediction if organ.reference is None else organ.prediction | organ.reference
+        )
     left, right, top, bottom = cut.plane.edges
     writer.write(left, (4, height / 2), "lm")
     writer.write(right, (width - 4, height / 2), "rm")

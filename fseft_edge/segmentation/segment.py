@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Literal
 
 from fseft_edge.adaptation.transduction import TransductionInputs
 from fseft_edge.masks.result import SegmentedCase
+from fseft_edge.outbox.records import printable
 from fseft_edge.runtime.encoder.bundle import Precision
-from fseft_edge.runtime.errors import FseftEdgeError, SomeCasesFailedError
+from fseft_edge.runtime.errors import SomeCasesFailedError
 from fseft_edge.runtime.scans.sources import scan_name
 from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE
 from fseft_edge.runtime.system.overlap import overlapped
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
+from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
 from fseft_edge.segmentation.inputs import cases_of, check_dicom, check_output
-from fseft_edge.segmentation.segmenter import SegmentationSettings, Segmenter, open_segmenter
+from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, SegmentationSettings, Segmenter, open_segmenter
 
 if TYPE_CHECKING:
     from fseft_edge.dicom_output import DicomKind
@@ -41,8 +43,11 @@ def segment(
     fill_holes: bool | None = None,
     preview: bool = False,
     dicom: Sequence[DicomKind] = (),
+    save_probabilities: bool = False,
+    split: bool = False,
+    skip_existing: bool = False,
     cache: Path | None = None,
-    cache_gb: float | None = None,
+    cache_gb: float | None = 50.0,
     device: str = "auto",
     backend: str = "auto",
     precision: Precision | Literal["auto"] = "auto",
@@ -52,8 +57,11 @@ def segment(
 ) -> list[SegmentedCase]:
     """Segment CTs and write ``output/<case>.nii.gz`` and ``output/<case>.json``.
 
-    Label values are 1 to K, in the order of the adapters and of their organs. Where organs overlap, the voxel gets the
-    organ with the higher probability.
+    Organs keep the label values of their annotations. If two adapters use the same value, the organs are numbered 1 to
+    K in the order of the adapters and of their organs, with a warning. Where organs overlap, the voxel gets the organ
+    with the higher probability.
+
+    All files of a case appear together. They replace the files of an earlier result of the same name.
 
     Args:
         scans: NIfTI files, DICOM files, zip archives of DICOM files, and folders of NIfTI or DICOM files.
@@ -72,6 +80,11 @@ def segment(
         preview: also write ``output/<case>.png``, a picture of three planes with the organ outlines.
         dicom: DICOM objects to write beside each mask file: ``seg`` (Segmentation), ``rtstruct`` (RT Structure Set) or
             both. All scans have to be DICOM series.
+        save_probabilities: also write ``output/<case>/<organ>.probability.nii.gz``, the probability of each organ on
+            the lattice of the scan, from 0 to 1, before post-processing.
+        split: also write ``output/<case>/<organ>.nii.gz``, a mask of each organ with the value 1.
+        skip_existing: do not segment a scan again if ``output`` contains its complete result: the same scan, encoder,
+            adapters and options, every wanted file, and no file changed since it was written.
         cache: folder of the feature map cache; None means that no feature map is kept.
         cache_gb: maximum size of the cache in units of 1e9 bytes; the least recently used maps are deleted first. None
             means no limit.
@@ -91,6 +104,7 @@ def segment(
         InputError: the only scan, an adapter or the encoder is not usable.
         OutOfMemoryError: the memory budget is too small for the only scan.
         SomeCasesFailedError: several scans were given and some of them failed; the masks of the others are written.
+            Also if a picture or a DICOM object of a case could not be written; its mask is written then.
     """
     progress = progress or SilentProgress()
     settings = SegmentationSettings(
@@ -102,6 +116,8 @@ def segment(
         fill_holes=fill_holes,
         preview=preview,
         dicom=tuple(dicom),
+        save_probabilities=save_probabilities,
+        split=split,
         cache=cache,
         cache_gb=cache_gb,
         device=device,
@@ -118,35 +134,65 @@ def segment(
     done: list[SegmentedCase] = []
     failed: list[str] = []
     with open_segmenter(settings, progress) as segmenter, progress.task("segment", len(paths)) as task:
-        for path, outcome in zip(paths, _outcomes(paths, segmenter, output), strict=True):
+        stages = _Stages(segmenter, output, skip_existing)
+        for path, outcome in zip(paths, _outcomes(paths, stages), strict=True):
             try:
                 done.append(outcome.result())
-            except FseftEdgeError as error:
+            except Exception as error:
                 if len(paths) == 1:
-                    raise
-                failed.append(scan_name(path))
-                _LOG.error("%s failed: %s", scan_name(path), error)
+                    known = as_known_error(error)
+                    if known is error:
+                        raise
+                    raise known from None
+                failed.append(printable(scan_name(path)))
+                _LOG.error("%s failed: %s", failed[-1], " ".join(reason_and_remedy(error)))
             task.advance(1)
-    if failed:
+    incomplete = [f"{printable(case.case)} ({', '.join(case.not_written)})" for case in done if case.not_written]
+    if failed or incomplete:
+        counts = [f"{len(failed)} of {len(paths)} cases failed: {', '.join(failed)}."] if failed else []
+        if incomplete:
+            counts.append(
+                f"Results of {len(incomplete)} of {len(paths)} cases are not complete: {', '.join(incomplete)}."
+            )
         raise SomeCasesFailedError(
-            f"{len(failed)} of {len(paths)} cases failed: {', '.join(failed)}.",
-            remedy="Read the reasons in the messages above. The masks of the other cases were written.",
+            " ".join(counts),
+            remedy="Read the reasons in the messages above. The masks of the other cases were written."
+            if failed
+            else "Read the reasons in the messages above. The masks were written.",
             completed=done,
         )
     return done
 
 
-def _outcomes(paths: Sequence[Path], segmenter: Segmenter, output: Path) -> Iterator[Future[SegmentedCase]]:
+class _Stages:
+    """The stages of a case. A complete result that exists passes through them unchanged."""
+
+    def __init__(self, segmenter: Segmenter, output: Path, skip_existing: bool) -> None:
+        self.segmenter = segmenter
+        self._output = output
+        self._skip_existing = skip_existing
+
+    def read(self, path: Path) -> ReadCase | SegmentedCase:
+        self.segmenter.check_names(path, self._output)
+        existing = self.segmenter.existing(path, self._output) if self._skip_existing else None
+        return existing or self.segmenter.read(path)
+
+    def encode(self, case: ReadCase | SegmentedCase) -> EncodedCase | SegmentedCase:
+        return case if isinstance(case, SegmentedCase) else self.segmenter.encode(case)
+
+    def finish(self, case: EncodedCase | SegmentedCase) -> SegmentedCase:
+        return case if isinstance(case, SegmentedCase) else self.segmenter.finish(case, self._output)
+
+
+def _outcomes(paths: Sequence[Path], stages: _Stages) -> Iterator[Future[SegmentedCase]]:
     """Yield the outcome of each case. Stages of several cases overlap only if no memory budget limits them."""
-    if len(paths) > 1 and segmenter.settings.budget == AS_MUCH_AS_IS_FREE:
-        yield from overlapped(
-            paths, segmenter.read, segmenter.encode, lambda encoded: segmenter.finish(encoded, output)
-        )
+    if len(paths) > 1 and stages.segmenter.settings.budget == AS_MUCH_AS_IS_FREE:
+        yield from overlapped(paths, stages.read, stages.encode, stages.finish)
         return
     for path in paths:
         outcome: Future[SegmentedCase] = Future()
         try:
-            outcome.set_result(segmenter.finish(segmenter.encode(segmenter.read(path)), output))
+            outcome.set_result(stages.finish(stages.encode(stages.read(path))))
         except Exception as error:  # raised again by result() of this case's outcome
             outcome.set_exception(error)
         yield outcome

@@ -7,15 +7,15 @@ classifiers (transduction), label the voxels, post-process and flag the mask, an
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fseft_edge._version import __version__
+import numpy as np
+
 from fseft_edge.adaptation.adapt import zero_shot_adapter
 from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs, refitted_adapters, support_of
@@ -25,9 +25,11 @@ from fseft_edge.adapters.network import Adapter
 from fseft_edge.export.built_in import open_encoder
 from fseft_edge.masks.memory_plan import MemoryPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.masks.post_processing import post_process
-from fseft_edge.masks.prediction import decide_encoded
+from fseft_edge.masks.prediction import DecidedScan, decide_encoded
+from fseft_edge.masks.probabilities import ProbabilityFiles
 from fseft_edge.masks.quality import quality_flags
 from fseft_edge.masks.result import SegmentedCase, SegmentedOrgan
+from fseft_edge.outbox.content_key import content_sha256
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
@@ -35,21 +37,22 @@ from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout
 from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding, plan_encoding
 from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.session import open_session
-from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
+from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError, UsageError
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import write_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
-from fseft_edge.runtime.scans.sources import Scan, find_scan
+from fseft_edge.runtime.scans.sources import Scan, find_scan, scan_name
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
-from fseft_edge.runtime.system.atomic import atomic_path
-from fseft_edge.runtime.system.memory import Budget
+from fseft_edge.runtime.system.memory import Budget, is_out_of_memory
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
+from fseft_edge.segmentation.case_files import CaseFiles
+from fseft_edge.segmentation.failures import in_words
 from fseft_edge.segmentation.inputs import check_organs
+from fseft_edge.segmentation.label_values import label_values, label_warning, with_label_values
 
 if TYPE_CHECKING:
-    from fseft_edge.dicom_output import DicomKind
-    from fseft_edge.runtime.scans.dicom import DicomSeries
+    from fseft_edge.dicom_output import DicomKind, SourceHeaders
 
 
 _LOG = logging.getLogger(__name__)
@@ -80,6 +83,8 @@ class SegmentationSettings:
         memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
         vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
         organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
+        save_probabilities: also write the probabilities of each organ, before post-processing.
+        split: also write a separate mask file for each organ.
 
     Raises:
         UsageError: a memory budget is not positive.
@@ -94,13 +99,15 @@ class SegmentationSettings:
     preview: bool = False
     dicom: tuple[DicomKind, ...] = ()
     cache: Path | None = None
-    cache_gb: float | None = None
+    cache_gb: float | None = 50.0
     device: str = "auto"
     backend: str = "auto"
     precision: Precision | Literal["auto"] = "auto"
     memory_gb: float | None = None
     vram_gb: float | None = None
     organs: tuple[str, ...] = ()
+    save_probabilities: bool = False
+    split: bool = False
 
     def __post_init__(self) -> None:
         self.budget  # noqa: B018 - raises UsageError if a budget is not positive
@@ -130,12 +137,26 @@ class LoadedModels:
 
 @dataclass(frozen=True, eq=False)
 class ReadCase:
-    """A scan that was read, its grid, and the memory plan of its segmentation."""
+    """A scan that was read, its grid, and the memory plan of its segmentation.
+
+    Attributes:
+        scan: the scan before reading.
+        volume: voxels and lattice of the scan.
+        grid: grid of the encoder.
+        plan: memory plan.
+        sha256: checksum of the content of the files of the scan; None for a scan in memory, and if a
+            file beside the scan cannot be read.
+        headers: checked headers of the DICOM series; None if no DICOM object is written.
+        warnings: everything that was left out, corrected or assumed so far.
+    """
 
     scan: Scan
     volume: Volume
     grid: Grid
     plan: MemoryPlan
+    sha256: str | None
+    headers: SourceHeaders | None
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +274,7 @@ def _refitter(
         annotated = read_annotations(pairs, organs, inputs.labels, file.adapter.settings)
         if file.description.shots:
             volumes = [organ.support_volumes_ml for organ in file.description.organs]
-            annotated = of_support_set(annotated, organs, volumes)
+            annotated = of_support_set(annotated, organs, volumes, file.description.support_annotations)
         support = load_support(
             annotated, organs, bundle=bundle, session=session, store=store, budget=budget, progress=progress
         )
@@ -272,18 +293,23 @@ class Segmenter:
     _refit: _Refit
 
     def read(self, scan: Path | Scan) -> ReadCase:
-        """Read a scan and plan the memory use of its segmentation."""
+        """Read a scan, check what its results need from its headers, and plan the memory use of its segmentation."""
         if isinstance(scan, Path):
             scan = find_scan(scan, self.settings.series)
         volume = scan.read()
-        for warning in volume.warnings:
+        headers = self._checked_headers(scan, volume)
+        numbered = label_warning(self.adapters)
+        warnings = (*volume.warnings, *(headers.warnings if headers else ()), *((numbered,) if numbered else ()))
+        for warning in warnings:
             _LOG.warning("%s: %s", scan.name, warning)
         grid = Grid.of(volume, self.bundle.preprocessing)
         # A budget that is too small is reported before the long computation.
         held = held_after_encoding(self.bundle, self.session)
         adapters = [file.adapter for file in self.adapters]
         try:
-            plan = plan_segmentation(grid, adapters, self.settings.budget, held)
+            plan = plan_segmentation(
+                grid, adapters, self.settings.budget, held, probabilities=self.settings.save_probabilities
+            )
         except OutOfMemoryError as segmentation_error:
             try:
                 plan_encoding(layout_of(grid, self.bundle), self.bundle, self.session, self.settings.budget)
@@ -292,7 +318,14 @@ class Segmenter:
                 if encoding_error.least > segmentation_error.least:
                     raise encoding_error from None
             raise
-        return ReadCase(scan, volume, grid, plan)
+        return ReadCase(scan, volume, grid, plan, scan.path and source_sha256(scan.path), headers, warnings)
+
+    def _checked_headers(self, scan: Scan, volume: Volume) -> SourceHeaders | None:
+        if not self.settings.dicom or scan.series is None:
+            return None
+        from fseft_edge.dicom_output import SourceHeaders  # noqa: PLC0415 - imports pydicom
+
+        return SourceHeaders.checked(scan.series.headers(), volume)
 
     def encode(self, case: ReadCase) -> EncodedCase:
         """Return the scan with its feature map. A map in the cache is not computed again."""
@@ -309,38 +342,136 @@ class Segmenter:
             return EncodedCase(case, scan, stack.pop_all())
 
     def finish(self, encoded: EncodedCase, output: Path) -> SegmentedCase:
-        """Label every voxel; write mask file, JSON file and the optional picture and DICOM objects into ``output``."""
+        """Label every voxel, and write all files of the case into ``output``, where they appear together.
+
+        If a picture or a DICOM object cannot be written although the disk has space, the mask is written without it,
+        and the case states this in ``not_written`` and in a warning.
+        """
         read = encoded.case
-        with encoded.resources:
-            refitted, outcomes = self._refit(self.adapters, encoded.scan)
-            found = in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
-        labels = read.volume.label_map(post_process(found.labels, self._post_processing))
-        organs = tuple(_measured_organs(read.volume, labels, found.confidence, self.adapters, outcomes))
-        name = read.scan.name
-        case = SegmentedCase(name, output / f"{name}.nii.gz", organs, read.volume.warnings)
-        _write_summary(case, read.volume, self.bundle, self.adapters, outcomes)
-        if self.settings.preview:
-            masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
-            three_plane_picture(read.volume, masks, output / f"{name}.png")
-        if self.settings.dicom and read.scan.series is not None:
-            self._write_dicom(case, labels, read.scan.series)
-        write_label_map(case.mask, labels)
+        files = CaseFiles(output, read.scan.name)
+        names = [organ.name for file in self.adapters for organ in file.description.organs]
+        outputs = files.wanted(self.settings, names)
+        with ExitStack() as stack:
+            stack.enter_context(encoded.resources)
+            folder = stack.enter_context(files.written_together())
+            found, outcomes = self._decided(encoded, folder, outputs.get("probabilities", ()))
+            encoded.resources.close()
+            positions = post_process(found.labels, self._post_processing)
+            values = label_values(self.adapters)
+            labels = read.volume.label_map(with_label_values(positions, values))
+            organs = tuple(_measured_organs(read.volume, labels, found.confidence, self.adapters, outcomes))
+            write_label_map(folder / files.mask, labels, {organ.label: organ.name for organ in organs})
+            for organ, name in zip(organs, outputs.get("split", ()), strict=False):  # no names without --split
+                mask = read.volume.label_map((labels.array == organ.label).astype(np.uint8))
+                write_label_map(folder / name, mask, {1: organ.name})
+            problems = self._write_extras(files, folder, read, labels, organs)
+            warnings = (*read.warnings, *problems.sentences)
+            case = SegmentedCase(files.case, output / files.mask, organs, warnings, tuple(problems.not_written))
+            files.write_description(
+                folder,
+                {
+                    "organs": [asdict(organ) for organ in organs],
+                    "warnings": list(warnings),
+                    "shape": list(read.volume.shape),
+                    "spacing_mm": [round(float(value), 6) for value in read.volume.spacing],
+                    **self.made_with(read.sha256),
+                    "outputs": list(outputs),
+                    "not_written": list(case.not_written),
+                    **_transduction_summary(organs, outcomes),
+                },
+            )
         return case
 
-    def _write_dicom(self, case: SegmentedCase, labels: LabelMap, series: DicomSeries) -> None:
-        from fseft_edge.dicom_output import SegmentationAlgorithm, write_dicom_results  # noqa: PLC0415 - imports pydicom
+    def existing(self, path: Path, output: Path) -> SegmentedCase | None:
+        """Return the result of a scan in ``output`` if it is complete and was made from this scan in this way."""
+        files = CaseFiles(output, scan_name(path))
+        names = [organ.name for file in self.adapters for organ in file.description.organs]
+        digest = source_sha256(path)
+        return None if digest is None else files.existing(self.made_with(digest), files.wanted(self.settings, names))
 
-        write_dicom_results(
-            case.mask.parent,
-            case.case,
-            self.settings.dicom,
-            labels=labels,
-            organs=case.organs,
-            source=series.headers(),
-            algorithm=SegmentationAlgorithm.of(
-                self.bundle.encoder_id, self.adapters, transductive=self.settings.transduction is not None
-            ),
-        )
+    def check_names(self, path: Path, output: Path) -> None:
+        """Check, before the work, that the file system allows the names of all results of a scan.
+
+        Raises:
+            InputError: a name would be longer than the file system allows.
+        """
+        names = [organ.name for file in self.adapters for organ in file.description.organs]
+        CaseFiles(output, scan_name(path)).check_names(self.settings, names)
+
+    def made_with(self, sha256: str | None) -> dict[str, Any]:
+        """Return the entries of the JSON file that determine the mask: scan, encoder, adapters and options.
+
+        Args:
+            sha256: checksum of the content of the files of the scan.
+        """
+        inputs = self.settings.transduction
+        return {
+            "source_sha256": sha256,
+            "encoder": {"name": self.bundle.manifest.name, "id": self.bundle.encoder_id},
+            "adapters": [
+                {"sha256": file.sha256, "organs": [organ.name for organ in file.description.organs]}
+                for file in self.adapters
+            ],
+            "options": {
+                "series": self.settings.series,
+                "largest_component": self.settings.largest_component,
+                "fill_holes": self.settings.fill_holes,
+                "labels": list(label_values(self.adapters)),
+                "transduction": inputs
+                and {
+                    "priors": {name: asdict(prior) for name, prior in inputs.priors.items()},
+                    "table": {name: asdict(prior) for name, prior in inputs.table.items()},
+                    # The sampling of blocks has options of the machine, such as the device; its seed is enough.
+                    "settings": {**asdict(inputs.settings), "training": {"seed": inputs.settings.training.seed}},
+                },
+            },
+        }
+
+    def _decided(
+        self, encoded: EncodedCase, folder: Path, probabilities: Sequence[str]
+    ) -> tuple[DecidedScan, Sequence[OrganOutcome]]:
+        """Return the label of every voxel by position of the organ; write the probabilities if names are given."""
+        read = encoded.case
+        refitted, outcomes = self._refit(self.adapters, encoded.scan)
+        if not probabilities:
+            return in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces)), outcomes
+        with ProbabilityFiles(folder, read.volume.shape, refitted) as kept:
+            found = in_smaller_pieces(
+                read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces, kept.add)
+            )
+            kept.write([folder / name for name in probabilities], read.volume)
+        return found, outcomes
+
+    def _write_extras(
+        self, files: CaseFiles, folder: Path, read: ReadCase, labels: LabelMap, organs: Sequence[SegmentedOrgan]
+    ) -> _Problems:
+        """Write the picture and the DICOM objects; return what could not be written."""
+        problems = _Problems(files.case)
+        if self.settings.preview:
+            with problems.noted("preview", "The picture"):
+                masks = {organ.name: (labels.array == organ.label, None) for organ in organs}
+                values = {organ.name: organ.label for organ in organs}
+                three_plane_picture(read.volume, masks, folder / files.picture, labels=values)
+        if read.headers is None:
+            return problems
+        for kind in dict.fromkeys(self.settings.dicom):
+            with problems.noted(kind, f"The DICOM object {kind}"):
+                from fseft_edge.dicom_output import SegmentationAlgorithm, write_dicom_results  # noqa: PLC0415 - imports pydicom
+
+                (written,) = write_dicom_results(
+                    folder,
+                    files.case,
+                    [kind],
+                    labels=labels,
+                    organs=organs,
+                    source=read.headers.images,
+                    algorithm=SegmentationAlgorithm.of(
+                        self.bundle.encoder_id, self.adapters, transductive=self.settings.transduction is not None
+                    ),
+                )
+                if written.path is None:
+                    problems.add(f"The DICOM object {kind} was not written, because the mask is empty.")
+        return problems
 
     @property
     def _post_processing(self) -> list[PostProcessing]:
@@ -365,11 +496,11 @@ def _measured_organs(
     organs: list[tuple[AdapterFile, AdapterOrgan]] = [
         (file, organ) for file in adapters for organ in file.description.organs
     ]
-    for label, (file, organ) in enumerate(organs, start=1):
+    for position, ((file, organ), label) in enumerate(zip(organs, label_values(adapters), strict=True)):
         mask = labels.array == label
         volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
         hu = hu_percentiles(volume, mask)
-        certainty = confidence[label - 1] if hu else None  # post-processing may have removed every voxel
+        certainty = confidence[position] if hu else None  # post-processing may have removed every voxel
         flags = quality_flags(
             mask,
             volume_ml,
@@ -380,7 +511,7 @@ def _measured_organs(
             support_hu=organ.support_hu,
         )
         if outcomes:
-            flags += outcomes[label - 1].flags
+            flags += outcomes[position].flags
         known = organ.support_volumes_ml
         yield SegmentedOrgan(
             name=organ.name,
@@ -393,28 +524,48 @@ def _measured_organs(
         )
 
 
-def _write_summary(
-    case: SegmentedCase,
-    volume: Volume,
-    bundle: EncoderBundle,
-    adapters: Sequence[AdapterFile],
-    outcomes: Sequence[OrganOutcome],
-) -> None:
-    summary = {
-        "schema_version": 1,
-        "case": case.case,
-        "organs": [asdict(organ) for organ in case.organs],
-        "warnings": list(case.warnings),
-        "shape": list(volume.shape),
-        "spacing_mm": [round(float(value), 6) for value in volume.spacing],
-        "encoder": {"name": bundle.manifest.name, "id": bundle.encoder_id},
-        "adapters": [
-            {"sha256": file.sha256, "organs": [organ.name for organ in file.description.organs]} for file in adapters
-        ],
-        "toolkit_version": __version__,
-    }
-    if outcomes:
-        summary["transduction"] = [
+class _Problems:
+    """The outputs of a case that could not be written beside its mask."""
+
+    def __init__(self, case: str) -> None:
+        self._case = case
+        self.sentences: list[str] = []
+        self.not_written: list[str] = []
+
+    def add(self, sentence: str) -> None:
+        self.sentences.append(sentence)
+        _LOG.warning("%s: %s", self._case, sentence)
+
+    @contextlib.contextmanager
+    def noted(self, output: str, what: str) -> Iterator[None]:
+        """Note an error of the body. An error of disk or memory is raised, because it concerns the mask too."""
+        try:
+            yield
+        except (OutOfSpaceError, OutOfMemoryError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self.not_written.append(output)
+            if isinstance(error, FseftEdgeError):
+                self.add(f"{what} was not written. {error.message}")
+            else:  # the text of the error may contain values of a header
+                self.add(f"{what} was not written. {in_words(error)}. This is a bug: please report it.")
+
+
+def source_sha256(path: Path) -> str | None:
+    """Return the checksum of the content of the files of a scan; None if a file in its folder cannot be read."""
+    try:
+        return content_sha256(path)
+    except UnreadableFileError:
+        return None
+
+
+def _transduction_summary(organs: Sequence[SegmentedOrgan], outcomes: Sequence[OrganOutcome]) -> dict[str, Any]:
+    if not outcomes:
+        return {}
+    return {
+        "transduction": [
             {
                 "name": organ.name,
                 "before_ml": outcome.before_ml,
@@ -422,7 +573,6 @@ def _write_summary(
                 "prior": outcome.prior and asdict(outcome.prior),
                 "notes": outcome.flags,
             }
-            for organ, outcome in zip(case.organs, outcomes, strict=True)
+            for organ, outcome in zip(organs, outcomes, strict=True)
         ]
-    with atomic_path(case.mask.with_name(f"{case.case}.json")) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    }

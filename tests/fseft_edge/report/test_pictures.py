@@ -147,9 +147,20 @@ def test_reference_has_its_own_colour_if_there_is_one(tmp_path: Path) -> None:
 
 
 def test_legend_numbers_organs_and_states_the_dsc_if_there_is_a_reference() -> None:
-    texts = [entry.text for entry in _legend({"liver": (PREDICTION, PREDICTION), "spleen": (REFERENCE, None)})]
-    assert texts == ["prediction", "reference", "1  liver  DSC 1.000", "2  spleen"]
-    assert [entry.text for entry in _legend({"liver": (PREDICTION, None)})] == ["prediction", "liver"]
+    organs: dict[str, tuple[Mask, Mask | None]] = {"liver": (PREDICTION, PREDICTION), "spleen": (REFERENCE, None)}
+    texts = [entry.text for entry in _legend(organs, [6, 2])]
+    assert texts == ["prediction", "reference", "6  liver  DSC 1.000", "2  spleen"]
+    assert [entry.text for entry in _legend({"liver": (PREDICTION, None)}, [])] == ["prediction", "liver"]
+
+
+def test_the_numbers_in_the_picture_are_the_label_values(tmp_path: Path) -> None:
+    volume = Volume(scan(), AFFINE)
+    organs: dict[str, tuple[Mask, Mask | None]] = {"a": (PREDICTION, None), "b": (REFERENCE, None)}
+    three_plane_picture(volume, organs, tmp_path / "positions.png")
+    three_plane_picture(volume, organs, tmp_path / "same.png", labels={"a": 1, "b": 2})
+    three_plane_picture(volume, organs, tmp_path / "labels.png", labels={"a": 6, "b": 2})
+    assert (tmp_path / "same.png").read_bytes() == (tmp_path / "positions.png").read_bytes()
+    assert (tmp_path / "labels.png").read_bytes() != (tmp_path / "positions.png").read_bytes()
 
 
 def test_mask_on_another_lattice_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -631,7 +631,7 @@ def test_the_reported_budget_is_enough_for_encoding_and_segmentation(
     least: int,
 ) -> None:
     def needs(minimum: int | None) -> Callable[..., None]:
-        def planned(*_: object) -> None:
+        def planned(*_: object, **__: object) -> None:
             if minimum is not None:
                 raise OutOfMemoryError(f"{minimum} GB", remedy="Give more memory.", least=minimum)
 

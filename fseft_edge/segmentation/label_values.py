@@ -1,0 +1,62 @@
+"""Label values of the organs in a mask: those of the annotations, unless two adapters use the same value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fseft_edge.adapters.file import AdapterFile
+from fseft_edge.runtime.scans.organs import LARGEST_LABEL
+
+
+def label_values(files: Sequence[AdapterFile]) -> tuple[int, ...]:
+    """Return the label value of every organ in the mask, in the order of the adapters and of their organs.
+
+    Each organ keeps the label value of its annotations. If two organs have the same value, all organs are numbered 1 to
+    K instead.
+    """
+    own = _own_values(files)
+    return own if _are_usable(own) else tuple(range(1, len(own) + 1))
+
+
+def label_warning(files: Sequence[AdapterFile]) -> str | None:
+    """Return a sentence that states that organs were numbered, and why; None if they keep their label values."""
+    own = _own_values(files)
+    if _are_usable(own):
+        return None
+    repeated = next((value for value in own if own.count(value) > 1), None)
+    reason = (
+        f"the label value {repeated} stands for more than one organ in the annotations of the adapters"
+        if repeated is not None
+        else f"an adapter states a label value that is not between 1 and {LARGEST_LABEL}"
+    )
+    return f"The organs have the new label values 1 to {len(own)} in this mask, because {reason}."
+
+
+def with_label_values(
+    positions: NDArray[np.uint8] | NDArray[np.uint16], values: Sequence[int]
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Return a mask with label values in place of positions; the given array is changed if its type is sufficient.
+
+    Args:
+        positions: mask ``[X, Y, Z]`` in which the organ at position ``k`` of ``values`` has the value ``k + 1``.
+        values: label value of each organ.
+    """
+    if tuple(values) == tuple(range(1, len(values) + 1)):
+        return positions
+    dtype = np.uint8 if max(values) <= np.iinfo(np.uint8).max else np.uint16
+    table = np.array([0, *values], dtype)
+    mask = positions if positions.dtype == dtype else np.empty(positions.shape, dtype)
+    for plane, numbers in zip(mask, positions, strict=True):  # a copy of one plane at a time
+        plane[...] = table[numbers]
+    return mask
+
+
+def _own_values(files: Sequence[AdapterFile]) -> tuple[int, ...]:
+    return tuple(organ.label for file in files for organ in file.description.organs)
+
+
+def _are_usable(values: Sequence[int]) -> bool:
+    return len(set(values)) == len(values) and all(1 <= value <= LARGEST_LABEL for value in values)
