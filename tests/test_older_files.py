@@ -85,7 +85,7 @@ def test_a_batch_goes_on_without_doing_a_case_again(older: Path) -> None:
         review = store.case(DONE[0]).review
     assert states == {DONE[0]: CaseState.DONE, DONE[1]: CaseState.DONE, "case-0d172244dd0c": CaseState.FAILED}
     assert review is not None
-    assert (review.decision, review.note) == (Decision.ACCEPTED, "good")
+    assert (review.decision, review.note, review.reviewer, review.mask_sha256) == (Decision.ACCEPTED, "good", "", "")
     before = {path: path.stat().st_mtime_ns for path in (older / "outbox").rglob("case-*.nii.gz")}
     settings = SegmentationSettings((older / "spatial.adapter",), device="cpu", backend="torch")
     summary = run_batch(BatchSettings(older / "inbox", older / "outbox", settings, settle=0.0))

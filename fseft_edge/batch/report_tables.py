@@ -12,7 +12,7 @@ from typing import Any, Final
 from fseft_edge.batch.statistics import BatchStatistics, ReportedCase
 from fseft_edge.masks.quality import MEANINGS
 from fseft_edge.masks.result import SegmentedOrgan
-from fseft_edge.outbox.records import Duplicate, printable
+from fseft_edge.outbox.records import Duplicate, Review, printable
 
 SCHEMA_VERSION: Final = 1
 
@@ -43,6 +43,9 @@ COLUMNS: Final[tuple[str, ...]] = (
     "review_note",
     "warnings",
     "superseded_by",
+    "review_by",
+    "review_at",
+    "review_mask_sha256",
 )
 """Columns of ``report.csv``. Later versions may add columns at the end."""
 
@@ -109,13 +112,18 @@ def _case_fields(case: ReportedCase, *, show_ids: bool) -> dict[str, Any]:
         "finished_at": _time(record.finished_at),
         "seconds": asdict(record.seconds) if record.seconds else None,
         "organs": [asdict(organ) for organ in record.organs],
-        "review": {
-            "decision": record.review.decision.value,
-            "note": record.review.note,
-            "at": _time(record.review.at),
-        }
-        if record.review
-        else None,
+        "review": _decision_fields(record.review) if record.review else None,
+        "decisions": [_decision_fields(review) for review in record.decisions],
+    }
+
+
+def _decision_fields(review: Review) -> dict[str, str | None]:
+    return {
+        "decision": review.decision.value,
+        "note": review.note,
+        "at": review.when,
+        "reviewer": review.reviewer or None,
+        "mask_sha256": review.mask_sha256 or None,
     }
 
 
@@ -130,6 +138,9 @@ def _case_cells(case: ReportedCase, *, show_ids: bool) -> dict[str, str | float 
         "finish_s": round(seconds.finish, 3) if seconds else None,
         "review": review.decision.value if review else None,
         "review_note": review.note if review else None,
+        "review_by": review.reviewer if review else None,
+        "review_at": review.when if review else None,
+        "review_mask_sha256": review.mask_sha256 if review else None,
     }
 
 

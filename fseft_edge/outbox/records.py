@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
@@ -66,11 +67,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Review:
-    """Decision of a reviewer on a mask, with a free-text note; ``at`` is the time in seconds since the epoch."""
+    """Decision of a reviewer on a mask.
+
+    Attributes:
+        decision: the decision.
+        note: free text of the reviewer.
+        at: time of the decision in seconds since the epoch.
+        reviewer: name of the person who decided; empty in decisions of versions that did not record it.
+        mask_sha256: sha256 of the mask file that was displayed, as hexadecimal digits; empty in decisions of versions
+            that did not record it.
+    """
 
     decision: Decision
     note: str
     at: float
+    reviewer: str
+    mask_sha256: str
+
+    @property
+    def when(self) -> str:
+        """Time of the decision in ISO 8601, in UTC and with its offset."""
+        return datetime.fromtimestamp(self.at, UTC).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class CaseRecord:
         remedy: remedy of the error, if the case failed or was set aside; else empty.
         organs: organs as returned by ``segment``, if the case is done; else empty.
         seconds: wall time of each stage, if the case is done; else None.
-        review: decision of a reviewer, if there is one; else None.
+        decisions: decisions of reviewers, the earliest first.
         warnings: sentences on what the reader of the scan left out, corrected or assumed, and on what happened to the
             scan in the inbox. A person has to read them before the mask is used.
         superseded_by: key of the case that takes the place of this case; empty if there is none. The mask of a
@@ -112,10 +129,15 @@ class CaseRecord:
     remedy: str
     organs: tuple[SegmentedOrgan, ...]
     seconds: StageSeconds | None
-    review: Review | None
+    decisions: tuple[Review, ...] = ()
     warnings: tuple[str, ...] = ()
     superseded_by: str = ""
     series: str = ""
+
+    @property
+    def review(self) -> Review | None:
+        """The decision that counts, the latest one; None if there is none."""
+        return self.decisions[-1] if self.decisions else None
 
     @property
     def source_name(self) -> str:

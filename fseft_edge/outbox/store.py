@@ -13,8 +13,8 @@ import os
 import sqlite3
 import string
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -24,7 +24,7 @@ from fseft_edge.masks.result import SegmentedOrgan
 from fseft_edge.outbox.records import CaseRecord, CaseState, Decision, Duplicate, Outcome, Review, StageSeconds
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 STATE_FOLDER: Final = ".fseft-edge"
 STATE_FILE: Final = "state.sqlite"
 
@@ -56,6 +56,22 @@ ALTER TABLE cases ADD COLUMN series TEXT NOT NULL DEFAULT '';
 CREATE TABLE contents (key TEXT PRIMARY KEY, first TEXT NOT NULL, files TEXT NOT NULL) STRICT;
 CREATE INDEX contents_first ON contents (first);
 """,
+    3: """
+CREATE TABLE decisions (
+    number INTEGER PRIMARY KEY, key TEXT NOT NULL REFERENCES cases (key), decision TEXT NOT NULL, note TEXT NOT NULL,
+    at REAL NOT NULL, reviewer TEXT NOT NULL, mask_sha256 TEXT NOT NULL
+) STRICT;
+INSERT INTO decisions (key, decision, note, at, reviewer, mask_sha256)
+    SELECT key, decision, note, decided_at, '', '' FROM cases WHERE decision NOTNULL ORDER BY decided_at;
+ALTER TABLE cases DROP COLUMN decision;
+ALTER TABLE cases DROP COLUMN note;
+ALTER TABLE cases DROP COLUMN decided_at;
+CREATE INDEX decisions_of_case ON decisions (key);
+CREATE VIEW records AS SELECT cases.*, (
+    SELECT json_group_array(json_array(number, decision, note, at, reviewer, mask_sha256))
+    FROM decisions WHERE decisions.key = cases.key
+) AS decisions FROM cases;
+""",
 }
 """What each later version of the schema adds. A file of an earlier version gets it when it is opened."""
 
@@ -68,6 +84,14 @@ _UNLESS_SUPERSEDED: Final = f"CASE WHEN superseded_by = '' THEN ? ELSE '{CaseSta
 def state_path(outbox: Path, state: Path | None = None) -> Path:
     """Return the path of the state file: ``state`` if it is given, else the state file in the outbox."""
     return state or outbox / STATE_FOLDER / STATE_FILE
+
+
+@dataclass(frozen=True)
+class Superseded:
+    """Keys of earlier cases that a new case supersedes, and of earlier masks whose file or folder it replaced."""
+
+    keys: tuple[str, ...]
+    replaced: tuple[str, ...]
 
 
 class BatchStore:
@@ -162,7 +186,7 @@ class BatchStore:
 
     def cases(self) -> list[CaseRecord]:
         """Return all cases in the order in which they were found."""
-        return [_record(row) for row in self._execute("SELECT * FROM cases ORDER BY found_at, key")]
+        return [_record(row) for row in self._execute("SELECT * FROM records ORDER BY found_at, key")]
 
     def case(self, key: str) -> CaseRecord:
         """Return the case with this key.
@@ -170,7 +194,7 @@ class BatchStore:
         Raises:
             UsageError: there is no case with this key.
         """
-        rows = self._execute("SELECT * FROM cases WHERE key = ?", key)
+        rows = self._execute("SELECT * FROM records WHERE key = ?", key)
         if not rows:
             raise UsageError(
                 f"There is no case {key} in this batch.", remedy="List the cases with `fseft-edge batch status OUTBOX`."
@@ -197,7 +221,7 @@ class BatchStore:
     def next_waiting(self, *, exclusive: bool) -> CaseRecord | None:
         """Return the waiting case that was found first, among the exclusive cases or among all others."""
         rows = self._execute(
-            "SELECT * FROM cases WHERE state = ? AND alone = ? ORDER BY found_at, key LIMIT 1",
+            "SELECT * FROM records WHERE state = ? AND alone = ? ORDER BY found_at, key LIMIT 1",
             CaseState.WAITING,
             int(exclusive),
         )
@@ -214,8 +238,19 @@ class BatchStore:
         """Set a value that belongs to the whole batch."""
         self._execute("INSERT OR REPLACE INTO meta (name, value) VALUES (?, ?)", name, value)
 
-    def add(self, source: Path, signature: str, key: str) -> bool:
-        """Record a scan of the inbox; return whether this made it a waiting case (new, or missing before)."""
+    def add(self, source: Path, signature: str, key: str, files: Collection[str] = ()) -> bool:
+        """Record a scan of the inbox.
+
+        Args:
+            source: file or folder in the inbox.
+            signature: signature of the file or folder.
+            key: key of the case.
+            files: digests of the files of the scan, see :class:`fseft_edge.outbox.content_key.Content`.
+
+        Returns:
+            Whether this made it a waiting case: it is new, or was missing, or was superseded by a case that is no
+            longer in the inbox.
+        """
         with self._transaction():
             self._forget_unreadable("SELECT key FROM sources WHERE path = ?", _as_text(source))
             new = self._connection.execute(
@@ -231,12 +266,70 @@ class BatchStore:
                 "UPDATE cases SET source = ? WHERE key = ? AND source NOT IN (SELECT path FROM sources WHERE key = ?)",
                 (_as_text(source), key, key),
             )
+            if files:
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO contents (key, first, files) VALUES (?, ?, ?)",
+                    (key, min(files), " ".join(sorted(files))),
+                )
             found_again = self._connection.execute(
-                "UPDATE cases SET state = ?, finished_at = NULL, problem = '', reason = '', remedy = ''"
-                " WHERE key = ? AND problem = ?",
+                "UPDATE cases SET state = ?, finished_at = NULL, problem = '', reason = '', remedy = '',"
+                " warnings = '[]', superseded_by = '' WHERE key = ? AND (superseded_by <> '' OR problem = ?)"
+                " AND superseded_by NOT IN (SELECT key FROM sources)",
                 (CaseState.WAITING, key, SOURCE_MISSING),
             ).rowcount
         return bool(new or found_again)
+
+    def supersede_earlier(self, source: Path, key: str) -> Superseded:
+        """Compare a case that was just found with earlier cases, and mark those whose place it takes.
+
+        An earlier case is superseded if all of its files are also files of this case: a series that arrived in parts.
+        It is also superseded if its file or folder now has the content of this case, it has no other place in the
+        inbox, and either it has no mask, or it shares files with this case. Any other mask whose file or folder now has
+        the content of this case gets a warning, because it is not known whether it shows the same scan.
+
+        Args:
+            source: file or folder in which this case was found.
+            key: key of this case.
+        """
+        superseded, replaced = [], []
+        with self._transaction():
+            files = self._files(key)
+            for row in self._connection.execute(
+                "SELECT * FROM cases WHERE key <> ? AND superseded_by = '' AND (source = ? OR key IN"
+                " (SELECT key FROM contents WHERE first IN (SELECT value FROM json_each(?)))) ORDER BY found_at, key",
+                (key, _as_text(source), json.dumps(sorted(files))),
+            ).fetchall():
+                earlier = self._files(row["key"])
+                contained = bool(earlier) and earlier < files
+                placed = self._connection.execute("SELECT 1 FROM sources WHERE key = ?", (row["key"],)).fetchone()
+                if not contained and (placed or row["source"] != _as_text(source)):
+                    continue
+                if contained or row["state"] != CaseState.DONE or (earlier & files and not files < earlier):
+                    self._connection.execute(
+                        "UPDATE cases SET superseded_by = ?, state = CASE WHEN state = ? THEN state ELSE ? END"
+                        " WHERE key = ?",
+                        (key, CaseState.RUNNING, CaseState.SUPERSEDED, row["key"]),
+                    )
+                    self._connection.execute(
+                        "UPDATE cases SET superseded_by = ? WHERE superseded_by = ?", (key, row["key"])
+                    )
+                    superseded.append(str(row["key"]))
+                elif self._warn(row["key"], _replaced(key)):
+                    replaced.append(str(row["key"]))
+        return Superseded(tuple(superseded), tuple(replaced))
+
+    def _files(self, key: str) -> frozenset[str]:
+        row = self._connection.execute("SELECT files FROM contents WHERE key = ?", (key,)).fetchone()
+        return frozenset(str(row["files"]).split()) if row else frozenset()
+
+    def _warn(self, key: str, warning: str) -> bool:
+        """Add a warning to a case; return False if the case already has it."""
+        (text,) = self._connection.execute("SELECT warnings FROM cases WHERE key = ?", (key,)).fetchone()
+        warnings = json.loads(text)
+        if warning in warnings:
+            return False
+        self._connection.execute("UPDATE cases SET warnings = ? WHERE key = ?", (json.dumps([*warnings, warning]), key))
+        return True
 
     def mark_missing(self, key: str, outcome: Outcome) -> None:
         """Record that the scan of a case is missing; delete its paths, so that the scan can be found there again."""
@@ -268,20 +361,48 @@ class BatchStore:
         )
 
     def end(self, key: str, outcome: Outcome) -> None:
-        """Record the outcome of a case. A case that was superseded while it was running becomes superseded."""
-        self._execute(
+        """Record the outcome of a case. A case that was superseded while it was running becomes superseded.
+
+        If the outcome is a mask, cases with other files of the same DICOM series get a warning. Earlier masks of
+        another series are no longer superseded by this case: their folder got a further series.
+        """
+        with self._transaction():
+            self._end(key, outcome)
+            if outcome.state != CaseState.DONE or not outcome.series:
+                return
+            for other in self._connection.execute(
+                "SELECT key FROM cases WHERE superseded_by = ? AND series NOT IN ('', ?) AND seconds NOTNULL",
+                (key, outcome.series),
+            ).fetchall():
+                self._connection.execute(
+                    "UPDATE cases SET state = ?, superseded_by = '' WHERE key = ?", (CaseState.DONE, other["key"])
+                )
+                self._warn(other["key"], _replaced(key))
+            if self._connection.execute("SELECT superseded_by FROM cases WHERE key = ?", (key,)).fetchone()[0]:
+                return
+            for other in self._connection.execute(
+                "SELECT key FROM cases WHERE series = ? AND key <> ? AND state = ?",
+                (outcome.series, key, CaseState.DONE),
+            ).fetchall():
+                self._warn(key, _same_series(other["key"]))
+                self._warn(other["key"], _same_series(key))
+
+    def _end(self, key: str, outcome: Outcome) -> None:
+        self._connection.execute(
             f"UPDATE cases SET state = {_UNLESS_SUPERSEDED}, finished_at = ?, organs = ?, seconds = ?, problem = ?,"  # noqa: S608 - a constant
             " reason = ?, remedy = ?, warnings = ?, series = ? WHERE key = ?",
-            outcome.state,
-            time.time(),
-            json.dumps([asdict(organ) for organ in outcome.organs]),
-            json.dumps(asdict(outcome.seconds)) if outcome.seconds else None,
-            outcome.problem,
-            outcome.reason,
-            outcome.remedy,
-            json.dumps(outcome.warnings),
-            outcome.series,
-            key,
+            (
+                outcome.state,
+                time.time(),
+                json.dumps([asdict(organ) for organ in outcome.organs]),
+                json.dumps(asdict(outcome.seconds)) if outcome.seconds else None,
+                outcome.problem,
+                outcome.reason,
+                outcome.remedy,
+                json.dumps(outcome.warnings),
+                outcome.series,
+                key,
+            ),
         )
 
     def requeue(self, key: str, *, exclusive: bool = False, attempted: bool = False) -> int:
@@ -311,7 +432,7 @@ class BatchStore:
                 (CaseState.WAITING, CaseState.RUNNING),
             ).rowcount
 
-    def retry(self, keys: Sequence[str]) -> int:
+    def retry(self, keys: Sequence[str] = ()) -> int:
         """Return failed, set-aside and cancelled cases to the queue, with their attempts set to 0.
 
         Args:
@@ -329,14 +450,14 @@ class BatchStore:
                 continue
             self._execute(
                 "UPDATE cases SET state = ?, attempts = 0, started_at = NULL, finished_at = NULL, problem = '',"
-                " reason = '', remedy = '' WHERE key = ? AND state = ?",
+                " reason = '', remedy = '', warnings = '[]' WHERE key = ? AND state = ?",
                 CaseState.WAITING,
                 case.key,
                 case.state,
             )
         return len(wanted)
 
-    def cancel(self, keys: Sequence[str]) -> int:
+    def cancel(self, keys: Sequence[str] = ()) -> int:
         """Cancel waiting cases.
 
         Args:
@@ -359,18 +480,32 @@ class BatchStore:
             if case.state in may_be
         )
 
-    def review(self, key: str, decision: Decision, note: str) -> None:
-        """Record the decision of a reviewer on a mask; it replaces an earlier decision.
+    def review(self, key: str, decision: Decision, note: str, *, reviewer: str, mask_sha256: str) -> None:
+        """Record the decision of a reviewer on a mask. The latest decision counts; earlier ones are kept.
+
+        Args:
+            key: key of the case.
+            decision: the decision.
+            note: free text of the reviewer.
+            reviewer: name of the person who decided.
+            mask_sha256: sha256 of the mask file that was displayed, as hexadecimal digits.
 
         Raises:
             UsageError: there is no case with this key, or the case is not done.
         """
-        if self.case(key).state != CaseState.DONE:
+        case = self.case(key)
+        if case.state == CaseState.SUPERSEDED:
+            raise UsageError(
+                f"{key} is superseded by {case.superseded_by}, so its mask cannot be reviewed.",
+                remedy=f"Review {case.superseded_by}.",
+            )
+        if case.state != CaseState.DONE:
             raise UsageError(
                 f"{key} has no mask that can be reviewed.", remedy="Review only cases in the state `done`."
             )
         self._execute(
-            "UPDATE cases SET decision = ?, note = ?, decided_at = ? WHERE key = ?", decision, note, time.time(), key
+            "INSERT INTO decisions (key, decision, note, at, reviewer, mask_sha256) VALUES (?, ?, ?, ?, ?, ?)",
+            *(key, decision, note, time.time(), reviewer, mask_sha256),
         )
 
     def _named(self, keys: Sequence[str]) -> list[CaseRecord]:
@@ -417,11 +552,22 @@ class BatchStore:
             ) from error
 
 
+def _replaced(key: str) -> str:
+    return (
+        f"The file or folder of this scan has other content now, which is {key}. If {key} is a newer version of the "
+        "same scan, reject this mask."
+    )
+
+
+def _same_series(key: str) -> str:
+    return (
+        f"{key} has other files of the same DICOM series. The series may have arrived in several parts, or twice with "
+        "different headers. Compare both cases before you use a mask; put all files of a series into one folder."
+    )
+
+
 def _record(row: sqlite3.Row) -> CaseRecord:
     seconds: dict[str, Any] | None = json.loads(row["seconds"]) if row["seconds"] else None
-    review = None
-    if row["decision"]:
-        review = Review(Decision(row["decision"]), row["note"], row["decided_at"])
     return CaseRecord(
         key=row["key"],
         source=_as_path(row["source"]),
@@ -435,7 +581,9 @@ def _record(row: sqlite3.Row) -> CaseRecord:
         remedy=row["remedy"],
         organs=tuple(SegmentedOrgan.from_json(organ) for organ in json.loads(row["organs"])),
         seconds=StageSeconds(**seconds) if seconds else None,
-        review=review,
+        decisions=tuple(
+            Review(Decision(decision), *rest) for _, decision, *rest in sorted(json.loads(row["decisions"]))
+        ),
         warnings=tuple(map(str, json.loads(row["warnings"]))),
         superseded_by=row["superseded_by"],
         series=row["series"],

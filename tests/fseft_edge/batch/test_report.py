@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ LIVER = SegmentedOrgan("liver", 1, 1500.25, (), (1200.0, 1800.0), 0.93, 104)
 SMALL = SegmentedOrgan("spleen", 2, 61.0, ("small", "low_confidence"), (100.0, 250.0), 0.61, 96)
 SECONDS = StageSeconds(1.25, 14.0, 3.5)
 START = 1_780_000_000.0
+BY_ADA = {"reviewer": "Ada Lovelace", "mask_sha256": "ab" * 32}
 
 
 @dataclass
@@ -199,7 +201,7 @@ def test_cases_without_a_mask_come_first_then_flagged_masks_then_the_others(batc
 
 def test_masks_with_the_most_flags_come_first_and_reviewed_masks_last(batch: Batch) -> None:
     decided = batch.done(1, SMALL, SMALL)
-    batch.store.review(decided, Decision.ACCEPTED, "")
+    batch.store.review(decided, Decision.ACCEPTED, "", **BY_ADA)
     one = batch.done(2, LIVER, replace(LIVER, flags=("touches_edge",)))
     two = batch.done(3, SMALL)
     found = [name for name in batch.report().page.ids if name.startswith("case-")]
@@ -300,7 +302,7 @@ def test_all_text_is_escaped(batch: Batch) -> None:
     hostile = '<script>alert("1")</script>&\''
     organ = SegmentedOrgan(hostile, 1, 1.0, (hostile,), (1.0, 2.0), 0.9, 1)
     key = batch.done(1, organ, source=f"/inbox/{hostile.replace('/', '')}.nii.gz")
-    batch.store.review(key, Decision.REJECTED, hostile)
+    batch.store.review(key, Decision.REJECTED, hostile, **BY_ADA)
     bad = batch.add(2, source="/inbox/2")
     batch.store.start(bad)
     batch.store.end(bad, Outcome(CaseState.FAILED, problem=hostile, reason=hostile, remedy=hostile))
@@ -331,7 +333,7 @@ def test_warnings_of_a_mask_without_flags_cannot_be_overlooked(batch: Batch) -> 
 
 def test_no_cell_is_a_formula_of_a_spreadsheet(batch: Batch) -> None:
     key = batch.done(1, source="/inbox/=HYPERLINK(1).nii.gz")
-    batch.store.review(key, Decision.ACCEPTED, "-1+2")
+    batch.store.review(key, Decision.ACCEPTED, "-1+2", **BY_ADA)
     (row,) = batch.report(show_ids=True).rows
     assert row["source"] == "'=HYPERLINK(1).nii.gz"
     assert row["review_note"] == "'-1+2"
@@ -354,7 +356,10 @@ def test_the_page_is_one_file_that_loads_nothing_and_runs_no_script(batch: Batch
 
 def test_each_organ_has_volume_range_confidence_and_flags(batch: Batch) -> None:
     key = batch.done(1, LIVER, SMALL)
-    batch.store.review(key, Decision.ACCEPTED, "good enough")
+    batch.at(86_400)
+    batch.store.review(key, Decision.REJECTED, "the tip is missing", reviewer="", mask_sha256="")
+    batch.at(90_000)
+    batch.store.review(key, Decision.ACCEPTED, "good enough", **BY_ADA)
     report = batch.report()
     liver, spleen = report.rows
     assert tuple(liver) == COLUMNS
@@ -363,7 +368,13 @@ def test_each_organ_has_volume_range_confidence_and_flags(batch: Batch) -> None:
     assert (spleen["confidence"], spleen["median_hu"]) == ("0.61", "96")
     assert (spleen["read_s"], spleen["encode_s"], spleen["finish_s"]) == ("1.25", "14.0", "3.5")
     assert (spleen["review"], spleen["review_note"]) == ("accepted", "good enough")
+    at = datetime.fromtimestamp(START + 90_000, UTC).isoformat()
+    assert [spleen[f"review_{name}"] for name in ("by", "at", "mask_sha256")] == ["Ada Lovelace", at, "ab" * 32]
     (case,) = report.json["cases"]
+    assert case["review"] == {"decision": "accepted", "note": "good enough", "at": at, **BY_ADA}
+    assert case["decisions"][1:] == [case["review"]]
+    assert case["decisions"][0]["note"] == "the tip is missing"
+    assert case["decisions"][0]["reviewer"] is None
     assert [SegmentedOrgan.from_json(organ) for organ in case["organs"]] == [LIVER, SMALL]
     assert report.json["schema_version"] == 1
     page = report.page
@@ -380,7 +391,7 @@ def test_each_organ_has_volume_range_confidence_and_flags(batch: Batch) -> None:
         *MEANINGS.values(),
         "512 × 512 × 130 voxels",
         "read 1.2 s, encode 14.0 s, finish 3.5 s",
-        "good enough",
+        "by Ada Lovelace: good enough",
     ):
         assert text in page.text
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from doubles.errors import refused
 
 from fseft_edge.masks.result import SegmentedOrgan
-from fseft_edge.outbox.records import CaseState, Decision, Outcome, StageSeconds
-from fseft_edge.outbox.store import SCHEMA_VERSION, SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore, state_path
+from fseft_edge.outbox.records import CaseState, Decision, Outcome, Review, StageSeconds
+from fseft_edge.outbox.store import (
+    _SCHEMA,
+    SCHEMA_VERSION,
+    SOURCE_MISSING,
+    UNREADABLE_PREFIX,
+    BatchStore,
+    Superseded,
+    state_path,
+)
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
 
 DONE = Outcome(
@@ -125,13 +136,21 @@ def test_a_cancelled_case_cannot_be_started(tmp_path: Path) -> None:
 def test_a_decision_is_stored_and_only_for_a_case_with_a_mask(tmp_path: Path) -> None:
     with store_of(tmp_path, "case-1", "case-2") as store:
         store.end("case-1", DONE)
-        store.review("case-1", Decision.REJECTED, "the left one is missing")
-        store.review("case-1", Decision.ACCEPTED, "'; DROP TABLE cases; --")
-        review = store.case("case-1").review
-        assert review is not None
-        assert (review.decision, review.note) == (Decision.ACCEPTED, "'; DROP TABLE cases; --")
+        store.review("case-1", Decision.REJECTED, "the left one is missing", reviewer="Ada", mask_sha256="01")
+        first = store.case("case-1").review
+        note = "'; DROP TABLE cases; --"
+        store.review("case-1", Decision.ACCEPTED, note, reviewer="Bo é", mask_sha256="02")
+        case = store.case("case-1")
+        assert case.review == case.decisions[-1]
+        assert case.decisions[0] == first
+        assert [(review.decision, review.note, review.reviewer, review.mask_sha256) for review in case.decisions] == [
+            (Decision.REJECTED, "the left one is missing", "Ada", "01"),
+            (Decision.ACCEPTED, note, "Bo é", "02"),
+        ]
+        assert datetime.fromisoformat(case.decisions[1].when).timestamp() == int(case.decisions[1].at)
+        assert case.decisions[1].when.endswith("+00:00")
         with refused(UsageError, "case-2"):
-            store.review("case-2", Decision.ACCEPTED, "")
+            store.review("case-2", Decision.ACCEPTED, "", reviewer="Ada", mask_sha256="01")
 
 
 def test_a_failed_transaction_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +218,134 @@ def test_an_unreadable_case_is_replaced_when_its_file_becomes_readable(tmp_path:
         assert store.retry([f"{UNREADABLE_PREFIX}b"]) == 1
         assert store.key_of(tmp_path / "b", "signature") is None  # the next look into the inbox finds it again
         assert [case.key for case in store.cases()] == ["case-1", "case-2"]
+
+
+def found(store: BatchStore, folder: Path, name: str, key: str, files: str) -> Superseded:
+    """Record a scan with one file for each letter of ``files``."""
+    store.add(folder / name, f"signature of {files}", key, tuple(files))
+    return store.supersede_earlier(folder / name, key)
+
+
+def states(store: BatchStore) -> dict[str, tuple[str, str]]:
+    return {case.key: (case.state.value, case.superseded_by) for case in store.cases()}
+
+
+def test_a_series_with_more_files_supersedes_its_part_in_the_same_and_in_another_folder(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        found(store, tmp_path, "a", "part", "abc")
+        store.end("part", DONE)
+        store.review("part", Decision.ACCEPTED, "", reviewer="Ada", mask_sha256="01")
+        assert found(store, tmp_path, "a", "whole", "abcdef") == Superseded(("part",), ())
+        assert states(store) == {"part": ("superseded", "whole"), "whole": ("waiting", "")}
+        assert store.case("part").review is not None
+        with refused(UsageError, "part", "whole"):
+            store.review("part", Decision.ACCEPTED, "", reviewer="Ada", mask_sha256="01")
+        assert found(store, tmp_path, "b", "elsewhere", "abcdefg") == Superseded(("whole",), ())
+        assert states(store)["part"] == ("superseded", "elsewhere")
+        assert found(store, tmp_path, "c", "other", "cdx") == Superseded((), ())
+        assert store.retry([]) == store.cancel(["part"]) == 0
+
+
+def test_a_case_without_a_mask_is_superseded_by_any_other_content_of_its_file(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        for name, outcome in (("failed", FAILED), ("waiting", None), ("copied", FAILED)):
+            found(store, tmp_path, name, name, name[0])
+            if outcome:
+                store.end(name, outcome)
+        found(store, tmp_path, "copy", "copied", "c")
+        for name in ("failed", "waiting", "copied"):
+            found(store, tmp_path, name, f"new {name}", name.upper())
+        assert {key: by for key, (_, by) in states(store).items() if by} == {
+            "failed": "new failed",
+            "waiting": "new waiting",
+        }
+
+
+def test_a_mask_whose_file_has_other_content_stays_with_a_warning(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        found(store, tmp_path, "a", "first", "a")
+        store.end("first", DONE)
+        assert found(store, tmp_path, "a", "second", "b") == Superseded((), ("first",))
+        case = store.case("first")
+        assert (case.state, case.warnings[:-1]) == (CaseState.DONE, DONE.warnings)
+        assert "second" in case.warnings[-1]
+
+
+def test_a_mask_of_a_folder_from_which_files_were_removed_is_not_superseded(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        found(store, tmp_path, "a", "whole", "abcd")
+        store.end("whole", DONE)
+        assert found(store, tmp_path, "a", "part", "ab") == Superseded((), ("whole",))
+        found(store, tmp_path, "b", "exchanged", "xyz")
+        store.end("exchanged", replace(DONE, series="other"))
+        assert found(store, tmp_path, "b", "one other file", "xyw") == Superseded(("exchanged",), ())
+
+
+def test_a_running_case_is_superseded_when_it_ends(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        for key, files in (("ends", "ab"), ("crashes", "cd"), ("is killed", "ef")):
+            found(store, tmp_path, key, key, files)
+            store.start(key)
+            assert found(store, tmp_path, f"{key} again", f"{key}, more", f"{files}x") == Superseded((key,), ())
+            assert store.case(key).state == CaseState.RUNNING
+        store.end("ends", DONE)
+        store.requeue("crashes", attempted=True)
+        assert store.requeue_running() == 1
+        assert {key: by for key, (state, by) in states(store).items() if state == "superseded"} == {
+            "ends": "ends, more",
+            "crashes": "crashes, more",
+            "is killed": "is killed, more",
+        }
+        assert "same DICOM series" not in " ".join(store.case("ends").warnings)
+
+
+def test_a_superseded_case_waits_again_when_the_folder_has_its_old_content(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        found(store, tmp_path, "a", "first", "ab")
+        store.end("first", DONE)
+        found(store, tmp_path, "a", "second", "abc")
+        assert not store.add(tmp_path / "copy", "s", "first", "ab")
+        assert states(store)["first"] == ("superseded", "second")
+        assert store.add(tmp_path / "a", "signature of ab", "first", "ab")
+        assert states(store)["first"] == ("waiting", "")
+
+
+def test_a_folder_with_a_further_series_does_not_supersede_the_mask_of_the_first(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        found(store, tmp_path, "a", "first", "ab")
+        store.end("first", DONE)
+        found(store, tmp_path, "a", "second", "abc")
+        store.end("second", replace(DONE, series="another"))
+        assert set(states(store).values()) == {("done", "")}
+        assert "second" in store.case("first").warnings[-1]
+
+
+def test_two_masks_with_different_files_of_one_series_get_a_warning(tmp_path: Path) -> None:
+    with store_of(tmp_path) as store:
+        for key, files, series in (("first", "ab", "s"), ("second", "cd", "s"), ("nifti", "e", ""), ("other", "f", "")):
+            found(store, tmp_path, key, key, files)
+            store.end(key, replace(DONE, series=series, warnings=()))
+        warnings = {case.key: case.warnings for case in store.cases()}
+        assert [len(warnings[key]) for key in ("first", "second", "nifti", "other")] == [1, 1, 0, 0]
+        assert warnings["first"][0].startswith("second has other files of the same DICOM series.")
+        assert warnings["second"][0].startswith("first ")
+
+
+def test_a_state_file_of_the_first_version_gets_the_new_columns(tmp_path: Path) -> None:
+    state_path(tmp_path).parent.mkdir()
+    connection = sqlite3.connect(state_path(tmp_path))
+    connection.executescript(f"{_SCHEMA} PRAGMA user_version = 1;")
+    connection.execute(
+        "INSERT INTO cases (key, source, state, found_at, organs, decision, note, decided_at)"
+        " VALUES ('case-1', ?, 'done', 1.0, ?, 'accepted', 'good', 2.5)",
+        (f"{tmp_path}/case-1.nii.gz", json.dumps([asdict(organ) for organ in DONE.organs])),
+    )
+    connection.commit()
+    connection.close()
+    for _ in range(2):
+        with BatchStore(state_path(tmp_path)) as store:
+            (case,) = store.cases()
+            assert (case.state, case.organs, case.warnings, case.superseded_by) == (CaseState.DONE, DONE.organs, (), "")
+            assert case.decisions == (Review(Decision.ACCEPTED, "good", 2.5, reviewer="", mask_sha256=""),)
+    with BatchStore(state_path(tmp_path)) as store:  # its files are unknown, so a larger folder cannot supersede it
+        assert found(store, tmp_path, "case-1.nii.gz", "case-2", "ab") == Superseded((), ("case-1",))

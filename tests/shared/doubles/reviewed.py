@@ -18,6 +18,7 @@ from fseft_edge.masks.result import SegmentedOrgan
 from fseft_edge.outbox.content_key import content_key
 from fseft_edge.outbox.records import CaseState, Decision
 from fseft_edge.outbox.store import BatchStore, Outcome, StageSeconds, state_path
+from fseft_edge.runtime.encoder.bundle import sha256_of_file
 from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
@@ -46,9 +47,11 @@ class Batch:
         with self.store() as store:
             return store.case(key).source
 
-    def decide(self, key: str, decision: Decision, note: str = "") -> None:
+    def decide(self, key: str, decision: Decision, note: str = "", *, mask: Path | None = None) -> None:
+        """Record a decision on the mask of the batch, or on a corrected mask."""
+        sha256 = sha256_of_file(mask or self.mask(key))
         with self.store() as store:
-            store.review(key, decision, note)
+            store.review(key, decision, note, reviewer="Ada Lovelace", mask_sha256=sha256)
 
 
 def run_batch(
