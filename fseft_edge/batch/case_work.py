@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -105,7 +106,14 @@ class CaseWork:
         with case.link, atomic_folder(self.outbox / case.task.key, overwrite=True) as folder:
             done = self.segmenter.finish(encoded, folder)
             seconds = StageSeconds(read, encode, time.monotonic() - started)
-            outcome = Outcome(CaseState.DONE, done.organs, seconds, warnings=done.warnings)
+            series = encoded.case.scan.series
+            outcome = Outcome(
+                CaseState.DONE,
+                done.organs,
+                seconds,
+                warnings=done.warnings,
+                series=sha256(series.uid.encode()).hexdigest() if series is not None and series.uid else "",
+            )
             write_record(folder, outcome, self.fingerprint)
         return outcome
 
@@ -154,6 +162,7 @@ def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
         "organs": [asdict(organ) for organ in outcome.organs],
         "seconds": asdict(outcome.seconds),
         "warnings": list(outcome.warnings),
+        "series": outcome.series,
     }
     (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -166,7 +175,8 @@ def read_record(folder: Path, fingerprint: str) -> Outcome | None:
             return None
         organs = tuple(SegmentedOrgan.from_json(organ) for organ in record["organs"])
         warnings = tuple(map(str, record.get("warnings", [])))  # older versions wrote none
-        return Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]), warnings=warnings)
+        series = str(record.get("series", ""))  # older versions wrote none
+        return Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]), warnings=warnings, series=series)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

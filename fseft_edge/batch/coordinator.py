@@ -20,7 +20,7 @@ from fseft_edge.batch.messages import CaseLost, PoolEvent
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.worker import WorkerSettings
-from fseft_edge.outbox.content_key import content_key
+from fseft_edge.outbox.content_key import content_key, content_of
 from fseft_edge.outbox.folders import (
     check_folders,
     checked_state_path,
@@ -122,7 +122,9 @@ class _Run:
         self._scratch = scratch
         self._stop = stop
         self._inbox = Inbox(settings.inbox, settings.settle)
-        self._done = self._failed = self._warned = 0
+        self._done: set[str] = set()
+        self._failed: set[str] = set()
+        self._says_that_it_waits = False
         self._disk_problem: OutOfSpaceError | None = None
         self._pool: WorkerPool | None = None
         self._report_outdated = True
@@ -140,6 +142,7 @@ class _Run:
                 if not self._stopping:
                     self._submit_waiting()
                 in_progress = self._pool.in_progress if self._pool else 0
+                self._say_if_waiting(in_progress)
                 if self._stop.now or (not in_progress and (self._stopping or self._all_ended)):
                     break
                 if self._pool is None:
@@ -155,8 +158,22 @@ class _Run:
         if self._disk_problem is not None:
             raise self._disk_problem
         self._report()
-        waiting = sum(case.state == CaseState.WAITING for case in self._store.cases())
-        return BatchSummary(self._done, self._failed, waiting, self._warned)
+        cases = self._store.cases()
+        waiting = sum(case.state == CaseState.WAITING for case in cases)
+        warned = sum(case.key in self._done and bool(case.warnings) for case in cases)
+        return BatchSummary(len(self._done), len(self._failed), waiting, warned)
+
+    def _say_if_waiting(self, in_progress: int) -> None:
+        """Log why nothing happens, once each time: the scans in the inbox may still be arriving."""
+        number = 0 if self._stopping or in_progress else self._inbox.incomplete
+        if number and not self._says_that_it_waits:
+            _LOG.info(
+                "Waiting: %s in the inbox may still be arriving. A scan is complete when its files have not changed "
+                "for %g seconds (--settle).",
+                "1 scan" if number == 1 else f"{number} scans",
+                self._settings.settle,
+            )
+        self._says_that_it_waits = number > 0
 
     def _report_when_due(self) -> None:
         """Write the report if enough time has passed; at most a tenth of the time goes into reports."""
@@ -185,7 +202,7 @@ class _Run:
     @property
     def _all_ended(self) -> bool:
         waiting = any(self._store.next_waiting(exclusive=exclusive) for exclusive in (True, False))
-        return not (self._settings.watch or self._inbox.has_incomplete or waiting)
+        return not (self._settings.watch or self._inbox.incomplete or waiting)
 
     def _look_into_inbox(self) -> None:
         try:
@@ -202,7 +219,7 @@ class _Run:
 
     def _add(self, arrival: Arrival) -> None:
         try:
-            key = content_key(arrival.source)
+            content = content_of(arrival.source)
         except FseftEdgeError as error:
             # The key depends on path and signature instead, so that the file is listed, and read again if it changes.
             digest = sha256(os.fsencode(arrival.source) + arrival.signature.encode()).hexdigest()
@@ -210,12 +227,31 @@ class _Run:
             if self._store.add(arrival.source, arrival.signature, key):
                 self._end(key, failed_outcome(error, key, arrival.source))
             return
-        if not self._store.add(arrival.source, arrival.signature, key):
+        key = content.key
+        added = self._store.add(arrival.source, arrival.signature, key, content.files)
+        self._supersede_earlier(arrival.source, key)
+        if not added:
             return
         outcome = read_record(self._settings.outbox / key, self._fingerprint)
         if outcome is not None:  # from a run whose state file is lost, or that was killed before it recorded the result
             self._store.end(key, outcome)
             self._report_outdated = True
+
+    def _supersede_earlier(self, source: Path, key: str) -> None:
+        """Mark the cases whose place a case takes: its series arrived in parts, or its file or folder was changed."""
+        earlier = self._store.supersede_earlier(source, key)
+        for old in earlier.keys:
+            _LOG.warning(
+                "%s is superseded by %s: the inbox now has more or other files of its scan. Do not use the mask of %s.",
+                old,
+                key,
+                old,
+            )
+        for old in earlier.replaced:
+            _LOG.warning("%s: its file or folder has other content now, which is %s", old, key)
+        self._done -= set(earlier.keys)
+        self._failed -= set(earlier.keys)
+        self._report_outdated |= bool(earlier.keys or earlier.replaced)
 
     def _submit_waiting(self) -> None:
         for exclusive in (True, False):
@@ -303,14 +339,16 @@ class _Run:
         else:
             self._store.end(key, outcome)
         self._report_outdated = True
-        if outcome.state == CaseState.DONE:
-            self._done += 1
-            self._warned += bool(outcome.warnings)
+        case = self._store.case(key)
+        if case.state == CaseState.SUPERSEDED:
+            _LOG.warning("%s ended, but is superseded by %s", key, case.superseded_by)
+        elif case.state == CaseState.DONE:
+            self._done.add(key)
             _LOG.info("%s is done", key)
-            for warning in outcome.warnings:
+            for warning in case.warnings:  # also those that come from the other cases of the batch
                 _LOG.warning("%s: %s", key, warning)
         else:
-            self._failed += 1
+            self._failed.add(key)
             _LOG.warning("%s failed: %s %s", key, outcome.reason, outcome.remedy)
 
     def _new_pool(self) -> WorkerPool:

@@ -68,10 +68,10 @@ class Inbox:
         return [arrival for source, arrival in seen.items() if now - self._since[source][1] >= self.settle]
 
     @property
-    def has_incomplete(self) -> bool:
-        """Whether a scan found at the last look may still be incomplete."""
+    def incomplete(self) -> int:
+        """Number of scans that were found at the last look and may still be incomplete."""
         now = self.clock()
-        return any(now - since < self.settle for _, since in self._since.values())
+        return sum(now - since < self.settle for _, since in self._since.values())
 
 
 def arrivals(folder: Path) -> list[Arrival]:

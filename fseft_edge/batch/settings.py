@@ -25,7 +25,8 @@ class BatchSettings:
         limit_minutes: time limit of a case in minutes.
         attempts: number of attempts in which a case may crash its worker or exceed the time limit. After the last one,
             the case is set aside.
-        settle: a scan is complete when its files have not changed for this many seconds.
+        settle: a scan is complete when its files have not changed for this many seconds. A series that goes on to
+            arrive later becomes another case, which supersedes the first.
         pipeline: overlap stages: while one case is encoded, the next case is read and the previous case is finished.
         scheduler: address of a Dask scheduler whose workers run the cases; None means worker processes on this machine.
         show_ids: show the file names of the inbox in the report. They may contain patients' names.
@@ -40,7 +41,7 @@ class BatchSettings:
     workers: int | None = None
     limit_minutes: float = 60.0
     attempts: int = 2
-    settle: float = 10.0
+    settle: float = 60.0
     pipeline: bool = True
     scheduler: str | None = None
     show_ids: bool = False
@@ -59,6 +60,8 @@ class BatchSettings:
 @dataclass(frozen=True)
 class BatchSummary:
     """Numbers of cases that this run finished, of cases that failed in it, and of cases that still wait.
+
+    Cases that are superseded by another case do not count.
 
     ``warned`` is the number of cases that this run finished with warnings about their scan.
     """

@@ -70,7 +70,7 @@ def batch() -> None:
 @click.option(
     "--settle",
     type=click.FloatRange(min=0),
-    default=10.0,
+    default=60.0,
     show_default=True,
     help="Time in seconds without a change of a scan's files, after which the scan is complete.",
 )

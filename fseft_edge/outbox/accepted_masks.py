@@ -61,9 +61,15 @@ def accepted_annotations(
     with BatchStore(state_path(batch.outbox, batch.state)) as store:
         cases = store.cases()
     accepted = [case for case in cases if case.review is not None and case.review.decision == Decision.ACCEPTED]
+    for case in accepted:
+        if case.superseded_by:
+            _LOG.warning("%s was accepted, but is superseded by %s: its mask is not used", case.key, case.superseded_by)
+    superseded, accepted = accepted, [case for case in accepted if not case.superseded_by]
     if not accepted:
         raise UsageError(
-            f"No mask in {batch.outbox} was accepted.",
+            f"Every accepted mask in {batch.outbox} belongs to a superseded case."
+            if superseded
+            else f"No mask in {batch.outbox} was accepted.",
             remedy=f"Review the masks with: fseft-edge review {batch.outbox}",
         )
     corrected = _corrected(batch, cases, accepted)

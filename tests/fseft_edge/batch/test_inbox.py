@@ -67,7 +67,7 @@ def test_a_scan_is_complete_when_it_has_not_changed_for_the_settle_time(tmp_path
     inbox = Inbox(tmp_path, settle=10, clock=clock)
     file = put(tmp_path / "a.nii", b"1")
     assert inbox.complete_arrivals() == []
-    assert inbox.has_incomplete
+    assert inbox.incomplete == 1
     clock.now = 9
     put(file, b"12")
     assert inbox.complete_arrivals() == []
@@ -75,7 +75,7 @@ def test_a_scan_is_complete_when_it_has_not_changed_for_the_settle_time(tmp_path
     assert inbox.complete_arrivals() == []
     clock.now = 19
     assert [arrival.source for arrival in inbox.complete_arrivals()] == [file]
-    assert not inbox.has_incomplete
+    assert inbox.incomplete == 0
 
 
 def test_a_folder_is_complete_when_its_files_have_not_changed(tmp_path: Path) -> None:

@@ -49,6 +49,21 @@ def test_organs_are_matched_by_name_and_not_by_label_value(batch: Batch) -> None
     np.testing.assert_array_equal(mask.affine, truth.affine)
 
 
+def test_the_accepted_mask_of_a_superseded_case_is_not_used(batch: Batch, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = batch.keys
+    batch.decide(first, Decision.ACCEPTED)
+    source = batch.source(first)
+    with batch.store() as store:
+        store.add(source.parent, "", "case-larger", ["1", "2", "3"])
+        store.add(source, "", first, ["1", "2"])
+        assert store.supersede_earlier(source.parent, "case-larger").keys == (first,)
+    with refused(UsageError, batch.outbox, "superseded"):
+        accepted(batch, LIVER)
+    batch.decide(second, Decision.ACCEPTED)
+    assert [image for image, _ in accepted(batch, LIVER)] == [batch.source(second)]
+    assert f"{first} was accepted, but is superseded by case-larger" in caplog.text
+
+
 def test_label_values_can_be_swapped_against_those_of_the_batch(batch: Batch) -> None:
     batch.decide(batch.keys[0], Decision.ACCEPTED)
     [(_, mask)] = accepted(batch, OrganLabel("liver", 1), OrganLabel("spleen", 2))
