@@ -18,7 +18,7 @@ from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.nifti import case_name, list_cases, read_ct, read_label_map
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
-from fseft_edge.runtime.scans.volume import LabelMap, Volume, check_labels_match
+from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
 from fseft_edge.runtime.system.progress import Progress
 
 Crop = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -137,8 +137,7 @@ def _file_scans(dataset: FilesConfig, root: Path) -> _Scans:
     def read() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         for path in paths:
             volume, labels = read_ct(path), read_label_map(root / dataset.labels / path.name)
-            check_labels_match(volume, labels)
-            yield volume, labels, dataset.organs
+            yield volume, labels_on(volume, labels), dataset.organs
 
     return _Scans(len(paths), read())
 

@@ -9,7 +9,7 @@ mask therefore contains the same table twice, first with code 0. The form of an 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 from xml.parsers import expat
 from xml.sax.saxutils import escape
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from xml.parsers.expat import XMLParserType
 
 _CODES = (0, 30)
+_HEAD = struct.Struct("<ii")
+"""Size of an extension in bytes, this head included, and its code."""
+
 _ALIGNMENT = 16
 _ROOT = b"<CaretExtension"
 
@@ -28,27 +31,31 @@ class BadLabelTableError(Exception):
     """A label table of Caret is not the XML that it must be."""
 
 
-def extensions_of(names: Mapping[int, str]) -> bytes:
-    """Return the header extensions with a name and a colour for each label value: little-endian, complete, aligned.
+def extensions_of(names: Mapping[int, str]) -> list[tuple[int, bytes]]:
+    """Return code and content of the header extensions with a name and a colour for each label value.
 
     Args:
         names: name of each label value. Equal mappings give equal bytes, whatever their order.
 
     Returns:
-        Bytes for the place between the four bytes of the extension flag and the voxels; empty without names.
+        No extension without names; else contents that need no padding.
     """
     if not names:
-        return b""
+        return []
     labels = "\n".join(_label(number, value, names[value]) for number, value in enumerate(sorted(names), start=1))
     text = (
         '<?xml version="1.0" encoding="UTF-8"?>\n<CaretExtension>\n<VolumeInformation Index="0">\n<LabelTable>\n'
         f"{labels}\n</LabelTable>\n<StudyMetaDataLinkSet></StudyMetaDataLinkSet>\n<VolumeType>Label</VolumeType>\n"
         "</VolumeInformation>\n</CaretExtension>\n"
     ).encode()
-    head = struct.calcsize("<ii")
     # Spaces after the root element are XML; readers that keep zero bytes would have to remove them before parsing.
-    text += b" " * (-(head + len(text)) % _ALIGNMENT)
-    return b"".join(struct.pack("<ii", head + len(text), code) + text for code in _CODES)
+    text += b" " * (-(_HEAD.size + len(text)) % _ALIGNMENT)
+    return [(code, text) for code in _CODES]
+
+
+def packed(extensions: Sequence[tuple[int, bytes]]) -> bytes:
+    """Return header extensions as little-endian bytes for the place between the extension flag and the voxels."""
+    return b"".join(_HEAD.pack(_HEAD.size + len(content), code) + content for code, content in extensions)
 
 
 def names_in(extensions: bytes, byte_order: str) -> dict[int, str]:
@@ -73,12 +80,12 @@ def _label(number: int, value: int, name: str) -> str:
 
 
 def _contents(extensions: bytes, byte_order: str) -> Iterator[bytes]:
-    start, head = 0, struct.calcsize("<ii")
-    while start + head <= len(extensions):
+    start = 0
+    while start + _HEAD.size <= len(extensions):
         size, _ = struct.unpack_from(f"{byte_order}ii", extensions, start)
-        if size <= head or start + size > len(extensions):
+        if size <= _HEAD.size or start + size > len(extensions):
             return  # no extension: some programs leave other bytes here
-        yield extensions[start + head : start + size]
+        yield extensions[start + _HEAD.size : start + size]
         start += size
 
 

@@ -1,7 +1,8 @@
 """Reading and writing of CTs and label maps as NIfTI files.
 
-Supported are NIfTI-1 and NIfTI-2 single files, plain or compressed with gzip: https://nifti.nimh.nih.gov. The affine is
-the sform if its code is set, else the qform, as in nibabel.
+Supported are NIfTI-1 and NIfTI-2, as single files (``.nii``) and as pairs of header and voxels (``.hdr``, ``.img``),
+plain or compressed with gzip: https://nifti.nimh.nih.gov. Headers are read as they are stored: nibabel's reader would
+correct impossible values silently. :mod:`fseft_edge.runtime.scans.nifti_forms` decides on the geometry.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import logging
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -29,15 +32,35 @@ from fseft_edge.runtime.errors import (
     UsageError,
 )
 from fseft_edge.runtime.scans.hounsfield import check_hounsfield
-from fseft_edge.runtime.scans.label_names import BadLabelTableError, extensions_of, names_in
+from fseft_edge.runtime.scans.label_names import BadLabelTableError, extensions_of, names_in, packed
+from fseft_edge.runtime.scans.nifti_forms import Geometry, NiftiForms, geometry_of
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, slabs
 from fseft_edge.runtime.system.atomic import atomic_path
 from fseft_edge.runtime.system.unnamed_file import no_space_to_unpack, unnamed_file
 
 SUFFIXES = (".nii.gz", ".nii")
+"""Endings of single files, which can be read and written."""
+
+_HEADER_SUFFIXES = (".hdr.gz", ".hdr")
+_VOXEL_SUFFIXES = (".img.gz", ".img")
+
+WHOLE_NUMBER_TOLERANCE = 0.01
+"""A label value is rounded if it differs by at most this much from a whole number, and refused otherwise.
+
+Programs that store label maps with a scale factor (``scl_slope``) return values that are off by their rounding: half of
+the factor. Labels between organs, which linear interpolation makes, are further off.
+"""
+
+_log = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _COPY_BYTES = 1 << 20
+_GZIP_STREAM = 31
+"""Argument of zlib for a gzip stream with checks of its length and CRC-32."""
+
+_LONGEST_HEADER = nib.nifti2.Nifti2Header.sizeof_hdr
+_MOST_DIMENSIONS = 7
+_LARGEST_LABEL = np.iinfo(np.uint32).max
 _EXTENSION_FLAG_BYTES = 4
 _LARGEST_EXTENSIONS = 64 << 20
 
@@ -49,15 +72,26 @@ def read_ct(path: Path) -> Volume:
     The operating system deletes this file together with the volume. All intensities are read once and must be plausible
     HU (:func:`fseft_edge.runtime.scans.hounsfield.check_hounsfield`).
 
+    Args:
+        path: single file, or one of the two files of a pair.
+
     Raises:
         UnreadableFileError: the file is missing, a folder, truncated, damaged, or not NIfTI.
         NotACtError: the image has four dimensions, colours, fewer than two slices, or intensities not in HU.
-        GeometryError: sform and qform are both missing, or the affine is not finite or singular.
+        GeometryError: the geometry is missing or impossible, or sform, qform and ``pixdim`` disagree
+            (:func:`fseft_edge.runtime.scans.nifti_forms.geometry_of`).
         OutOfSpaceError: the temporary folder has too little disk space for the unpacked file.
     """
-    array, header = _read(path)
-    slope, intercept = _rescale(header, path)
-    volume = Volume(_squeezed(array), _affine(header, path), slope, intercept, source=path)
+    stored = _read(path)
+    geometry = geometry_in(stored.header, stored.array.shape, path)
+    volume = Volume(
+        stored.array,
+        geometry.affine,
+        *rescale_in(stored.header, path),
+        path,
+        stored.warnings + geometry.warnings,
+        geometry.forms,
+    )
     check_hounsfield(volume)
     return volume
 
@@ -65,27 +99,55 @@ def read_ct(path: Path) -> Volume:
 def read_label_map(path: Path) -> LabelMap:
     """Read a label map into memory, as the smallest unsigned integer type that can represent its values.
 
+    What is corrected or assumed about the file is logged as a warning.
+
+    Args:
+        path: single file, or one of the two files of a pair.
+
     Raises:
         UnreadableFileError: the file is missing, a folder, truncated, damaged, or not NIfTI.
         LabelError: the image is not three-dimensional, or a value is negative, too large or not a whole number.
-        GeometryError: sform and qform are both missing, or the affine is not finite or singular.
+        GeometryError: the geometry is missing or impossible, or sform, qform and ``pixdim`` disagree
+            (:func:`fseft_edge.runtime.scans.nifti_forms.geometry_of`).
         OutOfSpaceError: the temporary folder has too little disk space for the unpacked file.
     """
-    array, header = _read(path)
-    slope, intercept = _rescale(header, path)
-    stored = _squeezed(array)
-    if stored.ndim != 3 or stored.dtype.kind not in "iuf":
+    stored = _read(path)
+    labels = label_values_of(stored.array, *rescale_in(stored.header, path), path)
+    geometry = geometry_in(stored.header, labels.shape, path)
+    log_warnings(path, stored.warnings + geometry.warnings)
+    return LabelMap(labels, geometry.affine, path, geometry.forms)
+
+
+def log_warnings(name: object, warnings: tuple[str, ...]) -> None:
+    """Log what was corrected or assumed about a label map; the warnings about a scan belong to its volume."""
+    for warning in warnings:
+        _log.warning("%s: %s", name, warning)
+
+
+def label_values_of(stored: NDArray[Any], slope: float, intercept: float, name: object) -> NDArray[Any]:
+    """Return stored label values after scaling, as the smallest unsigned integer type, in Fortran order.
+
+    Args:
+        stored: stored values ``[X, Y, Z]``.
+        slope: scale factor of the stored values.
+        intercept: value of a stored zero.
+        name: file, for messages.
+
+    Raises:
+        LabelError: the image is not three-dimensional, or a value is negative, too large or not a whole number.
+    """
+    if stored.ndim != 3 or stored.dtype.kind not in "iufb":
         raise LabelError(
-            f"{path} is not a label map: its shape is {stored.shape} and its value type is {stored.dtype}.",
+            f"{name} is not a label map: its shape is {stored.shape} and its value type is {stored.dtype}.",
             remedy="Give one three-dimensional label map of whole numbers, with one label value for each organ.",
         )
-    highest = max(int(_label_values(piece, slope, intercept, path).max()) for piece in slabs(stored))
+    highest = max(int(_whole_numbers(piece, slope, intercept, name).max()) for piece in slabs(stored))
     labels = np.empty(stored.shape, dtype=np.min_scalar_type(highest), order="F")
     start = 0
     for piece in slabs(stored):
-        labels[:, :, start : start + piece.shape[2]] = _label_values(piece, slope, intercept, path)
+        labels[:, :, start : start + piece.shape[2]] = _whole_numbers(piece, slope, intercept, name)
         start += piece.shape[2]
-    return LabelMap(labels, _affine(header, path), source=path)
+    return labels
 
 
 def read_label_names(path: Path) -> dict[int, str]:
@@ -98,19 +160,16 @@ def read_label_names(path: Path) -> dict[int, str]:
         UnreadableFileError: the file is missing, a folder, damaged, or not NIfTI.
         LabelError: the table of names in the file is damaged.
     """
-    with _opened(path) as file, contextlib.ExitStack() as stack:
-        packed = _is_packed(file)
-        source: IO[bytes] | gzip.GzipFile = stack.enter_context(gzip.GzipFile(fileobj=file)) if packed else file
+    header = read_header(path)
+    files = files_of(path)
+    start = header.sizeof_hdr + _EXTENSION_FLAG_BYTES
+    end = _voxel_offset(header, path) if len(files) == 1 else _LARGEST_EXTENSIONS
+    with _opened(files[0]) as file:
         try:
-            header = _header(source, path)
-            source.seek(header.sizeof_hdr)
-            length = int(header.get_data_offset()) - source.tell() - _EXTENSION_FLAG_BYTES
-            flag = source.read(_EXTENSION_FLAG_BYTES)
-            extensions = source.read(length) if 0 < length <= _LARGEST_EXTENSIONS and flag[:1] != b"\0" else b""
+            block = _beginning(file, min(end, _LARGEST_EXTENSIONS))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise _damaged(path, error) from error
-        except (ValueError, OverflowError) as error:  # the offset is a float and can be NaN or infinite
-            raise _not_nifti(path) from error
+    extensions = block[start:] if block[header.sizeof_hdr : header.sizeof_hdr + 1] not in (b"", b"\0") else b""
     try:
         return names_in(extensions, header.endianness)
     except BadLabelTableError as error:
@@ -120,12 +179,27 @@ def read_label_names(path: Path) -> dict[int, str]:
         ) from error
 
 
+def read_header(path: Path) -> nib.nifti1.Nifti1Header:
+    """Return the header of a NIfTI file, or of a pair, without any correction. Only the beginning is read.
+
+    Raises:
+        UnreadableFileError: the file is missing, a folder, damaged, or not NIfTI.
+        GeometryError: the file is an Analyze 7.5 header.
+    """
+    files = files_of(path)
+    with _opened(files[0]) as file:
+        try:
+            block = _beginning(file, _LONGEST_HEADER)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _damaged(path, error) from error
+    return _header(block, path, paired=len(files) > 1)
+
+
 def write_label_map(path: Path, labels: LabelMap, names: Mapping[int, str] = MappingProxyType({})) -> None:
     """Write a label map atomically as ``.nii`` or ``.nii.gz``.
 
-    The data type is uint8 if all values fit, else uint16 or uint32. Both sform and qform contain the affine; a sheared
-    affine is written only as the sform, because a qform cannot represent shear. Equal label maps with equal names give
-    equal bytes.
+    The data type is uint8 if all values fit, else uint16 or uint32. The geometry is stored as in the scan
+    (:func:`header_for`). Equal label maps with equal names give equal bytes.
 
     Args:
         path: file to write.
@@ -138,7 +212,7 @@ def write_label_map(path: Path, labels: LabelMap, names: Mapping[int, str] = Map
         OutOfSpaceError: the disk is full, or the folder is not writable.
     """
     dtype = np.min_scalar_type(int(labels.array.max()))
-    _write(path, labels.array, _header_for(labels, dtype), dtype, extensions_of(names))
+    _write(path, labels.array, header_for(labels, dtype), dtype, packed(extensions_of(names)))
 
 
 def write_ct(path: Path, volume: Volume) -> None:
@@ -149,7 +223,7 @@ def write_ct(path: Path, volume: Volume) -> None:
         OutOfSpaceError: the disk is full, or the folder is not writable.
     """
     dtype = volume.array.dtype.newbyteorder("=")
-    header = _header_for(volume, dtype)
+    header = header_for(volume, dtype)
     header.set_slope_inter(volume.slope, volume.intercept)
     _write(path, volume.array, header, dtype)
 
@@ -163,7 +237,7 @@ def stream_hu(volume: Volume) -> tuple[int, Iterator[bytes]]:
         The length of the file in bytes, and an iterator over the pieces of the file in order.
     """
     whole = np.dtype("<i2")
-    header = _header_for(volume, whole)
+    header = header_for(volume, whole)
     offset = int(header.single_vox_offset)
     head = header.binaryblock
     return (
@@ -183,27 +257,33 @@ def _whole_hu(stored: NDArray[Any], volume: Volume) -> bytes:
 
 
 def list_cases(path: Path) -> list[Path]:
-    """Return the NIfTI file at a path, or all NIfTI files in a folder sorted by name, without hidden files.
+    """Return the NIfTI image at a path, or all NIfTI images in a folder sorted by name, without hidden files.
+
+    A pair of header and voxels is one image, named by its header.
 
     Raises:
         UnreadableFileError: the path does not exist, is not a NIfTI file, or is a folder without NIfTI files.
     """
     if path.is_dir():
-        cases = sorted(file for file in path.iterdir() if _is_nifti_name(file.name) and file.is_file())
+        cases = sorted(file for file in path.iterdir() if not file.name.startswith(".") and _stands_for_image(file))
         if not cases:
             raise UnreadableFileError(
-                f"The folder {path} contains no .nii or .nii.gz file.", remedy="Give the folder of the scans."
+                f"The folder {path} contains no .nii or .nii.gz file and no pair of .hdr and .img files.",
+                remedy="Give the folder of the scans.",
             )
         return cases
     if not path.exists():
         raise UnreadableFileError(f"{path} does not exist.", remedy="Check the path.")
-    if not _is_nifti_name(path.name):
-        raise UnreadableFileError(f"{path} is not a .nii or .nii.gz file.", remedy="Convert the image to NIfTI.")
-    return [path]
+    if not is_nifti_file(path):
+        raise UnreadableFileError(
+            f"{path} is not a .nii or .nii.gz file, and not a pair of .hdr and .img files.",
+            remedy="Convert the image to NIfTI.",
+        )
+    return [files_of(path)[0]]
 
 
 def cases_by_name(path: Path) -> dict[str, Path]:
-    """Return the NIfTI files that :func:`list_cases` returns, as a dictionary with the case names as keys.
+    """Return the NIfTI images that :func:`list_cases` returns, as a dictionary with the case names as keys.
 
     Raises:
         UnreadableFileError: the path does not exist, is not a NIfTI file, or is a folder without NIfTI files.
@@ -220,25 +300,88 @@ def cases_by_name(path: Path) -> dict[str, Path]:
 
 
 def case_name(path: Path) -> str:
-    """Return the file name without ``.nii.gz`` or ``.nii``. Scan, annotation and results of a case share this name."""
-    for suffix in SUFFIXES:
+    """Return the file name without the ending of NIfTI. Scan, annotation and results of a case share this name."""
+    for suffix in (*SUFFIXES, *_HEADER_SUFFIXES, *_VOXEL_SUFFIXES):
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.name
 
 
-def _is_nifti_name(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def is_nifti_file(path: Path) -> bool:
+    """Return True if a path has the name of a NIfTI file and is not a folder.
+
+    Many programs write ``.img`` files, some of them DICOM: this is the name of a NIfTI file only beside its header.
+    """
+    name = path.name.lower()
+    if path.is_dir():
+        return False
+    return name.endswith((*SUFFIXES, *_HEADER_SUFFIXES)) or len(files_of(path)) > 1
 
 
-def _read(path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
-    """Return the stored values as a read-only memory map, and the header."""
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Return the files of a NIfTI image: the file itself, or header and voxels of the pair to which the file belongs.
+
+    A link leads to its pair, too. A file whose other half does not exist is returned alone.
+    """
+    for own, others in ((_HEADER_SUFFIXES, _VOXEL_SUFFIXES), (_VOXEL_SUFFIXES, _HEADER_SUFFIXES)):
+        if path.name.lower().endswith(own):
+            for place in (path, path.resolve()):
+                stem = case_name(place)
+                for suffix in (ending for other in others for ending in (other, other.upper())):
+                    if (other := place.with_name(stem + suffix)).is_file():
+                        return (path, other) if own is _HEADER_SUFFIXES else (other, path)
+    return (path,)
+
+
+def _stands_for_image(file: Path) -> bool:
+    """Return True for a single file, and for the header of a pair."""
+    name = file.name.lower()
+    if name.endswith(_HEADER_SUFFIXES):
+        return file.is_file() and len(files_of(file)) > 1
+    return name.endswith(SUFFIXES) and file.is_file()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An image as it is stored.
+
+    Attributes:
+        array: stored values as a read-only memory map, without trailing axes of length one after the third.
+        header: header without any correction.
+        warnings: what was left out of the files.
+    """
+
+    array: NDArray[Any]
+    header: nib.nifti1.Nifti1Header
+    warnings: tuple[str, ...]
+
+
+def _read(path: Path) -> _Stored:
+    files = files_of(path)
+    if files[0].name.lower().endswith((*_HEADER_SUFFIXES, *_VOXEL_SUFFIXES)):
+        with _unpacked(files[0]) as (file, trailing):
+            header = _header(file.read(_LONGEST_HEADER), path, paired=True)
+        if len(files) == 1:
+            raise UnreadableFileError(
+                f"{path} is only one half of an image: beside a .hdr file, the .img file of the same name is missing.",
+                remedy="Put both files into one folder.",
+            )
+        with _unpacked(files[1]) as (file, behind_voxels):
+            return _map(file, header, path, trailing or behind_voxels)
+    with _unpacked(path) as (file, trailing):
+        return _map(file, _header(file.read(_LONGEST_HEADER), path, paired=False), path, trailing)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """Open a file, unpacked if it is compressed, and say whether there are bytes behind the compressed stream."""
     with _opened(path) as file:
         if not _is_packed(file):
-            return _map(file, path)
+            yield file, False
+            return
         with unnamed_file(path) as unpacked:
-            _unpack(file, unpacked, path)
-            return _map(unpacked, path)
+            trailing = _unpack(file, unpacked, path)
+            yield unpacked, trailing
 
 
 @contextlib.contextmanager
@@ -255,49 +398,71 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         ) from error
 
 
+def _beginning(file: IO[bytes], length: int) -> bytes:
+    """Return the first bytes of a file after unpacking; fewer if the file is shorter."""
+    if not _is_packed(file):
+        return file.read(length)
+    with gzip.GzipFile(fileobj=file, mode="rb") as stream:
+        return stream.read(length)
+
+
 def _is_packed(file: IO[bytes]) -> bool:
     packed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
     file.seek(0)
     return packed
 
 
-def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> None:
-    with gzip.GzipFile(fileobj=file, mode="rb") as stream:
-        while True:
-            try:
-                piece = stream.read(_COPY_BYTES)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise _damaged(path, error) from error
-            if not piece:
+def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> bool:
+    """Unpack all gzip streams of a file; return whether other bytes follow them.
+
+    zlib checks length and CRC-32 of every stream. Some programs pad files with zeros or leave bytes of an older, longer
+    file at the end.
+    """
+    stream, packed, trailing = zlib.decompressobj(_GZIP_STREAM), b"", False
+    while True:
+        packed = packed or file.read(_COPY_BYTES)
+        try:
+            piece = stream.decompress(packed, _COPY_BYTES)
+        except zlib.error as error:
+            raise _damaged(path, error) from error
+        try:
+            unpacked.write(piece)
+        except OSError as error:
+            raise no_space_to_unpack(path) from error
+        if stream.eof:
+            packed = stream.unused_data or file.read(_COPY_BYTES)
+            if len(packed) == 1:
+                packed += file.read(_COPY_BYTES)
+            if not packed.startswith(_GZIP_MAGIC):
+                trailing = bool(packed)
                 break
-            try:
-                unpacked.write(piece)
-            except OSError as error:
-                raise no_space_to_unpack(path) from error
+            stream = zlib.decompressobj(_GZIP_STREAM)
+        elif not packed and not piece:
+            raise _damaged(path, "the compressed data end too early")
+        else:
+            packed = stream.unconsumed_tail
     try:
         unpacked.flush()
     except OSError as error:
         raise no_space_to_unpack(path) from error
     unpacked.seek(0)
+    return trailing
 
 
-def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1Header]:
-    header = _header(file, path)
-    try:
-        shape = tuple(int(length) for length in header.get_data_shape())
-        dtype = header.get_data_dtype()
-        offset = int(header.get_data_offset())
-    except (
-        HeaderDataError,
-        KeyError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the offset is a float and can be NaN or infinite
-        raise _not_nifti(path) from error
-    if offset < 0:
+def _map(file: IO[bytes], header: nib.nifti1.Nifti1Header, path: Path, trailing: bool) -> _Stored:
+    dimensions = [int(length) for length in header["dim"]]
+    if not 1 <= dimensions[0] <= _MOST_DIMENSIONS:
         raise _not_nifti(path)
-    if not shape or min(shape) < 1:
+    shape = tuple(dimensions[1 : dimensions[0] + 1])
+    if min(shape) < 1:
         raise UnreadableFileError(f"{path} contains no voxels: its shape is {shape}.", remedy="Export the image again.")
+    try:
+        dtype = header.get_data_dtype()
+    except (HeaderDataError, KeyError) as error:
+        raise _not_nifti(path) from error
+    if dtype.itemsize == 0:
+        raise _not_nifti(path)
+    offset = _voxel_offset(header, path)
     wanted = offset + dtype.itemsize * int(np.prod(shape, dtype=object))
     present = file.seek(0, 2)
     if present < wanted:
@@ -305,22 +470,45 @@ def _map(file: IO[bytes], path: Path) -> tuple[NDArray[Any], nib.nifti1.Nifti1He
             f"{path} is truncated: it has {present} bytes, but its header requires {wanted} bytes.",
             remedy="Copy the file again from its source.",
         )
-    return np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F")), header
+    warnings = []
+    if trailing:
+        warnings.append("The file contains bytes behind its compressed data, which were ignored.")
+    if present > wanted:
+        warnings.append(f"The file contains {present - wanted} bytes behind its voxels, which were ignored.")
+    array = np.asarray(np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F"))
+    return _Stored(squeezed(array), header, tuple(warnings))
 
 
-def _header(file: IO[bytes] | gzip.GzipFile, path: Path) -> nib.nifti1.Nifti1Header:
-    """Return the header of a file exactly as it is stored: nibabel's own reader would correct wrong values silently."""
-    block = file.read(nib.nifti2.Nifti2Header.sizeof_hdr)
+def _header(block: bytes, path: Path, *, paired: bool) -> nib.nifti1.Nifti1Header:
+    """Return the header in the first bytes of a file exactly as it is stored."""
     for kind in (nib.nifti1.Nifti1Header, nib.nifti2.Nifti2Header):
         for byte_order, name in (("<", "little"), (">", "big")):
-            if int.from_bytes(block[:4], name) == kind.sizeof_hdr <= len(block):
-                header = kind(block[: kind.sizeof_hdr], endianness=byte_order, check=False)
-                if header["magic"].item() == header.single_magic:
-                    return header
+            if int.from_bytes(block[:4], name) != kind.sizeof_hdr or len(block) < kind.sizeof_hdr:
+                continue
+            header = kind(block[: kind.sizeof_hdr], endianness=byte_order, check=False)
+            if header["magic"].item() == (kind.pair_magic if paired else kind.single_magic):
+                return header
+            if paired and kind is nib.nifti1.Nifti1Header and header["magic"].item() != kind.single_magic:
+                raise GeometryError(
+                    f"{path} is an Analyze 7.5 image, whose header does not say where left and right are.",
+                    remedy="Convert the original DICOM series to NIfTI.",
+                )
     raise _not_nifti(path)
 
 
-def _damaged(path: Path, error: Exception) -> UnreadableFileError:
+def _voxel_offset(header: nib.nifti1.Nifti1Header, path: Path) -> int:
+    """Return the place of the voxels in their file, after checking that every reader finds the same place."""
+    offset = float(header["vox_offset"])
+    least = header.single_vox_offset if header["magic"].item() == header.single_magic else 0
+    if not (np.isfinite(offset) and offset.is_integer() and offset >= least):
+        raise UnreadableFileError(
+            f"{path} is damaged: its header says that its voxels begin at byte {offset:g}.",
+            remedy="Copy the file again from its source, or export the image again.",
+        )
+    return int(offset)
+
+
+def _damaged(path: Path, error: Exception | str) -> UnreadableFileError:
     return UnreadableFileError(
         f"{path} is truncated or damaged: {error}.", remedy="Copy the file again from its source."
     )
@@ -330,66 +518,80 @@ def _not_nifti(path: Path) -> UnreadableFileError:
     return UnreadableFileError(f"{path} is not a NIfTI file.", remedy="Convert the image to NIfTI (.nii or .nii.gz).")
 
 
-def _rescale(header: nib.nifti1.Nifti1Header, path: Path) -> tuple[float, float]:
-    try:
-        slope, intercept = header.get_slope_inter()
-    except HeaderDataError as error:
+def rescale_in(header: nib.nifti1.Nifti1Header, name: object) -> tuple[float, float]:
+    """Return slope and intercept of the stored values; 1 and 0 if the slope is 0 or not finite, which means no scaling.
+
+    Raises:
+        NotACtError: the slope is valid and the intercept is not; or there is an intercept without slope, which ITK adds
+            and other programs do not.
+    """
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    scaled = bool(np.isfinite(slope)) and slope != 0
+    if scaled != bool(np.isfinite(intercept)) and intercept != 0 and (scaled or np.isfinite(intercept)):
         raise NotACtError(
-            f"{path} has an invalid rescale slope or intercept: {error}.", remedy="Export the image again."
-        ) from error
-    return (1.0 if slope is None else float(slope)), (0.0 if intercept is None else float(intercept))
-
-
-def _affine(header: nib.nifti1.Nifti1Header, path: Path) -> NDArray[np.float64]:
-    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
-        raise GeometryError(
-            f"{path} has no geometry: its sform and its qform are not set.",
-            remedy="Convert the original DICOM series again with a program that keeps the geometry.",
+            f"{name} has an invalid rescale slope or intercept: {slope:g} and {intercept:g}.",
+            remedy="Export the image again.",
         )
-    try:
-        return np.asarray(header.get_best_affine(), dtype=np.float64)
-    except (HeaderDataError, ValueError) as error:
-        raise GeometryError(
-            f"{path} has an invalid qform: {error}.", remedy="Convert the original DICOM series again."
-        ) from error
+    return (slope, intercept) if scaled else (1.0, 0.0)
 
 
-def _squeezed(array: NDArray[Any]) -> NDArray[Any]:
+def geometry_in(header: nib.nifti1.Nifti1Header, shape: tuple[int, ...], name: object) -> Geometry:
+    """Return the geometry of an image with at most three axes, or the first three of more.
+
+    Raises:
+        GeometryError: the geometry is missing or impossible, or sform, qform and ``pixdim`` disagree.
+    """
+    return geometry_of(NiftiForms.of(header), (*shape, 1, 1)[:3], name)
+
+
+def squeezed(array: NDArray[Any]) -> NDArray[Any]:
     """Remove trailing axes of length one after the third axis, which some programs add."""
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     return array
 
 
-def _label_values(stored: NDArray[Any], slope: float, intercept: float, path: Path) -> NDArray[Any]:
+def _whole_numbers(stored: NDArray[Any], slope: float, intercept: float, name: object) -> NDArray[Any]:
     """Return the rescaled values after checking that all are whole numbers from 0 to 2^32 - 1."""
     values = stored
-    if (slope, intercept) != (1.0, 0.0):
+    if (slope, intercept) != (1.0, 0.0) or stored.dtype.kind == "f":
         with np.errstate(over="ignore", invalid="ignore"):
-            values = stored.astype(np.float64) * slope + intercept
-    if not np.isfinite(values).all() or (values < 0).any() or (values > np.iinfo(np.uint32).max).any():
+            exact = stored.astype(np.float64) * slope + intercept
+            values = np.rint(exact)
+            fractions = np.abs(exact - values) > WHOLE_NUMBER_TOLERANCE
+        if fractions.any():
+            raise LabelError(
+                f"{name} contains the value {exact[fractions][0]:.6g}, which is not the label value of an organ.",
+                remedy="Store label values as whole numbers without a scale factor, and resample label maps only with "
+                "nearest neighbour.",
+            )
+    if not (values.min() >= 0 and values.max() <= _LARGEST_LABEL):  # also true for values that are not a number
         raise LabelError(
-            f"{path} contains values that are negative, not finite, or larger than {np.iinfo(np.uint32).max}.",
+            f"{name} contains values that are negative, not finite, or larger than {_LARGEST_LABEL}.",
             remedy="Store label values as whole numbers from 0.",
-        )
-    if values.dtype.kind == "f" and (values != np.floor(values)).any():
-        raise LabelError(
-            f"{path} contains values that are not whole numbers.",
-            remedy="Store label values as whole numbers, and resample label maps only with nearest neighbour.",
         )
     return values
 
 
-def _header_for(image: Volume | LabelMap, dtype: np.dtype[Any]) -> nib.nifti1.Nifti1Header:
+def header_for(image: Volume | LabelMap, dtype: np.dtype[Any]) -> nib.nifti1.Nifti1Header:
+    """Return the header of an image in a single file, without slope and intercept.
+
+    The geometry is the stored geometry of the scan's NIfTI file, bit for bit; else it is made from the affine. A
+    sheared affine is then stored only as the sform, because a qform cannot represent shear.
+    """
     fits_nifti1 = max(image.shape) <= np.iinfo(np.int16).max
-    header = nib.nifti1.Nifti1Header() if fits_nifti1 else nib.nifti2.Nifti2Header()
+    version = image.forms.version if image.forms else 1 if fits_nifti1 else 2
+    header = nib.nifti1.Nifti1Header() if version == 1 else nib.nifti2.Nifti2Header()
     header.set_data_dtype(dtype)
     header.set_data_shape(image.shape)
-    header.set_xyzt_units("mm")
-    header.set_sform(image.affine, code="scanner")
-    header.set_qform(image.affine, code="scanner", strip_shears=True)
-    if not np.allclose(header.get_qform(), image.affine, atol=1e-3):
-        header.set_qform(None, code="unknown")
+    if image.forms:
+        image.forms.write_to(header)
+    else:
+        header.set_xyzt_units("mm")
+        header.set_sform(image.affine, code="scanner")
+        header.set_qform(image.affine, code="scanner", strip_shears=True)
+        if not np.allclose(header.get_qform(), image.affine, atol=1e-3):
+            header.set_qform(None, code="unknown")
     header.set_slope_inter(1.0, 0.0)
     header["vox_offset"] = header.single_vox_offset
     return header
@@ -398,7 +600,7 @@ def _header_for(image: Volume | LabelMap, dtype: np.dtype[Any]) -> nib.nifti1.Ni
 def _write(
     path: Path, array: NDArray[Any], header: nib.nifti1.Nifti1Header, dtype: np.dtype[Any], extensions: bytes = b""
 ) -> None:
-    if not _is_nifti_name(path.name):
+    if path.name.startswith(".") or not path.name.lower().endswith(SUFFIXES):
         raise UsageError(
             f"The output name {path} is not a NIfTI file name.", remedy="Give a name that ends in .nii.gz or .nii."
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fseft_edge.runtime.errors import UnreadableFileError, UsageError
-from fseft_edge.runtime.scans.nifti import SUFFIXES, case_name, list_cases, read_ct
+from fseft_edge.runtime.scans.nifti import case_name, is_nifti_file, list_cases, read_ct
 from fseft_edge.runtime.scans.volume import Volume
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _DICOM_SUFFIXES = (".zip", ".dcm")
 
 def is_nifti(path: Path) -> bool:
     """Return True if a path is not a folder and has the name of a NIfTI file. All other paths are read as DICOM."""
-    return path.name.lower().endswith(SUFFIXES) and not path.is_dir()
+    return is_nifti_file(path)
 
 
 def read_scan(path: Path, series: str | None = None) -> Volume:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,12 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
-
-LATTICE_TOLERANCE_MM = 1e-3
-"""Two lattices are equal if each of the eight corner voxels differs by at most this distance."""
-
-PLAUSIBLE_SPACING_MM = (0.01, 100.0)
-"""Range of accepted voxel spacings. Other values mean a wrong unit, or an image that is not of a patient."""
+from fseft_edge.runtime.scans.lattice import PLAUSIBLE_SPACING_MM, deviation
+from fseft_edge.runtime.scans.nifti_forms import NiftiForms
 
 _CHUNK_BYTES = 8 << 20
 
@@ -38,6 +33,7 @@ class Volume:
         warnings: everything that the reader left out, corrected or assumed, one sentence each. ``segment`` shows these
             sentences and writes them into the JSON file of the case; the report of a batch shows them too. They contain
             no file name and no header text that could identify a patient.
+        forms: the geometry of the NIfTI file as stored, which masks repeat; None for a scan from another source.
 
     Raises:
         NotACtError: the array is not three-dimensional and numeric, an axis has fewer than two voxels, or the slope or
@@ -51,6 +47,7 @@ class Volume:
     intercept: float = 0.0
     source: Path | None = None
     warnings: tuple[str, ...] = ()
+    forms: NiftiForms | None = None
 
     def __post_init__(self) -> None:
         name = self.source or "This volume"
@@ -99,7 +96,7 @@ class Volume:
 
     def label_map(self, array: NDArray[np.unsignedinteger[Any]]) -> LabelMap:
         """Return label values ``[X, Y, Z]`` as a label map on the lattice of this scan."""
-        return LabelMap(array, self.affine)
+        return LabelMap(array, self.affine, forms=self.forms)
 
     def hu(self, selection: tuple[slice, slice, slice]) -> NDArray[np.float32]:
         """Return the HU of a part of the scan, float32, in the axis order of the array. Only that part is read."""
@@ -138,6 +135,7 @@ class LabelMap:
         array: label values ``[X, Y, Z]``, unsigned integers.
         affine: float64 4x4, voxel index to RAS+ world coordinates in mm.
         source: file of the label map; None for a label map without a file.
+        forms: the geometry of the scan's NIfTI file as stored; None computes sform and qform from the affine.
 
     Raises:
         LabelError: the array is not three-dimensional, or its dtype is not an unsigned integer.
@@ -147,6 +145,7 @@ class LabelMap:
     array: NDArray[np.unsignedinteger[Any]]
     affine: NDArray[np.float64]
     source: Path | None = None
+    forms: NiftiForms | None = None
 
     def __post_init__(self) -> None:
         name = self.source or "This label map"
@@ -189,36 +188,63 @@ def slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
         yield array[:, :, start : start + depth]
 
 
-def same_lattice(a: Volume | LabelMap, b: Volume | LabelMap) -> bool:
-    """Return True if the shapes are equal and the eight corner voxels agree within ``LATTICE_TOLERANCE_MM``."""
-    if a.shape != b.shape:
-        return False
-    corners = np.array([[*corner, 1.0] for corner in itertools.product(*((0.0, n - 1.0) for n in a.shape))])
-    distances = np.linalg.norm(corners @ (a.affine - b.affine).T, axis=1)
-    return bool(distances.max() <= LATTICE_TOLERANCE_MM)
+def labels_on(
+    reference: Volume | LabelMap, labels: LabelMap, words: tuple[str, str] = ("scan", "label map")
+) -> LabelMap:
+    """Return a label map in the axis order of a reference, voxel by voxel, with the affine of the reference.
 
+    Programs store the same lattice in up to 48 ways: axes in another order, or in the opposite direction. The label map
+    is reordered without interpolation. Both lattices are the same if every corner voxel agrees within a tenth of the
+    voxel spacing along each axis (:data:`fseft_edge.runtime.scans.lattice.LATTICE_TOLERANCE`).
 
-def check_labels_match(volume: Volume, labels: LabelMap) -> None:
-    """Raise GeometryError if a scan and its label map have different lattices.
+    Args:
+        reference: scan or label map whose lattice is wanted.
+        labels: label map on the same lattice.
+        words: what the messages call ``reference`` and ``labels``.
 
     Raises:
         GeometryError: the lattices differ; the message names both files and states the difference.
     """
-    if same_lattice(volume, labels):
-        return
-    if volume.shape != labels.shape:
-        difference = f"the shapes are {volume.shape} and {labels.shape}"
+    order, flipped = _stored_order(reference.affine, labels.affine)
+    difference = None
+    if reference.shape != tuple(labels.shape[axis] for axis in order):
+        difference = f"the {words[0]} has {reference.shape} voxels, and the {words[1]} has {labels.shape} voxels"
     else:
-        difference = f"the affines are {_printed(volume.affine)} and {_printed(labels.affine)}"
-    raise GeometryError(
-        f"The scan {volume.source or '(unnamed)'} and the label map {labels.source or '(unnamed)'} "
-        f"have different lattices: {difference}.",
-        remedy="Give each scan its own label map, or resample the label map to the scan with nearest neighbour.",
-    )
+        to_labels = np.zeros((4, 4))  # from a voxel index of the reference to a voxel index of the label map
+        to_labels[3, 3] = 1.0
+        for axis, stored in enumerate(order):
+            to_labels[stored, axis] = -1.0 if flipped[axis] else 1.0
+            to_labels[stored, 3] = labels.shape[stored] - 1 if flipped[axis] else 0
+        apart = deviation(reference.affine, labels.affine @ to_labels, reference.shape)
+        if not apart.is_rounding:
+            difference = f"the same voxel differs in place by up to {apart}"
+    if difference is not None:
+        first, second = words
+        raise GeometryError(
+            f"The {first} {reference.source or '(unnamed)'} and the {second} {labels.source or '(unnamed)'} "
+            f"have different lattices: {difference}.",
+            remedy=f"Give a {first} and a {second} that belong together, or resample the {second} to the {first} with "
+            "nearest neighbour.",
+        )
+    array = labels.array
+    if order != (0, 1, 2) or any(flipped):
+        array = np.asfortranarray(np.flip(array.transpose(order), np.flatnonzero(flipped).tolist()))
+    return LabelMap(array, reference.affine, labels.source, reference.forms)
 
 
-def _printed(affine: NDArray[np.float64]) -> str:
-    return str(np.round(affine[:3], 4).tolist())
+def _stored_order(
+    reference: NDArray[np.float64], stored: NDArray[np.float64]
+) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+    """Return the axis of ``stored`` along each axis of ``reference``, and whether it runs in the opposite direction.
+
+    Axes that correspond to no axis of the reference keep their order, so that a message can state how far off they are.
+    """
+    steps = np.rint(np.linalg.solve(reference[:3, :3], stored[:3, :3]))
+    found = [tuple(np.flatnonzero(row).tolist()) for row in steps]
+    if sorted(found) != [(0,), (1,), (2,)] or np.abs(steps).max() > 1:
+        return (0, 1, 2), (False, False, False)
+    (x,), (y,), (z,) = found
+    return (x, y, z), (bool(steps[0, x] < 0), bool(steps[1, y] < 0), bool(steps[2, z] < 0))
 
 
 def _checked_affine(affine: NDArray[np.float64], name: object) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.spatial.transform import Rotation
 
 from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
-from fseft_edge.runtime.scans.volume import LabelMap, Volume, check_labels_match, same_lattice
+from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
 
 AFFINE = np.diag([-0.9, -0.9, 3.0, 1.0])
 
@@ -129,27 +129,3 @@ def test_chunks_have_at_most_8_mib():
     assert sum(chunk.shape[0] for chunk in chunks) == 40
 
 
-def test_lattices_agree_within_a_micrometre_at_every_corner():
-    scan = volume(shape=(100, 100, 100))
-    labels = np.zeros((100, 100, 100), np.uint8)
-    nudged, stretched = AFFINE.copy(), AFFINE.copy()
-    nudged[0, 3] += 5e-4
-    stretched[0, 0] += 1e-4  # 10 micrometres at the far corner
-    assert same_lattice(scan, LabelMap(labels, AFFINE))
-    assert same_lattice(scan, LabelMap(labels, nudged))
-    assert not same_lattice(scan, LabelMap(labels, stretched))
-    assert not same_lattice(scan, LabelMap(labels[1:], AFFINE))
-
-
-@pytest.mark.parametrize("difference", ["shape", "affine"])
-def test_labels_on_another_lattice_are_refused_with_both_file_names(difference):
-    scan = volume(source=Path("ct/hn_001.nii.gz"))
-    shape = (5, 4, 2) if difference == "shape" else scan.shape
-    affine = AFFINE if difference == "shape" else np.diag([0.9, 0.9, 3.0, 1.0])
-    labels = LabelMap(np.zeros(shape, np.uint8), affine, source=Path("label/hn_001.nii.gz"))
-    with refused(GeometryError, scan.source, labels.source, difference):
-        check_labels_match(scan, labels)
-
-
-def test_labels_on_the_same_lattice_are_accepted():
-    check_labels_match(volume(), LabelMap(np.zeros((5, 4, 3), np.uint8), AFFINE))
