@@ -20,7 +20,8 @@ from fseft_edge.adaptation.cross_validation import (
     candidates,
     cross_validate,
 )
-from fseft_edge.adaptation.support_set import find_annotated, load_support
+from fseft_edge.adaptation.patients import Grouping, GroupRule, SupportIdentity, grouped
+from fseft_edge.adaptation.support_set import find_annotated, load_support, patients_of
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import (
     AdapterDescription,
@@ -45,6 +46,9 @@ from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
 
+# With a lower mean DSC on left-out scans, an adapter did not learn an organ.
+_NOT_LEARNED = 0.1
+
 
 def adapt(
     encoder: Path,
@@ -59,8 +63,9 @@ def adapt(
     choose: bool = False,
     validate: bool = True,
     cases: Sequence[str] | None = None,
+    groups: GroupRule | None = None,
     cache: Path | None = None,
-    cache_gb: float | None = None,
+    cache_gb: float | None = 50.0,
     device: str = "auto",
     backend: str = "auto",
     precision: Precision | Literal["auto"] = "auto",
@@ -84,8 +89,12 @@ def adapt(
             ``activation`` and ``width`` are then used.
         validate: run a cross-validation (see :mod:`fseft_edge.adaptation.cross_validation`) and store its DSC values
             in the file. This takes about the time of one training per fold (at most ten). It needs an organ that is
-            annotated in at least two scans.
+            annotated in at least two scans, and of at least two patients if ``groups`` are given.
         cases: names of the cases of ``images`` to use; None uses all cases that have an annotation.
+        groups: patient (or another group) of each case name, or a pattern whose first capture group is the patient in a
+            case name (see :func:`fseft_edge.adaptation.patients.groups_of`). Cross-validation leaves out all scans of a
+            patient together. None means that each scan is of another patient. Copies of one scan are always left out
+            together.
         cache: folder of the feature cache; None keeps no feature maps.
         cache_gb: largest size of the cache in units of 1e9 bytes; the least recently used feature maps are deleted
             first. None sets no limit.
@@ -99,7 +108,8 @@ def adapt(
         progress: receiver of progress reports; None reports nothing.
 
     Raises:
-        UsageError: ``output`` is a folder, no annotated scans are given, or no mask of ``reviewed`` was accepted.
+        UsageError: ``output`` is a folder, no annotated scans are given, no mask of ``reviewed`` was accepted, or
+            ``groups`` do not match the cases.
         OutOfMemoryError: the budget is too small to encode a scan.
         OutOfSpaceError: ``output`` cannot be written.
         InputError: an image or an annotation is not usable.
@@ -111,6 +121,7 @@ def adapt(
     check_writable(output)
     bundle = open_encoder(encoder)
     annotated = find_annotated(images, labels, organs, settings, cases=cases, reviewed=reviewed)
+    patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(cache, cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))
@@ -129,23 +140,45 @@ def adapt(
         rows = head_rows(bundle, organs)
         candidate = Candidate(settings.name, settings, training)
         validated: Validated | None = None
-        if (choose or validate) and not can_validate(support):
+        grouping = grouped([scan.identity for scan in support if scan.identity], patients)
+        numbers = grouping.numbers
+        if (choose or validate) and not can_validate([scan.annotated for scan in support], numbers):
             _LOG.warning(
-                "no organ is annotated in two scans: cross-validation is not possible; the adapter is made with the "
-                "method %s",
+                "no organ is annotated in %s: cross-validation is not possible; the adapter is made with the method %s",
+                grouping.two,
                 candidate.name,
             )
         elif choose:
-            validated, finalists = best_of(candidates(training, settings, rows), support, rows, progress=progress)
+            validated, finalists = best_of(
+                candidates(training, settings, rows), support, rows, groups=numbers, progress=progress
+            )
             candidate = validated.candidate
             for result in finalists:
                 _LOG.info("%s: DSC %.3f", result.candidate.name, result.mean)
         elif validate:
-            validated = cross_validate(candidate, support, rows, progress=progress)
+            validated = cross_validate(candidate, support, rows, groups=numbers, progress=progress)
         trained = candidate.make(support, rows, progress)
-        file = describe(trained, support, organs, bundle=bundle, seed=training.seed, validated=validated)
+        file = describe(
+            trained, support, organs, bundle=bundle, seed=training.seed, validated=validated, grouping=grouping
+        )
     write_adapter(output, file)
+    warn_of_organs_not_learned(file.description.organs)
     return file
+
+
+def warn_of_organs_not_learned(organs: Sequence[AdapterOrgan]) -> None:
+    """Log a warning for each organ that was hardly found in the left-out scans of the cross-validation."""
+    for organ in organs:
+        scores = organ.left_out_dsc
+        if scores and sum(scores) / len(scores) < _NOT_LEARNED:
+            _LOG.warning(
+                "the organ %s was not learned: its mean DSC on left-out scans is %.2f, and %d of %d masks do not touch "
+                "the annotation; check the label value of the organ (--organ) and the annotations on the scans",
+                organ.name,
+                sum(scores) / len(scores),
+                sum(score == 0 for score in scores),
+                len(scores),
+            )
 
 
 def head_rows(bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> list[tuple[Tensor, float] | None]:
@@ -187,6 +220,7 @@ def describe(
     bundle: EncoderBundle,
     seed: int,
     validated: Validated | None = None,
+    grouping: Grouping | None = None,
 ) -> AdapterFile:
     """Return a trained adapter together with the description for its file.
 
@@ -197,12 +231,15 @@ def describe(
         bundle: encoder bundle.
         seed: seed for all random choices of the training.
         validated: result of the cross-validation; None without validation.
+        grouping: groups of the support scans; None if they are not known.
     """
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
     hu = [tuple(values for scan in support if (values := scan.hu[k])) for k in range(len(organs))]
     description = AdapterDescription(
+        support_annotations=annotations_of([scan.identity for scan in support]),
+        support_groups=grouping.stored_count if grouping else None,
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
@@ -221,6 +258,11 @@ def describe(
         losses=tuple(round(loss, 6) for loss in trained.losses),
     )
     return AdapterFile(description, trained.adapter)
+
+
+def annotations_of(support: Sequence[SupportIdentity | None]) -> tuple[str, ...]:
+    """Return the hashes of the annotations of support scans; an empty tuple if they are not known."""
+    return tuple(scan.annotation for scan in support if scan is not None)
 
 
 def describe_organs(

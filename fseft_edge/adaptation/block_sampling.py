@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fseft_edge.adaptation.patients import SupportIdentity
 from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adapters.blocks import Box, read_block, stack_blocks
 from fseft_edge.adapters.network import Adapter
@@ -39,6 +40,7 @@ class SupportScan:
             needed.
         variations: variations of the scan (:mod:`fseft_edge.adaptation.augmentation`). If cross-validation leaves the
             scan out, it leaves out the variations, too.
+        identity: case name and hashes of the scan and its annotation; None if they are not known.
     """
 
     features: FeatureMap
@@ -50,6 +52,7 @@ class SupportScan:
     reference: tuple[LabelMap, tuple[int, ...]] | None = None
     hu: tuple[HuPercentiles | None, ...] = ()
     variations: tuple[SupportScan, ...] = ()
+    identity: SupportIdentity | None = None
 
 
 def with_variations(support: Sequence[SupportScan]) -> list[SupportScan]:

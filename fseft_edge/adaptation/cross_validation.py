@@ -1,6 +1,8 @@
 """Cross-validation over the support set: expected accuracy on new scans, and choice of the method.
 
-There is one scan per fold (leave-one-out); with more than ten scans, there are ten folds of several scans each.
+A fold leaves out one group of scans: the scans of one patient, if the patients are known
+(:mod:`fseft_edge.adaptation.patients`), and else one scan. With more than ten groups, there are ten folds of several
+groups each.
 """
 
 from __future__ import annotations
@@ -108,38 +110,64 @@ def candidates(training: TrainingSettings, settings: AdapterSettings, rows: Head
     return kinds
 
 
-def can_validate(support: Sequence[SupportScan]) -> bool:
-    """Return whether cross-validation is possible: at least one organ is annotated in at least two scans."""
-    return bool((np.sum([scan.annotated for scan in support], axis=0) >= 2).any())
+def can_validate(annotated: Sequence[NDArray[np.bool_]], groups: Sequence[int]) -> bool:
+    """Return whether cross-validation is possible: at least one organ is annotated in at least two groups.
+
+    Args:
+        annotated: for each scan, bool ``[K]``: True for the annotated organs.
+        groups: number of the group of each scan.
+    """
+    of_groups = [
+        np.any([organs for organs, number in zip(annotated, groups, strict=True) if number == group], axis=0)
+        for group in set(groups)
+    ]
+    return bool((np.sum(of_groups, axis=0) >= 2).any())
 
 
-def folds(scans: int) -> list[list[int]]:
-    """Return the indices of the scans that each fold leaves out: one scan per fold, but at most ten folds."""
-    return [list(range(first, scans, _MAX_FOLDS)) for first in range(min(scans, _MAX_FOLDS))]
+def folds(groups: Sequence[int]) -> list[list[int]]:
+    """Return the indices of the scans that each fold leaves out: one group per fold, but at most ten folds.
+
+    Args:
+        groups: number of the group of each scan.
+    """
+    distinct = list(dict.fromkeys(groups))
+    parts = [set(distinct[first::_MAX_FOLDS]) for first in range(min(len(distinct), _MAX_FOLDS))]
+    return [[index for index, group in enumerate(groups) if group in part] for part in parts]
 
 
 def cross_validate(
-    candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows, *, progress: Progress | None = None
+    candidate: Candidate,
+    support: Sequence[SupportScan],
+    rows: HeadRows,
+    *,
+    groups: Sequence[int] | None = None,
+    progress: Progress | None = None,
 ) -> Validated:
-    """Score a candidate on every scan of the support set with an adapter that was made without that scan.
+    """Score a candidate on every scan of the support set with an adapter that was made without the scan's group.
 
     Args:
         candidate: candidate to validate.
-        support: at least two scans, each with its grid and its reference.
+        support: scans of at least two groups, each with its grid and its reference.
         rows: classifiers of the organs in the head of the encoder.
+        groups: number of the group of each scan; None means that each scan is a group.
         progress: receiver of progress reports; None reports nothing.
     """
     scores = _Scores(candidate, support, rows)
-    groups = folds(len(support))
-    with (progress or SilentProgress()).task(f"validate {candidate.name}", len(groups)) as task:
-        for left_out in groups:
+    parts = folds(groups or range(len(support)))
+    with (progress or SilentProgress()).task(f"validate {candidate.name}", len(parts)) as task:
+        for left_out in parts:
             scores.add(left_out)
             task.advance(1)
     return scores.summary()
 
 
 def best_of(
-    kinds: Sequence[Candidate], support: Sequence[SupportScan], rows: HeadRows, *, progress: Progress | None = None
+    kinds: Sequence[Candidate],
+    support: Sequence[SupportScan],
+    rows: HeadRows,
+    *,
+    groups: Sequence[int] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Validated, list[Validated]]:
     """Return the best candidate, and the results of all candidates that were validated to the end.
 
@@ -148,14 +176,15 @@ def best_of(
 
     Args:
         kinds: candidates, in the order of increasing cost.
-        support: at least two scans, each with its grid and its reference.
+        support: scans of at least two groups, each with its grid and its reference.
         rows: classifiers of the organs in the head of the encoder.
+        groups: number of the group of each scan; None means that each scan is a group.
         progress: receiver of progress reports; None reports nothing.
     """
     running = [_Scores(kind, support, rows) for kind in kinds]
-    groups = folds(len(support))
-    with (progress or SilentProgress()).task("choose the method", len(groups)) as task:
-        for number, left_out in enumerate(groups, start=1):
+    parts = folds(groups or range(len(support)))
+    with (progress or SilentProgress()).task("choose the method", len(parts)) as task:
+        for number, left_out in enumerate(parts, start=1):
             for scores in running:
                 scores.add(left_out)
             if number >= 2:

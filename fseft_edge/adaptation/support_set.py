@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,20 +13,23 @@ from numpy.typing import NDArray
 
 from fseft_edge.adaptation.augmentation import default_variations, vary
 from fseft_edge.adaptation.block_sampling import SupportScan
+from fseft_edge.adaptation.patients import GroupRule, SupportIdentity, groups_of
 from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.outbox.accepted_masks import ReviewedBatch, accepted_annotations
+from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
+from fseft_edge.runtime.scans.content import annotation_sha256, found_label_values, scan_sha256
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.sources import read_scan
-from fseft_edge.runtime.scans.volume import LabelMap, Volume, check_labels_match
+from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
 from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -127,15 +131,16 @@ def read_annotations(
     annotated = [*((image, read_label_map(annotation)) for image, annotation in pairs), *reviewed]
     present = [_labels_in(label_map, organs) for _, label_map in annotated]
     for organ in organs:
-        # The case name comes from the annotation, because for a reviewed case that name is the pseudonym.
         without = [
-            case_name(label_map.source or image)
+            case_of(image, label_map)
             for (image, label_map), values in zip(annotated, present, strict=True)
             if organ.label not in values
         ]
         if len(without) == len(annotated):
+            found = found_label_values(label_map for _, label_map in annotated)
             raise LabelError(
-                f"No annotation in {labels} contains the label value {organ.label} of the organ {organ.name}."
+                f"No annotation in {labels} contains the label value {organ.label} of the organ {organ.name}. Label "
+                f"values in the annotations: {found}."
                 if labels
                 else f"No accepted mask contains the organ {organ.name}.",
                 remedy="Check --organ NAME=ID: ID must be a label value of the annotations, and for a reviewed batch, "
@@ -163,28 +168,109 @@ def _labels_in(label_map: LabelMap, organs: Sequence[OrganLabel]) -> set[int]:
     return {organ.label for organ in organs if bool((label_map.array == organ.label).any())}
 
 
+def case_of(image: Path, labels: LabelMap) -> str:
+    """Return the name of a case: for a case of a reviewed batch the pseudonym, which only the annotation has."""
+    return case_name(labels.source or image)
+
+
+def patients_of(
+    annotated: Sequence[tuple[Path, LabelMap]],
+    groups: GroupRule | None,
+    *,
+    images: Path | None,
+    reviewed: ReviewedBatch | None = None,
+) -> dict[str, str] | None:
+    """Return the patient of each annotated case, or None without ``groups``.
+
+    Args:
+        annotated: pairs of a CT and its annotation (see :func:`read_annotations`).
+        groups: patient of each case, or a pattern that finds the patient in a case name; None if they are unknown.
+        images: folder of CTs; ``groups`` may also contain CTs of this folder that are not used.
+        reviewed: reviewed batch; ``groups`` may also contain cases of this batch that are not used.
+
+    Raises:
+        UsageError: a case has no patient, or ``groups`` contains a case that does not exist.
+    """
+    if groups is None:
+        return None
+    known = set(cases_by_name(images)) if images is not None else set()
+    if reviewed is not None:
+        with BatchStore(state_path(reviewed.outbox, reviewed.state)) as store:
+            known |= {case.key for case in store.cases()}
+    return groups_of(groups, [case_of(image, labels) for image, labels in annotated], known=known)
+
+
+def annotation_hash(labels: LabelMap, organs: Sequence[OrganLabel]) -> str:
+    """Return the hash of an annotation; the order of the organs has no effect."""
+    return annotation_sha256(labels, [organ.label for organ in sorted(organs, key=lambda organ: organ.name)])
+
+
+def identity_of(image: Path, volume: Volume, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportIdentity:
+    """Return what identifies an annotated scan."""
+    return SupportIdentity(case_of(image, labels), scan_sha256(volume), annotation_hash(labels, organs))
+
+
+def read_support_scan(image: Path, labels: LabelMap) -> tuple[Volume, LabelMap]:
+    """Read the CT of an annotation, and log the warnings about it.
+
+    Returns:
+        The CT, and the annotation in the axis order of the CT.
+
+    Raises:
+        InputError: the CT cannot be read, or its lattice is not that of the annotation.
+    """
+    volume = read_scan(image)
+    for warning in volume.warnings:
+        _LOG.warning("%s: %s", case_of(image, labels), warning)
+    return volume, labels_on(volume, labels)
+
+
+def warn_of_adapter_without_hashes() -> None:
+    """Log that an adapter file does not contain the hashes of the annotations of its support set."""
+    _LOG.warning(
+        "the adapter was made by an older version of fseft-edge: its support scans are recognised only by the volumes "
+        "of their organs; train the adapter again, so that they are recognised by their annotations"
+    )
+
+
 def of_support_set(
-    annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], volumes_ml: Sequence[Sequence[float]]
+    annotated: Sequence[tuple[Path, LabelMap]],
+    organs: Sequence[OrganLabel],
+    volumes_ml: Sequence[Sequence[float]],
+    hashes: Sequence[str] = (),
 ) -> list[tuple[Path, LabelMap]]:
-    """Return the annotated scans that belong to the support set of an adapter. Organ volumes identify these scans.
+    """Return the annotated scans that belong to the support set of an adapter. The annotations identify these scans.
 
     The folder may also contain scans that are to be segmented. Their annotations must not influence their masks.
 
     Args:
         annotated: pairs of a CT and its annotation (see :func:`read_annotations`).
         organs: organs of the adapter.
-        volumes_ml: volumes of each organ in the support set of the adapter (see :func:`annotated_volumes_ml`).
+        volumes_ml: volumes of each organ in the support set of the adapter (see :func:`annotated_volumes_ml`); they are
+            used only if there are no hashes.
+        hashes: hashes of the annotations of the support set (see :func:`annotation_hash`). Adapters of older versions
+            have none.
 
     Raises:
         LabelError: no scan belongs to the support set of the adapter.
     """
-    members = []
+    if not hashes:
+        warn_of_adapter_without_hashes()
+    members, wanted = [], Counter(hashes)
     for image, labels in annotated:
-        volumes = annotated_volumes_ml(labels, organs)
-        if all(volume in known for volume, known in zip(volumes, volumes_ml, strict=True) if volume):
+        if hashes:
+            found = annotation_hash(labels, organs)
+            is_member = wanted[found] > 0
+            wanted[found] -= 1
+        else:
+            volumes = annotated_volumes_ml(labels, organs)
+            is_member = all(volume in known for volume, known in zip(volumes, volumes_ml, strict=True) if volume)
+        if is_member:
             members.append((image, labels))
         else:
-            _LOG.warning("the case %s is skipped: it is not in the support set of the adapter", case_name(image))
+            _LOG.warning("the case %s is skipped: it is not in the support set of the adapter", case_of(image, labels))
+    if members and len(members) < len(hashes):
+        _LOG.warning("only %d of the %d scans of the support set of the adapter were found", len(members), len(hashes))
     if not members:
         raise LabelError(
             "No scan of --support-images is in the support set of the adapter.",
@@ -231,11 +317,11 @@ def load_support(
 
     support: list[SupportScan] = []
     with (progress or SilentProgress()).task("encode", len(annotated)) as task:
-        for image, label_map in annotated:
-            volume = read_scan(image)
-            check_labels_match(volume, label_map)
+        for image, stored in annotated:
+            volume, label_map = read_support_scan(image, stored)
             grid = Grid.of(volume, bundle.preprocessing)
-            scan = _support_scan(volume, encoded(volume, grid), label_map, organs)
+            identity = identity_of(image, volume, label_map, organs)
+            scan = _support_scan(volume, encoded(volume, grid), label_map, organs, identity)
             count = variations
             if count is None:
                 count = default_variations(len(annotated), layout_of(grid, bundle).windows)
@@ -260,7 +346,13 @@ def _masks(labels: LabelMap, organs: Sequence[OrganLabel]) -> Iterator[NDArray[n
     return (labels.array == organ.label for organ in organs)
 
 
-def _support_scan(volume: Volume, encoded: EncodedScan, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportScan:
+def _support_scan(
+    volume: Volume,
+    encoded: EncodedScan,
+    labels: LabelMap,
+    organs: Sequence[OrganLabel],
+    identity: SupportIdentity,
+) -> SupportScan:
     """Return an encoded scan with its annotation on the grid."""
     values = [organ.label for organ in organs]
     voxels = [int(mask.sum()) for mask in _masks(labels, organs)]
@@ -273,4 +365,5 @@ def _support_scan(volume: Volume, encoded: EncodedScan, labels: LabelMap, organs
         grid=encoded.grid,
         reference=(labels, tuple(values)),
         hu=tuple(hu_percentiles(volume, mask) for mask in _masks(labels, organs)),
+        identity=identity,
     )

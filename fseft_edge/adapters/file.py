@@ -75,7 +75,33 @@ class AdapterOrgan(BaseModel):
         return fields
 
 
-class AdapterDescription(SelfDescription):
+class SupportSetDescription(SelfDescription):
+    """The part of a description that identifies the support set.
+
+    Files of older versions do not contain these fields. Fields without a value are not written, so that those files
+    keep their checksum.
+
+    Attributes:
+        support_annotations: hash of the annotation of every support scan
+            (:func:`fseft_edge.runtime.scans.content.annotation_sha256`).
+        support_groups: number of groups of support scans that cross-validation left out together: the number of
+            patients, if the user named the patients, and else the number of different scans, if a scan occurred twice.
+            None if every support scan is a group.
+    """
+
+    support_annotations: tuple[str, ...] = ()
+    support_groups: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _omit_fields_without_value(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        for name, empty in (("support_annotations", ()), ("support_groups", None)):
+            if getattr(self, name) == empty:
+                fields.pop(name, None)
+        return fields
+
+
+class AdapterDescription(SupportSetDescription):
     """The description of an adapter: its encoder, its settings, its organs, and its training.
 
     Attributes:

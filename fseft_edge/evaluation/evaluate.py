@@ -1,10 +1,20 @@
 """Comparison of predicted masks with references: DSC, HD95 and normalised surface distance of every case and organ.
 
-If a reference does not contain the label value of an organ, the organ was not annotated in that case (clinical contours
-are partial). The row of this organ has the status ``absent`` and the predicted volume, but no scores, and does not
-count in any mean. If an organ is annotated but not predicted, its row has the status ``missed``: DSC and normalised
-surface distance are 0 and count in the means. HD95 is not defined for a missed organ, so the mean HD95 covers only the
-cases in which the organ was found, and the summary states the number of missed cases.
+If an organ is annotated but not predicted, its row has the status ``missed``: DSC and normalised surface distance are 0
+and count in the means. HD95 is not defined for a missed organ, so the mean HD95 covers only the cases in which the
+organ was found, and the summary states the number of missed cases.
+
+If a reference does not contain the label value of an organ, this has one of two meanings:
+
+- The organ was not annotated in that case (clinical contours are partial). This is the default. The row has the status
+  ``absent``, a word of the file format that means "not annotated", and no scores: a mask of the organ may be right.
+- The organ does not exist in that scan, or was removed. References state this only for organs that were annotated in
+  every scan that shows them, and the user names these organs (``always_annotated``). If the mask contains the organ,
+  the row has the status ``false_positive``: DSC and normalised surface distance are 0 and count in the means, as in
+  nnU-Net (Isensee et al., Nature Methods 18 (2021) 203-211). If the mask does not contain the organ either, the status
+  is ``true_negative``; there are no scores, and the case counts in no mean, as in nnU-Net.
+
+In both cases the summary of the organ states in how many cases only the mask contains the organ, and the volume.
 """
 
 from __future__ import annotations
@@ -13,23 +23,42 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fseft_edge.evaluation.metrics import DEFAULT_NSD_TOLERANCE_MM, score_mask, volume_ml
 from fseft_edge.masks.result import organ_labels
-from fseft_edge.runtime.errors import FseftEdgeError, GeometryError, InputError, LabelError, UsageError
-from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_map
-from fseft_edge.runtime.scans.volume import same_lattice, spacing_of
+from fseft_edge.runtime.errors import FseftEdgeError, InputError, LabelError, UsageError
+from fseft_edge.runtime.scans.content import found_label_values
+from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_map, read_label_names
+from fseft_edge.runtime.scans.volume import labels_on, spacing_of
 from fseft_edge.runtime.system.atomic import atomic_path
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EVALUATION_SCHEMA_VERSION = 1
+EVALUATION_SCHEMA_VERSION = 2
+
+Status = Literal["scored", "missed", "absent", "false_positive", "true_negative"]
+
+_SHOWN: Mapping[Status, str] = {
+    "scored": "scored",
+    "missed": "missed",
+    "absent": "not annotated",
+    "false_positive": "false positive",
+    "true_negative": "true negative",
+}
+
+# The label values of an organ are probably wrong if another label value of the mask reaches a DSC that is higher by
+# this amount.
+_MUCH_BETTER = 0.3
 
 
 @dataclass(frozen=True)
@@ -39,17 +68,19 @@ class EvaluationRow:
     Attributes:
         case: case name.
         organ: organ name.
-        status: ``scored``; ``missed`` (annotated, but not predicted); ``absent`` (not annotated in this reference).
-        dsc: Dice similarity coefficient, 0 to 1; None for status ``absent``.
-        hd95_mm: 95th percentile of the Hausdorff distance in mm; None for status ``absent`` or ``missed``.
-        nsd: normalised surface distance, 0 to 1; None for status ``absent``.
+        status: ``scored``; ``missed`` (annotated, but not predicted); ``absent`` (not annotated in this reference);
+            ``false_positive`` (predicted, but the reference states that the organ is absent); ``true_negative``
+            (neither predicted nor in the scan, according to the reference). The module explains them.
+        dsc: Dice similarity coefficient, 0 to 1; None for status ``absent`` or ``true_negative``.
+        hd95_mm: 95th percentile of the Hausdorff distance in mm; None for every status except ``scored``.
+        nsd: normalised surface distance, 0 to 1; None for status ``absent`` or ``true_negative``.
         predicted_ml: volume of the predicted mask in ml.
         reference_ml: volume of the reference in ml; None for status ``absent``.
     """
 
     case: str
     organ: str
-    status: Literal["scored", "missed", "absent"]
+    status: Status
     dsc: float | None
     hd95_mm: float | None
     nsd: float | None
@@ -85,6 +116,13 @@ class OrganSummary:
         missed: number of cases in which the organ is annotated but not predicted; they count as 0 in ``dsc`` and
             ``nsd``.
         absent: number of cases in which the organ is not annotated; they do not count in any statistics.
+        false_positives: number of cases in which the organ is predicted, but is absent according to the reference; they
+            count as 0 in ``dsc`` and ``nsd``.
+        true_negatives: number of cases in which the organ is neither predicted nor in the scan, according to the
+            reference; they do not count in any statistics.
+        only_predicted: number of cases in which the mask contains the organ and the reference does not, whether the
+            organ was not annotated or is absent.
+        only_predicted_ml: total volume of the organ in the masks of these cases in ml.
         dsc: statistics of the DSC; None if no case has a value.
         hd95_mm: statistics of the HD95 in mm; None if no case has a value.
         nsd: statistics of the normalised surface distance; None if no case has a value.
@@ -94,6 +132,10 @@ class OrganSummary:
     scored: int
     missed: int
     absent: int
+    false_positives: int
+    true_negatives: int
+    only_predicted: int
+    only_predicted_ml: float
     dsc: Statistics | None
     hd95_mm: Statistics | None
     nsd: Statistics | None
@@ -118,6 +160,8 @@ class Evaluation:
         without_prediction: case names of references without a prediction.
         organs: organ names in the order of the arguments of :func:`evaluate`.
         nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
+        always_annotated: organs that were annotated in every scan that shows them.
+        hints: signs that label values are wrong, as sentences.
     """
 
     rows: tuple[EvaluationRow, ...]
@@ -125,6 +169,8 @@ class Evaluation:
     without_prediction: tuple[str, ...]
     organs: tuple[str, ...]
     nsd_tolerance_mm: float
+    always_annotated: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
 
     def summaries(self) -> tuple[OrganSummary, ...]:
         """Return the statistics of every organ over all cases."""
@@ -144,11 +190,16 @@ class Evaluation:
         def over(measure: Callable[[EvaluationRow], float | None]) -> Statistics | None:
             return Statistics.of([value for row in rows if (value := measure(row)) is not None])
 
+        only_predicted = [row.predicted_ml for row in rows if not row.reference_ml and row.predicted_ml]
         return OrganSummary(
             organ=organ,
             scored=count("scored"),
             missed=count("missed"),
             absent=count("absent"),
+            false_positives=count("false_positive"),
+            true_negatives=count("true_negative"),
+            only_predicted=len(only_predicted),
+            only_predicted_ml=round(math.fsum(only_predicted), 6),
             dsc=over(lambda row: row.dsc),
             hd95_mm=over(lambda row: row.hd95_mm),
             nsd=over(lambda row: row.nsd),
@@ -165,25 +216,37 @@ class Evaluation:
         for heading in ("DSC", "HD95 mm", f"NSD {self.nsd_tolerance_mm:g} mm", "ml", "reference ml"):
             table.add_column(heading, justify="right")
         for row in self.rows:
-            dsc = _number(row.dsc, 3, missing=row.status)
+            dsc = _number(row.dsc, 3, missing=_SHOWN[row.status])
             numbers = (dsc, _number(row.hd95_mm, 1), _number(row.nsd, 3))
             volumes = (_number(row.predicted_ml, 1), _number(row.reference_ml, 1))
             table.add_row(Text(row.case), Text(row.organ), *numbers, *volumes)
         table.add_section()
         for summary in self.summaries():
-            cases = f"mean of {summary.scored + summary.missed}"
+            cases = f"mean of {summary.scored + summary.missed + summary.false_positives}"
             numbers = (_mean(summary.dsc, 3), _mean(summary.hd95_mm, 1), _mean(summary.nsd, 3))
             table.add_row(cases, Text(summary.organ), *numbers, style="bold")
+            if summary.only_predicted:
+                without = summary.absent + summary.false_positives + summary.true_negatives
+                cases = f"only in the mask: {summary.only_predicted} of {without}"
+                table.add_row(cases, Text(summary.organ), "–", "–", "–", _number(summary.only_predicted_ml, 1), "–")
         return table
 
     def _caption(self) -> str:
-        missed = sum(row.status == "missed" for row in self.rows)
-        absent = sum(row.status == "absent" for row in self.rows)
+        statuses = Counter(row.status for row in self.rows)
         parts = ["mean ± standard deviation"]
-        if absent:
-            parts.append(f"{absent} absent (not annotated in the reference): not averaged")
-        if missed:
-            parts.append(f"{missed} missed: DSC and NSD 0, no HD95")
+        if statuses["absent"]:
+            parts.append(f"{statuses['absent']} not annotated in the reference: not averaged")
+        if unknown := sum(row.status == "absent" and row.predicted_ml > 0 for row in self.rows):
+            parts.append(
+                f"{unknown} only in the mask and not averaged: these are false positives if the organ is always "
+                "annotated where it exists"
+            )
+        if statuses["true_negative"]:
+            parts.append(f"{statuses['true_negative']} true negative: not averaged")
+        if statuses["false_positive"]:
+            parts.append(f"{statuses['false_positive']} false positive: DSC and NSD 0, no HD95")
+        if statuses["missed"]:
+            parts.append(f"{statuses['missed']} missed: DSC and NSD 0, no HD95")
         if self.without_prediction:
             parts.append(f"references without a prediction (skipped): {len(self.without_prediction)}")
         if self.failures:
@@ -215,10 +278,12 @@ class Evaluation:
         return {
             "schema_version": EVALUATION_SCHEMA_VERSION,
             "nsd_tolerance_mm": self.nsd_tolerance_mm,
+            "always_annotated": list(self.always_annotated),
             "organs": [asdict(summary) for summary in self.summaries()],
             "cases": [asdict(row) for row in self.rows],
             "without_prediction": list(self.without_prediction),
             "failures": [asdict(failure) for failure in self.failures],
+            "hints": list(self.hints),
         }
 
 
@@ -228,6 +293,7 @@ def evaluate(
     organs: Mapping[str, int],
     *,
     prediction_ids: Mapping[str, int] | None = None,
+    always_annotated: Collection[str] = (),
     nsd_tolerance_mm: float = DEFAULT_NSD_TOLERANCE_MM,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -245,15 +311,19 @@ def evaluate(
         prediction_ids: label value of each organ in the predictions. If None, the values are read from the file
             ``<case>.json`` that ``segment`` writes next to the mask; without this file, the values of the references
             apply.
+        always_annotated: organs that were annotated in every scan that shows them. For these organs, a reference
+            without the label value states that the organ is absent, and a mask that contains the organ is a false
+            positive with DSC 0. For all other organs, such a reference means that the organ was not annotated, and the
+            case has no scores.
         nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
         progress: receiver of progress reports; None reports nothing.
 
     Raises:
-        UsageError: ``organs`` is empty, ``prediction_ids`` does not contain all organs, or the tolerance is negative or
-            not finite.
+        UsageError: ``organs`` is empty, ``prediction_ids`` does not contain all organs, ``always_annotated`` contains
+            another organ, or the tolerance is negative or not finite.
         UnreadableFileError: the predictions or the references do not exist.
         InputError: no prediction has a reference of its case name.
-        LabelError: no readable reference contains any of the organs.
+        LabelError: no readable reference contains any of the organs, or no JSON file of a prediction knows an organ.
     """
     if not organs:
         raise UsageError(
@@ -261,9 +331,14 @@ def evaluate(
         )
     if prediction_ids is not None and (missing := [name for name in organs if name not in prediction_ids]):
         raise UsageError(
-            f"prediction_ids contains no label value for {', '.join(missing)}.",
-            remedy="Give prediction_ids a label value for every organ, or use None to read the values from the JSON "
-            "files of the predictions.",
+            f"prediction_ids (--prediction-organ) contains no label value for {', '.join(missing)}.",
+            remedy="Give a label value for every organ, or none, to read the values from the JSON files of the "
+            "predictions.",
+        )
+    if unknown := [name for name in always_annotated if name not in organs]:
+        raise UsageError(
+            f"--always-annotated names {', '.join(unknown)}, but the organs of the evaluation are {', '.join(organs)}.",
+            remedy="Name only organs of --organ with --always-annotated.",
         )
     if not (math.isfinite(nsd_tolerance_mm) and nsd_tolerance_mm >= 0):
         raise UsageError(
@@ -271,22 +346,34 @@ def evaluate(
             remedy="Give --nsd-tolerance a value of 0 mm or more, for example 2.",
         )
     pairs, failures, without_prediction = _paired(predictions, references)
+    if prediction_ids is None:
+        _check_predicted_organs(pairs, organs)
     rows: list[EvaluationRow] = []
+    better: Counter[_BetterValue] = Counter()
     with (progress or SilentProgress()).task("evaluate", total=len(pairs)) as task:
         for pair in pairs:
             try:
                 ids = _ids_in_prediction(pair.prediction, organs) if prediction_ids is None else prediction_ids
-                rows += _evaluate_case(pair, organs, ids, nsd_tolerance_mm)
+                of_case, better_values = _evaluate_case(pair, organs, ids, always_annotated, nsd_tolerance_mm)
+                rows += of_case
+                better.update(better_values)
             except FseftEdgeError as error:
                 failures.append(CaseFailure(pair.case, error.message, error.remedy))
             task.advance()
-    if rows and all(row.status == "absent" for row in rows):
-        wanted = ", ".join(f"{name}={label}" for name, label in organs.items())
-        raise LabelError(
-            f"No reference in {references} contains a voxel of {wanted}.",
-            remedy="Check the label values of the references, and correct --organ.",
-        )
-    return Evaluation(tuple(rows), tuple(failures), without_prediction, tuple(organs), nsd_tolerance_mm)
+    annotated = {row.organ for row in rows if row.reference_ml}
+    hints = [value.sentence(cases) for value, cases in better.items()]
+    if rows and (missing := {name: label for name, label in organs.items() if name not in annotated}):
+        wanted = ", ".join(f"{name}={label}" for name, label in missing.items())
+        compared = {row.case for row in rows}
+        found = found_label_values(read_label_map(pair.reference) for pair in pairs if pair.case in compared)
+        message = f"No reference in {references} contains a voxel of {wanted}. Label values in the references: {found}."
+        if all(row.status == "absent" for row in rows):
+            raise LabelError(message, remedy="Check the label values of the references, and correct --organ.")
+        hints.append(message)
+    always = tuple(organ for organ in organs if organ in always_annotated)
+    return Evaluation(
+        tuple(rows), tuple(failures), without_prediction, tuple(organs), nsd_tolerance_mm, always, tuple(hints)
+    )
 
 
 @dataclass(frozen=True)
@@ -318,22 +405,42 @@ def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[Case
     return pairs, failures, tuple(sorted(reference.keys() - predicted.keys()))
 
 
-def _evaluate_case(
-    pair: _Pair, organs: Mapping[str, int], ids: Mapping[str, int], tolerance_mm: float
-) -> list[EvaluationRow]:
-    prediction, reference = read_label_map(pair.prediction), read_label_map(pair.reference)
-    if not same_lattice(prediction, reference):
-        raise GeometryError(
-            f"The prediction {pair.prediction} and the reference {pair.reference} have different lattices.",
-            remedy="Give a prediction and a reference of the same scan, both on the lattice of the scan.",
+@dataclass(frozen=True)
+class _BetterValue:
+    """A label value of masks that fits the reference of an organ much better than the label value of that organ."""
+
+    organ: str
+    used: int
+    better: int
+
+    def sentence(self, cases: int) -> str:
+        return (
+            f"The label values of {self.organ} may be wrong: in {cases} {'case' if cases == 1 else 'cases'}, the label "
+            f"value {self.better} of the mask fits the reference much better than the label value {self.used}. Check "
+            "the label values of the references (--organ) and of the masks (--prediction-organ, or their JSON files)."
         )
-    rows = []
+
+
+def _evaluate_case(
+    pair: _Pair,
+    organs: Mapping[str, int],
+    ids: Mapping[str, int],
+    always_annotated: Collection[str],
+    tolerance_mm: float,
+) -> tuple[list[EvaluationRow], list[_BetterValue]]:
+    reference = read_label_map(pair.reference)
+    prediction = labels_on(reference, read_label_map(pair.prediction), ("reference", "prediction"))
+    rows, better = [], []
     for organ, label in organs.items():
         predicted, truth = prediction.array == ids[organ], reference.array == label
         predicted_ml = volume_ml(predicted, prediction.voxel_volume_mm3)
         reference_ml = volume_ml(truth, reference.voxel_volume_mm3)
-        if reference_ml == 0:
+        if reference_ml == 0 and organ not in always_annotated:
             row = EvaluationRow(pair.case, organ, "absent", None, None, None, predicted_ml, None)
+        elif reference_ml == 0 and predicted_ml == 0:
+            row = EvaluationRow(pair.case, organ, "true_negative", None, None, None, 0.0, 0.0)
+        elif reference_ml == 0:
+            row = EvaluationRow(pair.case, organ, "false_positive", 0.0, None, 0.0, predicted_ml, 0.0)
         elif predicted_ml == 0:
             row = EvaluationRow(pair.case, organ, "missed", 0.0, None, 0.0, predicted_ml, reference_ml)
         else:
@@ -341,15 +448,57 @@ def _evaluate_case(
             scores = (score.dsc, score.hd95_mm, score.nsd)
             row = EvaluationRow(pair.case, organ, "scored", *scores, predicted_ml, reference_ml)
         rows.append(row)
-    return rows
+        if reference_ml and (value := _better_value(prediction.array, truth, row.dsc or 0.0)):
+            better.append(_BetterValue(organ, ids[organ], value))
+    return rows, better
+
+
+def _better_value(prediction: NDArray[np.unsignedinteger[Any]], truth: NDArray[np.bool_], dsc: float) -> int | None:
+    """Return the label value of a mask with the highest DSC if it is much higher than ``dsc``, else None."""
+    values, overlaps = np.unique(prediction[truth], return_counts=True)
+    in_reference = int(overlaps.sum())
+    best, found = dsc + _MUCH_BETTER, None
+    for value, overlap in zip(values.tolist(), overlaps.tolist(), strict=True):
+        # The DSC with a mask that lies completely inside the reference is an upper limit.
+        if value and 2 * overlap / (overlap + in_reference) > best:
+            of_value = 2 * overlap / (int(np.count_nonzero(prediction == value)) + in_reference)
+            if of_value > best:
+                best, found = of_value, value
+    return found
+
+
+def _check_predicted_organs(pairs: Sequence[_Pair], organs: Mapping[str, int]) -> None:
+    """Raise LabelError if every prediction has a JSON file and none of these files knows one of the organs."""
+    known: set[str] = set()
+    for pair in pairs:
+        description = _description_of(pair.prediction)
+        try:
+            known |= organ_labels(description).keys() if description.exists() else organs.keys()
+        except FseftEdgeError:  # this case fails later
+            known |= organs.keys()
+    if missing := [name for name in organs if name not in known]:
+        raise LabelError(
+            f"No prediction contains the organ {', '.join(missing)}: according to their JSON files, their organs are "
+            f"{', '.join(sorted(known)) or 'none'}.",
+            remedy="Give --organ the organ names of the adapters with which the cases were segmented.",
+        )
+
+
+def _description_of(prediction: Path) -> Path:
+    """Return the path of the JSON file that ``segment`` writes next to a mask."""
+    return prediction.with_name(f"{case_name(prediction)}.json")
 
 
 def _ids_in_prediction(prediction: Path, organs: Mapping[str, int]) -> dict[str, int]:
-    """Return the label value of each organ in a prediction, from the JSON file that ``segment`` writes next to it."""
-    description = prediction.with_name(f"{case_name(prediction)}.json")
+    """Return the label value of each organ in a prediction, from the JSON file that ``segment`` writes next to it.
+
+    Without this file, the names in the mask file itself apply if they include every organ.
+    """
+    description = _description_of(prediction)
     if not description.exists():
-        return dict(organs)
-    ids = organ_labels(description)
+        named = {name: label for label, name in read_label_names(prediction).items()}
+        return named if organs.keys() <= named.keys() else dict(organs)
+    ids = organ_labels(description, prediction)
     if missing := [name for name in organs if name not in ids]:
         raise LabelError(
             f"{description} contains no label value for {', '.join(missing)}. Its organs are: "

@@ -10,8 +10,15 @@ from pathlib import Path
 
 from fseft_edge.adaptation.adapt import head_rows
 from fseft_edge.adaptation.cross_validation import OrganScores, folds, mean_over_organs
-from fseft_edge.adaptation.support_set import annotated_volumes_ml, find_annotated
-from fseft_edge.adapters.file import AdapterOrgan, read_adapter
+from fseft_edge.adaptation.patients import GroupRule
+from fseft_edge.adaptation.support_set import (
+    annotated_volumes_ml,
+    annotation_hash,
+    find_annotated,
+    patients_of,
+    warn_of_adapter_without_hashes,
+)
+from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, read_adapter
 from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.export.built_in import open_encoder
 from fseft_edge.finetuning.finetune import (
@@ -31,6 +38,7 @@ from fseft_edge.runtime.encoder.networks.inserts import HasBlocks
 from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
 from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
@@ -62,6 +70,7 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
     settings: TuningSettings | None = None,
     reviewed: ReviewedBatch | None = None,
     cases: Sequence[str] | None = None,
+    groups: GroupRule | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile | None:
@@ -79,6 +88,7 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
         settings: seed, number of steps and similar settings of all candidates; None means the defaults.
         reviewed: a batch whose accepted masks are used as annotations, too; None for no batch.
         cases: names of the cases of ``images`` to use; None uses all cases with an annotation.
+        groups: patient of each case, as in the training of the adapter (see :func:`fseft_edge.adaptation.adapt.adapt`).
         device: device for training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         progress: display for the progress; None shows nothing.
 
@@ -87,7 +97,8 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
 
     Raises:
         UsageError: the encoder cannot be fine-tuned, there are too many organs, ``output`` has a wrong name or exists,
-            or the adapter was trained for other organs, with other scans or without cross-validation.
+            or the adapter was trained for other organs, with other scans, with other groups or without
+            cross-validation.
         AdapterError: the adapter cannot be read, or was trained with another encoder.
         EncoderBundleError: the encoder bundle is damaged.
         InputError: an image or an annotation cannot be used.
@@ -102,7 +113,7 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
     candidates = default_candidates(bundle, common)
     for candidate in candidates:
         check_tunable(bundle, organs, candidate)
-    of_adapter = _organs_of(adapter, bundle, organs)
+    file, of_adapter = _read_adapter(adapter, bundle, organs)
     known = [row is not None for row in head_rows(bundle, organs)]
     obstacle = why_not(of_adapter, known)
     if obstacle is not None:
@@ -114,21 +125,45 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
             remedy="Train the adapter with --validate on at least two scans that annotate these organs.",
         )
     annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
-    volumes = zip(*(annotated_volumes_ml(label_map, organs) for _, label_map in annotated), strict=True)
-    if [organ.support_volumes_ml for organ in of_adapter] != [tuple(filter(None, of_organ)) for of_organ in volumes]:
+    patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
+    label_maps = [label_map for _, label_map in annotated]
+    if not _made_from(file, of_adapter, label_maps, organs):
         raise UsageError(
-            f"{adapter} was not trained on these annotated scans: the volumes of its organs differ.",
+            f"{adapter} was not trained on these annotated scans: its annotations differ.",
             remedy="Give the scans and annotations of the adapter, or train the adapter again on these scans.",
         )
-    support = load_tuning_support(annotated, organs, bundle, progress)
-    file = better_tuning(of_adapter, support, candidates, deadline=deadline, progress=progress)
-    if file is not None:
-        write_tuning(output, file)
-    return file
+    support = load_tuning_support(annotated, organs, bundle, progress, patients)
+    if support.groups.stored_count != file.description.support_groups:
+        raise UsageError(
+            f"The cross-validation of {adapter} left out {_groups_text(file.description.support_groups)}, but now "
+            f"{_groups_text(support.groups.stored_count)} would be left out, so the scores cannot be compared.",
+            remedy="Give the same --groups or --group-pattern as in the training of the adapter, or train it again.",
+        )
+    tuning = better_tuning(of_adapter, support, candidates, deadline=deadline, progress=progress)
+    if tuning is not None:
+        write_tuning(output, tuning)
+    return tuning
 
 
-def _organs_of(adapter: Path, bundle: EncoderBundle, organs: Sequence[OrganLabel]) -> list[AdapterOrgan]:
-    """Return the metadata of an adapter for each of the organs, in their order.
+def _groups_text(groups: int | None) -> str:
+    return "single scans" if groups is None else f"{groups} groups of scans"
+
+
+def _made_from(
+    file: AdapterFile, of_adapter: Sequence[AdapterOrgan], annotations: Sequence[LabelMap], organs: Sequence[OrganLabel]
+) -> bool:
+    """Return True if an adapter was trained on these annotations, in this order."""
+    if file.description.support_annotations:
+        return file.description.support_annotations == tuple(annotation_hash(labels, organs) for labels in annotations)
+    warn_of_adapter_without_hashes()
+    volumes = zip(*(annotated_volumes_ml(labels, organs) for labels in annotations), strict=True)
+    return [organ.support_volumes_ml for organ in of_adapter] == [tuple(filter(None, of_organ)) for of_organ in volumes]
+
+
+def _read_adapter(
+    adapter: Path, bundle: EncoderBundle, organs: Sequence[OrganLabel]
+) -> tuple[AdapterFile, list[AdapterOrgan]]:
+    """Return an adapter, and its metadata for each of the organs, in their order.
 
     Raises:
         UsageError: the adapter has other organs.
@@ -142,7 +177,7 @@ def _organs_of(adapter: Path, bundle: EncoderBundle, organs: Sequence[OrganLabel
             f"{adapter} segments {', '.join(found)}, but --organ names {', '.join(organ.name for organ in organs)}.",
             remedy="Name the organs of the adapter with --organ.",
         )
-    return [found[organ.name] for organ in organs]
+    return file, [found[organ.name] for organ in organs]
 
 
 def default_candidates(bundle: EncoderBundle, common: TuningSettings) -> list[TuningSettings]:
@@ -270,7 +305,7 @@ def _validate(
 ) -> _Validated | None:
     """Return a candidate with its scores on every left-out scan, or None if the candidate was stopped."""
     scores = OrganScores(len(support.organs))
-    groups = folds(len(support.cases))
+    groups = folds(support.groups.numbers)
     longest = 0.0
     with progress.task(f"validate {settings.name}", len(groups)) as task:
         for number, left_out in enumerate(groups, start=1):

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from fseft_edge.adaptation.adapt import describe_organs, head_rows
-from fseft_edge.adaptation.cross_validation import OrganScores, folds
-from fseft_edge.adaptation.support_set import annotated_volumes_ml, find_annotated
+from fseft_edge.adaptation.adapt import annotations_of, describe_organs, head_rows, warn_of_organs_not_learned
+from fseft_edge.adaptation.cross_validation import OrganScores, can_validate, folds
+from fseft_edge.adaptation.patients import Grouping, GroupRule, SupportIdentity, grouped
+from fseft_edge.adaptation.support_set import (
+    annotated_volumes_ml,
+    find_annotated,
+    identity_of,
+    patients_of,
+    read_support_scan,
+)
 from fseft_edge.adapters.file import STORED_LEVELS, PostProcessing
 from fseft_edge.adapters.network import AdapterSettings, HeadRows
 from fseft_edge.export.built_in import open_encoder
@@ -33,7 +40,7 @@ from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.sources import read_scan
-from fseft_edge.runtime.scans.volume import LabelMap, check_labels_match
+from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -52,6 +59,8 @@ class TuningSupport:
         bundle: the encoder bundle.
         volumes_ml: for each scan, the volume of each organ in ml; 0 for an organ that is not annotated.
         hu: for each scan, the HU percentiles of each organ; None for an organ that is not annotated.
+        identities: case name and hashes of each scan and its annotation.
+        groups: groups of the scans; cross-validation leaves out a group as a whole.
     """
 
     annotated: Sequence[tuple[Path, LabelMap]]
@@ -61,6 +70,8 @@ class TuningSupport:
     bundle: EncoderBundle
     volumes_ml: Sequence[Sequence[float]]
     hu: Sequence[Sequence[HuPercentiles | None]]
+    identities: Sequence[SupportIdentity]
+    groups: Grouping
 
     def tuned(
         self, settings: TuningSettings, among: Sequence[int], progress: Progress, *, seconds: float | None = None
@@ -89,6 +100,7 @@ def finetune(
     reviewed: ReviewedBatch | None = None,
     validate: bool = False,
     cases: Sequence[str] | None = None,
+    groups: GroupRule | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile:
@@ -105,6 +117,7 @@ def finetune(
         validate: True performs cross-validation (see :func:`fseft_edge.adaptation.cross_validation.folds`) and stores
             the scores of the left-out scans in the file. Each fold takes as long as the fine-tuning itself.
         cases: names of the cases of ``images`` to use; None uses all cases with an annotation.
+        groups: patient of each case (see :func:`fseft_edge.adaptation.adapt.adapt`), for the cross-validation.
         device: device for training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         progress: display for the progress; None shows nothing.
 
@@ -120,16 +133,18 @@ def finetune(
     bundle = open_encoder(encoder)
     check_tunable(bundle, organs, settings)
     annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
+    patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
     settings = replace(settings, device=resolve_device(device))
-    support = load_tuning_support(annotated, organs, bundle, progress)
+    support = load_tuning_support(annotated, organs, bundle, progress, patients)
     scores = OrganScores(len(organs))
-    if validate and len(annotated) > 1:
+    if validate and can_validate([case.task_mask for case in support.cases], support.groups.numbers):
         scores = cross_validate(support, settings, progress)
     elif validate:
-        _LOG.warning("there is only one scan, so cross-validation is not possible")
+        _LOG.warning("no organ is annotated in %s: cross-validation is not possible", support.groups.two)
     tuned = support.tuned(settings, range(len(annotated)), progress)
     file = describe_tuning(tuned, support, settings, *scores.summary())
     write_tuning(output, file)
+    warn_of_organs_not_learned(file.description.organs)
     return file
 
 
@@ -179,32 +194,46 @@ def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings:
 
 
 def load_tuning_support(
-    annotated: Sequence[tuple[Path, LabelMap]], organs: Sequence[OrganLabel], bundle: EncoderBundle, progress: Progress
+    annotated: Sequence[tuple[Path, LabelMap]],
+    organs: Sequence[OrganLabel],
+    bundle: EncoderBundle,
+    progress: Progress,
+    patients: Mapping[str, str] | None = None,
 ) -> TuningSupport:
     """Return annotated scans as a support set on an encoder's grid.
+
+    Args:
+        annotated: path of each CT, with its annotation.
+        organs: the organs to segment.
+        bundle: the encoder bundle.
+        progress: display for the progress.
+        patients: patient of each case; None if the patients are not known.
 
     Raises:
         InputError: a CT cannot be read, or its annotation has another lattice.
     """
     label_values = {organ.name: organ.label for organ in organs}
-    prepared, looks = [], []
+    prepared, looks, identities, ordered = [], [], [], []
     with progress.task("read", len(annotated)) as task:
-        for image, labels in annotated:
-            volume = read_scan(image)
-            check_labels_match(volume, labels)
+        for image, stored in annotated:
+            volume, labels = read_support_scan(image, stored)
+            ordered.append((image, labels))
+            identities.append(identity_of(image, volume, labels, organs))
             prepared.append(
                 prepare_case(volume, labels, label_values, list(label_values), bundle.preprocessing, partial=True)
             )
             looks.append([hu_percentiles(volume, labels.array == organ.label) for organ in organs])
             task.advance(1)
     volumes = [annotated_volumes_ml(labels, organs) for _, labels in annotated]
-    return TuningSupport(annotated, prepared, organs, head_rows(bundle, organs), bundle, volumes, looks)
+    groups = grouped(identities, patients)
+    rows = head_rows(bundle, organs)
+    return TuningSupport(ordered, prepared, organs, rows, bundle, volumes, looks, identities, groups)
 
 
 def cross_validate(support: TuningSupport, settings: TuningSettings, progress: Progress) -> OrganScores:
-    """Return the scores of a cross-validation in which every scan is left out once."""
+    """Return the scores of a cross-validation in which every group of scans is left out once."""
     scores = OrganScores(len(support.organs))
-    groups = folds(len(support.cases))
+    groups = folds(support.groups.numbers)
     with progress.task(f"validate {settings.name}", len(groups)) as task:
         for left_out in groups:
             add_fold(scores, support, settings, left_out)
@@ -257,6 +286,8 @@ def describe_tuning(
     """Return the trained tensors with their description, as the content of a tuning file."""
     count = len(support.organs)
     description = TuningDescription(
+        support_annotations=annotations_of(support.identities),
+        support_groups=support.groups.stored_count,
         encoder_id=support.bundle.encoder_id,
         encoder_name=support.bundle.manifest.name,
         method=settings.method,

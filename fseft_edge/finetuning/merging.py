@@ -188,6 +188,8 @@ def _adapter(file: TuningFile, adapter: Adapter, bundle: EncoderBundle) -> Adapt
     """Return the tuning's classifier as an adapter, with the description of the tuning."""
     tuned = file.description
     description = AdapterDescription(
+        support_annotations=tuned.support_annotations,
+        support_groups=tuned.support_groups,
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),

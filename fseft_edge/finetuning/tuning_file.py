@@ -12,13 +12,12 @@ from torch import Tensor
 from fseft_edge._version import __version__
 from fseft_edge.adapters.described_tensors import (
     TUNING_KEY,
-    SelfDescription,
     check_content,
     does_not_fit,
     read_described,
     write_described,
 )
-from fseft_edge.adapters.file import STORED_LEVELS, AdapterOrgan
+from fseft_edge.adapters.file import STORED_LEVELS, AdapterOrgan, SupportSetDescription
 from fseft_edge.adapters.network import Levels
 from fseft_edge.finetuning.settings import Decoder, TuningMethod
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
@@ -27,7 +26,7 @@ from fseft_edge.runtime.errors import AdapterError
 SUFFIX = "tuning"
 
 
-class TuningDescription(SelfDescription):
+class TuningDescription(SupportSetDescription):
     """The metadata of a tuning: its encoder, its organs and its training.
 
     Attributes:

@@ -54,6 +54,13 @@ def row(evaluation: Evaluation, case: str, organ: str) -> EvaluationRow:
     return found
 
 
+def printed(evaluation: Evaluation) -> str:
+    """Return the table of an evaluation as text with single spaces."""
+    stream = io.StringIO()
+    Console(file=stream, width=160).print(evaluation.table())
+    return " ".join(stream.getvalue().split())
+
+
 def test_scores_volumes_and_summaries_of_known_masks(predictions: Path, references: Path) -> None:
     for case, shift in (("a", 0), ("b", 2), ("c", 5)):
         write(references, case, labels(id6=(5, 15, 3), id1=(5, 15, 12)))
@@ -98,6 +105,94 @@ def test_an_organ_without_annotation_is_absent_and_not_averaged(predictions: Pat
     assert (spleen.scored, spleen.absent) == (2, 0)
     assert liver.dsc is not None
     assert (liver.dsc.n, liver.dsc.mean, liver.dsc.sd) == (1, 1.0, None)
+
+
+def labels_with(volume_voxels: int) -> NDArray[np.uint8]:
+    """Return a map with this number of voxels of the liver."""
+    array = np.zeros((30, 20, 10), dtype=np.uint8)
+    array.reshape(-1)[:volume_voxels] = 1
+    return array
+
+
+def nnunet_dsc(prediction: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
+    """The DSC of nnU-Net 2: NaN if both masks are empty (compute_metrics in nnunetv2/evaluation)."""
+    tp = int(np.sum((prediction == 1) & (reference == 1)))
+    fp = int(np.sum((prediction == 1) & (reference != 1)))
+    fn = int(np.sum((prediction != 1) & (reference == 1)))
+    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else float("nan")
+
+
+SIZES = {"both": (100, 100), "missed": (0, 100), "false_positive": (50, 0), "another": (30, 0), "neither": (0, 0)}
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_an_organ_only_in_the_mask_is_counted_and_a_false_positive_is_scored_as_in_nnunet(
+    predictions: Path, references: Path, always: bool
+) -> None:
+    dsc = []
+    for case, (predicted, annotated) in SIZES.items():
+        write(predictions, case, labels_with(predicted))
+        write(references, case, labels_with(annotated))
+        dsc.append(nnunet_dsc(labels_with(predicted), labels_with(annotated)))
+    evaluation = evaluate(predictions, references, {"liver": 1}, always_annotated=["liver"] if always else [])
+    (liver,) = evaluation.summaries()
+    assert (liver.only_predicted, liver.only_predicted_ml) == (2, pytest.approx(80 * 8 / 1000))
+    assert (liver.scored, liver.missed) == (1, 1)
+    assert liver.dsc is not None
+    assert liver.hd95_mm is not None
+    assert liver.hd95_mm.n == 1
+    if always:
+        assert liver.dsc.mean == pytest.approx(float(np.nanmean(dsc)))
+        assert (liver.dsc.n, liver.false_positives, liver.true_negatives, liver.absent) == (4, 2, 1, 0)
+        found = row(evaluation, "another", "liver")
+        assert found == EvaluationRow("another", "liver", "false_positive", 0.0, None, 0.0, 0.24, 0.0)
+        found = row(evaluation, "neither", "liver")
+        assert found == EvaluationRow("neither", "liver", "true_negative", None, None, None, 0.0, 0.0)
+    else:
+        assert liver.dsc.mean == pytest.approx(0.5)
+        assert (liver.dsc.n, liver.false_positives, liver.true_negatives, liver.absent) == (2, 0, 0, 3)
+    assert evaluation.as_dict()["always_annotated"] == (["liver"] if always else [])
+    text = printed(evaluation)
+    assert "only in the mask: 2 of 3" in text
+    assert ("2 false positive: DSC and NSD 0" if always else "2 only in the mask and not averaged") in text
+
+
+def test_a_study_of_scans_without_the_organ_has_only_false_positives(predictions: Path, references: Path) -> None:
+    write(predictions, "a", labels_with(5))
+    write(references, "a", labels(id3=(5, 15, 3)))
+    evaluation = evaluate(predictions, references, {"liver": 1}, always_annotated=["liver"])
+    assert evaluation.mean_dsc() == 0
+    (hint,) = evaluation.hints
+    assert "liver=1" in hint
+    assert "3 (in 1 file" in hint
+
+
+def test_swapped_label_values_are_pointed_out(predictions: Path, references: Path) -> None:
+    for case in "ab":
+        write(references, case, labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+        write(predictions, case, labels(id6=(5, 15, 12), id1=(6, 15, 3)))
+    evaluation = evaluate(predictions, references, ORGANS)
+    assert evaluation.mean_dsc() == 0
+    assert len(evaluation.hints) == 2
+    for hint, (organ, used, better) in zip(evaluation.hints, [("liver", 6, 1), ("spleen", 1, 6)], strict=True):
+        assert f"label values of {organ} may be wrong: in 2 cases" in hint
+        assert f"label value {better} of the mask fits the reference much better than the label value {used}" in hint
+    assert evaluate(predictions, references, ORGANS, prediction_ids={"liver": 1, "spleen": 6}).hints == ()
+
+
+def test_a_label_value_that_is_only_a_little_better_is_not_pointed_out(predictions: Path, references: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3)))
+    write(predictions, "a", labels(id1=(5, 9, 3), id2=(9, 15, 3)))
+    assert evaluate(predictions, references, {"liver": 6}, prediction_ids=FOUND).hints == ()
+
+
+def test_an_organ_that_no_mask_can_contain_is_refused_once(predictions: Path, references: Path) -> None:
+    for case in "ab":
+        write(references, case, labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+        write(predictions, case, labels(id1=(5, 15, 3)))
+        (predictions / f"{case}.json").write_text(json.dumps({"organs": [{"name": "liver", "label": 1}]}))
+    with refused(LabelError, "organ spleen", "their organs are liver"):
+        evaluate(predictions, references, ORGANS)
 
 
 def test_a_missed_organ_counts_as_zero_and_has_no_distance(predictions: Path, references: Path) -> None:
@@ -184,8 +279,10 @@ def test_inputs_without_anything_to_compare_are_refused(predictions: Path, refer
     with refused(InputError, predictions, references):
         evaluate(predictions, references, ORGANS)
     write(references, "a", labels(id6=(5, 15, 3)))
-    with refused(LabelError, references, "stomach=9"):
+    with refused(LabelError, references, "stomach=9", "6 (in 1 file, 1.3 ml)"):
         evaluate(predictions, references, {"stomach": 9})
+    with refused(UsageError, "--always-annotated", "stomach", "liver, spleen"):
+        evaluate(predictions, references, ORGANS, always_annotated=["stomach"])
     with refused(UsageError):
         evaluate(predictions, references, {})
     with refused(UsageError, "spleen"):
@@ -231,11 +328,8 @@ def test_csv_json_and_table_contain_all_rows(predictions: Path, references: Path
     assert document["failures"] == []
     assert document["organs"][0]["dsc"]["mean"] == pytest.approx(0.9)
 
-    console = Console(file=io.StringIO(), width=120)
-    console.print(evaluation.table())
-    assert isinstance(console.file, io.StringIO)
-    text = " ".join(console.file.getvalue().split())
-    for part in ("0.800", "absent", "0.900 ± 0.141", "mean of 2", "NSD 2 mm", "1 absent", "1 missed", "(skipped): 1"):
+    text = printed(evaluation)
+    for part in ("0.800", "0.900 ± 0.141", "mean of 2", "NSD 2 mm", "1 not annotated", "1 missed", "(skipped): 1"):
         assert part in text, part
 
 
