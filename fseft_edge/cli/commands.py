@@ -225,6 +225,22 @@ def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: 
 @click.option("--references", type=PATH, required=True, help="Folder of annotations with equal file names.")
 @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=ORGAN_HELP)
 @click.option(
+    "--prediction-organ",
+    "prediction_organs",
+    multiple=True,
+    metavar="NAME=ID",
+    help="Organ and its label value in the masks: NAME=ID[,NAME=ID...]. May be repeated.  [default: from the JSON "
+    "files of the masks; without them, the label values of --organ]",
+)
+@click.option(
+    "--always-annotated",
+    multiple=True,
+    metavar="NAME",
+    help="Organ that was annotated in every scan that shows it: NAME[,NAME...], or all. May be repeated. A reference "
+    "without this organ then states that the organ is absent, and a mask with the organ is a false positive with DSC 0."
+    "  [default: none; in a reference without an organ, the organ was not annotated, and the case has no scores]",
+)
+@click.option(
     "--nsd-tolerance",
     type=click.FloatRange(min=0, min_open=True),
     default=2.0,
@@ -239,6 +255,8 @@ def evaluate(
     predictions: Path,
     references: Path,
     organs: tuple[str, ...],
+    prediction_organs: tuple[str, ...],
+    always_annotated: tuple[str, ...],
     nsd_tolerance: float,
     csv_file: Path | None,
     json_file: Path | None,
@@ -246,15 +264,27 @@ def evaluate(
 ) -> None:
     """Compare masks with annotations: DSC, HD95 and normalised surface distance for each case and organ."""
     wanted = {organ.name: organ.label for organ in parse_organs(organs)}
+    ids = {organ.name: organ.label for organ in parse_organs(prediction_organs)} if prediction_organs else None
+    always = [name.strip() for part in always_annotated for name in part.split(",")]
     from fseft_edge.evaluation.evaluate import evaluate as run  # noqa: PLC0415 - brings in MONAI
 
     with open_progress(quiet=quiet) as progress:
-        result = run(predictions, references, wanted, nsd_tolerance_mm=nsd_tolerance, progress=progress)
+        result = run(
+            predictions,
+            references,
+            wanted,
+            prediction_ids=ids,
+            always_annotated=list(wanted) if always == ["all"] else always,
+            nsd_tolerance_mm=nsd_tolerance,
+            progress=progress,
+        )
     if csv_file is not None:
         result.to_csv(csv_file)
     if json_file is not None:
         result.to_json(json_file)
     echo_table(result.table())
+    for hint in result.hints:
+        click.echo(f"WARNING: {hint}", err=True)
     for failure in result.failures:
         click.echo(f"{failure.case}: {failure.message} {failure.remedy}", err=True)
     if result.failures:
