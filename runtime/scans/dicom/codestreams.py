@@ -10,14 +10,15 @@ import struct
 from typing import BinaryIO
 
 from pydicom.encaps import generate_frames
+from pydicom.uid import RLELossless
 
-from fseft_edge.runtime.scans.dicom.headers import SliceHeader, read_header
+from fseft_edge.runtime.scans.dicom.headers import SliceHeader
 
 _JPEG_START, _JPEG_2000_START = b"\xff\xd8", b"\xff\x4f\xff\x51"
 _JPEG_FRAMES = (0xC3, 0xF7)
 """SOF3 of lossless JPEG (ITU T.81 B.1.1.3) and SOF55 of JPEG-LS (ITU T.87 C.1)."""
 _JPEG_SCAN, _JPEG_END = 0xDA, 0xD9
-_PIXELS_HEADER_BYTES = 12
+_RLE_FACTOR = 64
 
 
 class DamagedCodestreamError(Exception):
@@ -25,30 +26,28 @@ class DamagedCodestreamError(Exception):
 
 
 def check_codestreams(stream: BinaryIO, slice_: SliceHeader) -> None:
-    """Check that each JPEG, JPEG-LS or JPEG 2000 frame in a file has the image size in the DICOM header.
+    """Check that each compressed frame in a file can only have the image size in the DICOM header.
+
+    JPEG, JPEG-LS and JPEG 2000 frames contain their size. RLE frames do not, but RLE reduces the size by less than a
+    factor of 64 (PS3.5 annex G).
 
     Args:
-        stream: DICOM file, open for reading at its start.
+        stream: DICOM file, at the start of its pixel data.
         slice_: header of any slice in the file.
 
     Raises:
         DamagedCodestreamError: the size of a frame differs from the header, or a frame has no valid size.
         Exception: pydicom cannot separate the frames.
     """
-    header = read_header(stream, ["ExtendedOffsetTable", "ExtendedOffsetTableLengths"])
-    stream.read(_PIXELS_HEADER_BYTES)
-    offsets, lengths = header.get("ExtendedOffsetTable"), header.get("ExtendedOffsetTableLengths")
-    frames = generate_frames(
-        stream,
-        number_of_frames=slice_.frames,
-        extended_offsets=(offsets, lengths) if offsets and lengths else None,
-    )
     expected = (slice_.rows, slice_.columns, 1)
-    for frame in frames:
+    for frame in generate_frames(stream, number_of_frames=slice_.frames):
+        if slice_.syntax == RLELossless:
+            if len(frame) * _RLE_FACTOR < slice_.rows * slice_.columns * 2:
+                raise DamagedCodestreamError
+            continue
         *size, precision = _frame_size(frame)
         if tuple(size) != expected or not 2 <= precision <= 16:
             raise DamagedCodestreamError
-    stream.seek(0)
 
 
 def _frame_size(frame: bytes) -> tuple[int, int, int, int]:

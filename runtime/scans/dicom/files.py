@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from fseft_edge.runtime.errors import ArchiveError, FseftEdgeError, UnreadableFileError
+from fseft_edge.runtime.scans.dicom.elements import SNIFFED_BYTES, looks_like_dicom
 
 MAX_ARCHIVE_BYTES = 16 << 30
 """Largest accepted unpacked size of an archive. For comparison, a CT of 2000 slices needs 1 GiB."""
 
 MAX_ARCHIVE_MEMBERS = 100_000
 
-_PREAMBLE_BYTES = 128
-_MAGIC = b"DICM"
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _COPY_BYTES = 1 << 20
 _ENCRYPTED = 0x1
 
@@ -46,10 +46,13 @@ class DicomSource:
 
     Args:
         path: path as given by the user; error messages contain only this path.
+
+    Attributes:
+        no_dicom: number of files that :meth:`files` skipped although they are empty or have the name of a DICOM file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.no_dicom = path, 0
         self._archive: zipfile.ZipFile | None = None
 
     def __enter__(self) -> DicomSource:
@@ -86,18 +89,21 @@ class DicomSource:
     def files(self) -> Iterator[DicomFile]:
         """Yield the DICOM files, sorted by name.
 
-        A DICOM file has ``DICM`` after its first 128 bytes (PS3.10). Other files, hidden files and hidden folders are
-        skipped, and links to folders are not followed.
+        A DICOM file has ``DICM`` after its first 128 bytes (PS3.10), or starts with elements of DICOM. Other files,
+        hidden files and hidden folders are skipped, and links to folders are not followed.
 
         Raises:
             UnreadableFileError: a file or subfolder is not readable.
             ArchiveError: a member of the archive is damaged.
         """
+        self.no_dicom = 0
         for file in self._candidates():
             with self.open(file) as stream:
-                is_dicom = stream.read(_PREAMBLE_BYTES + len(_MAGIC))[_PREAMBLE_BYTES:] == _MAGIC
-            if is_dicom:
+                head = stream.read(SNIFFED_BYTES)
+            if looks_like_dicom(head):
                 yield file
+            elif not head.strip(b"\0") or (file.member or file.path.name).lower().endswith(_DICOM_SUFFIXES):
+                self.no_dicom += 1
 
     @contextmanager
     def open(self, file: DicomFile) -> Iterator[BinaryIO]:
@@ -187,7 +193,7 @@ class _BoundedReader(io.BufferedReader):
 
 def _is_dicom_file(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(_PREAMBLE_BYTES + len(_MAGIC))[_PREAMBLE_BYTES:] == _MAGIC
+        return looks_like_dicom(file.read(SNIFFED_BYTES))
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from fseft_edge.runtime.errors import (
     OtherModalityError,
     SecondaryCaptureError,
 )
+from fseft_edge.runtime.scans.dicom.elements import element_name
 from fseft_edge.runtime.scans.dicom.headers import CT_IMAGE, MULTI_FRAME_CT, SliceHeader
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
@@ -22,6 +23,11 @@ _LOCALISERS = frozenset({"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"})
 def is_localiser(slice_: SliceHeader) -> bool:
     """Return True if a slice is a localiser: an overview image for planning a CT."""
     return not _LOCALISERS.isdisjoint(slice_.image_type)
+
+
+def is_ct(slice_: SliceHeader) -> bool:
+    """Return True if a slice is an image of a CT, which may be a localiser."""
+    return slice_.modality == "CT" and slice_.sop_class in (CT_IMAGE, *MULTI_FRAME_CT)
 
 
 def check_kind(slices: Sequence[SliceHeader], path: Path) -> None:
@@ -40,9 +46,11 @@ def check_kind(slices: Sequence[SliceHeader], path: Path) -> None:
             f"{found} contains secondary captures: pictures of a screen or a film, without HU.",
             remedy="Export the original CT series from the PACS.",
         )
-    if first.modality != "CT" or first.sop_class not in (CT_IMAGE, *MULTI_FRAME_CT):
+    if not is_ct(first):
+        keyword = "SOPClassUID" if first.modality == "CT" or not first.sop_class else "Modality"
         raise OtherModalityError(
-            f"{found} is not a CT.", remedy="Give a CT series; other modalities are not supported."
+            f"{found} is not a CT, according to its {element_name(keyword)}.",
+            remedy="Give a CT series; other modalities are not supported.",
         )
     if is_localiser(first):
         raise LocaliserError(
@@ -62,7 +70,7 @@ def check_kind(slices: Sequence[SliceHeader], path: Path) -> None:
         ("studies", {slice_.study_uid for slice_ in slices}),
         ("frames of reference", {slice_.frame_of_reference_uid for slice_ in slices}),
     ):
-        if len(values) > 1:
+        if len(values - {""}) > 1:
             raise MixedSeriesError(
                 f"{found} contains images of {len(values)} {name} with the same SeriesInstanceUID.",
                 remedy="Export the series again from the PACS.",

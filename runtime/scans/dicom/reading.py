@@ -12,9 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.runtime.errors import FseftEdgeError, UnreadableFileError
+from fseft_edge.runtime.scans.dicom.elements import element_name
 from fseft_edge.runtime.scans.dicom.files import DicomFile, DicomSource
 from fseft_edge.runtime.scans.dicom.headers import SliceHeader
-from fseft_edge.runtime.scans.dicom.pixels import Storage, choose_storage, decode_slices, stored_values
+from fseft_edge.runtime.scans.dicom.pixels import (
+    ShortPixelsError,
+    Storage,
+    choose_storage,
+    decode_slices,
+    stored_values,
+)
 from fseft_edge.runtime.scans.dicom.series import DicomSeries
 from fseft_edge.runtime.scans.hounsfield import check_hounsfield
 from fseft_edge.runtime.scans.volume import Volume
@@ -46,7 +53,7 @@ def read_series(series: DicomSeries) -> Volume:
         for places in in_file.values():
             unpacked.add(source, sorted(places, key=lambda place: series.slices[place].frame))
         array = unpacked.mapped()
-    volume = Volume(array, affine, storage.slope, storage.intercept, source=series.source)
+    volume = Volume(array, affine, storage.slope, storage.intercept, source=series.source, warnings=series.warnings)
     check_hounsfield(volume)
     return volume
 
@@ -77,12 +84,10 @@ class _UnpackedSeries:
                     encoded = _check_decoded(next(frames), slice_)
                 except FseftEdgeError:
                     raise
+                except ShortPixelsError as error:
+                    raise self._damaged(place, str(error)) from None
                 except Exception:  # decoders raise many kinds of exception, and their messages may quote the header
-                    raise UnreadableFileError(
-                        f"Slice {place + 1} of {len(self.series.slices)} in {self.series.source} has truncated or "
-                        "damaged pixel data.",
-                        remedy="Copy the series again from its source.",
-                    ) from None
+                    raise self._damaged(place, "is truncated or damaged") from None
                 self._write(place, stored_values(encoded, slice_.pixels, self.storage))
 
     def mapped(self) -> NDArray[Any]:
@@ -92,6 +97,13 @@ class _UnpackedSeries:
         except OSError as error:
             raise no_space_to_unpack(self.series.source) from error
         return np.asarray(np.memmap(self.file, self.storage.dtype, mode="r", shape=self.series.shape, order="F"))
+
+    def _damaged(self, place: int, what: str) -> UnreadableFileError:
+        return UnreadableFileError(
+            f"Slice {place + 1} of {len(self.series.slices)} in {self.series.source} is not readable: its "
+            f"{element_name('PixelData')} {what}.",
+            remedy="Copy this slice again from its source, or export the series again from the PACS.",
+        )
 
     def _write(self, place: int, values: NDArray[Any]) -> None:
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,49 +13,82 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from fseft_edge.runtime.errors import InputError, NoSeriesError, UnreadableFileError
+from fseft_edge.runtime.errors import FseftEdgeError, InputError, NoSeriesError, UnreadableFileError
+from fseft_edge.runtime.scans.dicom.copies import without_copies
+from fseft_edge.runtime.scans.dicom.elements import element_name
 from fseft_edge.runtime.scans.dicom.files import DicomFile, DicomSource
-from fseft_edge.runtime.scans.dicom.headers import DamagedHeaderError, SliceHeader, read_header, read_slices
+from fseft_edge.runtime.scans.dicom.headers import NoImage, SliceHeader, UnreadableImage, read_header, read_slices
 from fseft_edge.runtime.scans.dicom.kinds import check_kind, is_localiser
 from fseft_edge.runtime.scans.dicom.pixels import check_pixels
-from fseft_edge.runtime.scans.dicom.stack import affine_of, check_stack, normal_of, sort_slices
-
-SAME_DIRECTION = 1e-4
-"""Largest difference of direction cosines within one stack. It allows for rounding to four decimals."""
-
-SAME_SPACING_MM = 1e-5
-"""Largest difference of pixel spacings within one stack. It corresponds to 0.005 mm across 512 pixels."""
+from fseft_edge.runtime.scans.dicom.stack import (
+    affine_of,
+    check_stack,
+    drift_of,
+    normal_of,
+    same_plane,
+    sort_slices,
+)
 
 _NAMED_PLANE = 0.999
+_MODALITY = re.compile(r"[A-Z]{2,8}")
+
+
+@dataclass(frozen=True)
+class OtherFiles:
+    """Files in a folder or archive that contain no readable image.
+
+    Attributes:
+        dicom: number of DICOM files, readable or not.
+        unreadable: number of each unreadable file in the order of the names, from 1, and what is wrong with it.
+        without_image: SeriesInstanceUIDs of objects without image.
+        no_dicom: number of files that are empty, or have the name of a DICOM file and are none.
+    """
+
+    dicom: int = 0
+    unreadable: tuple[tuple[int, UnreadableImage], ...] = ()
+    without_image: tuple[str, ...] = ()
+    no_dicom: int = 0
+
+    def unreadable_slices_of(self, uid: str) -> list[tuple[int, UnreadableImage]]:
+        """Return the unreadable files that may contain slices of a CT series with this SeriesInstanceUID."""
+        return [
+            (number, image)
+            for number, image in self.unreadable
+            if image.may_be_ct and (not uid or image.series_uid in ("", uid))
+        ]
 
 
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
     """Slices of one series with equal orientation and matrix size, sorted along the slice normal.
 
-    If the images of a DICOM series differ in orientation or matrix size, this series becomes several objects with the
-    same ``uid``.
+    If the images of a DICOM series differ in kind, orientation, spacing or matrix size, this series becomes several
+    objects with the same ``uid``.
 
     Attributes:
         source: path of the file, folder or archive as given by the user.
         number: number of the series within ``source``, from 1.
         slices: headers of the slices, sorted along the slice normal if all positions are known.
         problem: reason why the series is not a readable CT; None if the headers show no problem.
+        warnings: what was left out, corrected or assumed, one sentence each, for :attr:`Volume.warnings`.
+        others: files in ``source`` that contain no readable image.
     """
 
     source: Path
     number: int
     slices: tuple[SliceHeader, ...] = field(repr=False)
     problem: InputError | None = field(repr=False)
+    warnings: tuple[str, ...] = ()
+    others: OtherFiles = field(default=OtherFiles(), repr=False)
 
     @property
     def uid(self) -> str:
-        """SeriesInstanceUID."""
+        """SeriesInstanceUID; empty if missing."""
         return self.slices[0].series_uid
 
     @property
     def study_uid(self) -> str:
-        """StudyInstanceUID."""
+        """StudyInstanceUID; empty if missing."""
         return self.slices[0].study_uid
 
     @property
@@ -101,17 +136,24 @@ class DicomSeries:
             UnreadableFileError: a file is missing or was changed.
             ArchiveError: the archive is damaged.
         """
+        classes = {slice_.file: slice_.sop_class for slice_ in self.slices}
         found = []
         with DicomSource(self.source) as source:
             for file in self.files:
                 with source.open(file) as stream:
                     try:
-                        found.append(read_header(stream))
+                        header = read_header(stream)
+                    except FseftEdgeError:
+                        raise
                     except Exception:  # pydicom raises many kinds of exception, whose messages quote header values
                         raise UnreadableFileError(
-                            f"A DICOM file in {self.source} was changed or deleted during the work.",
-                            remedy="Start again, and do not change the files of the scan during the work.",
+                            f"The header of a DICOM file in {self.source} cannot be read as a whole, or was changed "
+                            "during the work.",
+                            remedy="Do not change the files of the scan during the work, or leave --dicom out.",
                         ) from None
+                    if not header.get("SOPClassUID"):
+                        header.SOPClassUID = classes[file]
+                    found.append(header)
         return found
 
     def description(self) -> str:
@@ -123,68 +165,121 @@ class DicomSeries:
             between = "" if self.problem else f" x {np.linalg.norm(self.affine[:3, 2]):.2f}"
             said.append(f"{first.spacing[1]:.2f} x {first.spacing[0]:.2f}{between} mm")
         if first.orientation is not None:
-            said.append(_plane(first))
+            said.append(_plane(self.slices[:1]))
         if first.kernel:
             said.append(f"kernel {first.kernel}")
         if is_localiser(first):
             said.append("localiser")
-        return ", ".join([first.modality or "no modality", *said])
+        modality = first.modality if _MODALITY.fullmatch(first.modality) else "other modality"
+        return ", ".join([modality if first.modality else "no modality", *said])
 
 
 def find_series(path: Path) -> list[DicomSeries]:
     """Return all image series in a DICOM file, in a folder and its subfolders, or in a zip archive.
 
     Only headers are read. Slices belong to one series if they agree in SeriesInstanceUID, modality, SOP class, rows,
-    columns, PixelSpacing (within ``SAME_SPACING_MM``) and ImageOrientationPatient (within ``SAME_DIRECTION``), and if
-    all or none of them are localisers. Files that are not DICOM or contain no image are skipped. The order of the
-    series does not depend on file names.
+    columns, PixelSpacing and ImageOrientationPatient (but for rounding, see
+    :func:`fseft_edge.runtime.scans.dicom.stack.same_plane`), and if all or none of them are localisers and have a
+    geometry. Images without SeriesInstanceUID must also agree in patient, study and frame of reference. Files that are
+    not DICOM or contain no image are skipped. Of several equal slices one is used. The order of the series does not
+    depend on file names.
 
     Raises:
-        UnreadableFileError: the path does not exist, or a DICOM file is truncated, damaged or not readable.
+        UnreadableFileError: the path does not exist or is not readable, or no header of a DICOM image is readable.
         ArchiveError: the zip archive is encrypted, damaged or too large.
         NoSeriesError: there is no DICOM image.
     """
     slices: list[SliceHeader] = []
-    seen = damaged = 0
+    unreadable: list[tuple[int, UnreadableImage]] = []
+    without_image: list[str] = []
+    seen = 0
     with DicomSource(path) as source:
-        for file in source.files():
-            seen += 1
+        for seen, file in enumerate(source.files(), start=1):
             with source.open(file) as stream:
-                try:
-                    slices += read_slices(file, stream)
-                except DamagedHeaderError:
-                    damaged += 1
-    if damaged:
-        raise UnreadableFileError(
-            f"{damaged} of {seen} DICOM files in {path} are truncated, damaged, or in a deflated transfer syntax.",
-            remedy="Copy the series again from its source, or export it from the PACS as uncompressed DICOM.",
-        )
-    if not slices:
-        found = f"{seen} DICOM files, but no DICOM image" if seen else "no DICOM file"
-        raise NoSeriesError(f"{path} contains {found}.", remedy="Give the folder, zip archive or file of a CT series.")
-    groups = sorted(_grouped(slices), key=lambda group: _sorting_key(group[0]))
-    return [_series(path, number, group) for number, group in enumerate(groups, start=1)]
+                found = read_slices(file, stream)
+            if isinstance(found, UnreadableImage):
+                unreadable.append((seen, found))
+            elif isinstance(found, NoImage):
+                without_image.append(found.series_uid)
+            else:
+                slices += found
+        others = OtherFiles(seen, tuple(unreadable), tuple(without_image), source.no_dicom)
+        if not slices and unreadable:
+            raise unreadable_files(path, unreadable, seen)
+        if not slices:
+            content = f"{seen} DICOM files, but no DICOM image" if seen else "no DICOM file"
+            raise NoSeriesError(
+                f"{path} contains {content}.", remedy="Give the folder, zip archive or file of a CT series."
+            )
+        groups = sorted(_grouped(slices), key=lambda group: _sorting_key(group[0]))
+        return [_series(source, number, group, others) for number, group in enumerate(groups, start=1)]
 
 
-def _series(path: Path, number: int, slices: Sequence[SliceHeader]) -> DicomSeries:
-    problem = None
+def unreadable_files(path: Path, files: Sequence[tuple[int, UnreadableImage]], seen: int) -> UnreadableFileError:
+    """Return the error for DICOM files that may be slices but cannot be read.
+
+    Args:
+        path: path as given by the user.
+        files: number of each file in the order of the names, from 1, and what is wrong with it.
+        seen: number of DICOM files.
+    """
+    number, first = files[0]
+    which = f"file {number} in the order of the names" if seen > 1 else "the file"
+    return UnreadableFileError(
+        f"{len(files)} of {seen} DICOM files in {path} cannot be read, and may contain slices of the scan: in {which}, "
+        f"{first.damage}.",
+        remedy="Copy these files again from their source; or move them out of the folder if the scan is complete "
+        "without them.",
+    )
+
+
+def _series(source: DicomSource, number: int, slices: Sequence[SliceHeader], others: OtherFiles) -> DicomSeries:
+    path, problem = source.path, None
+    given = list(slices)
     try:
         check_kind(slices, path)
+        slices = without_copies(slices, source)
         check_pixels(slices, path)
         check_stack(slices, path)
     except InputError as found:
         problem = found
-    return DicomSeries(path, number, sort_slices(slices), problem)
+    warnings = [*_assumptions(slices)]
+    if copies := len(given) - len(slices):
+        warnings.append(
+            f"{copies} {'copies of slices were' if copies > 1 else 'copy of a slice was'} left out: position and "
+            "pixels are equal."
+        )
+    if problem is None and (drift := drift_of(slices)):
+        warnings.append(
+            f"Each slice is shifted sideways by {drift:.2g} mm relative to the slice before, according to "
+            f"{element_name('ImagePositionPatient')}: the axes of the volume are not exactly perpendicular."
+        )
+    return DicomSeries(path, number, sort_slices(slices), problem, tuple(warnings), others)
+
+
+def _assumptions(slices: Sequence[SliceHeader]) -> Iterator[str]:
+    counts = Counter(sentence for slice_ in slices for sentence in slice_.assumptions)
+    for keyword, values, assumption in (
+        ("SeriesInstanceUID", [slice_.series_uid for slice_ in slices], "grouped by study and geometry"),
+        ("StudyInstanceUID", [slice_.study_uid for slice_ in slices], "assumed to belong to one study"),
+        (
+            "FrameOfReferenceUID",
+            [slice_.frame_of_reference_uid for slice_ in slices],
+            "assumed to have one frame of reference",
+        ),
+    ):
+        if values.count("") and (any(values) or keyword == "SeriesInstanceUID"):
+            counts[f"{element_name(keyword)} is missing: the images are {assumption}."] = values.count("")
+    for sentence, count in counts.items():
+        yield sentence if count == len(slices) else f"In {count} of {len(slices)} slices, {sentence}"
 
 
 def _grouped(slices: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
     groups: dict[tuple[object, ...], list[list[SliceHeader]]] = {}
-    for slice_ in slices:
+    for slice_ in sorted(slices, key=_sorting_key):
         alike = groups.setdefault(_exact_key(slice_), [])
         for group in alike:
-            if _agree(slice_.orientation, group[0].orientation, SAME_DIRECTION) and _agree(
-                slice_.spacing, group[0].spacing, SAME_SPACING_MM
-            ):
+            if same_plane(slice_, group[0]):
                 group.append(slice_)
                 break
         else:
@@ -193,25 +288,16 @@ def _grouped(slices: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
 
 
 def _exact_key(slice_: SliceHeader) -> tuple[object, ...]:
-    kind = (slice_.modality, slice_.sop_class, is_localiser(slice_))
-    return (slice_.series_uid, *kind, slice_.rows, slice_.columns)
+    kind = (slice_.modality, slice_.sop_class, is_localiser(slice_), slice_.placed)
+    beside = ("", b"") if slice_.series_uid else (slice_.frame_of_reference_uid, slice_.patient)
+    return (slice_.series_uid, *beside, *kind, slice_.rows, slice_.columns)
 
 
 def _sorting_key(slice_: SliceHeader) -> tuple[object, ...]:
     return (slice_.study_uid, *_exact_key(slice_), slice_.spacing or (), slice_.orientation or ())
 
 
-def _agree(a: tuple[float, ...] | None, b: tuple[float, ...] | None, tolerance: float) -> bool:
-    """Return True if the numbers agree within a tolerance.
-
-    Missing numbers agree with all numbers, so that a slice without them stays in its series, and the series is refused.
-    """
-    if a is None or b is None:
-        return True
-    return bool(np.abs(np.subtract(a, b)).max() <= tolerance)
-
-
-def _plane(slice_: SliceHeader) -> str:
-    normal = np.abs(normal_of(slice_))
+def _plane(slices: Sequence[SliceHeader]) -> str:
+    normal = np.abs(normal_of(slices))
     names = ("sagittal", "coronal", "axial")
     return names[int(normal.argmax())] if normal.max() >= _NAMED_PLANE else "oblique"

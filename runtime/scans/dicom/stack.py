@@ -15,7 +15,9 @@ from fseft_edge.runtime.errors import (
     MissingSliceError,
     UnevenSlicesError,
 )
+from fseft_edge.runtime.scans.dicom.elements import element_name
 from fseft_edge.runtime.scans.dicom.headers import SliceHeader
+from fseft_edge.runtime.scans.dicom.pixels import fault_counts
 
 SAME_POSITION_MM = 0.01
 """Slices closer than this distance are at the same position, because no CT has such a small slice distance."""
@@ -28,11 +30,22 @@ last and any other slice by up to 0.05 mm each. The deviation from the line betw
 0.1 mm.
 """
 
-TILT_DEGREES = 0.1
-"""Largest accepted angle between the direction of a stack and the slice normal.
+SAME_DIRECTION = 3.5e-3
+"""Largest difference of direction cosines within one stack, 0.2 degrees. It allows for rounding to three decimals."""
 
-A stack is tilted only if two limits are exceeded: the angle is larger than ``TILT_DEGREES``, and the sideways shift of
-the last slice relative to the first slice is larger than ``SLICE_TOLERANCE_MM``.
+CORNER_VOXELS = 0.1
+"""Largest accepted distance, in pixels, between a corner of a slice and the same corner according to the mean
+ImageOrientationPatient and PixelSpacing of the stack. Scanners round both, sometimes differently from slice to slice.
+"""
+
+TILT_DEGREES = 0.1
+"""Largest angle between the direction of a stack and the slice normal that is always accepted."""
+
+DRIFT_DEGREES, DRIFT_VOXELS = 1.0, 0.1
+"""A sideways movement of the table is accepted up to this angle and up to this part of a pixel from slice to slice.
+
+The affine of the stack contains the movement. Gantries are tilted by larger angles, or state the angle in
+GantryDetectorTilt.
 """
 
 _COSINE_TOLERANCE = 1e-3
@@ -41,9 +54,10 @@ _COSINE_TOLERANCE = 1e-3
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 
-def normal_of(slice_: SliceHeader) -> NDArray[np.float64]:
-    """Return the normal of a slice, LPS+: the cross product of row and column direction, not scaled to length one."""
-    return np.cross((slice_.orientation or ())[:3], (slice_.orientation or ())[3:])
+def normal_of(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
+    """Return the normal of slices, LPS+, of length about one: the cross product of their mean row and column."""
+    row, column = np.mean([slice_.orientation for slice_ in slices], axis=0).reshape(2, 3)
+    return np.cross(row, column)
 
 
 def sort_slices(slices: Sequence[SliceHeader]) -> tuple[SliceHeader, ...]:
@@ -51,26 +65,70 @@ def sort_slices(slices: Sequence[SliceHeader]) -> tuple[SliceHeader, ...]:
     given = sorted(slices, key=lambda slice_: (slice_.file.path, slice_.file.member or "", slice_.frame))
     if any(slice_.position is None or slice_.orientation is None for slice_ in slices):
         return tuple(given)
-    normal = normal_of(slices[0])
+    normal = normal_of(slices)
     return tuple(sorted(given, key=lambda slice_: float(np.dot(normal, slice_.position or ()))))
+
+
+def same_plane(a: SliceHeader, b: SliceHeader) -> bool:
+    """Return True if two slices of equal matrix can lie in one stack: orientation and spacing agree but for rounding.
+
+    Missing numbers agree with all numbers, so that a slice without them stays in its series, and the series is refused.
+    """
+    if a.orientation and b.orientation and np.abs(np.subtract(a.orientation, b.orientation)).max() > SAME_DIRECTION:
+        return False
+    if not (a.spacing and b.spacing):
+        return True
+    off = np.abs(np.subtract(a.spacing, b.spacing)) * (max(a.rows - 1, 0), max(a.columns - 1, 0))
+    return bool((off <= CORNER_VOXELS * min(*a.spacing, *b.spacing)).all())
 
 
 def affine_of(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
     """Return the affine of sorted slices, float64 4x4, voxel index to RAS+ mm. :func:`check_stack` must have succeeded.
 
     The slice step is the vector from the first to the last slice divided by the number of steps, so that both slices
-    have exactly the positions in their headers.
+    have exactly the positions in their headers. The steps within a slice are those of the headers, or their mean.
     """
-    first = slices[0]
-    row_spacing, column_spacing = first.spacing or ()
-    along_row, along_column = np.array((first.orientation or ())[:3]), np.array((first.orientation or ())[3:])
-    start, stop = (np.array(slice_.position) for slice_ in (first, slices[-1]))
+    start, stop = (np.array(slice_.position) for slice_ in (slices[0], slices[-1]))
+    steps = _steps(slices)
+    within = steps[0] if (steps == steps[0]).all() else steps.mean(axis=0)
     affine = np.eye(4)
-    affine[:3, 0] = _LPS_TO_RAS @ (along_row * column_spacing)
-    affine[:3, 1] = _LPS_TO_RAS @ (along_column * row_spacing)
+    affine[:3, 0] = _LPS_TO_RAS @ within[0]
+    affine[:3, 1] = _LPS_TO_RAS @ within[1]
     affine[:3, 2] = _LPS_TO_RAS @ ((stop - start) / (len(slices) - 1))
     affine[:3, 3] = _LPS_TO_RAS @ start
     return affine + 0.0  # no negative zeros
+
+
+def _steps(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
+    """Return the steps ``[slices, 2, 3]`` from column to column and from row to row of each slice, LPS+ mm."""
+    directions = np.array([slice_.orientation for slice_ in slices]).reshape(len(slices), 2, 3)
+    spacings = np.array([(slice_.spacing or ())[::-1] for slice_ in slices])  # between columns, between rows
+    steps: NDArray[np.float64] = directions * spacings[:, :, None]
+    return steps
+
+
+def drift_of(slices: Sequence[SliceHeader]) -> float:
+    """Return the sideways movement in mm from each slice to the next; 0 if it is smaller than rounding.
+
+    Args:
+        slices: slices for which :func:`check_stack` succeeded.
+    """
+    sideways, degrees, pixel = _tilt(sort_slices(slices))
+    return sideways / (len(slices) - 1) if sideways > _tolerated_shift(pixel) and degrees > TILT_DEGREES else 0.0
+
+
+def _tilt(stack: Sequence[SliceHeader]) -> tuple[float, float, float]:
+    """Return the sideways shift of the last sorted slice in mm, the angle in degrees, and the pixel spacing in mm."""
+    normal = normal_of(stack)
+    normal /= np.linalg.norm(normal)
+    across = np.subtract(stack[-1].position or (), stack[0].position or ())
+    height = float(across @ normal)
+    sideways = float(np.linalg.norm(across - height * normal))
+    return sideways, float(np.degrees(np.arctan2(sideways, height))), min(stack[0].spacing or ())
+
+
+def _tolerated_shift(pixel: float) -> float:
+    return max(SLICE_TOLERANCE_MM, CORNER_VOXELS * pixel)
 
 
 def check_stack(slices: Sequence[SliceHeader], path: Path) -> None:
@@ -86,7 +144,7 @@ def check_stack(slices: Sequence[SliceHeader], path: Path) -> None:
     _check_geometry(slices, path)
     stack, count = sort_slices(slices), len(slices)
     positions = np.array([slice_.position for slice_ in stack])
-    normal = normal_of(stack[0])
+    normal = normal_of(stack)
     normal /= np.linalg.norm(normal)
     gaps = np.diff(positions @ normal)
     same = int((gaps < SAME_POSITION_MM).sum())
@@ -96,15 +154,8 @@ def check_stack(slices: Sequence[SliceHeader], path: Path) -> None:
             "phases of a dynamic scan.",
             remedy="Delete the copies, or export each phase as a separate series.",
         )
+    _check_tilt(stack, path)
     across = positions[-1] - positions[0]
-    height = float(across @ normal)
-    sideways = float(np.linalg.norm(across - height * normal))
-    if sideways > max(SLICE_TOLERANCE_MM, height * np.tan(np.radians(TILT_DEGREES))):
-        raise GantryTiltError(
-            f"The series in {path} was acquired with a gantry tilt of "
-            f"{np.degrees(np.arctan2(sideways, height)):.1f} degrees: each slice is shifted relative to the next.",
-            remedy="Export a reformatted series without tilt from the PACS.",
-        )
     distance = float(np.median(gaps))
     tolerance = min(SLICE_TOLERANCE_SHARE * distance, SLICE_TOLERANCE_MM)
     wide = int(np.argmax(gaps))
@@ -126,6 +177,19 @@ def check_stack(slices: Sequence[SliceHeader], path: Path) -> None:
         )
 
 
+def _check_tilt(stack: Sequence[SliceHeader], path: Path) -> None:
+    sideways, degrees, pixel = _tilt(stack)
+    if sideways <= _tolerated_shift(pixel) or degrees <= TILT_DEGREES:
+        return
+    stated = any(abs(slice_.tilt or 0.0) > TILT_DEGREES for slice_ in stack)
+    if stated or degrees > DRIFT_DEGREES or sideways / (len(stack) - 1) > DRIFT_VOXELS * pixel:
+        raise GantryTiltError(
+            f"The series in {path} was acquired with a gantry tilt of {degrees:.1f} degrees: each slice is shifted "
+            "relative to the next.",
+            remedy="Export a reformatted series without tilt from the PACS.",
+        )
+
+
 def _check_geometry(slices: Sequence[SliceHeader], path: Path) -> None:
     remedy = "Export the original series again from the PACS."
     attributes = {
@@ -133,7 +197,9 @@ def _check_geometry(slices: Sequence[SliceHeader], path: Path) -> None:
         "ImageOrientationPatient": [slice_.orientation for slice_ in slices],
         "PixelSpacing": [slice_.spacing for slice_ in slices],
     }
-    missing = [name for name, values in attributes.items() if None in values]
+    if found := fault_counts(slices, tuple(attributes)):
+        raise GeometryError(f"The series in {path} has a wrong header: {found}.", remedy=remedy)
+    missing = [element_name(name) for name, values in attributes.items() if None in values]
     if missing:
         raise GeometryError(
             f"At least one slice of the series in {path} has no valid {' or '.join(missing)}.", remedy=remedy
@@ -143,12 +209,27 @@ def _check_geometry(slices: Sequence[SliceHeader], path: Path) -> None:
             f"The series in {path} is a CT of a four-footed animal, which has other anatomical directions.",
             remedy="Give a CT of a person.",
         )
-    first = slices[0]
-    row, column = np.array((first.orientation or ())[:3]), np.array((first.orientation or ())[3:])
-    errors = [float(abs(error)) for error in (np.linalg.norm(row) - 1, np.linalg.norm(column) - 1, row @ column)]
-    if not max(errors) <= _COSINE_TOLERANCE:
+    for row, column in {slice_.orientation: np.reshape(slice_.orientation or (), (2, 3)) for slice_ in slices}.values():
+        errors = [float(abs(error)) for error in (np.linalg.norm(row) - 1, np.linalg.norm(column) - 1, row @ column)]
+        if not max(errors) <= _COSINE_TOLERANCE:
+            raise GeometryError(
+                f"The {element_name('ImageOrientationPatient')} of the series in {path} is invalid: its axes must be "
+                "perpendicular and have the length 1.",
+                remedy=remedy,
+            )
+    _check_same_plane(slices, path)
+
+
+def _check_same_plane(slices: Sequence[SliceHeader], path: Path) -> None:
+    steps = _steps(slices)
+    size = np.array([slices[0].columns - 1, slices[0].rows - 1])
+    edges = (steps - steps.mean(axis=0)) * size[:, None]
+    off = float(np.linalg.norm([*edges[:, 0], *edges[:, 1], *edges.sum(axis=1)], axis=1).max())
+    limit = CORNER_VOXELS * min(slices[0].spacing or ())
+    if off > limit:
         raise GeometryError(
-            f"The ImageOrientationPatient of the series in {path} is invalid: its axes must be perpendicular and "
-            "have the length 1.",
-            remedy=remedy,
+            f"The slices of the series in {path} are not parallel: because of different values of "
+            f"{element_name('ImageOrientationPatient')} or {element_name('PixelSpacing')}, a corner of a slice is "
+            f"{off:.3g} mm from its place, but the limit is a tenth of a pixel, {limit:.3g} mm.",
+            remedy="Export a reformatted series of parallel slices from the PACS.",
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from doubles.dicom import PATIENT, Series, save, some_hu, zipped
+from doubles.dicom_readers import hu_of
 from doubles.errors import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,10 +39,6 @@ SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
 FEET_FIRST = (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 PRONE = (-1.0, 0.0, 0.0, 0.0, -1.0, 0.0)
 OBLIQUE = tuple(Rotation.from_euler("xyz", [8, -20, 33], degrees=True).as_matrix()[:, :2].T.ravel())
-
-
-def hu_of(volume: Volume) -> np.ndarray:
-    return volume.hu((slice(None), slice(None), slice(None)))
 
 
 def world_of(volume: Volume) -> np.ndarray:

@@ -14,9 +14,9 @@ from doubles.errors import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
+from pydicom.pixels.decoders.base import Decoder
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGExtended12Bit,
     JPEGLosslessSV1,
@@ -116,7 +116,8 @@ def test_two_adjacent_missing_slices(tmp_path, series):
 
 def test_several_slices_at_one_position(tmp_path, series):
     series.write(tmp_path / "first", names=NAMED)
-    for number, dataset in enumerate(series.datasets()):
+    phase = replace(series, hu=some_hu((7, 6, 9), seed=4))
+    for number, dataset in enumerate(phase.datasets()):
         save(dataset, tmp_path / "second_phase" / f"{PATIENT}{number}")
     refusal(tmp_path, DuplicateSliceError, "18 slices", "9 positions")
 
@@ -160,6 +161,7 @@ def test_a_tilted_gantry(tmp_path, degrees):
 
     def change(dataset: Dataset, place: int) -> None:
         dataset.ImagePositionPatient = [round(float(value), 6) for value in series.position(place) + place * sideways]
+        dataset.GantryDetectorTilt = degrees
 
     series.write(tmp_path, change)
     refusal(tmp_path, GantryTiltError, f"{abs(degrees)} degrees")
@@ -268,7 +270,8 @@ def test_impossible_orientations(tmp_path, series, orientation):
 
 
 def test_a_voxel_of_an_impossible_size(tmp_path, series):
-    refusal(series.write(tmp_path, attributes(PixelSpacing=[0, 0])), GeometryError, "(0.0, 0.0, 2.5)")
+    named = "PixelSpacing (0028,0030) is not positive in 9 of 9 slices"
+    refusal(series.write(tmp_path, attributes(PixelSpacing=[0, 0])), GeometryError, named)
 
 
 @pytest.mark.parametrize("syntax", [JPEGExtended12Bit, "1.2.3.4.5", "1.2.840.10008.1.2.4.102"])
@@ -293,13 +296,6 @@ def test_a_decoder_that_is_not_installed_is_named(tmp_path, series, monkeypatch)
         save(dataset, tmp_path / NAMED[place])
     error = refusal(tmp_path, NoDecoderError, JPEGLosslessSV1)
     assert "fseft-edge[jpeg]" in error.remedy
-
-
-def test_a_deflated_file_is_not_inflated(tmp_path, series):
-    for place, dataset in enumerate(series.datasets()):
-        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-        save(dataset, tmp_path / NAMED[place])
-    refusal(tmp_path, UnreadableFileError, "9 of 9")
 
 
 @pytest.mark.parametrize("place", [0, 5, 8])
@@ -355,7 +351,7 @@ def test_a_frame_of_another_size_is_never_decoded(tmp_path, monkeypatch, syntax,
             at = raw.index(marker, raw.index(b"\xe0\x7f\x10\x00")) + rows_at
             raw[at : at + 4 if syntax == JPEG2000Lossless else at + 2] = b"\xff\xff"
             (tmp_path / NAMED[place]).write_bytes(raw)
-    monkeypatch.setattr(pixels, "iter_pixels", lambda *_, **__: pytest.fail("a decoder was called"))
+    monkeypatch.setattr(Decoder, "iter_array", lambda *_, **__: pytest.fail("a decoder was called"))
     refusal(tmp_path, UnreadableFileError, "Slice 1 of 3")
 
 
