@@ -20,11 +20,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Final, Literal
 
+from fseft_edge.runtime.system.limits import memory_limits, usable_cores
+
 _INSTRUCTIONS: Final = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 """Instruction sets for the fast code of the inference engines, with their Linux names."""
 
 _PROC = Path("/proc")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _NETWORK_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs", "gpfs", "davfs"}
     | {"fuse.sshfs", "fuse.glusterfs", "fuse.ceph"}
@@ -40,7 +41,8 @@ class Cpu:
     Attributes:
         model: model name of the processor.
         cores: number of logical cores of the machine.
-        usable_cores: number of logical cores that this process may use.
+        usable_cores: number of logical cores that this process may use
+            (:func:`fseft_edge.runtime.system.limits.usable_cores`).
         instructions: available instruction sets among those that the inference engines use.
     """
 
@@ -129,7 +131,7 @@ def cpu() -> Cpu:
     return Cpu(
         model=fields.get("model name") or platform.processor() or platform.machine(),
         cores=os.cpu_count() or 1,
-        usable_cores=len(os.sched_getaffinity(0)),
+        usable_cores=usable_cores(),
         instructions=tuple(name for name in _INSTRUCTIONS if name in flags),
     )
 
@@ -140,10 +142,8 @@ def _memory() -> Memory | None:
         total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (KeyError, ValueError, IndexError):
         return None
-    limit = _text(_CGROUP_LIMIT).strip()
-    if limit.isdecimal():
-        total = min(total, int(limit))
-    return Memory(total, min(free, total))
+    groups = memory_limits(_PROC.parent)
+    return Memory(min([total, *(group.limit for group in groups)]), min([free, *(group.free for group in groups)]))
 
 
 def _disks() -> Iterator[Disk]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
+from fseft_edge.runtime.system.limits import memory_limits
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ GB = 1_000_000_000
 _SHARE_OF_FREE = 0.9
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_NO_LIMIT = 1 << 60  # version 1 of cgroups states "unlimited" as a number near 2^63
 
 # Texts in the messages of the CPU allocators of PyTorch, oneDNN and the C++ library, and of the arena of ONNX Runtime.
 # ONNX Runtime raises its own exception class, which is not a RuntimeError.
@@ -43,18 +43,26 @@ class Budget:
         ram: memory that this process may use; None means :func:`free_ram` when the work on a scan starts.
         vram: GPU memory that PyTorch or ONNX Runtime may allocate; None means :func:`free_vram` when the work on a scan
             starts.
+        processes: number of processes of this run that share the free memory.
     """
 
     ram: int | None = None
     vram: int | None = None
+    processes: int = 1
+
+    @property
+    def limited(self) -> bool:
+        """Whether the user limited the memory, so that only one scan at a time may be in memory."""
+        return self.ram is not None or self.vram is not None
 
     @classmethod
-    def of(cls, memory_gb: float | None, vram_gb: float | None) -> Budget:
-        """Return a budget from amounts in units of 1e9 bytes.
+    def of(cls, memory_gb: float | None, vram_gb: float | None, processes: int = 1) -> Budget:
+        """Return the budget of each process of a run, from amounts in units of 1e9 bytes.
 
         Args:
-            memory_gb: memory that this process may use; None means 90 % of the free memory.
-            vram_gb: GPU memory that this process may use; None means 90 % of the free GPU memory.
+            memory_gb: memory that all processes may use together; None means 90 % of the free memory.
+            vram_gb: GPU memory that all processes may use together; None means 90 % of the free GPU memory.
+            processes: number of processes.
 
         Raises:
             UsageError: an amount is not a positive finite number.
@@ -65,8 +73,8 @@ class Budget:
                     f"The {name} budget is {value} GB, but must be a finite number above 0.",
                     remedy=f"Give a number above 0, or leave --{name} out.",
                 )
-        ram, vram = (None if value is None else int(value * GB) for value in (memory_gb, vram_gb))
-        return cls(ram, vram)
+        ram, vram = (None if value is None else int(value * GB) // processes for value in (memory_gb, vram_gb))
+        return cls(ram, vram, processes)
 
 
 AS_MUCH_AS_IS_FREE = Budget()
@@ -115,8 +123,8 @@ def first_that_fits(plans: Sequence[_Plan], budget: Budget, device: torch.device
         allowed = [plan for plan in allowed if plan.footprint.ram <= budget.ram]
         if not allowed:
             raise _too_small(work, "memory", budget.ram, least)
-    ram = free_ram() if budget.ram is None else budget.ram
-    vram = free_vram(device) if budget.vram is None else budget.vram
+    ram = free_ram(budget.processes) if budget.ram is None else budget.ram
+    vram = free_vram(device, budget.processes) if budget.vram is None else budget.vram
     for plan in allowed:
         if plan.footprint.ram <= ram and plan.footprint.vram <= vram:
             return plan
@@ -144,39 +152,36 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE
 
 
-def free_ram() -> int:
+def free_ram(processes: int = 1, root: Path = Path("/")) -> int:
     """Return the memory that this process may use, in bytes: 90 % of its resident memory plus the available memory.
 
-    The available memory is the smaller of ``MemAvailable`` and the unused part of the limit of a control group.
+    The available memory is the smallest of ``MemAvailable`` and of what each limit of a control group leaves
+    (:func:`fseft_edge.runtime.system.limits.memory_limits`).
+
+    Args:
+        processes: number of processes that share the available memory in equal parts.
+        root: folder that contains ``proc`` and ``sys``.
     """
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    available = int(fields["MemAvailable"].split()[0]) << 10
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        allowed, used = _number(limit), _number(usage)
-        if allowed is not None and used is not None and allowed < _NO_LIMIT:
-            available = min(available, max(allowed - used, 0))
-    return int(_SHARE_OF_FREE * (resident_bytes() + available))
+    lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    machine = int(fields["MemAvailable"].split()[0]) << 10
+    available = min([machine, *(group.free for group in memory_limits(root))])
+    return int(_SHARE_OF_FREE * (resident_bytes() + available // processes))
 
 
-def free_vram(device: torch.device) -> int:
-    """Return the GPU memory that this process may use in bytes: 90 % of reserved plus free memory; 0 on a CPU."""
+def free_vram(device: torch.device, processes: int = 1) -> int:
+    """Return the GPU memory that this process may use in bytes: 90 % of reserved plus free memory; 0 on a CPU.
+
+    Args:
+        device: the device.
+        processes: number of processes that share the free memory in equal parts.
+    """
     if device.type != "cuda":
         return 0
     import torch  # noqa: PLC0415 - a GPU device implies that torch is already imported
 
     free, _ = torch.cuda.mem_get_info(device)
-    return int(_SHARE_OF_FREE * (free + torch.cuda.memory_reserved(device)))
-
-
-def _number(path: str) -> int | None:
-    """Return the number in a system file, or None if the file does not exist or contains no number."""
-    try:
-        return int(Path(path).read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
+    return int(_SHARE_OF_FREE * (free // processes + torch.cuda.memory_reserved(device)))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,6 @@ def proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     root.mkdir()
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(machine, "_PROC", root)
-    monkeypatch.setattr(machine, "_CGROUP_LIMIT", tmp_path / "memory.max")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return root
@@ -58,14 +57,20 @@ def test_processor_is_the_first_in_cpuinfo_with_its_relevant_instructions(proc: 
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(None, (8000, 6000)), ("max", (8000, 6000)), ("4096000", (4000, 4000))]
+    ("limit", "expected"), [(None, (8000, 6000)), ("max", (8000, 6000)), ("4096000", (4000, 3000))]
 )
 def test_memory_is_that_of_the_machine_or_of_the_container(
     proc: Path, limit: str | None, expected: tuple[int, int]
 ) -> None:
     (proc / "meminfo").write_text("MemTotal:  8000 kB\nMemFree:  100 kB\nMemAvailable:  6000 kB\n")
     if limit is not None:
-        (proc.parent / "memory.max").write_text(f"{limit}\n")
+        (proc / "self").mkdir()
+        (proc / "self" / "cgroup").write_text("0::/job\n")
+        (proc / "self" / "mountinfo").write_text("31 23 0:28 / /groups rw - cgroup2 cgroup rw\n")
+        job = proc.parent / "groups" / "job"
+        job.mkdir(parents=True)
+        (job / "memory.max").write_text(f"{limit}\n")
+        (job / "memory.current").write_text("1024000\n")
     memory = this_machine().memory
     assert memory is not None
     assert (memory.total_bytes, memory.free_bytes) == tuple(size * 1024 for size in expected)
