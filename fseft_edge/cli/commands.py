@@ -15,6 +15,7 @@ import click
 
 from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, dicom_option, logging_options
 from fseft_edge.cli.tables import echo_table
+from fseft_edge.outbox.records import printable
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
 from fseft_edge.runtime.scans.organs import parse_organs
 from fseft_edge.runtime.system.progress import open_progress
@@ -103,7 +104,18 @@ def demo(output: Path, quiet: bool) -> None:
 )
 @click.option("--preview", is_flag=True, help="Also write a picture of each mask, <case>.png.")
 @dicom_option
-@click.option("--json", "as_json", is_flag=True, help="Print volumes and quality flags as JSON.")
+@click.option(
+    "--save-probabilities",
+    is_flag=True,
+    help="Also write the probabilities of each organ before post-processing, <case>/<organ>.probability.nii.gz.",
+)
+@click.option("--split", is_flag=True, help="Also write a separate mask of each organ, <case>/<organ>.nii.gz.")
+@click.option(
+    "--skip-existing",
+    is_flag=True,
+    help="Keep complete results of the same scan, adapters and options in the output folder; segment only other scans.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print volumes, quality flags and warnings as JSON.")
 @common_options
 def segment(
     *,
@@ -122,6 +134,9 @@ def segment(
     fill_holes: bool | None,
     preview: bool,
     dicom: tuple[DicomKind, ...],
+    save_probabilities: bool,
+    split: bool,
+    skip_existing: bool,
     as_json: bool,
     common: Common,
 ) -> None:
@@ -151,6 +166,9 @@ def segment(
                 fill_holes=fill_holes,
                 preview=preview,
                 dicom=dicom,
+                save_probabilities=save_probabilities,
+                split=split,
+                skip_existing=skip_existing,
                 cache=common.cache,
                 cache_gb=common.cache_gb,
                 device=common.device,
@@ -182,7 +200,17 @@ def _transduction_inputs(
 
 
 def _segment_json(results: Sequence[SegmentedCase]) -> str:
-    cases = [{"case": r.case, "mask": str(r.mask), "organs": [asdict(organ) for organ in r.organs]} for r in results]
+    cases = [
+        {
+            "case": result.case,
+            "mask": str(result.mask),
+            "organs": [asdict(organ) for organ in result.organs],
+            "warnings": list(result.warnings),
+            "not_written": list(result.not_written),
+            "existing": result.existing,
+        }
+        for result in results
+    ]
     return json.dumps(cases, indent=2)
 
 
@@ -193,7 +221,10 @@ def _segment_text(results: Sequence[SegmentedCase]) -> str:
             f"{organ.name} {organ.volume_ml:.1f} ml{' (' + ', '.join(organ.flags) + ')' if organ.flags else ''}"
             for organ in result.organs
         )
-        lines.append(f"{result.mask}: {organs}")
+        count = len(result.warnings)
+        warnings = f"; {count} warning{'s' * (count > 1)}" if count else ""
+        existing = "exists already: " if result.existing else ""
+        lines.append(f"{printable(str(result.mask))}: {existing}{organs}{warnings}")
     return "\n".join(lines)
 
 
