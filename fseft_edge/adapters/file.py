@@ -150,11 +150,16 @@ class AdapterFile:
     adapter: Adapter
     sha256: str | None = None
 
-    def check_encoder(self, encoder_id: str, *, path: Path) -> None:
-        """Raise AdapterError if the adapter was trained on the features of another encoder."""
+    def check_encoder(self, encoder_id: str, *, path: Path | None) -> None:
+        """Raise AdapterError if the adapter was trained on the features of another encoder.
+
+        Args:
+            encoder_id: id of the given encoder.
+            path: file of the adapter, for the message; None for an adapter in memory.
+        """
         if encoder_id != self.description.encoder_id:
             raise AdapterError(
-                f"{path} was trained with the encoder {self.description.encoder_name} "
+                f"{path or 'The adapter in memory'} was trained with the encoder {self.description.encoder_name} "
                 f"(id {self.description.encoder_id[:12]}), but the given encoder has the id {encoder_id[:12]}.",
                 remedy="Give the encoder of the adapter with --encoder, or run `fseft-edge adapt` with this encoder.",
             )

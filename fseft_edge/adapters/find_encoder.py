@@ -13,7 +13,7 @@ from fseft_edge.runtime.errors import EncoderBundleError, InputError
 _LOG = logging.getLogger(__name__)
 
 
-def find_encoder(adapter: Path, encoder_id: str) -> Path:
+def find_encoder(adapter: Path | None, encoder_id: str) -> Path:
     """Return the encoder bundle that an adapter was trained with.
 
     The search covers the folder of the adapter, then the working folder, then the built-in encoders that were exported
@@ -21,7 +21,7 @@ def find_encoder(adapter: Path, encoder_id: str) -> Path:
     (`merge` writes such pairs), then the first by name.
 
     Args:
-        adapter: path of the adapter file.
+        adapter: path of the adapter file; None for an adapter in memory.
         encoder_id: id of the encoder that the adapter was trained with.
 
     Raises:
@@ -34,14 +34,15 @@ def find_encoder(adapter: Path, encoder_id: str) -> Path:
         except EncoderBundleError as error:
             _LOG.warning("%s is skipped: %s", path, error)
     raise InputError(
-        f"The encoder of {adapter} (id {encoder_id[:12]}) is not in the folder of the adapter and not in the working "
-        "folder.",
+        f"The encoder of {adapter or 'the adapter in memory'} (id {encoder_id[:12]}) is not in the folder of the "
+        "adapter and not in the working folder.",
         remedy="Give the encoder bundle with --encoder. If the adapter was trained with the built-in encoder, write "
         "--encoder edge_base.",
     )
 
 
-def _candidates(adapter: Path) -> Iterator[Path]:
-    for folder in (adapter.resolve().parent, Path.cwd()):
-        yield from sorted(folder.glob("*.encoder"), key=lambda path: (path.stem != adapter.stem, path.name))
+def _candidates(adapter: Path | None) -> Iterator[Path]:
+    stem = adapter.stem if adapter else ""
+    for folder in (adapter.resolve().parent, Path.cwd()) if adapter else (Path.cwd(),):
+        yield from sorted(folder.glob("*.encoder"), key=lambda path: (path.stem != stem, path.name))
     yield from exported_built_in_encoders()

@@ -9,20 +9,31 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from fseft_edge.adaptation.transduction import TransductionInputs
+from fseft_edge.adapters.file import AdapterFile
+from fseft_edge.masks.mask_image import Mask
 from fseft_edge.masks.result import SegmentedCase
 from fseft_edge.outbox.records import printable
 from fseft_edge.runtime.encoder.bundle import Precision
-from fseft_edge.runtime.errors import SomeCasesFailedError
-from fseft_edge.runtime.scans.sources import scan_name
+from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
+from fseft_edge.runtime.scans.given import GivenScan, given_scan, one_or_many
+from fseft_edge.runtime.scans.sources import Scan
 from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE
 from fseft_edge.runtime.system.overlap import overlapped
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
-from fseft_edge.segmentation.inputs import cases_of, check_dicom, check_output
-from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, SegmentationSettings, Segmenter, open_segmenter
+from fseft_edge.segmentation.inputs import cases_of, check_dicom, check_output, name_of
+from fseft_edge.segmentation.segmenter import (
+    EncodedCase,
+    LoadedModels,
+    ReadCase,
+    SegmentationSettings,
+    Segmenter,
+    load_models,
+    open_segmenter,
+)
 
 if TYPE_CHECKING:
     from fseft_edge.dicom_output import DicomKind
@@ -30,13 +41,78 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
+GivenAdapter: TypeAlias = str | Path | AdapterFile
+"""An adapter: path of an adapter file, or the adapter that :func:`fseft_edge.adapt` returned."""
+
+
+class SegmentOptions(TypedDict, total=False):
+    """The options of :func:`segment`; its docstring describes them."""
+
+    organs: Sequence[str]
+    encoder: str | Path | None
+    series: str | None
+    transduction: TransductionInputs | None
+    largest_component: bool | None
+    fill_holes: bool | None
+    preview: bool
+    dicom: Sequence[DicomKind]
+    save_probabilities: bool
+    split: bool
+    skip_existing: bool
+    cache: str | Path | None
+    cache_gb: float | None
+    device: str
+    backend: str
+    precision: Precision | Literal["auto"]
+    memory_gb: float | None
+    vram_gb: float | None
+    progress: Progress | None
+
+
+@overload
 def segment(
-    scans: Sequence[Path],
-    adapters: Sequence[Path],
-    output: Path,
+    scans: GivenScan,
+    adapters: GivenAdapter | Sequence[GivenAdapter] = (),
+    output: None = None,
+    **options: Unpack[SegmentOptions],
+) -> Mask: ...
+
+
+@overload
+def segment(
+    scans: Sequence[GivenScan],
+    adapters: GivenAdapter | Sequence[GivenAdapter] = (),
+    output: None = None,
+    **options: Unpack[SegmentOptions],
+) -> list[Mask]: ...
+
+
+@overload
+def segment(
+    scans: GivenScan | Sequence[GivenScan],
+    adapters: GivenAdapter | Sequence[GivenAdapter],
+    output: str | Path,
+    **options: Unpack[SegmentOptions],
+) -> list[SegmentedCase]: ...
+
+
+@overload
+def segment(
+    scans: GivenScan | Sequence[GivenScan],
+    adapters: GivenAdapter | Sequence[GivenAdapter] = (),
+    *,
+    output: str | Path,
+    **options: Unpack[SegmentOptions],
+) -> list[SegmentedCase]: ...
+
+
+def segment(
+    scans: GivenScan | Sequence[GivenScan],
+    adapters: GivenAdapter | Sequence[GivenAdapter] = (),
+    output: str | Path | None = None,
     *,
     organs: Sequence[str] = (),
-    encoder: Path | None = None,
+    encoder: str | Path | None = None,
     series: str | None = None,
     transduction: TransductionInputs | None = None,
     largest_component: bool | None = None,
@@ -46,7 +122,7 @@ def segment(
     save_probabilities: bool = False,
     split: bool = False,
     skip_existing: bool = False,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     cache_gb: float | None = 50.0,
     device: str = "auto",
     backend: str = "auto",
@@ -54,8 +130,11 @@ def segment(
     memory_gb: float | None = None,
     vram_gb: float | None = None,
     progress: Progress | None = None,
-) -> list[SegmentedCase]:
-    """Segment CTs and write ``output/<case>.nii.gz`` and ``output/<case>.json``.
+) -> Mask | list[Mask] | list[SegmentedCase]:
+    """Segment CTs, in memory or into a folder.
+
+    Without ``output``, the result is in memory: the mask of one CT, or a list of masks for a list of CTs. With
+    ``output``, this function writes ``output/<case>.nii.gz`` and ``output/<case>.json`` for each CT.
 
     Organs keep the label values of their annotations. If two adapters use the same value, the organs are numbered 1 to
     K in the order of the adapters and of their organs, with a warning. Where organs overlap, the voxel gets the organ
@@ -64,12 +143,15 @@ def segment(
     All files of a case appear together. They replace the files of an earlier result of the same name.
 
     Args:
-        scans: NIfTI files, DICOM files, zip archives of DICOM files, and folders of NIfTI or DICOM files.
-        adapters: adapter files, all trained on the same encoder. Without an adapter, the classifiers of ``encoder``
-            itself segment the organs that the encoder knows (zero-shot).
-        output: output folder; created if it does not exist.
+        scans: one CT or several: NIfTI files, DICOM files, zip archives of DICOM files, folders of NIfTI or DICOM
+            files, NIfTI images of nibabel, and ``Volume`` objects.
+        adapters: one adapter or several, all trained on the same encoder: adapter files, or adapters that
+            :func:`fseft_edge.adapt` returned. Without an adapter, the classifiers of ``encoder`` itself segment the
+            organs that the encoder knows (zero-shot).
+        output: output folder; created if it does not exist. None returns the masks in memory.
         organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
-        encoder: encoder bundle; None searches for it beside the first adapter and in the working folder.
+        encoder: encoder bundle, or the name of a built-in encoder; None searches for the bundle beside the first
+            adapter, in the working folder, and among the built-in encoders that were exported for this user.
         series: number or UID of the DICOM series to segment, if exactly one scan is given; None means the CT series
             with the most slices.
         transduction: refit the classifiers of the adapters to each scan under a prior on organ sizes; None uses the
@@ -96,20 +178,22 @@ def segment(
         progress: display of the progress; None shows nothing.
 
     Returns:
-        The segmented cases in the order of the scans.
+        Without ``output``, a mask or a list of masks, each a NIfTI image of nibabel on the lattice of its CT. With
+        ``output``, the segmented cases in the order of the scans.
 
     Raises:
-        UsageError: no scan is given, neither an adapter nor an encoder is given, or the output folder contains the
-            scans.
+        UsageError: no scan is given, neither an adapter nor an encoder is given, the output folder contains the scans,
+            or an option needs an output folder.
         InputError: the only scan, an adapter or the encoder is not usable.
         OutOfMemoryError: the memory budget is too small for the only scan.
         SomeCasesFailedError: several scans were given and some of them failed; the masks of the others are written.
             Also if a picture or a DICOM object of a case could not be written; its mask is written then.
     """
     progress = progress or SilentProgress()
+    given = [adapters] if isinstance(adapters, str | Path | AdapterFile) else list(adapters)
     settings = SegmentationSettings(
-        adapters=tuple(adapters),
-        encoder=encoder,
+        adapters=tuple(Path(adapter) for adapter in given if not isinstance(adapter, AdapterFile)),
+        encoder=None if encoder is None else Path(encoder),
         series=series,
         transduction=transduction,
         largest_component=largest_component,
@@ -118,7 +202,7 @@ def segment(
         dicom=tuple(dicom),
         save_probabilities=save_probabilities,
         split=split,
-        cache=cache,
+        cache=None if cache is None else Path(cache),
         cache_gb=cache_gb,
         device=device,
         backend=backend,
@@ -127,13 +211,59 @@ def segment(
         vram_gb=vram_gb,
         organs=tuple(organs),
     )
-    paths = cases_of(scans, series)
+    in_memory = [adapter for adapter in given if isinstance(adapter, AdapterFile)]
+    models = load_models(settings, in_memory) if in_memory else None
+    if output is None:
+        _check_no_files(settings, skip_existing=skip_existing)
+        single, listed = one_or_many(scans)
+        found = [given_scan(scan, series) for scan in listed]
+        masks: list[Mask] = []
+        with (
+            open_segmenter(settings, progress, models=models) as segmenter,
+            progress.task("segment", len(found)) as task,
+        ):
+            for scan in found:
+                masks.append(segmenter.mask(scan))
+                task.advance(1)
+        return masks[0] if single else masks
+    cases = cases_of(scans, series)
+    return _into_folder(
+        cases, Path(output), settings=settings, models=models, skip_existing=skip_existing, progress=progress
+    )
+
+
+def _check_no_files(settings: SegmentationSettings, *, skip_existing: bool) -> None:
+    """Raise UsageError if an option writes files, because there is no output folder."""
+    options = {
+        "preview": settings.preview,
+        "dicom": settings.dicom,
+        "save_probabilities": settings.save_probabilities,
+        "split": settings.split,
+        "skip_existing": skip_existing,
+    }
+    for option, given in options.items():
+        if given:
+            raise UsageError(
+                f"The option {option} needs an output folder.", remedy=f"Give the argument output, or omit {option}."
+            )
+
+
+def _into_folder(
+    paths: Sequence[Path | Scan],
+    output: Path,
+    *,
+    settings: SegmentationSettings,
+    models: LoadedModels | None,
+    skip_existing: bool,
+    progress: Progress,
+) -> list[SegmentedCase]:
+    """Segment CTs into a folder, and collect results and failures."""
     check_output(output, paths)
-    if dicom:
+    if settings.dicom:
         check_dicom(paths)
     done: list[SegmentedCase] = []
     failed: list[str] = []
-    with open_segmenter(settings, progress) as segmenter, progress.task("segment", len(paths)) as task:
+    with open_segmenter(settings, progress, models=models) as segmenter, progress.task("segment", len(paths)) as task:
         stages = _Stages(segmenter, output, skip_existing)
         for path, outcome in zip(paths, _outcomes(paths, stages), strict=True):
             try:
@@ -144,7 +274,7 @@ def segment(
                     if known is error:
                         raise
                     raise known from None
-                failed.append(printable(scan_name(path)))
+                failed.append(printable(name_of(path)))
                 _LOG.error("%s failed: %s", failed[-1], " ".join(reason_and_remedy(error)))
             task.advance(1)
     incomplete = [f"{printable(case.case)} ({', '.join(case.not_written)})" for case in done if case.not_written]
@@ -172,8 +302,8 @@ class _Stages:
         self._output = output
         self._skip_existing = skip_existing
 
-    def read(self, path: Path) -> ReadCase | SegmentedCase:
-        self.segmenter.check_names(path, self._output)
+    def read(self, path: Path | Scan) -> ReadCase | SegmentedCase:
+        self.segmenter.check_names(name_of(path), self._output)
         existing = self.segmenter.existing(path, self._output) if self._skip_existing else None
         return existing or self.segmenter.read(path)
 
@@ -184,7 +314,7 @@ class _Stages:
         return case if isinstance(case, SegmentedCase) else self.segmenter.finish(case, self._output)
 
 
-def _outcomes(paths: Sequence[Path], stages: _Stages) -> Iterator[Future[SegmentedCase]]:
+def _outcomes(paths: Sequence[Path | Scan], stages: _Stages) -> Iterator[Future[SegmentedCase]]:
     """Yield the outcome of each case. Stages of several cases overlap only if no memory budget limits them."""
     if len(paths) > 1 and stages.segmenter.settings.budget == AS_MUCH_AS_IS_FREE:
         yield from overlapped(paths, stages.read, stages.encode, stages.finish)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fseft_edge.adaptation.adapt import zero_shot_adapter
 from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
@@ -23,10 +24,11 @@ from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing, 
 from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.export.built_in import open_encoder
+from fseft_edge.masks.mask_image import Mask
 from fseft_edge.masks.memory_plan import MemoryPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.masks.post_processing import post_process
 from fseft_edge.masks.prediction import DecidedScan, decide_encoded
-from fseft_edge.masks.probabilities import ProbabilityFiles
+from fseft_edge.masks.probabilities import ProbabilityFiles, organ_channels
 from fseft_edge.masks.quality import quality_flags
 from fseft_edge.masks.result import SegmentedCase, SegmentedOrgan
 from fseft_edge.outbox.content_key import content_sha256
@@ -38,7 +40,7 @@ from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding, plan_e
 from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError, UsageError
-from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.grid import Grid, SourcePiece
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import write_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
@@ -168,25 +170,30 @@ class EncodedCase:
     resources: ExitStack
 
 
-def load_models(settings: SegmentationSettings) -> LoadedModels:
+def load_models(settings: SegmentationSettings, in_memory: Sequence[AdapterFile] = ()) -> LoadedModels:
     """Read the adapters and the encoder, and check that they belong together.
+
+    Args:
+        settings: settings that name the adapters and the encoder.
+        in_memory: further adapters, after those of the settings.
 
     Raises:
         UsageError: no adapter and no encoder is given, two adapters segment the same organ, or organs are given
             together with adapters.
         InputError: an adapter or the encoder is not usable, or the encoder does not know one of the organs.
     """
-    if not settings.adapters:
+    if not settings.adapters and not in_memory:
         return _zero_shot_models(settings)
     if settings.organs:
         raise UsageError(
             "--organ can only be used without --adapter: an adapter segments all of its organs.",
             remedy="Remove --organ.",
         )
-    files = tuple(read_adapter(path) for path in settings.adapters)
-    encoder = settings.encoder or find_encoder(settings.adapters[0], files[0].description.encoder_id)
+    files = (*(read_adapter(path) for path in settings.adapters), *in_memory)
+    first = settings.adapters[0] if settings.adapters else None
+    encoder = settings.encoder or find_encoder(first, files[0].description.encoder_id)
     bundle = open_encoder(encoder)
-    for path, file in zip(settings.adapters, files, strict=True):
+    for path, file in zip((*settings.adapters, *[None] * len(in_memory)), files, strict=True):
         file.check_encoder(bundle.encoder_id, path=path)
     check_organs(files)
     if settings.transduction is not None:
@@ -222,15 +229,22 @@ def _zero_shot_models(settings: SegmentationSettings) -> LoadedModels:
 
 
 @contextlib.contextmanager
-def open_segmenter(settings: SegmentationSettings, progress: Progress | None = None) -> Iterator[Segmenter]:
+def open_segmenter(
+    settings: SegmentationSettings, progress: Progress | None = None, *, models: LoadedModels | None = None
+) -> Iterator[Segmenter]:
     """Open the encoder, move the adapters to its device, and prepare transduction if the settings ask for it.
+
+    Args:
+        settings: settings of the segmentation.
+        progress: display of the progress; None shows nothing.
+        models: adapters and encoder that are already in memory; None reads those that the settings name.
 
     Raises:
         FseftEdgeError: any error of :func:`load_models` or of
             :func:`fseft_edge.runtime.encoder.session.open_session`.
     """
     progress = progress or SilentProgress()
-    models = load_models(settings)
+    models = models or load_models(settings)
     files, bundle = models.adapters, models.bundle
     with open_session(bundle, settings.device, settings.backend, precision=settings.precision) as session:
         for file in files:
@@ -356,10 +370,7 @@ class Segmenter:
             folder = stack.enter_context(files.written_together())
             found, outcomes = self._decided(encoded, folder, outputs.get("probabilities", ()))
             encoded.resources.close()
-            positions = post_process(found.labels, self._post_processing)
-            values = label_values(self.adapters)
-            labels = read.volume.label_map(with_label_values(positions, values))
-            organs = tuple(_measured_organs(read.volume, labels, found.confidence, self.adapters, outcomes))
+            labels, organs = self._measured(read.volume, found, outcomes)
             write_label_map(folder / files.mask, labels, {organ.label: organ.name for organ in organs})
             for organ, name in zip(organs, outputs.get("split", ()), strict=False):  # no names without --split
                 mask = read.volume.label_map((labels.array == organ.label).astype(np.uint8))
@@ -382,21 +393,50 @@ class Segmenter:
             )
         return case
 
-    def existing(self, path: Path, output: Path) -> SegmentedCase | None:
+    def mask(self, scan: Scan) -> Mask:
+        """Segment a scan and return its mask in memory."""
+        encoded = self.encode(self.read(scan))
+        read = encoded.case
+        with encoded.resources:
+            refitted, outcomes = self._refit(self.adapters, encoded.scan)
+            found = in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
+        labels, organs = self._measured(read.volume, found, outcomes)
+        return Mask.of(labels, organs, read.warnings)
+
+    def probabilities(self, scan: Scan) -> NDArray[np.float32]:
+        """Return the probability of each organ in each voxel of a scan, float32 ``[K, X, Y, Z]``, in memory."""
+        encoded = self.encode(self.read(scan))
+        with encoded.resources:
+            refitted, _ = self._refit(self.adapters, encoded.scan)
+            channels = list(organ_channels(refitted))
+            probabilities = np.empty((len(channels), *encoded.case.volume.shape), np.float32)
+
+            def keep(piece: SourcePiece) -> None:
+                where = [slice(None)] * 3
+                where[piece.axis] = slice(piece.start, piece.stop)
+                probabilities[(slice(None), *where)] = piece.probabilities[channels]
+
+            in_smaller_pieces(encoded.case.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces, keep))
+        return probabilities
+
+    def existing(self, scan: Path | Scan, output: Path) -> SegmentedCase | None:
         """Return the result of a scan in ``output`` if it is complete and was made from this scan in this way."""
+        path = scan.path if isinstance(scan, Scan) else scan
+        if path is None:
+            return None
         files = CaseFiles(output, scan_name(path))
         names = [organ.name for file in self.adapters for organ in file.description.organs]
         digest = source_sha256(path)
         return None if digest is None else files.existing(self.made_with(digest), files.wanted(self.settings, names))
 
-    def check_names(self, path: Path, output: Path) -> None:
-        """Check, before the work, that the file system allows the names of all results of a scan.
+    def check_names(self, name: str, output: Path) -> None:
+        """Check, before the work, that the file system allows the names of all results of a scan of this name.
 
         Raises:
             InputError: a name would be longer than the file system allows.
         """
         names = [organ.name for file in self.adapters for organ in file.description.organs]
-        CaseFiles(output, scan_name(path)).check_names(self.settings, names)
+        CaseFiles(output, name).check_names(self.settings, names)
 
     def made_with(self, sha256: str | None) -> dict[str, Any]:
         """Return the entries of the JSON file that determine the mask: scan, encoder, adapters and options.
@@ -441,6 +481,14 @@ class Segmenter:
             )
             kept.write([folder / name for name in probabilities], read.volume)
         return found, outcomes
+
+    def _measured(
+        self, volume: Volume, found: DecidedScan, outcomes: Sequence[OrganOutcome]
+    ) -> tuple[LabelMap, tuple[SegmentedOrgan, ...]]:
+        """Return the mask with post-processing and label values, and the measurements of its organs."""
+        positions = post_process(found.labels, self._post_processing)
+        labels = volume.label_map(with_label_values(positions, label_values(self.adapters)))
+        return labels, tuple(_measured_organs(volume, labels, found.confidence, self.adapters, outcomes))
 
     def _write_extras(
         self, files: CaseFiles, folder: Path, read: ReadCase, labels: LabelMap, organs: Sequence[SegmentedOrgan]
