@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,9 @@ from fseft_edge.runtime.errors import OutOfSpaceError
 def unnamed_file(scan: Path) -> IO[bytes]:
     """Open an empty unnamed file for an unpacked scan, in the temporary folder of the system (``TMPDIR``).
 
+    If ``TMPDIR`` is set, no other folder is used: Python would take ``/tmp`` without a word if the disk of ``TMPDIR``
+    is full, and the voxels of a patient would be on another disk than the user wanted.
+
     Args:
         scan: path of the scan, for the error message.
 
@@ -20,6 +24,9 @@ def unnamed_file(scan: Path) -> IO[bytes]:
         OutOfSpaceError: no file can be created in the temporary folder.
     """
     try:
+        folder = Path(tempfile.gettempdir()).resolve()
+        if not folder.is_relative_to(Path(os.environ.get("TMPDIR") or folder).resolve()):
+            raise no_space_to_unpack(scan)
         return tempfile.TemporaryFile()
     except OSError as error:
         raise no_space_to_unpack(scan) from error
@@ -27,9 +34,15 @@ def unnamed_file(scan: Path) -> IO[bytes]:
 
 def no_space_to_unpack(scan: Path) -> OutOfSpaceError:
     """Return the error for an unnamed file that cannot be created or is too small for the unpacked scan."""
-    folder = tempfile.gettempdir()
+    wanted = os.environ.get("TMPDIR")
+    try:
+        folder = wanted or tempfile.gettempdir()
+        free = f" ({shutil.disk_usage(folder).free >> 20} MiB are free there now)"
+    except OSError:  # the folder does not exist, or no folder of the system can be written to
+        folder, free = wanted or "a temporary folder", ""
+    source = "TMPDIR" if wanted else "TMPDIR is not set"
     return OutOfSpaceError(
-        f"{scan} cannot be unpacked to {folder}: the disk is full, or the folder is not writable.",
-        remedy=f"Free disk space ({shutil.disk_usage(folder).free >> 20} MiB are free now), or set the environment "
-        "variable TMPDIR to another folder.",
+        f"{scan} cannot be unpacked to {folder}, the folder for temporary files (environment variable {source}): its "
+        "disk is full, or it cannot be written to.",
+        remedy=f"Set the environment variable TMPDIR to a folder on another disk, or free space in {folder}{free}.",
     )
