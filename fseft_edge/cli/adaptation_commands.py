@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     "--validate/--no-validate",
     default=True,
     show_default=True,
-    help="Estimate the accuracy on new scans by cross-validation: one scan per fold; with more than ten scans, ten "
-    "folds of several scans each.",
+    help="Estimate the accuracy on new scans by cross-validation: one patient per fold; with more than ten patients, "
+    "ten folds of several patients each.",
 )
 @click.option(
     "--activation",
@@ -82,6 +82,7 @@ def adapt(
             choose=method == "auto",
             validate=validate,
             cases=support.cases,
+            groups=support.groups,
             cache=common.cache,
             cache_gb=common.cache_gb,
             device=common.device,

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     "--validate/--no-validate",
     default=False,
     show_default=True,
-    help="Estimate the accuracy on new scans by cross-validation: one scan per fold; with more than ten scans, ten "
-    "folds of several scans each. --method auto always does this.",
+    help="Estimate the accuracy on new scans by cross-validation: one patient per fold; with more than ten patients, "
+    "ten folds of several patients each. --method auto always does this.",
 )
 @click.option(
     "--adapter",
@@ -107,6 +107,7 @@ def finetune(
         "settings": settings,
         "reviewed": support.reviewed,
         "cases": support.cases,
+        "groups": support.groups,
         "device": device,
     }
     with open_progress(quiet=quiet) as progress:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from fseft_edge.adaptation import patients
 from fseft_edge.cli.options import ORGAN_HELP, PATH, counted
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.organs import OrganLabel, parse_organs
@@ -36,6 +37,7 @@ class Support:
         organs: organs to train.
         reviewed: reviewed batch whose accepted masks are used, or None.
         cases: names of the cases to use, or None for all.
+        groups: patient of each case, or a pattern that finds the patient in a case name; None if they are unknown.
         output: path of the file to write.
         seed: seed for all random choices.
         as_json: True prints the metadata of the written file as JSON.
@@ -47,6 +49,7 @@ class Support:
     organs: Sequence[OrganLabel]
     reviewed: ReviewedBatch | None
     cases: tuple[str, ...] | None
+    groups: patients.GroupRule | None
     output: Path
     seed: int
     as_json: bool
@@ -64,6 +67,10 @@ class Support:
             return
         for organ in made.organs:
             click.echo(_organ_text(organ))
+        if made.support_groups is not None and any(organ.left_out_dsc for organ in made.organs):
+            scans, groups = counted(made.shots, "scan"), made.support_groups
+            of = f"of which {groups} are different" if self.groups is None else f"of {counted(groups, 'patient')}"
+            click.echo(f"The scans of a patient were left out together: {scans}, {of}.")
         if self.reviewed is not None and any(organ.left_out_dsc for organ in made.organs):
             click.echo(
                 "The expected DSC is too optimistic, because the references include masks made by an adapter. For a "
@@ -106,6 +113,19 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
             help="Use only this case. May be repeated.  [default: all annotated cases]",
         )
         @click.option(
+            "--groups",
+            type=PATH,
+            metavar="FILE",
+            help="CSV file (case,group) with the patient of each case. Cross-validation leaves out all scans of a "
+            "patient together.  [default: each scan is of another patient]",
+        )
+        @click.option(
+            "--group-pattern",
+            metavar="REGEX",
+            help="Instead of --groups: regular expression whose first parentheses contain the patient in a case name, "
+            "for example '^(P[0-9]+)_'.",
+        )
+        @click.option(
             "--seed",
             type=click.IntRange(0, 2**32 - 1),
             default=0,
@@ -125,6 +145,8 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
             organs: tuple[str, ...],
             output: Path,
             cases: tuple[str, ...],
+            groups: Path | None,
+            group_pattern: str | None,
             seed: int,
             as_json: bool,
             **particular: object,
@@ -136,7 +158,8 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
                     remedy="Add --from-reviewed, or remove --corrected and --state.",
                 )
             reviewed = _reviewed(from_reviewed, state, corrected) if from_reviewed else None
-            support = Support(encoder, images, labels, wanted, reviewed, cases or None, output, seed, as_json)
+            rule = _groups(groups, group_pattern)
+            support = Support(encoder, images, labels, wanted, reviewed, cases or None, rule, output, seed, as_json)
             command(support=support, **particular)
 
         return wrapped
@@ -167,6 +190,14 @@ def _reviewed(outbox: Path, state: Path | None, corrected: Path | None) -> Revie
     from fseft_edge.outbox.accepted_masks import ReviewedBatch  # noqa: PLC0415 - brings in torch
 
     return ReviewedBatch(outbox, state, corrected)
+
+
+def _groups(table: Path | None, pattern: str | None) -> patients.GroupRule | None:
+    if table is not None and pattern is not None:
+        raise UsageError("--groups and --group-pattern are both given.", remedy="Give only one of them.")
+    if table is not None:
+        return patients.read_groups(table)
+    return patients.group_pattern(pattern) if pattern is not None else None
 
 
 def _organ_text(organ: AdapterOrgan) -> str:

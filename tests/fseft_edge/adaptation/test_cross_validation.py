@@ -12,7 +12,14 @@ from doubles.features import random_features
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation.block_sampling import SupportScan
-from fseft_edge.adaptation.cross_validation import Candidate, best_of, candidates, cross_validate, folds
+from fseft_edge.adaptation.cross_validation import (
+    Candidate,
+    best_of,
+    can_validate,
+    candidates,
+    cross_validate,
+    folds,
+)
 from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import PostProcessing
@@ -83,10 +90,48 @@ def kinds(*names: str) -> list[Candidate]:
 
 
 def test_every_scan_is_left_out_once_in_at_most_ten_folds() -> None:
-    assert folds(3) == [[0], [1], [2]]
-    groups = folds(25)
-    assert len(groups) == 10
-    assert sorted(index for group in groups for index in group) == list(range(25))
+    assert folds(range(3)) == [[0], [1], [2]]
+    parts = folds(range(25))
+    assert len(parts) == 10
+    assert sorted(index for part in parts for index in part) == list(range(25))
+
+
+def test_a_fold_leaves_out_all_scans_of_a_group() -> None:
+    assert folds([0, 1, 0, 3]) == [[0, 2], [1], [3]]
+    assert folds([0, 0, 0]) == [[0, 1, 2]]
+    of_scans = [group % 12 for group in range(40)]
+    parts = folds(of_scans)
+    assert len(parts) == 10
+    assert sorted(index for part in parts for index in part) == list(range(40))
+    for group in range(12):
+        (part,) = (part for part in parts if any(of_scans[index] == group for index in part))
+        assert [index for index in range(40) if of_scans[index] == group] == [i for i in part if of_scans[i] == group]
+
+
+@pytest.mark.parametrize(
+    ("annotated", "groups", "possible"),
+    [
+        ([[True], [True]], [0, 1], True),
+        ([[True], [True]], [0, 0], False),
+        ([[True], [False]], [0, 1], False),
+        ([[True, False], [False, True]], [0, 1], False),
+        ([[True, False], [True, True], [False, True]], [0, 0, 2], True),
+    ],
+)
+def test_cross_validation_needs_an_organ_in_two_groups(
+    annotated: list[list[bool]], groups: list[int], possible: bool
+) -> None:
+    assert can_validate([np.array(organs) for organs in annotated], groups) == possible
+
+
+def test_the_adapter_of_a_fold_is_made_without_the_left_out_group(bench: Bench) -> None:
+    bench.masks = {"a": mask_with(0.7), "b": mask_with(0.6)}
+    validated = cross_validate(kinds("a")[0], scans(4), [None], groups=[0, 1, 0, 3])
+    assert bench.made == [("a", 2), ("a", 3), ("a", 3)]
+    assert len(validated.dsc[0]) == 4
+    bench.made.clear()
+    best_of(kinds("a", "b"), scans(4), [None], groups=[0, 0, 2, 2])
+    assert bench.made == [("a", 2), ("b", 2)] * 2
 
 
 def test_the_adapter_of_a_fold_is_made_without_the_left_out_scan(bench: Bench) -> None:
