@@ -108,7 +108,7 @@ class GantryTiltError(SliceStackError):
 
 
 class MixedSeriesError(InputError):
-    """One DICOM series contains images of several patients, studies or frames of reference."""
+    """One DICOM series contains images of several patients, studies, frames of reference or geometries."""
 
 
 class RescaleError(InputError):

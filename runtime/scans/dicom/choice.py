@@ -12,7 +12,7 @@ from fseft_edge.runtime.errors import (
     NotACtError,
     SeveralPatientsError,
 )
-from fseft_edge.runtime.scans.dicom.parts import differences, left_out, may_be_missing, related
+from fseft_edge.runtime.scans.dicom.parts import continued, differences, follows, left_out, may_be_missing, related
 from fseft_edge.runtime.scans.dicom.series import DicomSeries, unreadable_files
 
 
@@ -84,7 +84,9 @@ def _missing_parts(chosen: DicomSeries, series: Sequence[DicomSeries]) -> list[D
 
 def _left_out(chosen: DicomSeries, series: Sequence[DicomSeries]) -> Iterator[str]:
     """Yield a sentence for everything beside the selected series that may concern its user, except other series."""
-    yield from (left_out(chosen, other) for other in related(chosen, series))
+    beside = related(chosen, series)
+    yield from (left_out(chosen, other) for other in beside)
+    yield from (continued(other) for other in series if other not in beside and follows(chosen, other))
     others = chosen.others
     if count := len(others.unreadable):
         yield (
@@ -109,7 +111,7 @@ def _was(count: int) -> str:
 
 def _series_named(series: Sequence[DicomSeries], wanted: str) -> DicomSeries:
     found = [candidate for candidate in series if str(candidate.number) == wanted]
-    found = found or [candidate for candidate in series if candidate.uid == wanted]
+    found = found or [candidate for candidate in series if wanted and candidate.uid == wanted]
     found = found or [candidate for candidate in series if wanted and candidate.uid.endswith(wanted)]
     scans = [candidate for candidate in found if not isinstance(candidate.problem, NotACtError)]
     for selected in (found, scans):  # a localiser may have the SeriesInstanceUID of its scan

@@ -24,6 +24,7 @@ MAX_ARCHIVE_BYTES = 16 << 30
 MAX_ARCHIVE_MEMBERS = 100_000
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_DICOM_ROOT = b"1.2.840.10008."
 _COPY_BYTES = 1 << 20
 _ENCRYPTED = 0x1
 
@@ -48,7 +49,8 @@ class DicomSource:
         path: path as given by the user; error messages contain only this path.
 
     Attributes:
-        no_dicom: number of files that :meth:`files` skipped although they are empty or have the name of a DICOM file.
+        no_dicom: number of files that :meth:`files` skipped although they are empty, or have the name or parts of
+            DICOM.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +104,7 @@ class DicomSource:
                 head = stream.read(SNIFFED_BYTES)
             if looks_like_dicom(head):
                 yield file
-            elif not head.strip(b"\0") or (file.member or file.path.name).lower().endswith(_DICOM_SUFFIXES):
+            elif _should_be_dicom(head, file.member or file.path.name):
                 self.no_dicom += 1
 
     @contextmanager
@@ -189,6 +191,11 @@ class _BoundedReader(io.BufferedReader):
     def read(self, size: int | None = -1, /) -> bytes:
         left = max(self._bytes - self.tell(), 0)
         return super().read(left if size is None or size < 0 else min(size, left))
+
+
+def _should_be_dicom(head: bytes, name: str) -> bool:
+    """Return True for a file that is no DICOM although it seems so: empty, named like DICOM, or with a UID of DICOM."""
+    return not head.strip(b"\0") or name.lower().endswith(_DICOM_SUFFIXES) or _DICOM_ROOT in head
 
 
 def _is_dicom_file(path: Path) -> bool:

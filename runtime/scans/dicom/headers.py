@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 import secrets
 import struct
@@ -72,6 +71,8 @@ _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 _INTEGERS = {"": "H", "US": "H", "SS": "h", "OW": "H", "UN": "H", "UL": "I", "SL": "i"}
 _FLOATS = {"FL": "f", "FD": "d"}
 _MOST_NUMBERS = 16
+_LARGEST = 1e9
+"""Largest magnitude of a decimal number. Positions, spacings and rescales of a CT are far smaller."""
 
 _HOUNSFIELD = ("", "HU", "US", "HOUNSFIELD", "HOUNSFIELDS", "HOUNSFIELDUNIT", "HOUNSFIELDUNITS", "UNSPECIFIED")
 """Letters of RescaleType for HU in capitals; ``US`` is the defined term for unspecified (PS3.3 C.11.1.1.2)."""
@@ -381,12 +382,16 @@ def _slice(
 
 def _pixel_format(read: _Reader) -> PixelFormat:
     slope, intercept = read.numbers("RescaleSlope", 1), read.numbers("RescaleIntercept", 1)
-    stored = read.whole("BitsStored")
+    allocated = read.whole("BitsAllocated")
+    stored = read.whole("BitsStored", 0)
+    if not stored and allocated and not read.has("BitsStored"):
+        stored = allocated
+        read.assumed("BitsStored", "is missing: all allocated bits are read")
     unit = "".join(character for character in read.text("RescaleType").upper() if character.isalnum())
     return PixelFormat(
         photometric=_printable(read.text("PhotometricInterpretation")),
         samples=read.whole("SamplesPerPixel", 1),
-        allocated=read.whole("BitsAllocated"),
+        allocated=allocated,
         stored=stored,
         high_bit=read.whole("HighBit", stored - 1),
         signed=read.whole("PixelRepresentation", 0) == 1,
@@ -443,6 +448,9 @@ class _Reader:
 
     def assumed(self, keyword: str | int, text: str) -> None:
         self.assumptions.append(f"{element_name(keyword)} {text}.")
+
+    def has(self, keyword: str) -> bool:
+        return any(True for _ in self._all(keyword))
 
     def has_items(self, keyword: str) -> bool:
         return any(bool(value.items) for value in self._all(keyword))
@@ -511,9 +519,9 @@ class _Reader:
                 numbers = struct.unpack(f"{self._order}{len(data) // size}{kind}", data)
         else:
             numbers = self._from_text(keyword, data)
-        if numbers is None or not all(math.isfinite(number) for number in numbers):
+        if numbers is None or not all(abs(number) <= _LARGEST for number in numbers):  # also false for NaN
             if not optional:
-                self.fault(keyword, "is no number" if numbers is None else "is not finite")
+                self.fault(keyword, "is no number" if numbers is None else "is not finite or too large")
             return None
         return numbers
 

@@ -13,13 +13,16 @@ import numpy as np
 from fseft_edge.runtime.scans.dicom.elements import element_name
 from fseft_edge.runtime.scans.dicom.kinds import is_ct, is_localiser
 from fseft_edge.runtime.scans.dicom.series import DicomSeries
-from fseft_edge.runtime.scans.dicom.stack import normal_of
+from fseft_edge.runtime.scans.dicom.stack import normal_of, same_plane
 
 _OTHER_PLANE_DEGREES = 10.0
 """Slices in a plane that differs by more than this angle do not continue a stack."""
 
 _NEXT_SLICE = 1.5
 """A single slice continues a stack if it is at most this many slice distances beyond its end."""
+
+_SAME_PLACE = 0.1
+"""Slices of another series continue a stack if the nearest is off its place by at most this part of the distance."""
 
 _LEAST_NORMAL = 0.5
 """Shorter cross products of row and column direction mean an invalid ImageOrientationPatient."""
@@ -31,8 +34,10 @@ def related(chosen: DicomSeries, series: Sequence[DicomSeries]) -> list[DicomSer
         other
         for other in series
         if other is not chosen
-        and other.study_uid == chosen.study_uid
-        and (other.uid == chosen.uid or (not (other.uid and chosen.uid) and is_ct(other.slices[0])))
+        and (
+            (chosen.uid and other.uid == chosen.uid)
+            or (not (chosen.uid and other.uid) and other.study_uid == chosen.study_uid and is_ct(other.slices[0]))
+        )
     ]
 
 
@@ -67,6 +72,36 @@ def _continues(chosen: DicomSeries, other: DicomSeries) -> bool:
     if len(others) == 1:
         return bool(distance / 2 < beyond <= _NEXT_SLICE * distance)
     return bool(beyond > distance / 2)
+
+
+def follows(chosen: DicomSeries, other: DicomSeries) -> bool:
+    """Return True if the slices of another series continue a stack exactly, so that they may belong to the scan."""
+    first, last = chosen.slices[0], chosen.slices[-1]
+    near, place = other.slices[0], other.slices[0].position
+    if other is chosen or not is_ct(near) or is_localiser(near) or place is None or near.orientation is None:
+        return False
+    if (near.rows, near.columns) != (first.rows, first.columns) or not same_plane(near, first):
+        return False
+    if (near.study_uid, near.frame_of_reference_uid) != (first.study_uid, first.frame_of_reference_uid):
+        return False
+    step = np.subtract(last.position or (), first.position or ()) / (len(chosen.slices) - 1)
+    ends = (
+        (other.slices[0].position, np.add(last.position or (), step)),
+        (other.slices[-1].position, np.subtract(first.position or (), step)),
+    )
+    return any(
+        at is not None and float(np.linalg.norm(np.subtract(at, expected))) <= _SAME_PLACE * np.linalg.norm(step)
+        for at, expected in ends
+    )
+
+
+def continued(other: DicomSeries) -> str:
+    """Return the sentence of the warning that another series continues the scan."""
+    count = len(other.slices)
+    return (
+        f"{count} image{'s' * (count > 1)} with another SeriesInstanceUID (0020,000E) {'were' if count > 1 else 'was'} "
+        "left out, but would continue the stack of slices."
+    )
 
 
 def differences(chosen: DicomSeries, other: DicomSeries) -> str:

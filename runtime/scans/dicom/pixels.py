@@ -207,9 +207,10 @@ def stored_values(encoded: NDArray[Any], pixels: PixelFormat, storage: Storage) 
     slope, intercept = pixels.rescale or (1.0, 0.0)
     padded = _padding_mask(allocated, stored, pixels)
     if storage.dtype.kind == "f":
-        return np.where(padded, AIR_HU, stored * slope + intercept).astype(storage.dtype)
+        with np.errstate(over="ignore"):  # values that are not finite are refused later
+            return np.where(padded, AIR_HU, stored * slope + intercept).astype(storage.dtype)
     limits = np.iinfo(storage.dtype)
-    air = int(np.clip(round((AIR_HU - intercept) / slope), limits.min, limits.max))
+    air = round(min(max((AIR_HU - intercept) / slope, limits.min), limits.max))
     return np.where(padded, air, stored).astype(storage.dtype)
 
 

@@ -208,6 +208,7 @@ READABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "table drift": (changed(_drift), ""),
     "rounded cosines": (changed(_rounded_cosines), ""),
     "rounded spacing": (changed(_rounded_spacing), ""),
+    "no BitsStored": (each(BitsStored=None, HighBit=None), "BitsStored (0028,0101) is missing"),
     "deflated": (_deflated, ""),
 }
 """Series that have one right reading: that of ``SERIES``. Writer, and a part of the warning (empty: no warning)."""

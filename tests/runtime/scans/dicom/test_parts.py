@@ -33,6 +33,7 @@ from fseft_edge.runtime.errors import (
     GeometryError,
     MissingSliceError,
     MixedSeriesError,
+    NotACtError,
     PixelFormatError,
     RescaleError,
     UnreadableFileError,
@@ -158,6 +159,19 @@ def _report_with_the_uid(folder: Path) -> Path:
     return beside(report)(folder)
 
 
+def _damaged_preamble(folder: Path) -> Path:
+    SERIES.write(folder)
+    last = replace(SERIES, hu=SERIES.hu[:, :, :1], origin=(-36.0, -30.0, -360.0)).write(folder / "b") / "IM000"
+    last.write_bytes(last.read_bytes().replace(b"DICM", b"DIXM", 1))
+    return folder
+
+
+def _next_slice_of_another_series(folder: Path) -> Path:
+    SERIES.write(folder)
+    rest = replace(SERIES, hu=SERIES.hu[:, :, :3], origin=(-36.0, -30.0, -360.0), uid=generate_uid())
+    return rest.write(folder / "b").parent
+
+
 def _empty_file(folder: Path) -> Path:
     SERIES.write(folder)
     (folder / "IM008").touch()
@@ -170,6 +184,8 @@ LEFT_OUT = {
     "the same range": (_same_range, ("4 images", "Columns (0028,0011)")),
     "another modality": (beside(sheet(Modality="PT", SOPClassUID="1.2.840.10008.5.1.4.1.1.128")), ("1 image",)),
     "a report": (_report_with_the_uid, ("1 DICOM object without image",)),
+    "a damaged preamble": (_damaged_preamble, ("1 file", "not DICOM")),
+    "another series goes on": (_next_slice_of_another_series, ("3 images with another SeriesInstanceUID",)),
     "an empty file": (_empty_file, ("1 file", "empty")),
 }
 
@@ -275,7 +291,7 @@ WRONG = {
     "infinite": (
         bytes_in(3, "ImagePositionPatient", "DS", b"1e999\\0\\0"),
         GeometryError,
-        "ImagePositionPatient (0020,0032) is not finite",
+        "ImagePositionPatient (0020,0032) is not finite or too large",
     ),
     "slope": (bytes_in(3, "RescaleSlope", "DS", b"Secretname"), RescaleError, "RescaleSlope (0028,1053) is no number"),
     "bits": (bytes_in(3, "BitsStored", "US", b"\x0c\x00\x0c\x00"), PixelFormatError, "BitsStored (0028,0101) has 2"),
@@ -284,6 +300,7 @@ WRONG = {
         PixelFormatError,
         "PixelPaddingValue (0028,0120)",
     ),
+    "huge slope": (bytes_in(3, "RescaleSlope", "DS", b"1e300"), RescaleError, "RescaleSlope (0028,1053) is not finite"),
     "huge matrix": (each(Rows=65535), PixelFormatError, "24x65535"),
 }
 
@@ -329,3 +346,13 @@ def test_ultrasound_alone_is_refused_as_another_modality(tmp_path):
     save(ultrasound(), tmp_path / "a")
     with pytest.raises(FseftEdgeError, match="not a CT"):
         read_scan(tmp_path)
+
+
+@pytest.mark.parametrize("slope", ["1e-320", "1e-30", "1e8"])
+def test_an_absurd_slope_is_refused_without_an_overflow(tmp_path, slope):
+    def change(dataset: Dataset, _: int) -> None:
+        dataset.RescaleSlope = slope
+        dataset.add_new("PixelPaddingValue", "SS", -2000)
+
+    with refused(NotACtError, tmp_path):
+        read_scan(SERIES.write(tmp_path, change))
