@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import webbrowser
 from pathlib import Path
 
 import click
@@ -17,6 +16,16 @@ from fseft_edge.cli.options import PATH, logging_options
     "--state", type=PATH, help="State file of the batch, if `batch run` was started with --state.  [default: in OUTBOX]"
 )
 @click.option(
+    "--corrected",
+    type=PATH,
+    help="Folder of corrected masks <key>.nii.gz, which are displayed instead of the masks of the batch.",
+)
+@click.option(
+    "--reviewer",
+    metavar="NAME",
+    help="Name of the person who decides; it is stored with each decision.  [default: user name of this account]",
+)
+@click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=0,
@@ -28,20 +37,37 @@ from fseft_edge.cli.options import PATH, logging_options
 )
 @click.option("--open", "open_browser", is_flag=True, help="Open the page in the default browser.")
 @logging_options
-def review(*, outbox: Path, state: Path | None, port: int, show_ids: bool, open_browser: bool, quiet: bool) -> None:
+def review(
+    *,
+    outbox: Path,
+    state: Path | None,
+    corrected: Path | None,
+    reviewer: str | None,
+    port: int,
+    show_ids: bool,
+    open_browser: bool,
+    quiet: bool,
+) -> None:
     """Review the masks of the batch in OUTBOX in the browser: accept or reject masks, and write notes."""
+    from fseft_edge.review.browser import open_in_browser  # noqa: PLC0415 - only this command needs it
     from fseft_edge.review.server import open_review  # noqa: PLC0415 - only this command needs it
 
-    with open_review(outbox, state=state, port=port, show_ids=show_ids) as server:
+    with (
+        open_review(
+            outbox, state=state, corrected=corrected, reviewer=reviewer, port=port, show_ids=show_ids
+        ) as server,
+        contextlib.ExitStack() as stack,
+    ):
         click.echo(server.address)
         if not quiet:
             click.echo(
-                "Open this address in a browser on this machine. Do not share the address: anyone who has it can see "
-                "the scans and decide. Press Ctrl-C to end.",
+                f"Open this address in a browser on this machine. Decisions are stored under the name "
+                f"{server.reviewer}. Do not share the address: anyone who has it can see the scans and decide. Press "
+                "Ctrl-C to end.",
                 err=True,
             )
-        if open_browser:
-            webbrowser.open(server.address)
+        if open_browser and not stack.enter_context(open_in_browser(server)):
+            click.echo("No browser was found on this machine. Open the address above in a browser.", err=True)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
         click.echo(str(server.progress()))

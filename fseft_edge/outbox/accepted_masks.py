@@ -14,6 +14,7 @@ from fseft_edge.outbox.content_key import content_key
 from fseft_edge.outbox.records import CaseRecord, Decision
 from fseft_edge.outbox.sources import check_source
 from fseft_edge.outbox.store import BatchStore, state_path
+from fseft_edge.runtime.encoder.bundle import sha256_of_file
 from fseft_edge.runtime.errors import InputError, UsageError
 from fseft_edge.runtime.scans.nifti import cases_by_name, read_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
@@ -30,7 +31,8 @@ class ReviewedBatch:
         outbox: outbox of the batch.
         state: state file of the batch; None means the state file in the outbox.
         corrected: folder of corrected mask files ``<key>.nii.gz``, which replace the masks of the batch. They have the
-            same label values as the masks of the batch. None means that no mask was corrected.
+            same label values as the masks of the batch, and were accepted in a review that displayed them. None means
+            that no mask was corrected.
     """
 
     outbox: Path
@@ -54,8 +56,8 @@ def accepted_annotations(
 
     Raises:
         UsageError: there is no batch, or no mask in the batch was accepted.
-        InputError: a corrected mask does not belong to any case of the batch, or a scan has changed since its mask was
-            made.
+        InputError: a corrected mask does not belong to any case of the batch, a mask is not the one that was accepted,
+            or a scan has changed since its mask was made.
         LabelError: a JSON file does not state the label value of each organ.
     """
     with BatchStore(state_path(batch.outbox, batch.state)) as store:
@@ -72,7 +74,10 @@ def accepted_annotations(
             else f"No mask in {batch.outbox} was accepted.",
             remedy=f"Review the masks with: fseft-edge review {batch.outbox}",
         )
-    corrected = _corrected(batch, cases, accepted)
+    corrected = corrected_masks(batch.corrected, [case.key for case in cases], batch.outbox)
+    unused = sorted(corrected.keys() - {case.key for case in accepted})
+    if unused:
+        _LOG.warning("%s: the mask was corrected but not accepted, so it is not used", ", ".join(unused))
     annotated_keys = {content_key(image) for image in annotated}
     pairs = []
     for case in accepted:
@@ -81,26 +86,63 @@ def accepted_annotations(
             continue
         check_source(case)
         own = batch.outbox / case.key / f"{case.key}.nii.gz"
-        values = organ_labels(own.with_name(f"{case.key}.json"))
+        values = organ_labels(own.with_name(f"{case.key}.json"), None if case.key in corrected else own)
         mask = read_label_map(corrected.get(case.key, own))
+        _check_accepted(case, batch, corrected.get(case.key), own)
         pairs.append((case.source, _renumbered(mask, values, organs)))
     return pairs
 
 
-def _corrected(batch: ReviewedBatch, cases: Sequence[CaseRecord], accepted: Sequence[CaseRecord]) -> Mapping[str, Path]:
-    if batch.corrected is None:
+def corrected_masks(folder: Path | None, keys: Iterable[str], outbox: Path) -> Mapping[str, Path]:
+    """Return the corrected mask file of each case that has one.
+
+    Args:
+        folder: folder of corrected mask files ``<key>.nii.gz``; None means that there are none.
+        keys: keys of the cases of the batch.
+        outbox: outbox of the batch, for messages.
+
+    Raises:
+        InputError: a mask file does not belong to any case, or is not compressed.
+    """
+    if folder is None:
         return {}
-    corrected = cases_by_name(batch.corrected)
-    unknown = sorted(corrected.keys() - {case.key for case in cases})
+    masks = cases_by_name(folder)
+    unknown = sorted(masks.keys() - set(keys))
     if unknown:
         raise InputError(
-            f"{batch.corrected} contains masks for {', '.join(unknown)}, which are not cases of {batch.outbox}.",
+            f"{folder} contains masks for {', '.join(unknown)}, which are not cases of {outbox}.",
             remedy="Name each corrected mask file after the key of its case: <key>.nii.gz.",
         )
-    unused = sorted(corrected.keys() - {case.key for case in accepted})
-    if unused:
-        _LOG.warning("%s: the mask was corrected but not accepted, so it is not used", ", ".join(unused))
-    return corrected
+    other = [path for path in masks.values() if not path.name.endswith(".nii.gz")]
+    if other:
+        raise InputError(
+            f"{', '.join(map(str, other))}: a corrected mask must have a name that ends in .nii.gz.",
+            remedy="Save each corrected mask as a compressed NIfTI file: <key>.nii.gz.",
+        )
+    return masks
+
+
+def _check_accepted(case: CaseRecord, batch: ReviewedBatch, corrected: Path | None, own: Path) -> None:
+    """Raise InputError if a mask is not the one that the reviewer accepted."""
+    accepted = case.review
+    assert accepted is not None  # noqa: S101 - narrows the type; the caller gives an accepted case
+    if not accepted.mask_sha256:
+        _LOG.warning(
+            "%s was accepted in a version that did not record which mask was accepted; the present mask is used",
+            case.key,
+        )
+    elif sha256_of_file(corrected or own) != accepted.mask_sha256:
+        if corrected:
+            raise InputError(
+                f"The corrected mask of {case.key} is not the mask that was accepted at {accepted.when}.",
+                remedy=f"Review the corrected mask with: fseft-edge review {batch.outbox} --corrected "
+                f"{corrected.parent}",
+            )
+        raise InputError(
+            f"The mask of {case.key} in {batch.outbox} is not the mask that was accepted at {accepted.when}.",
+            remedy="If a corrected mask was accepted, give its folder with --corrected. If not, review the mask again "
+            f"with: fseft-edge review {batch.outbox}",
+        )
 
 
 def _renumbered(mask: LabelMap, values: Mapping[str, int], organs: Sequence[OrganLabel]) -> LabelMap:

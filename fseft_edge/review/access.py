@@ -20,8 +20,10 @@ class Access:
 
     Attributes:
         port: port on which the server listens.
-        token: random part of the printed address. The first request exchanges it for the cookie, so that it does not
-            stay in the address bar.
+        token: random part of the printed address. A request with the token gets the cookie, so that the token does not
+            stay in the address bar. The token is valid until the server ends, and not only once: the person may open
+            the printed address again, for example in another browser, and a program that looks at the address before
+            the person does cannot lock the person out.
         session: value of the cookie. It differs from the token, so that neither reveals the other.
     """
 

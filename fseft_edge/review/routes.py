@@ -33,6 +33,11 @@ _STATIC: Final = {
 _CASE_FILE: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/(?P<what>scan\.nii|mask\.nii\.gz|picture\.png)")
 _DECISION: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/decision")
 _BINARY: Final = "application/octet-stream"
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_WELCOME: Final = (
+    b'<!doctype html><html lang="en"><title>fseft-edge review</title><meta http-equiv="refresh" content="0; url=/">'
+    b'<p><a href="/">Open the review</a></p></html>\n'
+)
 _PIECE_BYTES: Final = 1 << 20
 
 
@@ -51,6 +56,14 @@ def text_reply(status: HTTPStatus, message: str, *headers: tuple[str, str]) -> R
     """Return a plain-text reply for a person in the browser."""
     body = f"{message}\n".encode("utf-8", "replace")
     return Reply(status, "text/plain; charset=utf-8", len(body), [body], headers)
+
+
+def welcome_reply(cookie: str) -> Reply:
+    """Return the reply to a request with the token: a page that sets the cookie and opens the review.
+
+    A browser does not send a strict cookie along a redirect of another origin, such as a file; from a page it does.
+    """
+    return Reply(HTTPStatus.OK, "text/html; charset=utf-8", len(_WELCOME), [_WELCOME], (("Set-Cookie", cookie),))
 
 
 class Routes:
@@ -83,15 +96,16 @@ class Routes:
             return _problem(HTTPStatus.NOT_FOUND, "This address does not exist.")
         try:
             given = json.loads(body)
-            decision, note = Decision(given["decision"]), given["note"]
-            if not isinstance(note, str) or set(given) != {"decision", "note"}:
+            decision, note, sha256 = Decision(given["decision"]), given["note"], given["mask_sha256"]
+            if not isinstance(note, str) or not _SHA256.fullmatch(sha256) or len(given) != 3:
                 raise ValueError("the note is not text")
             note.encode()  # an unpaired surrogate cannot be stored
         except (ValueError, KeyError, TypeError, RecursionError):
             return _problem(
-                HTTPStatus.BAD_REQUEST, 'The body must be {"decision": "accepted" or "rejected", "note": text}.'
+                HTTPStatus.BAD_REQUEST,
+                'The body must be {"decision": "accepted" or "rejected", "note": text, "mask_sha256": 64 digits}.',
             )
-        return self._with_case(matched["key"], lambda case: self._decide(case, decision, note))
+        return self._with_case(matched["key"], lambda case: self._decide(case, decision, note, sha256))
 
     def _with_case(self, key: str, answer: Callable[[CaseRecord], Reply]) -> Reply:
         try:
@@ -115,11 +129,12 @@ class Routes:
                 "decided": count.decided,
                 "masks": count.masks,
                 "longest_note": LONGEST_NOTE,
+                "reviewer": self._cases.reviewer,
             },
         )
 
-    def _decide(self, case: CaseRecord, decision: Decision, note: str) -> Reply:
-        self._cases.decide(case.key, decision, note)
+    def _decide(self, case: CaseRecord, decision: Decision, note: str, mask_sha256: str) -> Reply:
+        self._cases.decide(case, decision, note, mask_sha256)
         return _json(HTTPStatus.OK, self._cases.description(self._cases.case(case.key)))
 
     def _file(self, case: CaseRecord, what: str) -> Reply:
@@ -127,14 +142,15 @@ class Routes:
             length, pieces = stream_hu(self._cases.scan(case))
             return Reply(HTTPStatus.OK, _BINARY, length, pieces)
         if what == "picture.png":
-            return _file_reply(self._cases.result(case, ".png"), "image/png")
-        return _file_reply(self._cases.result(case, ".nii.gz"), _BINARY)
+            return _file_reply(self._cases.picture(case), "image/png")
+        mask, sha256 = self._cases.mask(case)
+        return _file_reply(mask, _BINARY, ("ETag", f'"{sha256}"'))
 
 
-def _file_reply(file: BinaryIO, content_type: str) -> Reply:
+def _file_reply(file: BinaryIO, content_type: str, *headers: tuple[str, str]) -> Reply:
     length = file.seek(0, 2)
     file.seek(0)
-    return Reply(HTTPStatus.OK, content_type, length, _pieces(file, length))
+    return Reply(HTTPStatus.OK, content_type, length, _pieces(file, length), headers)
 
 
 def _pieces(file: BinaryIO, length: int) -> Iterator[bytes]:

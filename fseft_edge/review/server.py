@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import pwd
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
+from fseft_edge.outbox.accepted_masks import corrected_masks
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.review.access import HOST, Access
 from fseft_edge.review.cases import ReviewCases, ReviewCount, review_count
-from fseft_edge.review.routes import LARGEST_BODY, Reply, Routes, text_reply
+from fseft_edge.review.routes import LARGEST_BODY, Reply, Routes, text_reply, welcome_reply
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 
 _LOG = logging.getLogger(__name__)
@@ -43,6 +46,7 @@ _HEADERS: Final = (
 )
 _ACCESS_DENIED: Final = "Access denied. Open the complete address that `fseft-edge review` printed."
 _IDLE_SECONDS: Final = 60.0
+_LONGEST_NAME: Final = 100
 
 
 class ReviewServer(ThreadingHTTPServer):
@@ -57,12 +61,19 @@ class ReviewServer(ThreadingHTTPServer):
         super().__init__((HOST, port), _Handler)
         self.access = Access(self.server_address[1])
         self.routes = Routes(cases)
+        self.entered: Callable[[], None] = lambda: None
+        """Called when a browser has given the token."""
         self._cases = cases
 
     @property
     def address(self) -> str:
         """Address to open in the browser. Everyone who has it can see the masks and decide."""
         return self.access.address
+
+    @property
+    def reviewer(self) -> str:
+        """Name of the person who decides."""
+        return self._cases.reviewer
 
     def progress(self) -> ReviewCount:
         """Return the number of reviewed masks and of all masks."""
@@ -94,18 +105,29 @@ class ReviewServer(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def open_review(
-    outbox: Path, *, state: Path | None = None, port: int = 0, show_ids: bool = False
+    outbox: Path,
+    *,
+    state: Path | None = None,
+    corrected: Path | None = None,
+    reviewer: str | None = None,
+    port: int = 0,
+    show_ids: bool = False,
 ) -> Iterator[ReviewServer]:
     """Open the review server of a batch. Call its method ``serve_forever`` to serve the page.
 
     Args:
         outbox: outbox of the batch.
         state: state file of the batch; None means the state file in the outbox.
+        corrected: folder of corrected masks ``<key>.nii.gz``, which are displayed instead of the masks of the batch;
+            None means that no mask was corrected.
+        reviewer: name of the person who decides, at most 100 characters; None means the name of this account.
         port: port of this machine on which to listen; 0 means any free port.
         show_ids: also show the file names of the scans, which may contain patients' names.
 
     Raises:
-        UsageError: there is no batch.
+        UsageError: there is no batch or no folder of corrected masks, or the name of the reviewer is empty, too long or
+            unknown.
+        InputError: a corrected mask does not belong to any case.
         BatchStateError: the state file is damaged.
         EnvironmentProblemError: the port is in use.
     """
@@ -113,9 +135,17 @@ def open_review(
         raise UsageError(
             f"The outbox {outbox} does not exist or is not a folder.", remedy="Name the OUTBOX of a `batch run`."
         )
+    if corrected is not None and not corrected.is_dir():
+        raise UsageError(
+            f"The folder of corrected masks, {corrected}, does not exist or is not a folder.",
+            remedy="Give an existing folder with --corrected.",
+        )
+    name = _reviewer(reviewer)
     with BatchStore(state_path(outbox, state)) as store:
+        corrected_masks(corrected, [case.key for case in store.cases()], outbox)
+        cases = ReviewCases(outbox, store, reviewer=name, corrected=corrected, show_ids=show_ids)
         try:
-            server = ReviewServer(port, ReviewCases(outbox, store, show_ids=show_ids))
+            server = ReviewServer(port, cases)
         except OSError as error:
             raise EnvironmentProblemError(
                 f"Port {port} of this machine cannot be used: {error.strerror or error}.",
@@ -123,6 +153,29 @@ def open_review(
             ) from error
         with server:
             yield server
+
+
+def _reviewer(given: str | None) -> str:
+    """Return the name of the reviewer.
+
+    Raises:
+        UsageError: the name is empty, too long or unknown, or has characters that cannot be displayed.
+    """
+    if given is None:
+        try:
+            return pwd.getpwuid(os.getuid()).pw_name
+        except KeyError as error:
+            raise UsageError(
+                "This account has no user name, so it is not known who reviews the masks.",
+                remedy="Give the name of the reviewer with --reviewer.",
+            ) from error
+    name = given.strip()
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise UsageError(
+            f"--reviewer must be a name of 1 to {_LONGEST_NAME} printable characters.",
+            remedy="Give the name of the reviewer, for example --reviewer 'A. Lovelace'.",
+        )
+    return name
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET" and path == "/" and query.startswith("token="):
             if not access.is_token(unquote(query.removeprefix("token="))):
                 return text_reply(HTTPStatus.FORBIDDEN, _ACCESS_DENIED)
-            return text_reply(HTTPStatus.SEE_OTHER, "Welcome.", ("Location", "/"), ("Set-Cookie", access.cookie))
+            self.server.entered()
+            return welcome_reply(access.cookie)
         # For a browser, pages of other servers on this machine are "same-site", so their requests contain the cookie.
         foreign_page = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
         foreign_post = self.command == "POST" and not access.is_our_origin(self.headers.get("Origin"))

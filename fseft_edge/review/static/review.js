@@ -10,6 +10,7 @@ const DRAWS = canDraw();
 let cases = [];
 let current = null; // key of the selected case
 let seen = null; // key of the case whose mask is displayed
+let seenMask = null; // sha256 of this mask file
 let loading = new AbortController();
 let viewer = null;
 let cross = true;
@@ -17,6 +18,7 @@ const notes = new Map(); // notes that were written but not yet stored, by key
 
 const caseOf = (key) => cases.find((item) => item.key === key);
 const hasMask = (item) => item?.state === "done";
+const reviewOf = (item) => item.decisions.at(-1);
 
 function make(tag, text, className) {
   const made = document.createElement(tag);
@@ -35,7 +37,6 @@ async function ask(path, options) {
 
 async function download(path, signal, onProgress) {
   const response = await ask(path, { signal });
-  if (!onProgress) return response.arrayBuffer();
   const bytes = new Uint8Array(Number(response.headers.get("Content-Length")));
   const reader = response.body.getReader();
   let at = 0;
@@ -50,12 +51,16 @@ async function download(path, signal, onProgress) {
   return bytes.buffer;
 }
 
+// The sha256 of the mask comes with the mask, so a decision names the mask that was displayed.
+const sha256Of = (response) => response.headers.get("ETag").replaceAll('"', "");
+
 // List of cases
 
 async function refresh() {
   const listed = await (await ask("/cases")).json();
   cases = listed.cases;
   element("progress").textContent = `${listed.decided} of ${listed.masks} decided`;
+  element("reviewer").textContent = `Reviewer: ${listed.reviewer}`;
   element("note").maxLength = listed.longest_note;
   showList();
 }
@@ -75,10 +80,10 @@ function showList() {
       group = groupOf(item);
       rows.push(make("li", GROUPS[group], "group"));
     }
-    const button = make("button", item.key, item.review?.decision);
+    const button = make("button", item.key, reviewOf(item)?.decision);
     button.type = "button";
     button.setAttribute("aria-current", String(item.key === current));
-    button.append(make("small", item.review?.decision ?? (hasMask(item) ? "undecided" : item.state.replace("_", " "))));
+    button.append(make("small", reviewOf(item)?.decision ?? (hasMask(item) ? "undecided" : item.state.replace("_", " "))));
     button.addEventListener("click", () => open(item.key));
     const row = make("li");
     row.append(button);
@@ -99,11 +104,27 @@ function showDescription(item) {
   element("title").textContent = item.key;
   element("name").textContent = item.name ?? "";
   element("name").hidden = !item.name;
-  const at = item.review && new Date(item.review.at * 1000).toLocaleString();
-  element("decided").textContent = item.review ? `${item.review.decision} ${at}` : hasMask(item) ? "undecided" : "";
+  showDecided(item);
+  const warnings = item.corrected && hasMask(item)
+    ? ["This is the corrected mask. Volumes and flags are those of the mask of the batch.", ...item.warnings]
+    : item.warnings;
+  element("warnings").replaceChildren(...warnings.map((warning) => make("li", warning)));
   element("decision").hidden = !hasMask(item);
-  element("note").value = notes.get(item.key) ?? item.review?.note ?? "";
+  element("note").value = notes.get(item.key) ?? reviewOf(item)?.note ?? "";
+  element("history").replaceChildren(...item.decisions.map(decisionRow).reverse());
   element("organs").replaceChildren(...item.organs.map(organRow));
+}
+
+function showDecided(item) {
+  const review = reviewOf(item);
+  const another = review?.mask_sha256 && seen === item.key && review.mask_sha256 !== seenMask;
+  const decided = review && (another ? `${review.decision}, but for another mask. Decide again.` : review.decision);
+  element("decided").textContent = decided ?? (hasMask(item) ? "undecided" : "");
+}
+
+function decisionRow({ decision, at, reviewer, note }) {
+  const when = `${at.slice(0, 16).replace("T", " ")} UTC`;
+  return make("li", `${decision} ${when}${reviewer && ` by ${reviewer}`}${note && `: ${note}`}`);
 }
 
 function organRow(organ) {
@@ -138,6 +159,7 @@ async function open(key) {
   const item = caseOf(key);
   current = key;
   seen = null;
+  seenMask = null;
   viewer?.clear();
   element("picture").hidden = true;
   element("position").textContent = "";
@@ -145,14 +167,17 @@ async function open(key) {
   showList();
   allowDecision();
   if (!hasMask(item)) {
-    const state = `The state of this case is "${item.state.replace("_", " ")}". There is no mask.`;
+    const state = item.superseded_by
+      ? `This case is superseded by ${item.superseded_by}, so its mask is not used.`
+      : `The state of this case is "${item.state.replace("_", " ")}". There is no mask.`;
     showMessage([item.reason || state, item.remedy].join("\n"));
     return;
   }
   try {
-    await (viewer ? showScan(item, signal) : showPicture(item, signal));
+    const shown = await (viewer ? showScan(item, signal) : showPicture(item, signal));
     if (signal.aborted) return;
-    seen = key;
+    [seen, seenMask] = [key, shown];
+    showDecided(item);
   } catch (error) {
     if (signal.aborted) return;
     showMessage(`${key} cannot be displayed. ${error.message}`);
@@ -160,15 +185,17 @@ async function open(key) {
   allowDecision();
 }
 
+// Display scan and mask, or the picture; return the sha256 of the mask.
 async function showScan(item, signal) {
   showMessage("Reading the scan …");
   const onProgress = (share) => showMessage(`Reading the scan … ${Math.round(100 * share)} %`);
   const [scan, mask] = await Promise.all([
     download(`/cases/${item.key}/scan.nii`, signal, onProgress),
-    download(`/cases/${item.key}/mask.nii.gz`, signal),
+    ask(`/cases/${item.key}/mask.nii.gz`, { signal }),
   ]);
-  await viewer.show(scan, mask, item.organs, WINDOWS[element("window").value], element("fill").value / 100);
+  await viewer.show(scan, await mask.arrayBuffer(), item.organs, WINDOWS[element("window").value], element("fill").value / 100);
   showMessage("");
+  return sha256Of(mask);
 }
 
 async function showPicture(item, signal) {
@@ -176,6 +203,8 @@ async function showPicture(item, signal) {
     + " turn on hardware acceleration.";
   showMessage(`${why}\nThe batch wrote no picture of this case.`);
   const picture = element("picture");
+  const mask = await ask(`/cases/${item.key}/mask.nii.gz`, { signal });
+  await mask.body.cancel();
   const response = await ask(`/cases/${item.key}/picture.png`, { signal });
   await response.blob();
   picture.src = `/cases/${item.key}/picture.png`;
@@ -183,6 +212,7 @@ async function showPicture(item, signal) {
   if (signal.aborted) return;
   picture.hidden = false;
   showMessage(`${why}\nThe picture below was written by the batch.`);
+  return sha256Of(mask);
 }
 
 // Decisions
@@ -195,7 +225,7 @@ async function decide(decision) {
     await ask(`/cases/${key}/decision`, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ decision, note }),
+      body: JSON.stringify({ decision, note, mask_sha256: seenMask }),
     });
     notes.delete(key);
     await refresh();

@@ -65,6 +65,7 @@ RENAMED = {
     "memory": "memory_gb",
     "nsd_tolerance": "nsd_tolerance_mm",
     "parity_ct": "parity_volumes",
+    "prediction_organs": "prediction_ids",
     "size_priors": "priors",
     "size_volumes": "table",
     "support_images": "images",

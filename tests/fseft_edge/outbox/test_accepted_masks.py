@@ -100,12 +100,45 @@ def corrections(batch: Batch, folder: Path, *keys: str) -> Path:
 
 
 def test_a_corrected_mask_replaces_the_mask_of_the_batch(batch: Batch, tmp_path: Path) -> None:
-    for key in batch.keys:
-        batch.decide(key, Decision.ACCEPTED)
     folder = corrections(batch, tmp_path / "corrected", batch.keys[0])
+    batch.decide(batch.keys[0], Decision.REJECTED)
+    batch.decide(batch.keys[0], Decision.ACCEPTED, mask=folder / f"{batch.keys[0]}.nii.gz")
+    batch.decide(batch.keys[1], Decision.ACCEPTED)
     (_, first), (_, second) = accepted(batch, LIVER, corrected=folder)
     assert np.argwhere(first.array == 6).tolist() == [[10, 11, 12]]
     np.testing.assert_array_equal(second.array == 6, scan(2).labels.array == label_of("liver"))
+
+
+def test_only_the_mask_that_was_accepted_is_used(batch: Batch, tmp_path: Path) -> None:
+    """A mask may be corrected after it was accepted, or only a corrected mask may have been accepted."""
+    key = batch.keys[0]
+    folder = corrections(batch, tmp_path / "corrected", key)
+    corrected = folder / f"{key}.nii.gz"
+    batch.decide(key, Decision.ACCEPTED)
+    with refused(InputError, "corrected", key) as caught:
+        accepted(batch, LIVER, corrected=folder)
+    assert f"fseft-edge review {batch.outbox} --corrected {folder}" in caught.value.remedy
+    batch.decide(key, Decision.ACCEPTED, mask=corrected)
+    with refused(InputError, key, batch.outbox) as caught:
+        accepted(batch, LIVER)
+    assert "--corrected" in caught.value.remedy
+    assert len(accepted(batch, LIVER, corrected=folder)) == 1
+    shutil.copy(batch.mask(key), corrected)
+    with refused(InputError, "corrected", key):
+        accepted(batch, LIVER, corrected=folder)
+    batch.decide(key, Decision.ACCEPTED)
+    corrections(batch, batch.mask(key).parent, key)
+    with refused(InputError, key, batch.outbox):
+        accepted(batch, LIVER)
+
+
+def test_a_mask_accepted_in_an_earlier_version_is_used_with_a_warning(
+    batch: Batch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with batch.store() as store:
+        store.review(batch.keys[0], Decision.ACCEPTED, "", reviewer="", mask_sha256="")
+    assert len(accepted(batch, LIVER)) == 1
+    assert f"{batch.keys[0]} was accepted in a version that did not record" in caplog.text
 
 
 def test_a_corrected_mask_is_used_only_if_its_case_was_accepted(
@@ -118,6 +151,10 @@ def test_a_corrected_mask_is_used_only_if_its_case_was_accepted(
     assert batch.keys[1] in caplog.text
     with refused(InputError, folder, "case-typo"):
         accepted(batch, LIVER, corrected=corrections(batch, folder, "case-typo"))
+    uncompressed = tmp_path / "uncompressed" / f"{batch.keys[0]}.nii"
+    write_label_map(uncompressed, scan(1).labels)
+    with refused(InputError, uncompressed, ".nii.gz"):
+        accepted(batch, LIVER, corrected=uncompressed.parent)
 
 
 def test_a_scan_that_has_changed_is_refused(batch: Batch) -> None:
@@ -209,11 +246,12 @@ def test_adapt_needs_annotated_scans_that_contain_the_organ(batch: Batch, tmp_pa
 
 def test_a_corrected_mask_on_another_lattice_is_refused(batch: Batch, tmp_path: Path) -> None:
     encoder = write_tiny_encoder(tmp_path / "tiny.encoder").path
-    batch.decide(batch.keys[0], Decision.ACCEPTED)
     shifted = read_label_map(batch.mask(batch.keys[0]))
     affine = np.array(shifted.affine)
     affine[0, 3] += 3
-    write_label_map(tmp_path / "corrected" / f"{batch.keys[0]}.nii.gz", LabelMap(shifted.array, affine))
+    corrected = tmp_path / "corrected" / f"{batch.keys[0]}.nii.gz"
+    write_label_map(corrected, LabelMap(shifted.array, affine))
+    batch.decide(batch.keys[0], Decision.ACCEPTED, mask=corrected)
     with refused(GeometryError, batch.keys[0]):
         adapt(
             encoder,

@@ -11,7 +11,7 @@ import pytest
 from doubles.errors import refused
 from doubles.repository import ROOT
 from doubles.reviewed import Batch, run_batch
-from doubles.reviewer import SECONDS, Reviewer, served
+from doubles.reviewer import SECONDS, Reviewer, decision_body, served
 
 from fseft_edge.report.pictures import PREDICTION_COLOUR, REFERENCE_COLOUR
 from fseft_edge.review.routes import LARGEST_BODY
@@ -104,7 +104,7 @@ def test_two_host_headers_are_refused(reviewer: Reviewer) -> None:
 )
 def test_a_decision_from_a_foreign_page_is_refused(batch: Batch, reviewer: Reviewer, origin: str | None) -> None:
     sent = origin and origin.format(host=reviewer.host)
-    answer = reviewer.decide(batch.keys[0], '{"decision": "accepted", "note": ""}', Origin=sent)
+    answer = reviewer.decide(batch.keys[0], decision_body("00" * 32), Origin=sent)
     assert answer.status == 403
     with batch.store() as store:
         assert store.case(batch.keys[0]).review is None
@@ -194,13 +194,18 @@ def test_no_path_leads_to_other_files(batch: Batch, reviewer: Reviewer, path: st
     "body",
     [
         b"", b"{", b"[]", b'"accepted"', b"null", b"\xff\xfe", b'{"decision": "accepted"}', b'{"note": ""}',
-        b'{"decision": "maybe", "note": ""}', b'{"decision": ["accepted"], "note": ""}',
-        b'{"decision": "accepted", "note": 3}', b'{"decision": "accepted", "note": "\\ud800"}',
-        b'{"decision": "accepted", "note": "", "key": "x"}', b"[" * 10000,
+        b'{"decision": "accepted", "note": ""}', b'{"decision": "maybe", "note": "", "mask_sha256": "SHA256"}',
+        b'{"decision": ["accepted"], "note": "", "mask_sha256": "SHA256"}',
+        b'{"decision": "accepted", "note": 3, "mask_sha256": "SHA256"}',
+        b'{"decision": "accepted", "note": "\\ud800", "mask_sha256": "SHA256"}',
+        b'{"decision": "accepted", "note": "", "mask_sha256": "SHA256", "key": "x"}',
+        b'{"decision": "accepted", "note": "", "mask_sha256": "SHA25"}',
+        b'{"decision": "accepted", "note": "", "mask_sha256": null}', b"[" * 10000,
     ],
 )  # fmt: skip
 def test_an_invalid_decision_is_refused(batch: Batch, reviewer: Reviewer, body: bytes) -> None:
-    assert reviewer.decide(batch.keys[0], body).status == 400
+    sha256 = reviewer.mask_sha256(batch.keys[0]).encode()
+    assert reviewer.decide(batch.keys[0], body.replace(b"SHA256", sha256)).status == 400
     with batch.store() as store:
         assert store.case(batch.keys[0]).review is None
 
@@ -216,7 +221,7 @@ def test_a_request_without_length_or_too_long_is_not_read(
 
 def test_a_decision_has_to_be_json(batch: Batch, reviewer: Reviewer) -> None:
     """A browser lets foreign pages send forms without a preflight request, but not JSON."""
-    answer = reviewer.decide(batch.keys[0], '{"decision": "accepted", "note": ""}', Content_Type="text/plain")
+    answer = reviewer.decide(batch.keys[0], decision_body("00" * 32), Content_Type="text/plain")
     assert answer.status == 415
 
 

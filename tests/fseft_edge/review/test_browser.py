@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from PIL import Image
 
 from fseft_edge.outbox.records import CaseState, Decision
 from fseft_edge.outbox.store import Outcome
+from fseft_edge.review.browser import open_in_browser
 from fseft_edge.review.server import open_review
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -209,6 +213,56 @@ def test_a_case_that_cannot_be_displayed_cannot_be_accepted(batch: Batch, tab: T
         assert store.case(batch.keys[1]).review is None
 
 
+def test_the_file_for_the_default_browser_leads_to_the_page(
+    batch: Batch, tab: Tab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a browser, a file is another site, whose redirects carry no strict cookie."""
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    with served(batch.outbox) as reviewer, open_in_browser(reviewer.server):
+        tab.page.goto(opened[0])
+        tab.shown(batch.keys[1])
+        assert tab.page.url == f"http://{reviewer.host}/"
+        assert not Path(url2pathname(urlsplit(opened[0]).path)).exists()
+        tab.page.reload()
+        tab.shown(batch.keys[1])
+        tab.page.go_back()
+        assert "token" not in tab.page.url
+
+
+def test_the_page_shows_reviewer_history_and_warnings_and_a_mask_that_was_not_decided_on(
+    batch: Batch, tab: Tab, tmp_path: Path
+) -> None:
+    plain, flagged = batch.keys
+    batch.decide(flagged, Decision.REJECTED, "<b>the tip</b>")
+    with batch.store() as store:
+        store.end(flagged, Outcome(CaseState.DONE, store.case(flagged).organs, warnings=("The table drifts.",)))
+    with served(batch.outbox, reviewer="Bo Li") as reviewer:
+        tab.page.goto(reviewer.server.address)
+        tab.shown(flagged)
+        assert tab.text("#reviewer") == "Reviewer: Bo Li"
+        assert tab.text("#warnings") == "The table drifts."
+        assert tab.text("#decided") == "rejected"
+        tab.page.fill("#note", "fine")
+        tab.page.click("#accept")
+        tab.wait("#decided:has-text('accepted')")
+        later, earlier = tab.text("#history").splitlines()
+        assert re.fullmatch(r"accepted \d{4}-\d\d-\d\d \d\d:\d\d UTC by Bo Li: fine", later)
+        assert re.fullmatch(r"rejected .* UTC by Ada Lovelace: <b>the tip</b>", earlier)
+    (tmp_path / "corrected").mkdir()
+    shutil.copy(batch.mask(plain), tmp_path / "corrected" / f"{flagged}.nii.gz")
+    with served(batch.outbox, corrected=tmp_path / "corrected") as reviewer:
+        tab.page.goto(reviewer.server.address)
+        tab.shown(flagged)
+        assert tab.text("#decided") == "accepted, but for another mask. Decide again."
+        assert "This is the corrected mask." in tab.text("#warnings")
+        tab.page.keyboard.press("a")
+        tab.wait("#decided:text-is('accepted')")
+    with batch.store() as store:
+        assert store.case(flagged).review.mask_sha256 == hashlib.sha256(batch.mask(plain).read_bytes()).hexdigest()
+    assert tab.problems == []
+
+
 def test_a_wrong_token_shows_nothing(batch: Batch, tab: Tab) -> None:
     with served(batch.outbox) as reviewer:
         answer = tab.page.goto(reviewer.server.address + "x")
@@ -227,7 +281,7 @@ def test_a_page_of_another_server_can_neither_read_nor_decide(batch: Batch, tab:
         outcome = tab.page.evaluate(
             """async ([host, key]) => {
               const tried = [];
-              const decision = JSON.stringify({decision: "accepted", note: ""});
+              const decision = JSON.stringify({decision: "accepted", note: "", mask_sha256: "0".repeat(64)});
               for (const mode of ["cors", "no-cors"]) {
                 try {
                   const answer = await fetch(`http://${host}/cases`, {credentials: "include", mode});

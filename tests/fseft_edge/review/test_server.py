@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
+import pwd
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import nibabel as nib
@@ -17,7 +21,7 @@ from doubles.dicom import Series, some_hu
 from doubles.encoder import label_of, scan
 from doubles.errors import refused
 from doubles.reviewed import PATIENT, Batch, add_failure, run_batch
-from doubles.reviewer import SECONDS, Reviewer, served
+from doubles.reviewer import SECONDS, Reviewer, decision_body, served
 
 from fseft_edge.outbox.content_key import content_key
 from fseft_edge.outbox.records import CaseState, Decision
@@ -25,7 +29,7 @@ from fseft_edge.outbox.result_files import open_result
 from fseft_edge.outbox.store import Outcome
 from fseft_edge.review.cases import LONGEST_NOTE
 from fseft_edge.review.server import open_review
-from fseft_edge.runtime.errors import BatchStateError, UnreadableFileError, UsageError
+from fseft_edge.runtime.errors import BatchStateError, InputError, UnreadableFileError, UsageError
 from fseft_edge.runtime.scans.nifti import read_ct, stream_hu, write_ct
 from fseft_edge.runtime.scans.volume import Volume
 
@@ -186,24 +190,120 @@ def test_a_key_that_is_a_path_is_refused(batch: Batch, key: str) -> None:
 
 def test_a_decision_is_stored_with_its_unchanged_note(batch: Batch, reviewer: Reviewer) -> None:
     note = '<script>alert("1")</script> \u2264 3 mm\n"; DROP TABLE cases; --'
-    answer = reviewer.decide(batch.keys[1], json.dumps({"decision": "rejected", "note": note}))
+    sha256 = hashlib.sha256(batch.mask(batch.keys[1]).read_bytes()).hexdigest()
+    assert reviewer.mask_sha256(batch.keys[1]) == sha256
+    answer = reviewer.decide(batch.keys[1], decision_body(sha256, "rejected", note))
     assert answer.status == 200
-    assert answer.json["review"]["note"] == note
+    [decision] = answer.json["decisions"]
+    assert (decision["note"], decision["mask_sha256"]) == (note, sha256)
     with batch.store() as store:
         review = store.case(batch.keys[1]).review
-        assert (review.decision, review.note) == (Decision.REJECTED, note)
+        assert (review.decision, review.note, review.mask_sha256) == (Decision.REJECTED, note, sha256)
     listed = reviewer.ask("/cases").json
     assert listed["decided"] == 1
-    assert (
-        reviewer.decide(batch.keys[1], '{"decision": "accepted", "note": ""}').json["review"]["decision"] == "accepted"
-    )
+    decisions = reviewer.decide(batch.keys[1], decision_body(sha256)).json["decisions"]
+    assert [decision["decision"] for decision in decisions] == ["rejected", "accepted"]
+    at = datetime.fromisoformat(decisions[0]["at"])
+    assert at.utcoffset() == timedelta(0)
     assert str(reviewer.server.progress()) == "1 of 2 decided"
 
 
+def test_a_decision_on_a_mask_that_was_not_displayed_is_refused(batch: Batch, reviewer: Reviewer) -> None:
+    key = batch.keys[0]
+    displayed = reviewer.mask_sha256(key)
+    shutil.copy(batch.mask(batch.keys[1]), batch.mask(key))
+    answer = reviewer.decide(key, decision_body(displayed))
+    assert answer.status == 409
+    assert key in answer.json["error"]
+    with batch.store() as store:
+        assert store.case(key).review is None
+    assert reviewer.decide(key, decision_body(reviewer.mask_sha256(key))).status == 200
+
+
+def test_a_mask_that_its_json_file_does_not_describe_is_not_sent(batch: Batch, reviewer: Reviewer) -> None:
+    key = batch.keys[0]
+    description = batch.mask(key, ".json")
+    fields = json.loads(description.read_text()) | {"mask_sha256": reviewer.mask_sha256(key)}
+    description.write_text(json.dumps(fields))
+    assert reviewer.ask(f"/cases/{key}/mask.nii.gz").status == 200
+    assert reviewer.ask(f"/cases/{key}/picture.png").status == 200
+    shutil.copy(batch.mask(batch.keys[1]), batch.mask(key))
+    for name in ("mask.nii.gz", "picture.png"):
+        answer = reviewer.ask(f"/cases/{key}/{name}")
+        assert answer.status == 409
+        assert key in answer.json["error"]
+    for text in ("{", "[1, 2]"):
+        description.write_text(text)
+        assert reviewer.ask(f"/cases/{key}/mask.nii.gz").status == 409
+
+
+def test_a_corrected_mask_is_displayed_and_accepted_in_place_of_the_mask_of_the_batch(
+    batch: Batch, tmp_path: Path
+) -> None:
+    first, second = batch.keys
+    folder = tmp_path / "corrected"
+    folder.mkdir()
+    shutil.copy(batch.mask(second), folder / f"{first}.nii.gz")
+    with served(batch.outbox, corrected=folder) as reviewer:
+        assert [case["corrected"] for case in reviewer.ask("/cases").json["cases"]] == [False, True]
+        assert reviewer.ask(f"/cases/{first}/mask.nii.gz").body == batch.mask(second).read_bytes()
+        assert reviewer.ask(f"/cases/{second}/mask.nii.gz").body == batch.mask(second).read_bytes()
+        assert reviewer.ask(f"/cases/{first}/picture.png").status == 409  # it shows the mask of the batch
+        own = hashlib.sha256(batch.mask(first).read_bytes()).hexdigest()
+        assert reviewer.decide(first, decision_body(own)).status == 409
+        assert reviewer.decide(first, decision_body(reviewer.mask_sha256(first))).status == 200
+        os.mkfifo(folder / f"{second}.nii.gz")
+        answer = reviewer.ask(f"/cases/{second}/mask.nii.gz")
+        assert (answer.status, second in answer.json["error"]) == (409, True)
+    with refused(UsageError, tmp_path / "nowhere"), open_review(batch.outbox, corrected=tmp_path / "nowhere"):
+        pass
+    shutil.copy(batch.mask(first), folder / "case-typo.nii.gz")
+    (folder / f"{second}.nii.gz").unlink()
+    with refused(InputError, folder, "case-typo"), open_review(batch.outbox, corrected=folder):
+        pass
+
+
+def test_decisions_have_the_name_of_the_reviewer(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = batch.keys[0]
+    for given, stored in ((" Ada Lovelace ", "Ada Lovelace"), (None, pwd.getpwuid(os.getuid()).pw_name)):
+        with served(batch.outbox, reviewer=given) as reviewer:
+            assert reviewer.ask("/cases").json["reviewer"] == stored
+            reviewer.decide(key, decision_body(reviewer.mask_sha256(key)))
+        with batch.store() as store:
+            assert store.case(key).review.reviewer == stored
+    for wrong in ("", "  ", "x" * 101, "two\nlines"):
+        with refused(UsageError, "--reviewer"), open_review(batch.outbox, reviewer=wrong):
+            pass
+
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with refused(UsageError, "no user name"), open_review(batch.outbox):
+        pass
+
+
+def test_warnings_and_the_case_that_supersedes_another_are_listed(batch: Batch) -> None:
+    first, second = batch.keys
+    source = batch.source(first)
+    with batch.store() as store:
+        store.end(first, Outcome(CaseState.DONE, warnings=(f"{source} drifts.",)))
+        store.add(source, "", second, ["1", "2"])
+        store.add(source, "", first, ["1"])
+        store.supersede_earlier(source, second)
+    with served(batch.outbox) as reviewer:
+        cases = {case["key"]: case for case in reviewer.ask("/cases").json["cases"]}
+        answer = reviewer.decide(first, decision_body("00" * 32))
+    assert cases[first]["warnings"] == [f"{first} drifts."]
+    assert cases[first]["superseded_by"] == second
+    assert (answer.status, second in answer.json["error"]) == (400, True)
+
+
 def test_a_note_that_is_too_long_is_refused(batch: Batch, reviewer: Reviewer) -> None:
-    longest = json.dumps({"decision": "accepted", "note": "€" * LONGEST_NOTE})
-    assert reviewer.decide(batch.keys[0], longest.replace("€", "\\u20ac")).status == 200
-    too_long = reviewer.decide(batch.keys[0], json.dumps({"decision": "accepted", "note": "x" * (LONGEST_NOTE + 1)}))
+    sha256 = reviewer.mask_sha256(batch.keys[0])
+    longest = decision_body(sha256, note="\u20ac" * LONGEST_NOTE)
+    assert reviewer.decide(batch.keys[0], longest).status == 200
+    too_long = reviewer.decide(batch.keys[0], decision_body(sha256, note="x" * (LONGEST_NOTE + 1)))
     assert too_long.status == 400
     assert str(LONGEST_NOTE) in too_long.json["error"]
 
@@ -211,8 +311,8 @@ def test_a_note_that_is_too_long_is_refused(batch: Batch, reviewer: Reviewer) ->
 def test_a_case_without_a_mask_cannot_be_decided(batch: Batch) -> None:
     failed = add_failure(batch)
     with served(batch.outbox) as reviewer:
-        assert reviewer.decide(failed, '{"decision": "accepted", "note": ""}').status == 400
-        assert reviewer.decide("case-000000000000", '{"decision": "accepted", "note": ""}').status == 404
+        assert reviewer.decide(failed, decision_body("00" * 32)).status == 400
+        assert reviewer.decide("case-000000000000", decision_body("00" * 32)).status == 404
 
 
 def test_several_requests_at_the_same_time_are_answered(batch: Batch, reviewer: Reviewer) -> None:
@@ -220,7 +320,7 @@ def test_several_requests_at_the_same_time_are_answered(batch: Batch, reviewer: 
 
     def decide_and_read(number: int) -> None:
         key = batch.keys[number % 2]
-        statuses.append(reviewer.decide(key, json.dumps({"decision": "accepted", "note": str(number)})).status)
+        statuses.append(reviewer.decide(key, decision_body(reviewer.mask_sha256(key), note=str(number))).status)
         statuses.append(reviewer.ask(f"/cases/{key}/scan.nii").status)
 
     threads = [threading.Thread(target=decide_and_read, args=(number,)) for number in range(8)]
