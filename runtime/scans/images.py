@@ -66,8 +66,9 @@ def label_map_of_image(image: nib.nifti1.Nifti1Pair) -> LabelMap:
         LabelError: the image is not three-dimensional, or a value is negative, too large or not a whole number.
         GeometryError: the geometry is missing or impossible, or sform, qform and ``pixdim`` disagree.
     """
-    labels = label_values_of(*_stored(image), _NAME)
-    geometry = _geometry(image, labels.shape)
+    array, slope, intercept = _stored(image)
+    geometry = _geometry(image, array.shape)
+    labels = label_values_of(array, slope, intercept, _NAME)
     log_warnings(_NAME, geometry.warnings)
     return LabelMap(labels, geometry.affine, forms=geometry.forms)
 

@@ -112,8 +112,8 @@ def read_label_map(path: Path) -> LabelMap:
         OutOfSpaceError: the temporary folder has too little disk space for the unpacked file.
     """
     stored = _read(path)
+    geometry = geometry_in(stored.header, stored.array.shape, path)
     labels = label_values_of(stored.array, *rescale_in(stored.header, path), path)
-    geometry = geometry_in(stored.header, labels.shape, path)
     log_warnings(path, stored.warnings + geometry.warnings)
     return LabelMap(labels, geometry.affine, path, geometry.forms)
 

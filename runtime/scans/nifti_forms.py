@@ -74,7 +74,8 @@ class NiftiForms:
         """Return the geometry in a header."""
 
         def stored(*names: str) -> NDArray[np.float64]:
-            return np.array([header[name] for name in names], dtype=np.float64)
+            with np.errstate(invalid="ignore"):  # a signalling NaN in a field that may not even be set
+                return np.array([header[name] for name in names]).astype(np.float64)
 
         return cls(
             version=2 if isinstance(header, nib.nifti2.Nifti2Header) else 1,
@@ -83,17 +84,18 @@ class NiftiForms:
             qform_code=int(header["qform_code"]),
             quaternion=stored("quatern_b", "quatern_c", "quatern_d"),
             offset=stored("qoffset_x", "qoffset_y", "qoffset_z"),
-            pixdim=np.array(header["pixdim"][:4], dtype=np.float64),
+            pixdim=stored("pixdim")[0, :4],
             unit=int(header["xyzt_units"]) & _UNIT_BITS,
         )
 
     def write_to(self, header: nib.nifti1.Nifti1Header) -> None:
         """Store the geometry in a header of the same version of NIfTI."""
         header["sform_code"], header["qform_code"] = self.sform_code, self.qform_code
-        header["srow_x"], header["srow_y"], header["srow_z"] = self.sform
-        header["quatern_b"], header["quatern_c"], header["quatern_d"] = self.quaternion
-        header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = self.offset
-        header["pixdim"][:4] = self.pixdim
+        with np.errstate(invalid="ignore"):
+            header["srow_x"], header["srow_y"], header["srow_z"] = self.sform
+            header["quatern_b"], header["quatern_c"], header["quatern_d"] = self.quaternion
+            header["qoffset_x"], header["qoffset_y"], header["qoffset_z"] = self.offset
+            header["pixdim"][:4] = self.pixdim
         header["xyzt_units"] = self.unit
 
 
