@@ -61,6 +61,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
 RENAMED = {
     "from_reviewed": "reviewed",
     "gradient_checkpointing": "checkpointing",
+    "group_pattern": "groups",
     "limit": "limit_minutes",
     "memory": "memory_gb",
     "nsd_tolerance": "nsd_tolerance_mm",
