@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Final, TypeVar
 
-from fseft_edge.masks.result import SegmentedOrgan
+from fseft_edge.masks.result import SegmentedOrgan, describes
 from fseft_edge.outbox.records import CaseState, Outcome, StageSeconds
 from fseft_edge.outbox.store import FINGERPRINT_KEY
-from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError
+from fseft_edge.runtime.errors import LabelError, OutOfSpaceError
 from fseft_edge.runtime.scans.nifti import SUFFIXES
 from fseft_edge.runtime.system.atomic import atomic_folder
-from fseft_edge.runtime.system.memory import is_out_of_memory
+from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
 from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, Segmenter
 
 RECORD_FILE: Final = "batch.json"
@@ -133,24 +132,9 @@ class CaseWork:
 
 def failed_outcome(error: Exception, key: str, folder: Path) -> Outcome:
     """Return the outcome of a case that raised an error. Its text names the case only by its key."""
-    if not isinstance(error, FseftEdgeError) and is_out_of_memory(error):
-        error = OutOfMemoryError(
-            "There was not enough free memory.",
-            remedy="Close other programs, limit the memory with --memory, or use a machine with more memory.",
-        )
-    if isinstance(error, FseftEdgeError):
-        reason, remedy = (
-            text.replace(f"{folder}/", "").replace(str(folder), key) for text in (error.message, error.remedy)
-        )
-        return Outcome(CaseState.FAILED, problem=type(error).__name__, reason=reason, remedy=remedy)
-    # The text of an unexpected error may contain data of the file: only its place in the code is reported.
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return Outcome(
-        CaseState.FAILED,
-        problem=type(error).__name__,
-        reason=f"An unexpected {type(error).__name__} in {Path(where.filename).name}, line {where.lineno}.",
-        remedy="This is a bug: please report it. Run `fseft-edge segment` on this scan to see the full error.",
-    )
+    error = as_known_error(error)
+    reason, remedy = (text.replace(f"{folder}/", "").replace(str(folder), key) for text in reason_and_remedy(error))
+    return Outcome(CaseState.FAILED, problem=type(error).__name__, reason=reason, remedy=remedy)
 
 
 def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
@@ -168,7 +152,11 @@ def write_record(folder: Path, outcome: Outcome, fingerprint: str) -> None:
 
 
 def read_record(folder: Path, fingerprint: str) -> Outcome | None:
-    """Return the outcome of a case whose result is in the outbox; None if there is none with this fingerprint."""
+    """Return the outcome of a case whose result is in the outbox; None if there is none with this fingerprint.
+
+    If the mask in the folder is not the one that the JSON file beside it describes, somebody changed it. Then the
+    outcome is a failure, so that a mask that a person corrected in the outbox is neither used unseen nor overwritten.
+    """
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         if record["schema_version"] != _SCHEMA_VERSION or record[FINGERPRINT_KEY] != fingerprint:
@@ -176,9 +164,22 @@ def read_record(folder: Path, fingerprint: str) -> Outcome | None:
         organs = tuple(SegmentedOrgan.from_json(organ) for organ in record["organs"])
         warnings = tuple(map(str, record.get("warnings", [])))  # older versions wrote none
         series = str(record.get("series", ""))  # older versions wrote none
-        return Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]), warnings=warnings, series=series)
-    except (OSError, ValueError, KeyError, TypeError):
+        outcome = Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]), warnings=warnings, series=series)
+        fields = json.loads((folder / f"{folder.name}.json").read_text(encoding="utf-8"))
+        with (folder / f"{folder.name}.nii.gz").open("rb") as mask:
+            return outcome if describes(fields, mask) else _changed_outcome(folder.name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _changed_outcome(key: str) -> Outcome:
+    return Outcome(
+        CaseState.FAILED,
+        problem=LabelError.__name__,
+        reason=f"The mask of {key} in the outbox was changed after it was made.",
+        remedy="Move the mask to a folder of corrected masks (--corrected), delete the result folder of the case, and "
+        "use `batch retry`.",
+    )
 
 
 def _suffix(source: Path) -> str:

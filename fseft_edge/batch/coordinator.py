@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +34,7 @@ from fseft_edge.outbox.folders import (
 from fseft_edge.outbox.records import CaseState, Outcome
 from fseft_edge.outbox.store import FINGERPRINT_KEY, SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
+from fseft_edge.segmentation.label_values import label_values
 from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings, load_models
 
 _LOG = logging.getLogger(__name__)
@@ -97,7 +99,8 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
         earlier = store.metadata(FINGERPRINT_KEY)
         if earlier not in (None, fingerprint):
             raise BatchStateError(
-                f"The results in {settings.outbox} were made with other adapters or other options.",
+                f"The results in {settings.outbox} were made with other adapters, with other options, or by a version "
+                "that gave the organs other label values.",
                 remedy="Give another OUTBOX, or the same adapters and options as before.",
             )
         store.set_metadata(FINGERPRINT_KEY, fingerprint)
@@ -354,14 +357,8 @@ class _Run:
     def _new_pool(self) -> WorkerPool:
         settings = self._settings
         workers = settings.workers or 1
-        worker_settings = WorkerSettings(
-            settings.segmentation,
-            settings.outbox,
-            self._fingerprint,
-            self._scratch,
-            max(1, (os.cpu_count() or 1) // workers),
-            settings.pipeline,
-        )
+        shared = replace(settings.segmentation, processes=workers)
+        worker_settings = WorkerSettings(shared, settings.outbox, self._fingerprint, self._scratch, settings.pipeline)
         limit = settings.limit_minutes * 60
         if settings.scheduler is not None:
             return ClusterWorkerPool(worker_settings, settings.scheduler, limit, _LOG.info)
@@ -380,6 +377,7 @@ def _source_missing(key: str) -> Outcome:
 
 def _fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> str:
     """Return the options fingerprint: everything that determines the masks, as JSON text."""
+    values = label_values(models.adapters)
     return json.dumps(
         {
             "encoder": models.bundle.encoder_id,
@@ -389,6 +387,8 @@ def _fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> st
             "dicom": sorted(set(segmentation.dicom)),
             "transductive": segmentation.transduction is not None,
             **({"organs": list(segmentation.organs)} if segmentation.organs else {}),
+            # Earlier versions numbered the organs from 1: their results differ exactly if the label values differ.
+            **({} if values == tuple(range(1, len(values) + 1)) else {"labels": values}),
         },
         sort_keys=True,
     )

@@ -1,14 +1,18 @@
-"""Open result files of a case safely: no links, only regular files."""
+"""Open result files of a case safely: no links, only regular files, and only a mask that its JSON file describes."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Final
 
-from fseft_edge.runtime.errors import UnreadableFileError
+from fseft_edge.masks.result import describes
+from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+
+MASK_SUFFIX: Final = ".nii.gz"
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -17,7 +21,8 @@ def open_result(outbox: Path, key: str, suffix: str) -> BinaryIO:
     """Open ``OUTBOX/<key>/<key><suffix>`` for reading.
 
     No symbolic link below the outbox is followed, neither for the folder of the case nor for the file, even if the link
-    is created while this function runs. Only regular files are opened.
+    is created while this function runs. Only regular files are opened. A mask is opened only if it is the one that the
+    JSON file beside it describes.
 
     Args:
         outbox: outbox of the batch.
@@ -26,7 +31,36 @@ def open_result(outbox: Path, key: str, suffix: str) -> BinaryIO:
 
     Raises:
         UnreadableFileError: the file does not exist, is not a regular file, or cannot be opened.
+        LabelError: the mask was changed after it was made, so its label values may stand for other organs.
     """
+    result = _opened(outbox, key, suffix)
+    if suffix == MASK_SUFFIX:
+        try:
+            with _opened(outbox, key, ".json") as description:
+                same = describes(_fields(description), result)
+        except BaseException:
+            result.close()
+            raise
+        if not same:
+            result.close()
+            raise LabelError(
+                f"The mask of {key} in the outbox was changed after it was made.",
+                remedy="Restore the mask, or move it to a folder of corrected masks and segment the case again.",
+            )
+        result.seek(0)
+    return result
+
+
+def _fields(description: BinaryIO) -> dict[str, Any]:
+    """Return the content of a JSON file; empty if it is damaged, as a file of an earlier version without checksum."""
+    try:
+        fields = json.load(description)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _opened(outbox: Path, key: str, suffix: str) -> BinaryIO:
     if not _PLAIN_NAME.fullmatch(key):
         raise _unreadable(key, suffix, "the key is not a plain file name")
     try:
