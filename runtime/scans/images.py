@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from fseft_edge.runtime.errors import InputError, UnreadableFileError
+from fseft_edge.runtime.errors import GeometryError, InputError, UnreadableFileError
 from fseft_edge.runtime.scans.hounsfield import check_hounsfield
 from fseft_edge.runtime.scans.label_names import extensions_of
 from fseft_edge.runtime.scans.nifti import (
@@ -96,10 +97,12 @@ def _stored(image: nib.nifti1.Nifti1Pair) -> tuple[NDArray[Any], float, float]:
     proxy = image.dataobj
     if isinstance(proxy, nib.arrayproxy.ArrayProxy):
         try:
-            return squeezed(np.asanyarray(proxy.get_unscaled())), float(proxy.slope), float(proxy.inter)
-        except (OSError, ValueError, EOFError) as error:
+            with np.errstate(over="ignore"):  # numpy computes the length of an impossible shape
+                return squeezed(np.asanyarray(proxy.get_unscaled())), float(proxy.slope), float(proxy.inter)
+        except (OSError, ValueError, EOFError, OverflowError, MemoryError, zlib.error) as error:
             raise UnreadableFileError(
-                "The file of the image in memory cannot be read any more.", remedy="Load the image again."
+                "The voxels of the image in memory cannot be read from its file: the file is damaged, or was changed.",
+                remedy="Load the image again, or copy its file again from its source.",
             ) from error
     return squeezed(np.asanyarray(proxy)), 1.0, 0.0
 
@@ -111,6 +114,8 @@ def _geometry(image: nib.nifti1.Nifti1Pair, shape: tuple[int, ...]) -> Geometry:
     file, the header in the file is checked.
     """
     header = image.header
+    if image.affine is not None and not np.isfinite(image.affine).all():
+        raise GeometryError(f"{_NAME} has an affine that is not finite.", remedy="Give the affine of the scan.")
     if image.affine is not None and not np.allclose(image.affine, header.get_best_affine()):
         header = header.copy()  # nibabel would do the same on saving
         header.set_sform(image.affine, code="aligned")

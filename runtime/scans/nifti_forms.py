@@ -34,6 +34,9 @@ _QUATERNION_ROUNDING: Final = 1e-5
 _STORED_ROUNDING: Final = {1: 3e-7, 2: 5e-16}
 """Error of b² + c² + d² from the float type of NIfTI-1 and NIfTI-2. Beyond it, nibabel refuses a quaternion."""
 
+_LARGEST: Final = 1e9
+"""No length in a header is larger in any unit."""
+
 _SMALLEST_SQUARE: Final = {1: 1e-7, 2: 0.0}
 """Below this, w² is rounding and w is 0. The value for NIfTI-1 is that of nifti1_io, which ITK uses."""
 
@@ -153,18 +156,22 @@ def _check_values(forms: NiftiForms, name: object) -> None:
     if forms.sform_code == 0 and forms.qform_code == 0:
         raise GeometryError(f"{name} has no geometry: its sform and its qform are not set.", remedy=f"{_CONVERT}.")
     for number, spacing in enumerate(forms.pixdim[1:].tolist(), start=1):
-        if not (np.isfinite(spacing) and spacing > 0):
+        if not 0 < spacing <= _LARGEST:
             raise _refused(name, f"the voxel spacing {spacing:g} along axis {number} (pixdim[{number}])")
-    if forms.sform_code and not np.isfinite(forms.sform).all():
-        raise _refused(name, "an sform that is not finite")
+    if forms.sform_code and not _in_range(forms.sform):
+        raise _refused(name, "an sform with values that are not finite or impossibly large")
     if forms.qform_code:
-        if not np.isfinite([*forms.quaternion, *forms.offset]).all():
-            raise _refused(name, "a qform that is not finite")
+        if not (_in_range(forms.quaternion) and _in_range(forms.offset)):
+            raise _refused(name, "a qform with values that are not finite or impossibly large")
         # nifti1.h: "If pixdim[0] is 0.0 (which should not occur), we take qfac = 1."
         if forms.pixdim[0] not in (-1.0, 0.0, 1.0):
             raise _refused(name, f"the value {forms.pixdim[0]:g} of qfac (pixdim[0]), which must be 1 or -1")
         if (excess := -_w_squared(forms)) > _QUATERNION_ROUNDING:
             raise _refused(name, f"a qform that is no rotation: b² + c² + d² of its quaternion is {1 + excess:g}")
+
+
+def _in_range(values: NDArray[np.float64]) -> bool:
+    return bool((np.abs(values) <= _LARGEST).all())
 
 
 def _without_empty_sform(forms: NiftiForms, name: object) -> tuple[NiftiForms, tuple[str, ...]]:
@@ -235,7 +242,7 @@ def _check_unit(forms: NiftiForms, label: str, to_mm: float, name: object) -> No
 def _check_axes(affine: NDArray[np.float64], name: object) -> None:
     """Raise GeometryError if an axis of the sform has no length, or all axes are in one plane."""
     steps = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (steps > 0).all() or abs(np.linalg.det(affine[:3, :3] / steps)) < 1e-3:
+    if not ((steps > 0).all() and abs(np.linalg.det(affine[:3, :3] / steps)) >= 1e-3):
         raise _refused(name, "a singular sform: its axes have no length or are in one plane")
 
 
