@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
 
 from fseft_edge.batch.case_work import CaseTask
 from fseft_edge.batch.cluster_worker import do_case
@@ -70,6 +72,12 @@ class ClusterWorkerPool:
             )
         return len(threads)
 
+    def _neighbours(self) -> dict[str, int]:
+        """Return the number of workers on the machine of each worker, by the address of the worker."""
+        machines = {worker: urlsplit(worker).hostname for worker in self._client.nthreads()}
+        counts = Counter(machines.values())
+        return {worker: counts[machine] for worker, machine in machines.items()}
+
     @property
     def in_progress(self) -> int:
         """Number of cases that were given to the workers and have not ended."""
@@ -90,7 +98,7 @@ class ClusterWorkerPool:
 
     def submit(self, task: CaseTask, *, exclusive: bool) -> None:  # noqa: ARG002 - every case is exclusive here
         """Give a case to a worker."""
-        future = self._client.submit(do_case, self._settings, task, pure=False)
+        future = self._client.submit(do_case, self._settings, task, self._neighbours(), pure=False)
         self._cases[task.key] = (future, time.monotonic())
 
     def events(self, timeout: float) -> list[PoolEvent]:

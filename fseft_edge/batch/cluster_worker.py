@@ -6,14 +6,16 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from fseft_edge.batch.case_work import CaseError, CaseTask, CaseWork
 from fseft_edge.batch.worker import WorkerSettings
 from fseft_edge.outbox.records import Outcome
+from fseft_edge.runtime.system.threads import limit_threads
 from fseft_edge.segmentation.segmenter import Segmenter, open_segmenter
 
 _SCRATCH_PREFIX: Final = "fseft-edge-worker-"
@@ -32,13 +34,22 @@ _open: list[_OpenSegmenter] = []
 """At most one element."""
 
 
-def do_case(settings: WorkerSettings, task: CaseTask) -> Outcome:
+def do_case(settings: WorkerSettings, task: CaseTask, neighbours: Mapping[str, int]) -> Outcome:
     """Segment one case. The encoder stays open for the next case.
+
+    Args:
+        settings: settings of every worker.
+        task: the case.
+        neighbours: number of workers on the machine of each worker, by the address of the worker. They share the memory
+            and the cores of their machine.
 
     Raises:
         FseftEdgeError: this worker cannot segment any case.
     """
-    segmenter = _segmenter(settings)
+    from distributed import get_worker  # noqa: PLC0415 - Dask is optional
+
+    processes = neighbours.get(get_worker().address, 1)
+    segmenter = _segmenter(replace(settings, segmentation=replace(settings.segmentation, processes=processes)))
     work = CaseWork(segmenter, settings.outbox, settings.fingerprint)
     try:
         return work.finish(work.encode(work.read(task)))
@@ -51,6 +62,7 @@ def _segmenter(settings: WorkerSettings) -> Segmenter:
         return _open[0].segmenter
     while _open:
         _open.pop().resources.close()
+    limit_threads(settings.segmentation.processes)
     tempfile.tempdir = str(_scratch_folder())
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)  # its messages quote values of the file
     with ExitStack() as stack:

@@ -152,7 +152,7 @@ class LocalWorkerPool:
         return _Worker(process, own_end)
 
     def _free(self, *, exclusive: bool) -> _Worker | None:
-        capacity = 1 if exclusive or not self._settings.pipeline else PIPELINE_DEPTH
+        capacity = 1 if exclusive or not self._settings.overlaps else PIPELINE_DEPTH
         free = [worker for worker in self._workers if not worker.exclusive and len(worker.cases) < capacity]
         return min(free, key=lambda worker: len(worker.cases), default=None)
 

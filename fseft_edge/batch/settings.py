@@ -21,13 +21,15 @@ class BatchSettings:
         state: state file; None means the state file in the outbox.
         watch: when all cases have ended, wait for new scans.
         until: start no case after this moment; None means no limit.
-        workers: number of worker processes; None means the number that is useful on this machine.
+        workers: number of worker processes, which share the memory and the cores in equal parts; None means the number
+            that is useful on this machine.
         limit_minutes: time limit of a case in minutes.
         attempts: number of attempts in which a case may crash its worker or exceed the time limit. After the last one,
             the case is set aside.
         settle: a scan is complete when its files have not changed for this many seconds. A series that goes on to
             arrive later becomes another case, which supersedes the first.
         pipeline: overlap stages: while one case is encoded, the next case is read and the previous case is finished.
+            With a memory budget, stages never overlap.
         scheduler: address of a Dask scheduler whose workers run the cases; None means worker processes on this machine.
         show_ids: show the file names of the inbox in the report. They may contain patients' names.
     """

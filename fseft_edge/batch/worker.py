@@ -16,8 +16,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final, TypeVar
 
-import torch
-
 from fseft_edge.batch.case_work import CaseError, CaseInProgress, CaseTask, CaseWork
 from fseft_edge.batch.messages import (
     CaseEnded,
@@ -29,6 +27,7 @@ from fseft_edge.batch.messages import (
 )
 from fseft_edge.runtime.errors import FseftEdgeError
 from fseft_edge.runtime.system.overlap import overlapped
+from fseft_edge.runtime.system.threads import limit_threads
 from fseft_edge.segmentation.segmenter import SegmentationSettings, open_segmenter
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -45,16 +44,20 @@ class WorkerSettings:
         outbox: folder of the results.
         fingerprint: options fingerprint of the outbox (see :class:`fseft_edge.batch.case_work.CaseWork`).
         scratch: folder for temporary files; the coordinator deletes it.
-        threads: number of CPU threads.
-        pipeline: whether the stages of several cases overlap.
+        pipeline: whether the stages of several cases overlap. A memory budget is for one case at a time: with a budget,
+            stages never overlap.
     """
 
     segmentation: SegmentationSettings
     outbox: Path
     fingerprint: str
     scratch: Path
-    threads: int
     pipeline: bool
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the stages of several cases overlap in a worker."""
+        return self.pipeline and not self.segmentation.budget.limited
 
 
 class _Mailbox:
@@ -77,14 +80,14 @@ def work(connection: Connection, settings: WorkerSettings) -> None:
     _end_with_coordinator()
     _silence_logging()
     tempfile.tempdir = str(settings.scratch)
-    torch.set_num_threads(settings.threads)
+    limit_threads(settings.segmentation.processes)
     mailbox = _Mailbox(connection)
     try:
         with open_segmenter(settings.segmentation) as segmenter:
             session = segmenter.session
             mailbox.send(WorkerReady(f"{session.backend} ({session.precision}) on {session.device}"))
             stages = _Stages(CaseWork(segmenter, settings.outbox, settings.fingerprint), mailbox)
-            if settings.pipeline:
+            if settings.overlaps:
                 for outcome in overlapped(_tasks(connection), stages.read, stages.encode, stages.finish):
                     outcome.result()
             else:

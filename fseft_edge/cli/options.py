@@ -89,13 +89,14 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
         "--memory",
         type=_GB,
         metavar="GB",
-        help="Memory limit for encoding and segmentation.  [default: 90 % of the free memory]",
+        help="Memory limit for encoding and segmentation of one scan: scans are then processed one after another. All "
+        "worker processes of a batch share it.  [default: 90 % of the free memory]",
     )
     @click.option(
         "--vram",
         type=_GB,
         metavar="GB",
-        help="GPU memory limit for encoding and segmentation.  [default: 90 % of the free GPU memory]",
+        help="GPU memory limit, with the same meaning.  [default: 90 % of the free GPU memory]",
     )
     @logging_options
     @functools.wraps(command)

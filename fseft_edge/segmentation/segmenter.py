@@ -87,6 +87,7 @@ class SegmentationSettings:
         organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
         save_probabilities: also write the probabilities of each organ, before post-processing.
         split: also write a separate mask file for each organ.
+        processes: number of processes on this machine that segment with these settings and share its memory and cores.
 
     Raises:
         UsageError: a memory budget is not positive.
@@ -110,6 +111,7 @@ class SegmentationSettings:
     organs: tuple[str, ...] = ()
     save_probabilities: bool = False
     split: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
         self.budget  # noqa: B018 - raises UsageError if a budget is not positive
@@ -125,8 +127,8 @@ class SegmentationSettings:
 
     @property
     def budget(self) -> Budget:
-        """Memory that may be used."""
-        return Budget.of(self.memory_gb, self.vram_gb)
+        """Memory that each process may use."""
+        return Budget.of(self.memory_gb, self.vram_gb, self.processes)
 
 
 @dataclass(frozen=True, eq=False)

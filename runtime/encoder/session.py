@@ -12,6 +12,7 @@ from fseft_edge.runtime.encoder.backend_choice import BackendChoice, BackendName
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
+from fseft_edge.runtime.system.threads import limit_threads
 
 _log = logging.getLogger(__name__)
 
@@ -74,10 +75,14 @@ def backend_names() -> tuple[str, ...]:
 def resolve_device(name: str) -> torch.device:
     """Return the device for a name given by the user, after checking that the device exists.
 
+    Every computation begins here, so the number of threads is limited here
+    (:func:`fseft_edge.runtime.system.threads.limit_threads`).
+
     Raises:
         UsageError: the name is unknown.
         EnvironmentProblemError: the device does not exist.
     """
+    limit_threads()
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, number = name.partition(":")

@@ -16,8 +16,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,15 @@ from doubles.errors import refused
 from doubles.workers import FAULTS_FILE, InProcessPool, faulty_work
 from filelock import FileLock
 
+from fseft_edge.batch.case_work import CaseTask
 from fseft_edge.batch.coordinator import run_batch
 from fseft_edge.batch.inbox import signature_of
 from fseft_edge.batch.local_pool import LocalWorkerPool
-from fseft_edge.batch.messages import PoolEvent
+from fseft_edge.batch.messages import PoolEvent, WorkerReady
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
+from fseft_edge.batch.worker import WorkerSettings
+from fseft_edge.batch.worker import work as worker_main
 from fseft_edge.outbox.content_key import content_key
 from fseft_edge.outbox.records import CaseRecord, CaseState
 from fseft_edge.outbox.store import SOURCE_MISSING, STATE_FOLDER, UNREADABLE_PREFIX, BatchStore, state_path
@@ -45,6 +50,7 @@ from fseft_edge.runtime.errors import (
     UsageError,
 )
 from fseft_edge.runtime.system.machine import network_file_system
+from fseft_edge.runtime.system.memory import Budget
 from fseft_edge.segmentation.segment import segment
 from fseft_edge.segmentation.segmenter import SegmentationSettings
 
@@ -260,6 +266,51 @@ def test_two_workers_without_overlapped_stages_give_equal_masks(batch: Batch) ->
     batch.add(*NAMES)
     batch.run_workers(pipeline=False, workers=2)
     batch.check_done(*NAMES)
+
+
+@pytest.mark.parametrize(("memory_gb", "most"), [(None, 3), (4.0, 1)])
+def test_a_worker_with_a_memory_budget_has_one_case_at_a_time(
+    batch: Batch, memory_gb: float | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, cases = LocalWorkerPool.submit, []
+
+    def observed(pool: LocalWorkerPool, task: CaseTask, *, exclusive: bool) -> None:
+        submit(pool, task, exclusive=exclusive)
+        cases.append(max(len(worker.cases) for worker in pool._workers))
+
+    monkeypatch.setattr(LocalWorkerPool, "submit", observed)
+    batch.add(*NAMES)
+    batch.run_workers(segmentation=replace(batch.settings.segmentation, memory_gb=memory_gb))
+    batch.check_done(*NAMES)
+    assert max(cases) == most
+
+
+def test_worker_processes_share_memory_and_cores(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[WorkerSettings] = []
+
+    def pool(settings: WorkerSettings, count: int, limit: float, log: Callable[[str], None]) -> InProcessPool:
+        given.append(settings)
+        return InProcessPool(settings, count, limit, log)
+
+    monkeypatch.setattr("fseft_edge.batch.coordinator.LocalWorkerPool", pool)
+    batch.add(NAMES[0])
+    segmentation = replace(batch.settings.segmentation, memory_gb=8.0, vram_gb=2.0)
+    batch.run_workers(workers=2, segmentation=segmentation)
+    batch.check_done(NAMES[0])
+    (settings,) = given
+    assert settings.segmentation.budget == Budget(4_000_000_000, 1_000_000_000, processes=2)
+    assert settings.pipeline
+    assert not settings.overlaps
+    assert replace(settings, segmentation=replace(segmentation, memory_gb=None, vram_gb=None)).overlaps
+    limits: list[int] = []
+    monkeypatch.setattr("fseft_edge.batch.worker.limit_threads", limits.append)
+    monkeypatch.setattr("fseft_edge.batch.worker._end_with_coordinator", lambda: None)
+    monkeypatch.setattr("fseft_edge.batch.worker._silence_logging", lambda: None)
+    coordinator, worker = Pipe()
+    coordinator.send(None)
+    worker_main(worker, settings)
+    assert limits == [2]
+    assert isinstance(coordinator.recv(), WorkerReady)
 
 
 def test_existing_results_are_kept_when_the_state_file_is_lost(batch: Batch) -> None:
