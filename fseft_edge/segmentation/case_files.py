@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from fseft_edge._version import __version__
 from fseft_edge.masks.probabilities import file_stems
@@ -18,14 +18,31 @@ from fseft_edge.masks.result import MASK_SHA256, SegmentedCase, SegmentedOrgan
 from fseft_edge.runtime.errors import InputError
 from fseft_edge.runtime.system.atomic import atomic_files
 
-if TYPE_CHECKING:
-    from fseft_edge.segmentation.segmenter import SegmentationSettings
-
 _SCHEMA_VERSION: Final = 1
 _EARLIER_FILES: Final = (".png", ".seg.dcm", ".rtstruct.dcm")
 """Suffixes of the files of a result whose JSON file has no list of files, as earlier versions wrote it."""
 
 _USUAL_LONGEST_NAME: Final = 255
+
+
+class WantedOutputs(Protocol):
+    """The settings of a segmentation that ask for files besides the mask and its JSON file."""
+
+    @property
+    def preview(self) -> bool:
+        """Whether a picture is written."""
+
+    @property
+    def dicom(self) -> Sequence[str]:
+        """DICOM objects that are written."""
+
+    @property
+    def save_probabilities(self) -> bool:
+        """Whether the probabilities of each organ are written."""
+
+    @property
+    def split(self) -> bool:
+        """Whether a separate mask of each organ is written."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +89,7 @@ class CaseFiles:
         stems = file_stems(organs)
         return [f"{self.case}/{stems[organ]}.probability.nii.gz" for organ in organs]
 
-    def wanted(self, settings: SegmentationSettings, organs: Sequence[str]) -> Mapping[str, list[str]]:
+    def wanted(self, settings: WantedOutputs, organs: Sequence[str]) -> Mapping[str, list[str]]:
         """Return the files of each output that the settings ask for, besides the mask and its JSON file."""
         outputs: dict[str, list[str]] = {}
         if settings.preview:
@@ -85,7 +102,7 @@ class CaseFiles:
             outputs["split"] = self.masks(organs)
         return outputs
 
-    def check_names(self, settings: SegmentationSettings, organs: Sequence[str]) -> None:
+    def check_names(self, settings: WantedOutputs, organs: Sequence[str]) -> None:
         """Check, before the work, that the file system allows the names of all files of the case.
 
         Raises:
