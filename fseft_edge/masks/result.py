@@ -6,8 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, Final, Self
 
 from fseft_edge.runtime.errors import LabelError
 
@@ -67,7 +68,7 @@ class SegmentedCase:
     existing: bool = False
 
 
-def describes(fields: Mapping[str, Any], mask: BinaryIO) -> bool:
+def describes(fields: Mapping[str, Any], mask: BufferedReader) -> bool:
     """Return whether a JSON file describes this mask: whether the mask has the checksum that the JSON file states.
 
     Files of earlier versions state no checksum. They are trusted.

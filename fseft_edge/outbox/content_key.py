@@ -8,8 +8,9 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from fseft_edge.runtime.errors import UnreadableFileError
 
@@ -78,7 +79,7 @@ def content_of(source: Path) -> Content:
     return Content(whole, frozenset(digest.hex()[:_FILE_DIGITS] for digest in digests))
 
 
-def open_regular_file(file: Path) -> BinaryIO:
+def open_regular_file(file: Path) -> BufferedReader:
     """Open a regular file for reading. O_NONBLOCK keeps a named pipe from waiting for a program that writes to it."""
     stream = open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: PTH123, SIM115 - opens a file descriptor; the caller closes it
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):

@@ -6,8 +6,9 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from fseft_edge.masks.result import describes
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
@@ -17,7 +18,7 @@ MASK_SUFFIX: Final = ".nii.gz"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def open_result(outbox: Path, key: str, suffix: str) -> BinaryIO:
+def open_result(outbox: Path, key: str, suffix: str) -> BufferedReader:
     """Open ``OUTBOX/<key>/<key><suffix>`` for reading.
 
     No symbolic link below the outbox is followed, neither for the folder of the case nor for the file, even if the link
@@ -51,7 +52,7 @@ def open_result(outbox: Path, key: str, suffix: str) -> BinaryIO:
     return result
 
 
-def _fields(description: BinaryIO) -> dict[str, Any]:
+def _fields(description: BufferedReader) -> dict[str, Any]:
     """Return the content of a JSON file; empty if it is damaged, as a file of an earlier version without checksum."""
     try:
         fields = json.load(description)
@@ -60,7 +61,7 @@ def _fields(description: BinaryIO) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _opened(outbox: Path, key: str, suffix: str) -> BinaryIO:
+def _opened(outbox: Path, key: str, suffix: str) -> BufferedReader:
     if not _PLAIN_NAME.fullmatch(key):
         raise _unreadable(key, suffix, "the key is not a plain file name")
     try:

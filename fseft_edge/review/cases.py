@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from fseft_edge.masks.result import describes
 from fseft_edge.outbox.content_key import open_regular_file
 from fseft_edge.outbox.records import CaseRecord, CaseState, Decision
-from fseft_edge.outbox.result_files import open_result
+from fseft_edge.outbox.result_files import MASK_SUFFIX, open_result
 from fseft_edge.outbox.sources import read_source
 from fseft_edge.outbox.store import BatchStore
 from fseft_edge.runtime.errors import InputError, UnreadableFileError, UsageError
@@ -105,7 +103,7 @@ class ReviewCases:
         """Read the CT from which a mask was made (see :func:`fseft_edge.outbox.sources.read_source`)."""
         return read_source(case)
 
-    def mask(self, case: CaseRecord) -> tuple[BinaryIO, str]:
+    def mask(self, case: CaseRecord) -> tuple[BufferedReader, str]:
         """Open the mask of a case, the corrected one if there is one; return also its sha256 as hexadecimal digits.
 
         Raises:
@@ -114,7 +112,7 @@ class ReviewCases:
         """
         corrected = self._corrected_mask(case)
         if corrected is None:
-            mask = self._mask_of_batch(case)
+            mask = open_result(self._outbox, case.key, MASK_SUFFIX)
         else:
             try:
                 mask = open_regular_file(corrected)
@@ -127,7 +125,7 @@ class ReviewCases:
         mask.seek(0)
         return mask, sha256
 
-    def picture(self, case: CaseRecord) -> BinaryIO:
+    def picture(self, case: CaseRecord) -> BufferedReader:
         """Open the picture that the batch made of its mask.
 
         Raises:
@@ -139,34 +137,13 @@ class ReviewCases:
                 f"The picture of {case.key} does not show the corrected mask.",
                 remedy="Use a browser with WebGL2, which displays the corrected mask.",
             )
-        self._mask_of_batch(case).close()
+        open_result(self._outbox, case.key, MASK_SUFFIX).close()
         return open_result(self._outbox, case.key, ".png")
 
     def _corrected_mask(self, case: CaseRecord) -> Path | None:
         """Return the path of the corrected mask of a case; None if there is none."""
         path = self._corrected / f"{case.key}.nii.gz" if self._corrected else None
         return path if path and path.exists() else None
-
-    def _mask_of_batch(self, case: CaseRecord) -> BinaryIO:
-        """Open the mask that the batch wrote."""
-        with contextlib.ExitStack() as stack:
-            mask = stack.enter_context(open_result(self._outbox, case.key, ".nii.gz"))
-            description = stack.enter_context(open_result(self._outbox, case.key, ".json"))
-            try:
-                unchanged = describes(dict(json.load(description)), mask)
-            except (ValueError, TypeError) as error:
-                raise UnreadableFileError(
-                    f"The result {case.key}.json is damaged.", remedy="Segment the scan again into another OUTBOX."
-                ) from error
-            if not unchanged:
-                raise InputError(
-                    f"The mask of {case.key} in the outbox was changed after the batch wrote it.",
-                    remedy="Restore it. Save a corrected mask in another folder, and give this folder with --corrected.",
-                )
-            mask.seek(0)
-            description.close()
-            stack.pop_all()
-        return mask
 
     def description(self, case: CaseRecord) -> dict[str, Any]:
         """Return the data of a case that the page shows, ready for JSON."""
