@@ -20,9 +20,10 @@ from doubles.encoder import HEAD_ORGANS, SHAPE, SPACING, label_of, scan, write_c
 from doubles.errors import refused
 
 from fseft_edge.adaptation.adapt import adapt, zero_shot_adapter
+from fseft_edge.adaptation.block_sampling import SupportScan
 from fseft_edge.adaptation.cross_validation import Candidate, Validated
 from fseft_edge.adaptation.linear_solver import solve
-from fseft_edge.adaptation.training import TrainingSettings
+from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import AdapterFile, PostProcessing, read_adapter, write_adapter
 from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.evaluation.evaluate import evaluate
@@ -151,7 +152,8 @@ def test_a_label_value_that_is_in_no_annotation_is_refused_before_any_encoding(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EncoderSession, "encode", None)
-    with refused(LabelError, "77", "adrenal", site.root / "labels") as caught:
+    liver = f"{LIVER.label} (in 2 files, "
+    with refused(LabelError, "77", "adrenal", site.root / "labels", liver) as caught:
         site.adapt([LIVER, OrganLabel("adrenal", 77)], tmp_path / "a.adapter")
     assert "--organ" in caught.value.remedy
     assert list(tmp_path.iterdir()) == []
@@ -421,6 +423,87 @@ def test_a_left_out_score_is_the_score_of_an_adapter_from_the_other_scans(site: 
     assert len(both.description.organs[0].left_out_dsc) == 2
     assert both.description.organs[0].left_out_dsc[0] == pytest.approx(row.dsc, abs=1e-4)
     assert read_adapter(tmp_path / "both.adapter").description.organs == both.description.organs
+
+
+def left_out_cases(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Record, for each adapter that cross-validation makes, the cases that it is not made from."""
+    folds: list[set[str]] = []
+    make = Candidate.make
+
+    def recorded(candidate: Candidate, support: Sequence[SupportScan], *rest: Any) -> TrainedAdapter:
+        used = {scan.identity.case for scan in support if scan.identity}
+        folds.append({"case_1", "case_2", "case_3"} - used)
+        return make(candidate, support, *rest)
+
+    monkeypatch.setattr(Candidate, "make", recorded)
+    return folds
+
+
+def flipped(image: nib.Nifti1Image) -> nib.Nifti1Image:
+    """Return an image with the same voxels at the same places, stored in another axis order and direction."""
+    turned = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(image.affine), nib.orientations.axcodes2ornt("ASL")
+    )
+    return image.as_reoriented(turned)
+
+
+def test_all_scans_of_a_patient_are_left_out_together(
+    site: Site, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_case(copied, "case_3", 3)
+    groups = {"case_1": "anna", "case_2": "bo", "case_3": "anna"}
+    folds = left_out_cases(monkeypatch)
+    where = {"images": copied / "images", "labels": copied / "labels"}
+    file = site.adapt([LIVER], copied / "a.adapter", validate=True, groups=groups, **where)
+    assert folds == [{"case_1", "case_3"}, {"case_2"}, set()]
+    assert len(file.description.organs[0].left_out_dsc) == 3
+    assert read_adapter(copied / "a.adapter").description.support_groups == 2
+
+
+def test_a_copy_of_a_scan_is_found_and_does_not_raise_the_expected_dsc(
+    site: Site, copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy has another name, is not compressed, and has another axis order."""
+    for part in ("images", "labels"):
+        nib.save(flipped(nib.load(copied / part / "case_1.nii.gz")), copied / part / "case_3.nii")
+    folds = left_out_cases(monkeypatch)
+    where = {"images": copied / "images", "labels": copied / "labels"}
+    file = site.adapt([LIVER], copied / "a.adapter", validate=True, **where)
+    assert folds == [{"case_1", "case_3"}, {"case_2"}, set()]
+    assert file.description.support_groups == 2
+    assert "case_1 and case_3 contain the same scan:" in caplog.text
+    first, _, third = file.description.support_annotations
+    assert first == third
+
+
+def test_a_single_patient_is_not_validated_and_a_warning_states_it(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    groups = {"case_1": "anna", "case_2": "anna"}
+    file = site.adapt([LIVER], tmp_path / "a.adapter", validate=True, groups=groups)
+    assert file.description.organs[0].left_out_dsc == ()
+    assert "two patients" in caplog.text
+    assert "anna" not in caplog.text
+
+
+def test_groups_that_do_not_match_the_cases_are_refused_before_any_encoding(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EncoderSession, "encode", _no_encoding)
+    for groups, named in (({"case_1": "a"}, "case_2"), ({"case_1": "a", "case_2": "a", "case_9": "b"}, "case_9")):
+        with refused(UsageError, named):
+            site.adapt([LIVER], tmp_path / "a.adapter", groups=groups, cache=None)
+    # A table for all cases of the folder can be used with a part of the cases.
+    monkeypatch.undo()
+    site.adapt([LIVER], tmp_path / "a.adapter", groups={"case_1": "a", "case_2": "b"}, cases=["case_1"])
+
+
+def test_an_organ_that_was_not_learned_is_named(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The classifier of a new organ is not trained, so its masks are empty."""
+    settings = {"settings": SPATIAL, "training": NO_TRAINING}
+    file = site.adapt([SPLEEN], tmp_path / "a.adapter", validate=True, **settings)
+    assert file.description.organs[0].left_out_dsc == (0.0, 0.0)
+    assert "the organ spleen was not learned: its mean DSC on left-out scans is 0.00, and 2 of 2 masks" in caplog.text
 
 
 def test_an_organ_that_only_one_scan_annotates_is_not_validated(site: Site, tmp_path: Path, copied: Path) -> None:

@@ -18,10 +18,11 @@ from doubles.models import small_contents
 from doubles.tuning_site import LIVER, SHORT, SPLEEN, TuningSite, tuning_site
 
 from fseft_edge.adaptation.cross_validation import OrganScores
-from fseft_edge.adaptation.support_set import annotated_volumes_ml
+from fseft_edge.adaptation.patients import Grouping
+from fseft_edge.adaptation.support_set import annotated_volumes_ml, annotation_hash
 from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, write_adapter
 from fseft_edge.finetuning.choosing import better_tuning, default_candidates, try_finetuning, why_not
-from fseft_edge.finetuning.finetune import TuningSupport, check_tunable
+from fseft_edge.finetuning.finetune import TuningSupport, check_tunable, cross_validate
 from fseft_edge.finetuning.settings import TuningSettings
 from fseft_edge.finetuning.training import DivergedError, TunedNetwork
 from fseft_edge.finetuning.tuning_file import TuningFile, read_tuning
@@ -64,6 +65,43 @@ def test_cross_validation_of_one_scan_is_skipped_with_a_warning(
         file = site.finetune(settings, tmp_path / "v.tuning", validate=True, cases=["case_1"])
     assert file.description.organs[0].left_out_dsc == ()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_all_scans_of_a_patient_are_left_out_together(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folds: list[Sequence[int]] = []
+
+    def recorded(scores: OrganScores, support: Any, settings: Any, left_out: Sequence[int], **_: Any) -> None:
+        folds.append(left_out)
+        perfect_fold(scores, support, settings, left_out)
+
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.add_fold", recorded)
+    monkeypatch.setattr("fseft_edge.finetuning.finetune.add_fold", recorded)
+    support = site.support()
+    three = replace(
+        support,
+        annotated=[*support.annotated, support.annotated[0]],
+        cases=[*support.cases, support.cases[0]],
+        volumes_ml=[*support.volumes_ml, support.volumes_ml[0]],
+        hu=[*support.hu, support.hu[0]],
+        identities=[*support.identities, support.identities[0]],
+        groups=Grouping((0, 1, 0), by_patient=True),
+        rows=[None, None],
+    )
+    cross_validate(three, FULL, SilentProgress())
+    assert folds == [[0, 2], [1]]
+    folds.clear()
+    tuning = better_tuning(adapter_with(0.0, tmp_path, site), three, [FULL], deadline=within(30))
+    assert folds == [[0, 2], [1]]
+    assert tuning is not None
+    assert tuning.description.support_groups == 2
+    assert len(tuning.description.support_annotations) == 3
+    one_patient = {"case_1": "anna", "case_2": "anna"}
+    folds.clear()
+    site.finetune(TuningSettings("bitfit", **SHORT), tmp_path / "v.tuning", validate=True, groups=one_patient)
+    assert folds == []
+    assert "two patients" in caplog.text
 
 
 def written(path: Path, site: TuningSite, scores: float | None, *names: str, **more: Any) -> AdapterFile:
@@ -313,12 +351,42 @@ def test_the_adapter_must_have_the_organs_the_scans_and_scores_to_compare_with(
     with refused(UsageError, path, "left-out"):
         trial(site, tmp_path, monkeypatch)
     written(path, site, 0.0, "hepar", "spleen", support_volumes_ml=(1.0, 2.0))
-    with refused(UsageError, path, "volumes"):
+    with refused(UsageError, path, "annotations"):
         trial(site, tmp_path, monkeypatch)
     written(path, site, 0.0, "hepar", "spleen")
-    with refused(UsageError, path, "volumes"):
+    with refused(UsageError, path, "annotations"):
         trial(site, tmp_path, monkeypatch, cases=["case_1"])
     assert not (tmp_path / "a.tuning").exists()
+
+
+def test_the_annotations_and_groups_of_the_adapter_are_compared_by_their_content(
+    site: TuningSite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fseft_edge.finetuning.choosing.better_tuning", lambda *_, **__: None)
+    organs = [OrganLabel("hepar", LIVER.label), SPLEEN]
+    file = written(tmp_path / "a.adapter", site, 0.0, "hepar", "spleen")
+    hashes = tuple(annotation_hash(labels, organs) for _, labels in site.support().annotated)
+    by_patient = {"case_1": "anna", "case_2": "bo"}
+
+    def stored(annotations: tuple[str, ...], groups: int | None) -> None:
+        update = {"support_annotations": annotations, "support_groups": groups}
+        write_adapter(tmp_path / "a.adapter", replace(file, description=file.description.model_copy(update=update)))
+
+    stored(hashes, None)
+    assert trial(site, tmp_path, monkeypatch) is None
+    assert not caplog.records
+    with refused(UsageError, tmp_path / "a.adapter", "single scans", "2 groups"):
+        trial(site, tmp_path, monkeypatch, groups=by_patient)
+    stored(hashes, 2)
+    assert trial(site, tmp_path, monkeypatch, groups=by_patient) is None
+    with refused(UsageError, tmp_path / "a.adapter", "single scans", "2 groups"):
+        trial(site, tmp_path, monkeypatch)
+    stored(hashes[::-1], None)  # the volumes are those of the scans, the annotations are not
+    with refused(UsageError, tmp_path / "a.adapter", "annotations"):
+        trial(site, tmp_path, monkeypatch)
+    stored((), None)
+    assert trial(site, tmp_path, monkeypatch) is None
+    assert "older version" in caplog.text
 
 
 def test_the_organs_may_be_named_in_another_order_than_in_the_adapter(
