@@ -70,6 +70,8 @@ _WANTED = frozenset(_TAG.values())
 _NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")
 _INTEGERS = {"": "H", "US": "H", "SS": "h", "OW": "H", "UN": "H", "UL": "I", "SL": "i"}
 _FLOATS = {"FL": "f", "FD": "d"}
+_TEXTS = frozenset({"", "UN", "DS", "IS", "LO", "SH", "CS", "ST", "LT", "UT", "UC"})
+"""Value representations of numbers as text; an empty one is unknown."""
 _MOST_NUMBERS = 16
 _LARGEST = 1e9
 """Largest magnitude of a decimal number. Positions, spacings and rescales of a CT are far smaller."""
@@ -485,6 +487,9 @@ class _Reader:
         if value is None or not value.data:
             return ()
         kind = _INTEGERS.get(value.vr)
+        if kind is None and value.vr not in _TEXTS:
+            self.fault(keyword, "has a wrong value representation")
+            return ()
         if kind is None or keyword == "NumberOfFrames":  # text, also if the encoding has no value representations
             numbers = self._decimals(keyword, value)
             if numbers is not None and all(number == int(number) for number in numbers):
@@ -512,6 +517,10 @@ class _Reader:
 
     def _decimals(self, keyword: str, value: Value, *, optional: bool = False) -> tuple[float, ...] | None:
         data = value.data or b""
+        if value.vr not in _FLOATS and value.vr not in _TEXTS:
+            if not optional:
+                self.fault(keyword, "has a wrong value representation")
+            return None
         numbers: tuple[float, ...] | None = None
         if kind := _FLOATS.get(value.vr):
             size = struct.calcsize(kind)

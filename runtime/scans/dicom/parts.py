@@ -125,14 +125,16 @@ def left_out(chosen: DicomSeries, other: DicomSeries) -> str:
     """Return the sentence of the warning that a related series was left out."""
     count, first = len(other.slices), other.slices[0]
     subject = f"{count} image{'s' * (count > 1)} with the SeriesInstanceUID (0020,000E) of the scan"
+    they, differ = ("they", "differ in") if count > 1 else ("it", "differs in")
+    differ = f"{differ} {differences(chosen, other)}"
     if is_localiser(first):
         reason = "a localiser is no part of the scan"
     elif not is_ct(first):
         reason = "other kinds of image are no part of the scan"
     elif not first.placed:
-        reason = "they state no position and no orientation"
+        reason = f"{they} {'state' if count > 1 else 'states'} no position and no orientation"
     elif may_be_missing(chosen, other):
-        reason = f"they differ in {differences(chosen, other)}, and may belong to the scan"
+        reason = f"{they} {differ}, and may belong to the scan"
     else:
-        reason = f"they differ in {differences(chosen, other)}, and do not continue the stack of slices"
+        reason = f"{they} {differ}, and {'do' if count > 1 else 'does'} not continue the stack of slices"
     return f"{subject} {'were' if count > 1 else 'was'} left out: {reason}."

@@ -301,6 +301,11 @@ WRONG = {
         "PixelPaddingValue (0028,0120)",
     ),
     "huge slope": (bytes_in(3, "RescaleSlope", "DS", b"1e300"), RescaleError, "RescaleSlope (0028,1053) is not finite"),
+    "representation": (
+        bytes_in(3, "PixelSpacing", "SS", b"3.00\\3.00"),
+        GeometryError,
+        f"{SPACING} has a wrong value representation",
+    ),
     "huge matrix": (each(Rows=65535), PixelFormatError, "24x65535"),
 }
 
