@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import permutations, product
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+from doubles import nifti_files
 from doubles.errors import refused
+from doubles.nifti_files import turned
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.spatial.transform import Rotation
 
 from fseft_edge.runtime.errors import GeometryError, LabelError, NotACtError
+from fseft_edge.runtime.scans.lattice import deviation
+from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
 
 AFFINE = np.diag([-0.9, -0.9, 3.0, 1.0])
@@ -129,3 +135,98 @@ def test_chunks_have_at_most_8_mib():
     assert sum(chunk.shape[0] for chunk in chunks) == 40
 
 
+ODD = turned((3, 7, -12), spacing=2.0)
+LABELS = np.random.default_rng(3).integers(0, 200, (7, 6, 5)).astype(np.uint8)
+ORDERS = [(order, flips) for order in permutations(range(3)) for flips in product((False, True), repeat=3)]
+
+
+def stored_as(array, affine, order, flips):
+    """Return voxels and affine in another axis order, as nibabel reorders them."""
+    orientation = [[order.index(axis), -1 if flips[order.index(axis)] else 1] for axis in range(3)]
+    image = nib.Nifti1Image(array, affine).as_reoriented(np.array(orientation))
+    return np.asanyarray(image.dataobj), image.affine
+
+
+@pytest.mark.parametrize(("order", "flips"), ORDERS)
+def test_labels_in_every_axis_order_get_the_order_of_the_scan_voxel_by_voxel(order, flips):
+    scan = Volume(np.zeros(LABELS.shape, np.int16), ODD)
+    array, affine = stored_as(LABELS, ODD, order, flips)
+    found = labels_on(scan, LabelMap(array, affine, source=Path("a.nii")))
+    np.testing.assert_array_equal(found.array, LABELS)
+    assert min(found.array.strides) > 0
+    assert found.affine is scan.affine or np.array_equal(found.affine, scan.affine)
+    assert found.source == Path("a.nii")
+
+
+def test_labels_on_the_lattice_of_the_scan_are_not_copied():
+    scan, labels = volume(), LabelMap(np.zeros((5, 4, 3), np.uint8), AFFINE)
+    assert labels_on(scan, labels).array is labels.array
+
+
+@pytest.mark.parametrize("shift", [(0.089, 0, 0), (0, -0.089, 0), (0, 0, 0.29), (0.08, 0.08, 0.2)])
+def test_a_tenth_of_the_voxel_spacing_along_each_axis_is_rounding(shift):
+    """The spacing is 0.9 x 0.9 x 3 mm."""
+    moved = AFFINE.copy()
+    moved[:3, 3] = shift
+    scan = volume()
+    found = labels_on(scan, LabelMap(np.ones((5, 4, 3), np.uint8), moved))
+    np.testing.assert_array_equal(found.affine, scan.affine)
+
+
+@pytest.mark.parametrize(
+    ("shift", "distance"), [((0.091, 0, 0), "0.091 mm"), ((0, 0, 0.31), "0.31 mm"), ((0.9, 0, 0), "0.9 mm")]
+)
+def test_more_than_a_tenth_is_refused_and_the_message_states_distance_and_place(shift, distance):
+    moved = AFFINE.copy()
+    moved[:3, 3] = shift
+    scan = volume(source=Path("ct/hn_001.nii.gz"))
+    labels = LabelMap(np.zeros((5, 4, 3), np.uint8), moved, source=Path("label/hn_001.nii.gz"))
+    with refused(GeometryError, scan.source, labels.source, distance, "voxel [0, 0, 0]"):
+        labels_on(scan, labels)
+
+
+def test_a_small_error_of_the_spacing_counts_at_the_far_corner():
+    stretched = AFFINE.copy()
+    stretched[0, 0] *= 1.002
+    scan = volume(shape=(40, 4, 3))
+    labels_on(scan, LabelMap(np.zeros((40, 4, 3), np.uint8), stretched))
+    scan = volume(shape=(80, 4, 3))
+    with refused(GeometryError, "0.142 mm at the voxel [79, 0, 0]"):
+        labels_on(scan, LabelMap(np.zeros((80, 4, 3), np.uint8), stretched))
+
+
+def test_affines_that_print_alike_have_a_distance():
+    other = AFFINE.copy()
+    other[0, 0] += 4e-6
+    scan = volume(shape=(30000, 2, 2))
+    labels = LabelMap(np.zeros((30000, 2, 2), np.uint8), other)
+    assert str(np.round(scan.affine, 4)) == str(np.round(other, 4))
+    with refused(GeometryError, "0.12 mm"):
+        labels_on(scan, labels)
+
+
+def test_labels_of_another_shape_or_direction_are_refused():
+    with refused(GeometryError, "(5, 4, 3) voxels", "(5, 4, 2) voxels"):
+        labels_on(volume(), LabelMap(np.zeros((5, 4, 2), np.uint8), AFFINE))
+    mirrored = np.diag([-1.0, 1.0, 1.0, 1.0]) @ AFFINE  # without the origin of a flipped copy
+    with refused(GeometryError, "3.6 mm"):
+        labels_on(volume(), LabelMap(np.zeros((5, 4, 3), np.uint8), mirrored))
+    with refused(GeometryError, "mm at the voxel"):
+        labels_on(volume(), LabelMap(np.zeros((5, 4, 3), np.uint8), np.diag([3.0, 3.0, 9.0, 1.0])))
+
+
+def test_messages_call_both_by_the_words_of_the_caller():
+    reference = LabelMap(np.zeros((5, 4, 3), np.uint8), AFFINE)
+    with refused(GeometryError, "The reference (unnamed) and the prediction"):
+        labels_on(reference, LabelMap(np.zeros((5, 4, 2), np.uint8), AFFINE), ("reference", "prediction"))
+
+
+def test_annotations_drawn_with_itk_on_an_oblique_scan_lie_on_its_lattice(tmp_path):
+    """ITK rounds direction cosines, so that far corners move by 6 micrometres."""
+    affine = turned((3, 7, -12), digits=4)
+    scan = nifti_files.write(tmp_path / "ct.nii", sform=affine, qform=affine)
+    labels = nifti_files.organs(nifti_files.phantom())
+    drawn = read_label_map(nifti_files.drawn_with_itk(scan, labels, tmp_path / "labels.nii"))
+    found = labels_on(read_ct(scan), drawn)
+    assert deviation(found.affine, drawn.affine, drawn.shape).mm > 0.005
+    np.testing.assert_array_equal(found.array, labels)
