@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -125,6 +125,10 @@ class TransductionInputs:
     priors: Mapping[str, SizePrior] = field(default_factory=dict)
     table: Mapping[str, SizePrior] = field(default_factory=dict)
     settings: TransductionSettings = field(default_factory=TransductionSettings)
+
+    def absolute(self) -> TransductionInputs:
+        """Return these inputs with absolute paths, for a process that works in another folder."""
+        return replace(self, images=self.images.absolute(), labels=self.labels.absolute())
 
     def priors_for(self, file: AdapterFile) -> list[SizePrior | None]:
         """Return the prior of every organ of an adapter; None for an organ without a prior and support volumes."""

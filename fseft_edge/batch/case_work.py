@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final, TypeVar
 
+from fseft_edge.batch.options import same_options
 from fseft_edge.masks.result import SegmentedOrgan, describes
 from fseft_edge.outbox.records import CaseState, Outcome, StageSeconds
 from fseft_edge.outbox.store import FINGERPRINT_KEY
@@ -159,7 +160,7 @@ def read_record(folder: Path, fingerprint: str) -> Outcome | None:
     """
     try:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-        if record["schema_version"] != _SCHEMA_VERSION or record[FINGERPRINT_KEY] != fingerprint:
+        if record["schema_version"] != _SCHEMA_VERSION or not same_options(record[FINGERPRINT_KEY], fingerprint):
             return None
         organs = tuple(SegmentedOrgan.from_json(organ) for organ in record["organs"])
         warnings = tuple(map(str, record.get("warnings", [])))  # older versions wrote none

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from fseft_edge.batch.cluster_pool import ClusterWorkerPool
 from fseft_edge.batch.inbox import Arrival, Inbox, signature_of
 from fseft_edge.batch.local_pool import LocalWorkerPool
 from fseft_edge.batch.messages import CaseLost, PoolEvent
+from fseft_edge.batch.options import options_fingerprint, same_options
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.worker import WorkerSettings
@@ -34,8 +34,7 @@ from fseft_edge.outbox.folders import (
 from fseft_edge.outbox.records import CaseState, Outcome
 from fseft_edge.outbox.store import FINGERPRINT_KEY, SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
-from fseft_edge.segmentation.label_values import label_values
-from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings, load_models
+from fseft_edge.segmentation.segmenter import load_models
 
 _LOG = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
     check_folders(settings.inbox, settings.outbox)
     models = load_models(settings.segmentation)
     settings = settings.absolute(models.bundle.path)
-    fingerprint = _fingerprint(settings.segmentation, models)
+    fingerprint = options_fingerprint(settings.segmentation, models)
     state = checked_state_path(settings.outbox, settings.state)
     with (
         lock_outbox(settings.outbox, state),
@@ -97,7 +96,7 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
     ):
         _check_same_outbox(settings.outbox, store)
         earlier = store.metadata(FINGERPRINT_KEY)
-        if earlier not in (None, fingerprint):
+        if earlier is not None and not same_options(earlier, fingerprint):
             raise BatchStateError(
                 f"The results in {settings.outbox} were made with other adapters, with other options, or by a version "
                 "that gave the organs other label values.",
@@ -372,25 +371,6 @@ def _source_missing(key: str) -> Outcome:
         reason=f"The scan of {key} was changed or removed before it was segmented.",
         remedy="Put the scan back into the inbox; the batch finds it. A changed scan becomes a new case. "
         "Use `batch cancel` with this key to remove the case from the list of failures.",
-    )
-
-
-def _fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> str:
-    """Return the options fingerprint: everything that determines the masks, as JSON text."""
-    values = label_values(models.adapters)
-    return json.dumps(
-        {
-            "encoder": models.bundle.encoder_id,
-            "adapters": [file.sha256 for file in models.adapters],
-            "largest_component": segmentation.largest_component,
-            "fill_holes": segmentation.fill_holes,
-            "dicom": sorted(set(segmentation.dicom)),
-            "transductive": segmentation.transduction is not None,
-            **({"organs": list(segmentation.organs)} if segmentation.organs else {}),
-            # Earlier versions numbered the organs from 1: their results differ exactly if the label values differ.
-            **({} if values == tuple(range(1, len(values) + 1)) else {"labels": values}),
-        },
-        sort_keys=True,
     )
 
 

@@ -123,6 +123,7 @@ class SegmentationSettings:
             adapters=tuple(path.absolute() for path in self.adapters),
             encoder=encoder.absolute(),
             cache=self.cache and self.cache.absolute(),
+            transduction=self.transduction and self.transduction.absolute(),
         )
 
     @property
@@ -193,7 +194,8 @@ def load_models(settings: SegmentationSettings, in_memory: Sequence[AdapterFile]
         )
     files = (*(read_adapter(path) for path in settings.adapters), *in_memory)
     first = settings.adapters[0] if settings.adapters else None
-    encoder = settings.encoder or find_encoder(first, files[0].description.encoder_id)
+    of_first = files[0].description
+    encoder = settings.encoder or find_encoder(first, of_first.encoder_id, of_first.encoder_name)
     bundle = open_encoder(encoder)
     for path, file in zip((*settings.adapters, *[None] * len(in_memory)), files, strict=True):
         file.check_encoder(bundle.encoder_id, path=path)

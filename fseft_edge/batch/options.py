@@ -1,0 +1,100 @@
+"""The options fingerprint of an outbox: all options that determine the masks and the files beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any, Final
+
+from fseft_edge.adaptation.support_set import find_pairs
+from fseft_edge.adaptation.transduction import TransductionInputs
+from fseft_edge.adapters.file import AdapterFile
+from fseft_edge.outbox.content_key import content_sha256
+from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings
+
+_VERSION: Final = 2
+
+DETERMINES_RESULTS: Final = {
+    "adapters": True,
+    "encoder": True,
+    "series": True,
+    "transduction": True,
+    "largest_component": True,
+    "fill_holes": True,
+    "preview": False,  # a mask is complete without its picture
+    "dicom": True,
+    "cache": False,
+    "cache_gb": False,
+    # Backends, devices and memory plans differ by rounding, and automatically chosen precisions pass the parity gate. A
+    # precision that the user names is used even if it does not pass.
+    "device": False,
+    "backend": False,
+    "precision": True,
+    "memory_gb": False,
+    "vram_gb": False,
+    "organs": True,
+    "save_probabilities": True,
+    "split": True,
+    "processes": False,
+}
+"""For each field of the settings of a segmentation, whether it determines the results. A test requires an entry."""
+
+_NOT_RECORDED_IN_VERSION_1: Final = ("version", "precision")
+
+
+def options_fingerprint(segmentation: SegmentationSettings, models: LoadedModels) -> str:
+    """Return the options fingerprint as JSON text: files by the hash of their content, other options by their value.
+
+    Options that have their default are left out if the first version of the fingerprint did not contain them.
+
+    Raises:
+        InputError: the support set of a transduction cannot be read.
+    """
+    transduction = segmentation.transduction
+    fields: dict[str, Any] = {
+        "version": _VERSION,
+        "encoder": models.bundle.encoder_id,
+        "adapters": [file.sha256 for file in models.adapters],
+        "largest_component": segmentation.largest_component,
+        "fill_holes": segmentation.fill_holes,
+        "dicom": sorted(set(segmentation.dicom)),
+        "transductive": transduction is not None,
+    }
+    optional = {
+        "organs": list(segmentation.organs),
+        "series": segmentation.series,
+        "precision": None if segmentation.precision == "auto" else segmentation.precision,
+        "save_probabilities": segmentation.save_probabilities,
+        "split": segmentation.split,
+        "transduction": transduction and [_refit(transduction, file) for file in models.adapters],
+    }
+    return json.dumps(fields | {name: value for name, value in optional.items() if value}, sort_keys=True)
+
+
+def _refit(transduction: TransductionInputs, file: AdapterFile) -> dict[str, Any]:
+    """Return what determines the refit of an adapter: its priors, the content of the support set, the settings."""
+    pairs = find_pairs(transduction.images, transduction.labels)
+    return {
+        "priors_ml": [prior and [prior.low_ml, prior.high_ml] for prior in transduction.priors_for(file)],
+        "support": [[content_sha256(image), content_sha256(label)] for image, label in pairs],
+        "settings": asdict(transduction.settings) | {"training": _plain(asdict(transduction.settings.training))},
+    }
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != "device"}
+
+
+def same_options(earlier: str, now: str) -> bool:
+    """Return whether two fingerprints stand for the same options.
+
+    The first version of the fingerprint contains no precision, so every precision counts as the same. It does not
+    contain the priors of a transduction either: such options never count as the same.
+    """
+    try:
+        before, after = json.loads(earlier), json.loads(now)
+    except ValueError:
+        return False
+    if isinstance(before, dict) and "version" not in before:
+        after = {name: value for name, value in after.items() if name not in _NOT_RECORDED_IN_VERSION_1}
+    return bool(before == after)
