@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,13 @@ from fseft_edge.adaptation.cross_validation import (
     cross_validate,
 )
 from fseft_edge.adaptation.patients import Grouping, GroupRule, SupportIdentity, grouped
-from fseft_edge.adaptation.support_set import find_annotated, load_support, patients_of
+from fseft_edge.adaptation.support_set import (
+    GivenAnnotations,
+    GivenScans,
+    find_annotated,
+    load_support,
+    patients_of,
+)
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import (
     AdapterDescription,
@@ -39,7 +45,7 @@ from fseft_edge.runtime.encoder.feature_store import open_store
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.scans.intensities import HuPercentiles
-from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
 from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.memory import Budget
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
@@ -51,11 +57,11 @@ _NOT_LEARNED = 0.1
 
 
 def adapt(
-    encoder: Path,
-    images: Path | None,
-    labels: Path | None,
-    organs: Sequence[OrganLabel],
-    output: Path,
+    encoder: str | Path,
+    images: GivenScans | None,
+    labels: GivenAnnotations | None,
+    organs: Mapping[str, int] | Sequence[OrganLabel],
+    output: str | Path | None = None,
     *,
     reviewed: ReviewedBatch | None = None,
     settings: AdapterSettings | None = None,
@@ -64,7 +70,7 @@ def adapt(
     validate: bool = True,
     cases: Sequence[str] | None = None,
     groups: GroupRule | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     cache_gb: float | None = 50.0,
     device: str = "auto",
     backend: str = "auto",
@@ -76,12 +82,14 @@ def adapt(
     """Train an adapter on annotated scans and write the adapter file.
 
     Args:
-        encoder: encoder bundle.
-        images: folder of CTs, or one CT, as NIfTI; None together with ``labels`` if all scans come from ``reviewed``.
-        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT.
-        organs: organs to train, with their label values in the annotations. A scan whose annotation does not contain
-            the label value of an organ is not annotated for that organ.
-        output: adapter file to write, ``NAME.adapter``.
+        encoder: encoder bundle, or the name of a built-in encoder.
+        images: folder of CTs, or one CT, as NIfTI files; or a list of CTs: paths of NIfTI files or DICOM series, NIfTI
+            images of nibabel, or ``Volume`` objects. None together with ``labels`` if all scans come from ``reviewed``.
+        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT. For a list
+            of CTs, a list of their annotations in the same order.
+        organs: organs to train, with their label values in the annotations, such as ``{"liver": 1}``. A scan whose
+            annotation does not contain the label value of an organ is not annotated for that organ.
+        output: adapter file to write, ``NAME.adapter``; None writes no file.
         reviewed: reviewed batch whose accepted masks are used as annotations; organs are matched by name.
         settings: kind of adapter; the default is the method ``spatial`` on all levels.
         training: training schedule and seed.
@@ -91,10 +99,10 @@ def adapt(
             in the file. This takes about the time of one training per fold (at most ten). It needs an organ that is
             annotated in at least two scans, and of at least two patients if ``groups`` are given.
         cases: names of the cases of ``images`` to use; None uses all cases that have an annotation.
-        groups: patient (or another group) of each case name, or a pattern whose first capture group is the patient in a
-            case name (see :func:`fseft_edge.adaptation.patients.groups_of`). Cross-validation leaves out all scans of a
-            patient together. None means that each scan is of another patient. Copies of one scan are always left out
-            together.
+        groups: patient (or another group) of each case name, or of each CT of a list, or a pattern whose first capture
+            group is the patient in a case name (see :func:`fseft_edge.adaptation.patients.groups_of`). Cross-validation
+            leaves out all scans of a patient together. None means that each scan is of another patient. Copies of one
+            scan are always left out together.
         cache: folder of the feature cache; None keeps no feature maps.
         cache_gb: largest size of the cache in units of 1e9 bytes; the least recently used feature maps are deleted
             first. None sets no limit.
@@ -118,12 +126,14 @@ def adapt(
     progress = progress or SilentProgress()
     settings = settings or AdapterSettings()
     budget = Budget.of(memory_gb, vram_gb)
-    check_writable(output)
+    organs = organs_of(organs)
+    if output is not None:
+        check_writable(Path(output))
     bundle = open_encoder(encoder)
     annotated = find_annotated(images, labels, organs, settings, cases=cases, reviewed=reviewed)
     patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
     with ExitStack() as stack:
-        store = stack.enter_context(open_store(cache, cache_gb))
+        store = stack.enter_context(open_store(None if cache is None else Path(cache), cache_gb))
         session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))
         training = replace(training or TrainingSettings(), device=session.device)
         support = load_support(
@@ -161,7 +171,8 @@ def adapt(
         file = describe(
             trained, support, organs, bundle=bundle, seed=training.seed, validated=validated, grouping=grouping
         )
-    write_adapter(output, file)
+    if output is not None:
+        write_adapter(Path(output), file)
     warn_of_organs_not_learned(file.description.organs)
     return file
 

@@ -17,8 +17,9 @@ from fseft_edge.runtime.errors import UnreadableFileError, UsageError
 
 _LOG = logging.getLogger(__name__)
 
-GroupRule = Mapping[str, str] | re.Pattern[str]
-"""The group (patient) of each case name, or a pattern whose first capture group is the patient in a case name."""
+GroupRule = Mapping[str, str] | Sequence[str] | re.Pattern[str]
+"""The group (patient) of each case name, or of each case in order; or a pattern for case names, whose first capture
+group is the patient."""
 
 _CSV_REMEDY = "Give a CSV file with the header case,group and one row for each case, for example ct_01,patient_a."
 
@@ -121,9 +122,7 @@ def group_pattern(text: str) -> re.Pattern[str]:
     return pattern
 
 
-def groups_of(
-    groups: GroupRule | Sequence[str], cases: Sequence[str], *, known: Collection[str] = ()
-) -> dict[str, str]:
+def groups_of(groups: GroupRule, cases: Sequence[str], *, known: Collection[str] = ()) -> dict[str, str]:
     """Return the group of each case.
 
     Args:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +25,27 @@ from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
 from fseft_edge.runtime.scans.content import annotation_sha256, found_label_values, scan_sha256
+from fseft_edge.runtime.scans.given import GivenLabels, GivenScan, given_labels, given_scan
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
-from fseft_edge.runtime.scans.sources import read_scan
+from fseft_edge.runtime.scans.sources import Scan, read_scan
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
 from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
+
+GivenScans: TypeAlias = str | Path | Sequence[GivenScan]
+"""CTs for training: a folder of NIfTI files, one NIfTI file, or a list of CTs."""
+
+GivenAnnotations: TypeAlias = str | Path | Sequence[GivenLabels]
+"""The annotations of the CTs: a folder of files with the names of their CTs, one file, or a list in the order of the
+CTs."""
+
+AnnotatedScan: TypeAlias = tuple[Path | Scan, LabelMap]
+"""A CT and its annotation."""
 
 
 def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -> list[tuple[Path, Path]]:
@@ -69,39 +81,76 @@ def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -
 
 
 def find_annotated(
-    images: Path | None,
-    labels: Path | None,
+    images: GivenScans | None,
+    labels: GivenAnnotations | None,
     organs: Sequence[OrganLabel],
     settings: AdapterSettings,
     *,
     cases: Sequence[str] | None = None,
     reviewed: ReviewedBatch | None = None,
-) -> list[tuple[Path, LabelMap]]:
+) -> list[AnnotatedScan]:
     """Find the CTs for training and read their annotations (see :func:`find_pairs` and :func:`read_annotations`).
 
     Args:
-        images: folder of CTs, or one CT; None together with ``labels`` if all scans come from ``reviewed``.
-        labels: folder of annotations with the file names of their CTs, or one annotation.
+        images: folder of CTs, one CT, or a list of CTs; None together with ``labels`` if all scans come from
+            ``reviewed``.
+        labels: folder of annotations with the file names of their CTs, one annotation, or a list of annotations.
         organs: organs to train.
         settings: settings of the adapter.
         cases: names of the cases of ``images`` to use; None uses all cases that have an annotation.
         reviewed: reviewed batch whose accepted masks are used as annotations.
 
     Raises:
-        UsageError: no annotated scans are given, or no mask of ``reviewed`` was accepted.
+        UsageError: no annotated scans are given, no mask of ``reviewed`` was accepted, or lists of CTs and annotations
+            do not have the same length.
         InputError: an annotation cannot be read, or cannot be used for these organs and settings.
     """
-    if images is not None and labels is not None:
-        pairs = find_pairs(images, labels, cases)
-    elif images is None and labels is None and reviewed is not None:
-        pairs = []
-    else:
+    pairs: list[tuple[Path, Path]] = []
+    listed: list[AnnotatedScan] = []
+    if isinstance(images, str | Path) and isinstance(labels, str | Path):
+        pairs = find_pairs(Path(images), Path(labels), cases)
+    elif not isinstance(images, str | Path | None) and not isinstance(labels, str | Path | None):
+        listed = _listed(images, labels, cases)
+    elif images is not None or labels is not None or reviewed is None:
         raise UsageError(
-            "The annotated scans for training are missing.",
-            remedy="Give their folders with --images and --labels, or a reviewed batch with --from-reviewed.",
+            "The annotated scans for training are missing."
+            if images is None or labels is None
+            else "One of images and labels is a list, and the other is a path.",
+            remedy="Give their folders with --images and --labels, or a reviewed batch with --from-reviewed. In "
+            "Python, two lists are possible too.",
         )
-    accepted = accepted_annotations(reviewed, organs, [image for image, _ in pairs]) if reviewed else []
-    return read_annotations(pairs, organs, labels, settings, reviewed=accepted)
+    paths = [image for image, _ in pairs] + [scan.path for scan, _ in listed if isinstance(scan, Scan) and scan.path]
+    accepted = accepted_annotations(reviewed, organs, paths) if reviewed else []
+    folder = Path(labels) if isinstance(labels, str | Path) else None
+    return read_annotations(pairs, organs, folder, settings, others=[*listed, *accepted])
+
+
+def _listed(
+    images: Sequence[GivenScan], labels: Sequence[GivenLabels], cases: Sequence[str] | None
+) -> list[AnnotatedScan]:
+    """Return lists of CTs and annotations as pairs. CTs with equal names get their number in the list as a suffix."""
+    if len(images) != len(labels) or not images:
+        raise UsageError(
+            f"{len(images)} images and {len(labels)} annotations are given.",
+            remedy="Give a list of images, and a list with the annotation of each image in the same order.",
+        )
+    scans = [given_scan(image, name=f"scan_{number}") for number, image in enumerate(images, start=1)]
+    names = Counter(scan.name for scan in scans)
+    scans = [
+        replace(scan, name=f"{scan.name}_{number}") if names[scan.name] > 1 else scan
+        for number, scan in enumerate(scans, start=1)
+    ]
+    missing = sorted({*(cases or ())} - {scan.name for scan in scans})
+    if missing:
+        raise UsageError(
+            f"There is no image with the case name {', '.join(missing)}.",
+            remedy=f"Choose among these case names: {', '.join(scan.name for scan in scans)}.",
+        )
+    return [
+        (scan, given_labels(annotation))
+        for scan, annotation in zip(scans, labels, strict=True)
+        if cases is None or scan.name in cases
+    ]
 
 
 def read_annotations(
@@ -110,16 +159,17 @@ def read_annotations(
     labels: Path | None,
     settings: AdapterSettings,
     *,
-    reviewed: Sequence[tuple[Path, LabelMap]] = (),
-) -> list[tuple[Path, LabelMap]]:
+    others: Sequence[AnnotatedScan] = (),
+) -> list[AnnotatedScan]:
     """Read the annotations, and check that they are sufficient to train the organs.
 
     Args:
         pairs: pairs of a CT and its annotation file (see :func:`find_pairs`).
         organs: organs to train.
-        labels: folder of the annotations, for messages; None if there are only reviewed masks.
+        labels: folder of the annotations, for messages; None if there is no such folder.
         settings: settings of the adapter.
-        reviewed: pairs of a CT and its accepted mask of a reviewed batch; they are the last pairs of the result.
+        others: pairs whose annotation is already in memory, such as accepted masks of a reviewed batch; they are the
+            last pairs of the result.
 
     Returns:
         Pairs of a CT and its annotation.
@@ -128,7 +178,7 @@ def read_annotations(
         UnreadableFileError: an annotation cannot be read.
         LabelError: no case is annotated for one of the organs; or, with softmax, no case is annotated for all organs.
     """
-    annotated = [*((image, read_label_map(annotation)) for image, annotation in pairs), *reviewed]
+    annotated: list[AnnotatedScan] = [*((image, read_label_map(annotation)) for image, annotation in pairs), *others]
     present = [_labels_in(label_map, organs) for _, label_map in annotated]
     for organ in organs:
         without = [
@@ -139,10 +189,8 @@ def read_annotations(
         if len(without) == len(annotated):
             found = found_label_values(label_map for _, label_map in annotated)
             raise LabelError(
-                f"No annotation in {labels} contains the label value {organ.label} of the organ {organ.name}. Label "
-                f"values in the annotations: {found}."
-                if labels
-                else f"No accepted mask contains the organ {organ.name}.",
+                f"No annotation{f' in {labels}' if labels else ''} contains the label value {organ.label} of the organ "
+                f"{organ.name}. Label values in the annotations: {found}.",
                 remedy="Check --organ NAME=ID: ID must be a label value of the annotations, and for a reviewed batch, "
                 "NAME must be an organ name of the batch.",
             )
@@ -168,16 +216,16 @@ def _labels_in(label_map: LabelMap, organs: Sequence[OrganLabel]) -> set[int]:
     return {organ.label for organ in organs if bool((label_map.array == organ.label).any())}
 
 
-def case_of(image: Path, labels: LabelMap) -> str:
+def case_of(image: Path | Scan, labels: LabelMap) -> str:
     """Return the name of a case: for a case of a reviewed batch the pseudonym, which only the annotation has."""
-    return case_name(labels.source or image)
+    return image.name if isinstance(image, Scan) else case_name(labels.source or image)
 
 
 def patients_of(
-    annotated: Sequence[tuple[Path, LabelMap]],
+    annotated: Sequence[AnnotatedScan],
     groups: GroupRule | None,
     *,
-    images: Path | None,
+    images: GivenScans | None,
     reviewed: ReviewedBatch | None = None,
 ) -> dict[str, str] | None:
     """Return the patient of each annotated case, or None without ``groups``.
@@ -185,7 +233,7 @@ def patients_of(
     Args:
         annotated: pairs of a CT and its annotation (see :func:`read_annotations`).
         groups: patient of each case, or a pattern that finds the patient in a case name; None if they are unknown.
-        images: folder of CTs; ``groups`` may also contain CTs of this folder that are not used.
+        images: the given CTs; ``groups`` may also contain CTs of a folder that are not used.
         reviewed: reviewed batch; ``groups`` may also contain cases of this batch that are not used.
 
     Raises:
@@ -193,7 +241,7 @@ def patients_of(
     """
     if groups is None:
         return None
-    known = set(cases_by_name(images)) if images is not None else set()
+    known = set(cases_by_name(Path(images))) if isinstance(images, str | Path) else set()
     if reviewed is not None:
         with BatchStore(state_path(reviewed.outbox, reviewed.state)) as store:
             known |= {case.key for case in store.cases()}
@@ -205,12 +253,17 @@ def annotation_hash(labels: LabelMap, organs: Sequence[OrganLabel]) -> str:
     return annotation_sha256(labels, [organ.label for organ in sorted(organs, key=lambda organ: organ.name)])
 
 
-def identity_of(image: Path, volume: Volume, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportIdentity:
+def identity_of(image: Path | Scan, volume: Volume, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportIdentity:
     """Return what identifies an annotated scan."""
     return SupportIdentity(case_of(image, labels), scan_sha256(volume), annotation_hash(labels, organs))
 
 
-def read_support_scan(image: Path, labels: LabelMap) -> tuple[Volume, LabelMap]:
+def read_image(image: Path | Scan) -> Volume:
+    """Read the CT of a pair of CT and annotation, without its warnings."""
+    return image.read() if isinstance(image, Scan) else read_scan(image)
+
+
+def read_support_scan(image: Path | Scan, labels: LabelMap) -> tuple[Volume, LabelMap]:
     """Read the CT of an annotation, and log the warnings about it.
 
     Returns:
@@ -219,7 +272,7 @@ def read_support_scan(image: Path, labels: LabelMap) -> tuple[Volume, LabelMap]:
     Raises:
         InputError: the CT cannot be read, or its lattice is not that of the annotation.
     """
-    volume = read_scan(image)
+    volume = read_image(image)
     for warning in volume.warnings:
         _LOG.warning("%s: %s", case_of(image, labels), warning)
     return volume, labels_on(volume, labels)
@@ -234,11 +287,11 @@ def warn_of_adapter_without_hashes() -> None:
 
 
 def of_support_set(
-    annotated: Sequence[tuple[Path, LabelMap]],
+    annotated: Sequence[AnnotatedScan],
     organs: Sequence[OrganLabel],
     volumes_ml: Sequence[Sequence[float]],
     hashes: Sequence[str] = (),
-) -> list[tuple[Path, LabelMap]]:
+) -> list[AnnotatedScan]:
     """Return the annotated scans that belong to the support set of an adapter. The annotations identify these scans.
 
     The folder may also contain scans that are to be segmented. Their annotations must not influence their masks.
@@ -286,7 +339,7 @@ def annotated_volumes_ml(labels: LabelMap, organs: Sequence[OrganLabel]) -> list
 
 
 def load_support(
-    annotated: Sequence[tuple[Path, LabelMap]],
+    annotated: Sequence[AnnotatedScan],
     organs: Sequence[OrganLabel],
     *,
     bundle: EncoderBundle,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from fseft_edge.adaptation.adapt import head_rows
 from fseft_edge.adaptation.cross_validation import OrganScores, folds, mean_over_organs
 from fseft_edge.adaptation.patients import GroupRule
 from fseft_edge.adaptation.support_set import (
+    GivenAnnotations,
+    GivenScans,
     annotated_volumes_ml,
     annotation_hash,
     find_annotated,
@@ -37,7 +39,7 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.networks.inserts import HasBlocks
 from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
-from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
 from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -59,12 +61,12 @@ _GIVES_UP = (DivergedError, OutOfMemoryError)
 
 
 def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapter to compare with
-    adapter: Path,
-    encoder: Path,
-    images: Path | None,
-    labels: Path | None,
-    organs: Sequence[OrganLabel],
-    output: Path,
+    adapter: str | Path,
+    encoder: str | Path,
+    images: GivenScans | None,
+    labels: GivenAnnotations | None,
+    organs: Mapping[str, int] | Sequence[OrganLabel],
+    output: str | Path,
     *,
     minutes: float = 60.0,
     settings: TuningSettings | None = None,
@@ -79,9 +81,10 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
     Args:
         adapter: path of an adapter that ``adapt`` trained with this encoder, these scans and these organs, with
             cross-validation.
-        encoder: path of the encoder bundle, which is not changed.
-        images: folder of CTs, or one CT; None together with ``labels`` if ``reviewed`` contains all scans.
-        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT.
+        encoder: encoder bundle, which is not changed, or the name of a built-in encoder.
+        images: folder of CTs, one CT, or a list of CTs (see :func:`fseft_edge.adaptation.adapt.adapt`); None together
+            with ``labels`` if ``reviewed`` contains all scans.
+        labels: folder of annotations, one annotation, or a list of the annotations of the CTs.
         organs: organs to segment, at most 31.
         output: path of the tuning file, ``NAME.tuning``, which must not exist.
         minutes: time limit for all trials together, in minutes.
@@ -105,6 +108,7 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
     """
     deadline = time.monotonic() + 60 * minutes
     progress = progress or SilentProgress()
+    organs, output = organs_of(organs), Path(output)
     common = replace(settings or TuningSettings("full"), device=resolve_device(device))
     check_output(output)
     if output.exists():
@@ -113,7 +117,7 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
     candidates = default_candidates(bundle, common)
     for candidate in candidates:
         check_tunable(bundle, organs, candidate)
-    file, of_adapter = _read_adapter(adapter, bundle, organs)
+    file, of_adapter = _read_adapter(Path(adapter), bundle, organs)
     known = [row is not None for row in head_rows(bundle, organs)]
     obstacle = why_not(of_adapter, known)
     if obstacle is not None:

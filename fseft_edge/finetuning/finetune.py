@@ -14,10 +14,14 @@ from fseft_edge.adaptation.adapt import annotations_of, describe_organs, head_ro
 from fseft_edge.adaptation.cross_validation import OrganScores, can_validate, folds
 from fseft_edge.adaptation.patients import Grouping, GroupRule, SupportIdentity, grouped
 from fseft_edge.adaptation.support_set import (
+    AnnotatedScan,
+    GivenAnnotations,
+    GivenScans,
     annotated_volumes_ml,
     find_annotated,
     identity_of,
     patients_of,
+    read_image,
     read_support_scan,
 )
 from fseft_edge.adapters.file import STORED_LEVELS, PostProcessing
@@ -38,9 +42,7 @@ from fseft_edge.runtime.encoder.feature_store import open_store
 from fseft_edge.runtime.encoder.session import open_session, resolve_device
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
-from fseft_edge.runtime.scans.organs import OrganLabel
-from fseft_edge.runtime.scans.sources import read_scan
-from fseft_edge.runtime.scans.volume import LabelMap
+from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
 from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -63,7 +65,7 @@ class TuningSupport:
         groups: groups of the scans; cross-validation leaves out a group as a whole.
     """
 
-    annotated: Sequence[tuple[Path, LabelMap]]
+    annotated: Sequence[AnnotatedScan]
     cases: Sequence[TrainingCase]
     organs: Sequence[OrganLabel]
     rows: HeadRows
@@ -90,11 +92,11 @@ class TuningSupport:
 
 
 def finetune(
-    encoder: Path,
-    images: Path | None,
-    labels: Path | None,
-    organs: Sequence[OrganLabel],
-    output: Path,
+    encoder: str | Path,
+    images: GivenScans | None,
+    labels: GivenAnnotations | None,
+    organs: Mapping[str, int] | Sequence[OrganLabel],
+    output: str | Path,
     *,
     settings: TuningSettings,
     reviewed: ReviewedBatch | None = None,
@@ -107,9 +109,10 @@ def finetune(
     """Fine-tune an encoder on annotated scans and write a tuning.
 
     Args:
-        encoder: path of the encoder bundle, which is not changed.
-        images: folder of CTs, or one CT; None together with ``labels`` if ``reviewed`` contains all scans.
-        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT.
+        encoder: encoder bundle, which is not changed, or the name of a built-in encoder.
+        images: folder of CTs, one CT, or a list of CTs (see :func:`fseft_edge.adaptation.adapt.adapt`); None together
+            with ``labels`` if ``reviewed`` contains all scans.
+        labels: folder of annotations, one annotation, or a list of the annotations of the CTs.
         organs: organs to segment, at most 31. A scan without voxels of an organ counts as not annotated for this organ.
         output: path of the tuning file, ``NAME.tuning``.
         settings: settings of the fine-tuning.
@@ -129,6 +132,7 @@ def finetune(
         LabelError: an organ is not annotated in any case.
     """
     progress = progress or SilentProgress()
+    organs, output = organs_of(organs), Path(output)
     check_output(output)
     bundle = open_encoder(encoder)
     check_tunable(bundle, organs, settings)
@@ -194,7 +198,7 @@ def check_tunable(bundle: EncoderBundle, organs: Sequence[OrganLabel], settings:
 
 
 def load_tuning_support(
-    annotated: Sequence[tuple[Path, LabelMap]],
+    annotated: Sequence[AnnotatedScan],
     organs: Sequence[OrganLabel],
     bundle: EncoderBundle,
     progress: Progress,
@@ -271,7 +275,7 @@ def add_fold(
         with open_session(bundle, str(settings.device), "torch") as session, open_store(None, None) as store:
             for index in left_out:
                 image, labels = support.annotated[index]
-                encoded = encode_scan(read_scan(image), bundle=bundle, session=session, store=store)
+                encoded = encode_scan(read_image(image), bundle=bundle, session=session, store=store)
                 mask = segment_encoded(encoded, [tuned.network.head])
                 scores.add(mask, labels, values, support.cases[index].task_mask & known)
 

@@ -9,7 +9,7 @@ from fseft_edge.runtime.scans.images import image_of_label_map
 from fseft_edge.runtime.scans.volume import LabelMap
 
 
-class Mask(nib.Nifti1Image):  # type: ignore[misc]  # nibabel's images have no complete types
+class Mask(nib.Nifti1Image):
     """A mask on the lattice of its scan.
 
     The image has the label values, and its header has the geometry of the scan and the names of the organs, as in a

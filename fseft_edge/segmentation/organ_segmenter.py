@@ -125,7 +125,7 @@ class OrganSegmenter:
         return self
 
     @overload
-    def predict(self, scans: GivenScan) -> Mask: ...
+    def predict(self, scans: GivenScan) -> Mask: ...  # type: ignore[overload-overlap]  # a text is a sequence of texts
 
     @overload
     def predict(self, scans: Sequence[GivenScan]) -> list[Mask]: ...
@@ -147,7 +147,9 @@ class OrganSegmenter:
         return masks[0] if single else masks
 
     @overload
-    def predict_proba(self, scans: GivenScan) -> NDArray[np.float32]: ...
+    def predict_proba(  # type: ignore[overload-overlap]  # a text is a sequence of texts
+        self, scans: GivenScan
+    ) -> NDArray[np.float32]: ...
 
     @overload
     def predict_proba(self, scans: Sequence[GivenScan]) -> list[NDArray[np.float32]]: ...
@@ -281,7 +283,7 @@ def load(
     """
     path = Path(adapter)
     file = read_adapter(path)
-    found = encoder or find_encoder(path, file.description.encoder_id)
+    found = encoder or find_encoder(path, file.description.encoder_id, file.description.encoder_name)
     file.check_encoder(open_encoder(found).encoder_id, path=path)
     model = OrganSegmenter(
         {organ.name: organ.label for organ in file.description.organs},

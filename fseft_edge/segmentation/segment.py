@@ -70,7 +70,7 @@ class SegmentOptions(TypedDict, total=False):
 
 
 @overload
-def segment(
+def segment(  # type: ignore[overload-overlap]  # a text is also a sequence of texts; this signature has priority
     scans: GivenScan,
     adapters: GivenAdapter | Sequence[GivenAdapter] = (),
     output: None = None,

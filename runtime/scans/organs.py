@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fseft_edge.runtime.errors import UsageError
@@ -58,6 +58,16 @@ def organ_colour(number: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def organs_of(organs: Mapping[str, int] | Sequence[OrganLabel]) -> tuple[OrganLabel, ...]:
+    """Return the organs that a Python caller gives as label values by name, or as ``OrganLabel`` objects, in order.
+
+    Raises:
+        UsageError: there is no organ, a name or label value is invalid, or a name or label value occurs twice.
+    """
+    listed = tuple(OrganLabel(name, label) for name, label in organs.items()) if isinstance(organs, Mapping) else organs
+    return _checked(tuple(listed))
+
+
 def parse_organs(values: Iterable[str]) -> tuple[OrganLabel, ...]:
     """Return the organs in the values of ``--organ``, in the given order.
 
@@ -68,14 +78,17 @@ def parse_organs(values: Iterable[str]) -> tuple[OrganLabel, ...]:
         UsageError: there is no organ, an organ is malformed, or a name or label value occurs twice.
     """
     organs = tuple(_parse_organ(part) for value in values for part in value.split(","))
+    return _checked(organs)
+
+
+def _checked(organs: tuple[OrganLabel, ...]) -> tuple[OrganLabel, ...]:
+    """Raise UsageError if there is no organ, or if a name or label value occurs twice; else return the organs."""
     if not organs:
-        raise UsageError("The option --organ contains no organ.", remedy=_EXAMPLE)
+        raise UsageError("No organ is given (--organ).", remedy=_EXAMPLE)
     for index, organ in enumerate(organs):
         for earlier in organs[:index]:
             if organ.name == earlier.name:
-                raise UsageError(
-                    f"The option --organ contains the organ {organ.name!r} twice.", remedy="Give each organ only once."
-                )
+                raise UsageError(f"The organ {organ.name!r} is given twice.", remedy="Give each organ only once.")
             if organ.label == earlier.label:
                 raise UsageError(
                     f"The organs {earlier.name!r} and {organ.name!r} have the same label value {organ.label}.",
