@@ -10,7 +10,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 from doubles.errors import refused
+from doubles.nifti_files import affine_in_itk
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -19,14 +21,26 @@ from scipy.spatial.transform import Rotation
 from fseft_edge.runtime.errors import (
     FseftEdgeError,
     GeometryError,
+    InputError,
     LabelError,
     NotACtError,
     OutOfSpaceError,
     UnreadableFileError,
     UsageError,
 )
-from fseft_edge.runtime.scans.nifti import case_name, list_cases, read_ct, read_label_map, write_ct, write_label_map
+from fseft_edge.runtime.scans import nifti
 from fseft_edge.runtime.scans.lattice import deviation
+from fseft_edge.runtime.scans.nifti import (
+    case_name,
+    cases_by_name,
+    files_of,
+    list_cases,
+    read_ct,
+    read_label_map,
+    read_label_names,
+    write_ct,
+    write_label_map,
+)
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
 from fseft_edge.runtime.system import atomic
 
@@ -140,8 +154,14 @@ UNREADABLE = {
     "unknown type code": lambda d: patched(save(d / "ct.nii", HU), datatype=77),
     **{
         f"voxels at {offset}": lambda d, offset=offset: patched(save(d / "ct.nii", HU), vox_offset=offset)
-        for offset in (np.nan, np.inf, -352.0, 1e6)
+        for offset in (np.nan, np.inf, -352.0, 1e6, 0.0, 348.0, 352.5)
     },
+    "no dimensions": lambda d: patched(save(d / "ct.nii", HU), dim=[0, 9, 8, 5, 1, 1, 1, 1]),
+    "eight dimensions": lambda d: patched(save(d / "ct.nii", HU), dim=[8, 9, 8, 5, 1, 1, 1, 1]),
+    "second gzip stream damaged": lambda d: written(
+        d / "ct.nii.gz", save(d / "ct.nii.gz", HU).read_bytes() + b"\x1f\x8b\x08 and more"
+    ),
+    "gzip header alone": lambda d: written(d / "ct.nii.gz", save(d / "ct.nii.gz", HU).read_bytes()[:10]),
     "negative length": lambda d: patched(save(d / "ct.nii", HU), dim=[3, -9, 8, 5, 1, 1, 1, 1]),
 }
 
@@ -226,6 +246,158 @@ def test_full_temporary_folder_is_an_error_that_names_file_and_folder(tmp_path, 
     assert "TMPDIR" in caught.value.remedy
 
 
+BEHIND = {
+    "zeros behind gzip": (".nii.gz", lambda raw: raw + bytes(512), "compressed data"),
+    "garbage behind gzip": (".nii.gz", lambda raw: raw + b"patient notes", "compressed data"),
+    "one byte behind gzip": (".nii.gz", lambda raw: raw + b"\x1f", "compressed data"),
+    "bytes behind the voxels": (".nii", lambda raw: raw + bytes(100), "100 bytes behind its voxels"),
+    "bytes behind the voxels in gzip": (
+        ".nii.gz",
+        lambda raw: gzip.compress(gzip.decompress(raw) + bytes(7)),
+        "7 bytes behind its voxels",
+    ),
+}
+
+
+@pytest.mark.parametrize(("suffix", "change", "warning"), BEHIND.values(), ids=BEHIND.keys())
+def test_bytes_behind_the_image_are_ignored_with_a_warning(tmp_path, caplog, suffix, change, warning):
+    path = save(tmp_path / f"ct{suffix}", HU)
+    path.write_bytes(change(path.read_bytes()))
+    scan = read_ct(path)
+    np.testing.assert_array_equal(scan.array, HU)
+    (said,) = scan.warnings
+    assert warning in said
+    path = save(tmp_path / f"labels{suffix}", np.abs(HU))
+    path.write_bytes(change(path.read_bytes()))
+    np.testing.assert_array_equal(read_label_map(path).array, np.abs(HU))
+    assert warning in caplog.text
+
+
+def test_several_gzip_streams_in_one_file_are_one_image(tmp_path):
+    raw = gzip.decompress(save(tmp_path / "ct.nii.gz", HU).read_bytes())
+    path = written(tmp_path / "ct.nii.gz", b"".join(gzip.compress(raw[i : i + 100]) for i in range(0, len(raw), 100)))
+    scan = read_ct(path)
+    np.testing.assert_array_equal(scan.array, HU)
+    assert scan.warnings == ()
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+def test_a_stream_longer_than_a_buffer_is_unpacked_completely(tmp_path, monkeypatch, level):
+    monkeypatch.setattr(nifti, "_COPY_BYTES", 64)
+    constant = np.where(np.indices(HU.shape)[2] > 2, -1000, HU).astype(np.int16)
+    raw = gzip.decompress(save(tmp_path / "ct.nii.gz", constant).read_bytes())
+    path = written(tmp_path / "ct.nii.gz", gzip.compress(raw, level))
+    np.testing.assert_array_equal(read_ct(path).array, constant)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(0.0, -1024.0), (np.nan, 10.0), (2.0, np.nan), (1.0, np.inf)])
+def test_a_slope_and_intercept_that_programs_read_differently_are_refused(tmp_path, slope, intercept):
+    """ITK adds an intercept without a slope, nibabel does not."""
+    path = patched(save(tmp_path / "ct.nii", HU), scl_slope=slope, scl_inter=intercept)
+    with refused(NotACtError, path, "slope"):
+        read_ct(path)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(0.0, 0.0), (np.nan, np.nan), (0.0, np.nan), (np.inf, np.nan)])
+def test_no_valid_slope_means_no_scaling(tmp_path, slope, intercept):
+    scan = read_ct(patched(save(tmp_path / "ct.nii", HU), scl_slope=slope, scl_inter=intercept))
+    assert (scan.slope, scan.intercept) == (1.0, 0.0)
+
+
+PAIRS = {
+    "plain": (".hdr", ".img"),
+    "packed": (".hdr.gz", ".img.gz"),
+    "only the voxels packed": (".hdr", ".img.gz"),
+    "capitals": (".HDR", ".IMG"),
+}
+
+
+def pair(folder: Path, name: str, array, suffixes=(".hdr", ".img"), kind=nib.Nifti1Pair) -> tuple[Path, Path]:
+    """Write a pair of header and voxels, each packed if its name says so."""
+    nib.save(kind(array, LPS), folder / "pair.img")
+    paths = []
+    for plain, suffix in zip((".hdr", ".img"), suffixes, strict=True):
+        raw = (folder / f"pair{plain}").read_bytes()
+        paths.append(written(folder / f"{name}{suffix}", gzip.compress(raw) if suffix.endswith(".gz") else raw))
+        (folder / f"pair{plain}").unlink()
+    return paths[0], paths[1]
+
+
+@pytest.mark.parametrize("suffixes", PAIRS.values(), ids=PAIRS.keys())
+@pytest.mark.parametrize("kind", [nib.Nifti1Pair, nib.Nifti2Pair])
+def test_a_pair_of_header_and_voxels_is_one_image_whichever_file_is_given(tmp_path, suffixes, kind):
+    header, voxels = pair(tmp_path, "a", HU, suffixes, kind)
+    for path in (header, voxels):
+        scan = read_ct(path)
+        np.testing.assert_array_equal(scan.array, HU)
+        np.testing.assert_array_equal(scan.affine, LPS.astype(np.float32 if kind is nib.Nifti1Pair else np.float64))
+        assert scan.warnings == ()
+        assert list_cases(path) == [header]
+        assert case_name(path) == "a"
+        assert files_of(path) == (header, voxels)
+    assert cases_by_name(tmp_path) == {"a": header}
+
+
+def test_a_pair_that_itk_wrote_is_read(tmp_path):
+    image = SimpleITK.GetImageFromArray(HU.T.copy())
+    image.SetSpacing((0.5, 0.75, 2.0))
+    image.SetOrigin((1, 2, 3))
+    SimpleITK.WriteImage(image, str(tmp_path / "a.hdr"))
+    scan = read_ct(tmp_path / "a.img")
+    np.testing.assert_array_equal(scan.array, HU)
+    np.testing.assert_allclose(scan.affine, affine_in_itk(tmp_path / "a.hdr"), atol=1e-5)
+
+
+def test_pairs_are_cases_beside_single_files_and_other_img_files_are_not(tmp_path):
+    pair(tmp_path, "b", HU)
+    save(tmp_path / "a.nii", HU)
+    (tmp_path / "disc.img").touch()
+    (tmp_path / "radiance.hdr").touch()
+    assert [path.name for path in list_cases(tmp_path)] == ["a.nii", "b.hdr"]
+    assert list(cases_by_name(tmp_path)) == ["a", "b"]
+    save(tmp_path / "b.nii.gz", HU)
+    with refused(InputError, "b.hdr", "b.nii.gz"):
+        cases_by_name(tmp_path)
+
+
+def test_a_label_map_in_a_pair_has_its_names_and_values(tmp_path):
+    header, _ = pair(tmp_path, "labels", np.abs(HU) % 5)
+    np.testing.assert_array_equal(read_label_map(header).array, np.abs(HU) % 5)
+    assert read_label_names(header) == {}
+    image = nib.Nifti1Pair((np.abs(HU) % 5).astype(np.uint8), LPS)
+    image.header.extensions.append(
+        nib.nifti1.Nifti1Extension(30, b'<CaretExtension><Label Key="4">liver</Label></CaretExtension>')
+    )
+    nib.save(image, tmp_path / "named.img")
+    assert read_label_names(tmp_path / "named.img") == {4: "liver"}
+
+
+def test_a_link_to_one_half_leads_to_the_pair(tmp_path):
+    (tmp_path / "in").mkdir()
+    header, voxels = pair(tmp_path / "in", "a", HU)
+    (tmp_path / "case.hdr").symlink_to(header)
+    np.testing.assert_array_equal(read_ct(tmp_path / "case.hdr").array, HU)
+    assert files_of(tmp_path / "case.hdr")[1] == voxels
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_half_a_pair_is_refused(tmp_path, missing):
+    halves = pair(tmp_path, "a", HU)
+    halves[missing].unlink()
+    with refused(UnreadableFileError, halves[1 - missing]):
+        read_ct(halves[1 - missing])
+
+
+def test_an_analyze_image_is_refused_because_its_sides_are_unknown(tmp_path):
+    nib.save(nib.AnalyzeImage(HU, LPS), tmp_path / "a.img")
+    with refused(GeometryError, "a.hdr", "Analyze 7.5", "left and right"):
+        read_ct(tmp_path / "a.hdr")
+    pair(tmp_path, "b", HU)
+    patched(tmp_path / "b.hdr", magic=b"n+1")
+    with refused(UnreadableFileError, "b.hdr"):
+        read_ct(tmp_path / "b.hdr")
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("dtype", ["u1", "<i2", ">u2", "<i4", "<f4", "<f8"])
 def test_labels_have_the_smallest_unsigned_type(tmp_path, suffix, dtype):
@@ -245,10 +417,50 @@ def test_stored_labels_are_rescaled(tmp_path):
     np.testing.assert_array_equal(read_label_map(path).array, HU % 4 * 2 + 1)
 
 
+SCALED = {
+    "float32": lambda d, labels: save(d / "x.nii", (labels * np.float64(1 + 1e-7)).astype(np.float32)),
+    "float64": lambda d, labels: save(d / "x.nii", labels * (1 - 1e-7)),
+    "scaled by 1/3": lambda d, labels: save(d / "x.nii", (labels * 3).astype(np.int16), rescale=(1 / 3, 0.0)),
+    "scaled with an intercept": lambda d, labels: save(d / "x.nii", (labels * 10).astype(np.int16), rescale=(0.1, 0.0)),
+    "floats as int16 by nibabel": lambda d, labels: stored_as(d / "x.nii", labels.astype(np.float64), np.int16),
+    "floats as int16 with many labels": lambda d, labels: stored_as(d / "x.nii", labels * 26.0, np.int16),
+}
+
+
+def stored_as(path: Path, array, dtype) -> Path:
+    """Write with nibabel, which chooses a scale factor for the type."""
+    image = nib.Nifti1Image(array, LPS)
+    image.set_data_dtype(dtype)
+    nib.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_scaled_labels_are_rounded_to_the_whole_numbers_that_they_were(tmp_path, name):
+    labels = np.abs(HU) % 5
+    path = SCALED[name](tmp_path, labels)
+    by_nibabel = nib.load(path).get_fdata()
+    assert (by_nibabel != np.rint(by_nibabel)).any()
+    found = read_label_map(path)
+    np.testing.assert_array_equal(found.array, labels * 26 if "many" in name else labels)
+    assert found.array.dtype == np.uint8
+
+
+@pytest.mark.parametrize("off", [0.011, 0.5])
+def test_a_value_between_two_labels_is_refused_and_named(tmp_path, off):
+    labels = (np.abs(HU) % 5).astype(np.float32)
+    labels[3, 4, 2] += off
+    path = save(tmp_path / "x.nii", labels)
+    with refused(LabelError, path, f"{labels[3, 4, 2]:.6g}") as caught:
+        read_label_map(path)
+    assert "without a scale factor" in caught.value.remedy
+
+
 NO_LABELS = {
     "negative": lambda d: save(d / "x.nii", HU),
     "fractions": lambda d: save(d / "x.nii", np.abs(HU / 7).astype(np.float32)),
     "fractions by rescale": lambda d: save(d / "x.nii", np.abs(HU), rescale=(0.3, 0.0)),
+    "a little negative": lambda d: save(d / "x.nii", np.where(HU > 0, -0.6, 0).astype(np.float32)),
     "not a number": lambda d: save(d / "x.nii", np.where(HU > 0, np.nan, 0).astype(np.float32)),
     "huge": lambda d: save(d / "x.nii", np.where(HU > 0, 1e30, 0).astype(np.float32)),
     "four-dimensional": lambda d: save(d / "x.nii", np.zeros((4, 4, 4, 4), np.uint8)),
