@@ -69,8 +69,10 @@ class Support:
             click.echo(_organ_text(organ))
         if made.support_groups is not None and any(organ.left_out_dsc for organ in made.organs):
             scans, groups = counted(made.shots, "scan"), made.support_groups
-            of = f"of which {groups} are different" if self.groups is None else f"of {counted(groups, 'patient')}"
-            click.echo(f"The scans of a patient were left out together: {scans}, {of}.")
+            if self.groups is None:
+                click.echo(f"Copies of a scan were left out together: {scans}, of which {groups} are different.")
+            else:
+                click.echo(f"All scans of a patient were left out together: {scans} of {counted(groups, 'patient')}.")
         if self.reviewed is not None and any(organ.left_out_dsc for organ in made.organs):
             click.echo(
                 "The expected DSC is too optimistic, because the references include masks made by an adapter. For a "
