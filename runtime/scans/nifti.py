@@ -54,7 +54,8 @@ the factor. Labels between organs, which linear interpolation makes, are further
 _log = logging.getLogger(__name__)
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_COPY_BYTES = 1 << 20
+_PACKED_BYTES = 1 << 16
+_UNPACKED_BYTES = 1 << 20
 _GZIP_STREAM = 31
 """Argument of zlib for a gzip stream with checks of its length and CRC-32."""
 
@@ -136,7 +137,7 @@ def label_values_of(stored: NDArray[Any], slope: float, intercept: float, name: 
     Raises:
         LabelError: the image is not three-dimensional, or a value is negative, too large or not a whole number.
     """
-    if stored.ndim != 3 or stored.dtype.kind not in "iufb":
+    if stored.ndim != 3 or stored.dtype.kind not in "iufb" or stored.size == 0:
         raise LabelError(
             f"{name} is not a label map: its shape is {stored.shape} and its value type is {stored.dtype}.",
             remedy="Give one three-dimensional label map of whole numbers, with one label value for each organ.",
@@ -420,9 +421,9 @@ def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> bool:
     """
     stream, packed, trailing = zlib.decompressobj(_GZIP_STREAM), b"", False
     while True:
-        packed = packed or file.read(_COPY_BYTES)
+        packed = packed or file.read(_PACKED_BYTES)
         try:
-            piece = stream.decompress(packed, _COPY_BYTES)
+            piece = stream.decompress(packed, _UNPACKED_BYTES)
         except zlib.error as error:
             raise _damaged(path, error) from error
         try:
@@ -430,9 +431,9 @@ def _unpack(file: IO[bytes], unpacked: IO[bytes], path: Path) -> bool:
         except OSError as error:
             raise no_space_to_unpack(path) from error
         if stream.eof:
-            packed = stream.unused_data or file.read(_COPY_BYTES)
+            packed = stream.unused_data or file.read(_PACKED_BYTES)
             if len(packed) == 1:
-                packed += file.read(_COPY_BYTES)
+                packed += file.read(_PACKED_BYTES)
             if not packed.startswith(_GZIP_MAGIC):
                 trailing = bool(packed)
                 break
@@ -568,7 +569,7 @@ def _whole_numbers(stored: NDArray[Any], slope: float, intercept: float, name: o
     if not (values.min() >= 0 and values.max() <= _LARGEST_LABEL):  # also true for values that are not a number
         raise LabelError(
             f"{name} contains values that are negative, not finite, or larger than {_LARGEST_LABEL}.",
-            remedy="Store label values as whole numbers from 0.",
+            remedy="Give an annotation or a mask, not a CT. Its label values are whole numbers from 0.",
         )
     return values
 

@@ -98,6 +98,9 @@ def test_labels_in_memory_are_whole_numbers_in_the_smallest_type(dtype):
 def test_labels_in_memory_that_are_no_labels_are_refused():
     with refused(LabelError, "0.5"):
         label_map_of_image(nib.Nifti1Image(files.organs(files.phantom()) / 2, AFFINE))
+    for shape in ((0, 4, 3), (5, 0, 3), (5, 4, 0), (5, 4), (5, 4, 3, 2)):
+        with refused(LabelError, shape):
+            label_map_of_image(nib.Nifti1Image(np.zeros(shape, np.uint8), AFFINE))
 
 
 def test_warnings_about_labels_in_memory_are_logged(tmp_path, caplog):

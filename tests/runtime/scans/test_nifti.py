@@ -283,7 +283,8 @@ def test_several_gzip_streams_in_one_file_are_one_image(tmp_path):
 
 @pytest.mark.parametrize("level", [0, 1, 9])
 def test_a_stream_longer_than_a_buffer_is_unpacked_completely(tmp_path, monkeypatch, level):
-    monkeypatch.setattr(nifti, "_COPY_BYTES", 64)
+    monkeypatch.setattr(nifti, "_PACKED_BYTES", 50)
+    monkeypatch.setattr(nifti, "_UNPACKED_BYTES", 64)
     constant = np.where(np.indices(HU.shape)[2] > 2, -1000, HU).astype(np.int16)
     raw = gzip.decompress(save(tmp_path / "ct.nii.gz", constant).read_bytes())
     path = written(tmp_path / "ct.nii.gz", gzip.compress(raw, level))
