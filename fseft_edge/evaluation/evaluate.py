@@ -362,11 +362,12 @@ def evaluate(
             task.advance()
     annotated = {row.organ for row in rows if row.reference_ml}
     hints = [value.sentence(cases) for value, cases in better.items()]
-    if rows and (missing := {name: label for name, label in organs.items() if name not in annotated}):
-        wanted = ", ".join(f"{name}={label}" for name, label in missing.items())
+    if rows and (nowhere := {name: label for name, label in organs.items() if name not in annotated}):
+        wanted = ", ".join(f"{name}={label}" for name, label in nowhere.items())
         compared = {row.case for row in rows}
-        found = found_label_values(read_label_map(pair.reference) for pair in pairs if pair.case in compared)
-        message = f"No reference in {references} contains a voxel of {wanted}. Label values in the references: {found}."
+        found = found_label_values(given_labels(pair.reference) for pair in pairs if pair.case in compared)
+        where = f" in {references}" if isinstance(references, str | Path) else ""
+        message = f"No reference{where} contains a voxel of {wanted}. Label values in the references: {found}."
         if all(row.status == "absent" for row in rows):
             raise LabelError(message, remedy="Check the label values of the references, and correct --organ.")
         hints.append(message)
