@@ -18,30 +18,40 @@ from .finetuning.merging import merge
 from .finetuning.settings import TuningSettings
 from .machine.doctor import diagnose
 from .machine.speed import benchmark
+from .masks.mask_image import Mask
 from .outbox.accepted_masks import ReviewedBatch
 from .pretraining import pretrain, read_pretraining_config
 from .review.server import open_review
 from .runtime.scans.organs import OrganLabel
+from .runtime.scans.volume import LabelMap, Volume
+from .segmentation.encode import encode
+from .segmentation.organ_segmenter import OrganSegmenter, load
 from .segmentation.segment import segment
 from .segmentation.segmenter import SegmentationSettings
 
 __all__ = [
     "AdapterSettings",
     "BatchSettings",
+    "LabelMap",
+    "Mask",
     "OrganLabel",
+    "OrganSegmenter",
     "ReviewedBatch",
     "SegmentationSettings",
     "TrainingSettings",
     "TuningSettings",
+    "Volume",
     "__version__",
     "adapt",
     "benchmark",
     "build_engines",
     "diagnose",
+    "encode",
     "evaluate",
     "export_adapter",
     "export_encoder",
     "finetune",
+    "load",
     "merge",
     "models",
     "open_review",

@@ -33,15 +33,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.evaluation.metrics import DEFAULT_NSD_TOLERANCE_MM, score_mask, volume_ml
+from fseft_edge.masks.mask_image import Mask
 from fseft_edge.masks.result import organ_labels
-from fseft_edge.runtime.errors import FseftEdgeError, InputError, LabelError, UsageError
+from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, InputError, LabelError, UsageError
 from fseft_edge.runtime.scans.content import found_label_values
-from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_map, read_label_names
+from fseft_edge.runtime.scans.given import GivenLabels, given_labels
+from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_names
 from fseft_edge.runtime.scans.volume import labels_on, spacing_of
 from fseft_edge.runtime.system.atomic import atomic_path
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
 
 EVALUATION_SCHEMA_VERSION = 2
@@ -253,6 +256,21 @@ class Evaluation:
             parts.append(f"{len(self.failures)} {'case' if len(self.failures) == 1 else 'cases'} failed")
         return "; ".join(parts)
 
+    def to_dataframe(self) -> DataFrame:
+        """Return :attr:`rows` as a table of pandas: one row per case and organ, missing values as NaN.
+
+        Raises:
+            EnvironmentProblemError: pandas is not installed.
+        """
+        try:
+            import pandas as pd  # noqa: PLC0415 - not installed with the toolkit
+        except ImportError as error:
+            raise EnvironmentProblemError(
+                "A table of pandas needs pandas, which is not installed.",
+                remedy="Run `pip install pandas`, or use rows, to_csv or to_json.",
+            ) from error
+        return pd.DataFrame([asdict(row) for row in self.rows], columns=list(EvaluationRow.__dataclass_fields__))
+
     def to_csv(self, path: Path) -> None:
         """Write a CSV file with one line per case and organ; cells without a value are empty.
 
@@ -288,8 +306,8 @@ class Evaluation:
 
 
 def evaluate(
-    predictions: Path,
-    references: Path,
+    predictions: str | Path | Sequence[GivenLabels],
+    references: str | Path | Sequence[GivenLabels],
     organs: Mapping[str, int],
     *,
     prediction_ids: Mapping[str, int] | None = None,
@@ -305,12 +323,14 @@ def evaluate(
     failed case is listed, and the evaluation continues with the other cases.
 
     Args:
-        predictions: label map, or folder of label maps, as ``segment`` writes them.
-        references: label map, or folder of label maps.
+        predictions: label map, or folder of label maps, as ``segment`` writes them; or a list of masks: paths, masks
+            that ``segment`` returned, NIfTI images of nibabel, or ``LabelMap`` objects.
+        references: label map, or folder of label maps; for a list of masks, a list of their references in the same
+            order.
         organs: label value of each organ in the references.
-        prediction_ids: label value of each organ in the predictions. If None, the values are read from the file
-            ``<case>.json`` that ``segment`` writes next to the mask; without this file, the values of the references
-            apply.
+        prediction_ids: label value of each organ in the predictions. If None, the values are those of the mask that
+            ``segment`` returned, or of the file ``<case>.json`` that ``segment`` writes next to the mask; without this
+            file, the values of the references apply.
         always_annotated: organs that were annotated in every scan that shows them. For these organs, a reference
             without the label value states that the organ is absent, and a mask that contains the organ is a false
             positive with DSC 0. For all other organs, such a reference means that the organ was not annotated, and the
@@ -345,7 +365,10 @@ def evaluate(
             f"The surface tolerance {nsd_tolerance_mm} mm is negative or not finite.",
             remedy="Give --nsd-tolerance a value of 0 mm or more, for example 2.",
         )
-    pairs, failures, without_prediction = _paired(predictions, references)
+    if isinstance(predictions, str | Path) and isinstance(references, str | Path):
+        pairs, failures, without_prediction = _paired(Path(predictions), Path(references))
+    else:
+        pairs, failures, without_prediction = _listed(predictions, references), [], ()
     if prediction_ids is None:
         _check_predicted_organs(pairs, organs)
     rows: list[EvaluationRow] = []
@@ -380,8 +403,31 @@ def evaluate(
 @dataclass(frozen=True)
 class _Pair:
     case: str
-    prediction: Path
-    reference: Path
+    prediction: GivenLabels
+    reference: GivenLabels
+
+
+def _listed(
+    predictions: str | Path | Sequence[GivenLabels], references: str | Path | Sequence[GivenLabels]
+) -> list[_Pair]:
+    """Return lists of masks and references as pairs. A case has the name of its mask file, or its number."""
+    if isinstance(predictions, str | Path) or isinstance(references, str | Path):
+        raise UsageError(
+            "One of predictions and references is a list, and the other is a path.",
+            remedy="Give two paths, or a list of masks and a list of their references in the same order.",
+        )
+    if len(predictions) != len(references):
+        raise UsageError(
+            f"{len(predictions)} predictions and {len(references)} references are given.",
+            remedy="Give a list of masks, and a list with the reference of each mask in the same order.",
+        )
+    named = [
+        case_name(Path(prediction)) if isinstance(prediction, str | Path) else f"case_{number}"
+        for number, prediction in enumerate(predictions, start=1)
+    ]
+    count = Counter(named)
+    cases = [f"{name}_{number}" if count[name] > 1 else name for number, name in enumerate(named, start=1)]
+    return [_Pair(*pair) for pair in zip(cases, predictions, references, strict=True)]
 
 
 def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[CaseFailure], tuple[str, ...]]:
@@ -429,8 +475,8 @@ def _evaluate_case(
     always_annotated: Collection[str],
     tolerance_mm: float,
 ) -> tuple[list[EvaluationRow], list[_BetterValue]]:
-    reference = read_label_map(pair.reference)
-    prediction = labels_on(reference, read_label_map(pair.prediction), ("reference", "prediction"))
+    reference = given_labels(pair.reference)
+    prediction = labels_on(reference, given_labels(pair.prediction), ("reference", "prediction"))
     rows, better = [], []
     for organ, label in organs.items():
         predicted, truth = prediction.array == ids[organ], reference.array == label
@@ -472,7 +518,10 @@ def _check_predicted_organs(pairs: Sequence[_Pair], organs: Mapping[str, int]) -
     """Raise LabelError if every prediction has a JSON file and none of these files knows one of the organs."""
     known: set[str] = set()
     for pair in pairs:
-        description = _description_of(pair.prediction)
+        if not isinstance(pair.prediction, str | Path):
+            known |= organs.keys()
+            continue
+        description = _description_of(Path(pair.prediction))
         try:
             known |= organ_labels(description).keys() if description.exists() else organs.keys()
         except FseftEdgeError:  # this case fails later
@@ -490,11 +539,16 @@ def _description_of(prediction: Path) -> Path:
     return prediction.with_name(f"{case_name(prediction)}.json")
 
 
-def _ids_in_prediction(prediction: Path, organs: Mapping[str, int]) -> dict[str, int]:
+def _ids_in_prediction(given: GivenLabels, organs: Mapping[str, int]) -> dict[str, int]:
     """Return the label value of each organ in a prediction, from the JSON file that ``segment`` writes next to it.
 
-    Without this file, the names in the mask file itself apply if they include every organ.
+    Without this file, the names in the mask file itself apply if they include every organ. A mask that ``segment``
+    returned contains the label values; for any other label map in memory, the values of the references apply.
     """
+    if not isinstance(given, str | Path):
+        named = {organ.name: organ.label for organ in given.organs} if isinstance(given, Mask) else {}
+        return named if organs.keys() <= named.keys() else dict(organs)
+    prediction = Path(given)
     description = _description_of(prediction)
     if not description.exists():
         named = {name: label for label, name in read_label_names(prediction).items()}
