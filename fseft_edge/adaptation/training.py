@@ -29,6 +29,7 @@ from fseft_edge.adaptation.normalisation import FeatureStatistics
 from fseft_edge.adapters.blocks import Box, read_block
 from fseft_edge.adapters.network import Adapter, AdapterSettings, HeadRows
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
+from fseft_edge.runtime.system.gpu_arithmetic import exact_float32
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _STATISTICS_BLOCKS = 6
@@ -158,8 +159,7 @@ def train_adapter(
     random = np.random.default_rng(training.seed)
     sampler = BlockSampler(adapter, scans, block=training.block, batch=training.batch, random=random)
     losses: list[float] = []
-    repeatable = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
-    with progress.task("adapt", epochs) as task, ThreadPoolExecutor(1) as reader, repeatable:
+    with progress.task("adapt", epochs) as task, ThreadPoolExecutor(1) as reader, exact_float32():
         upcoming = reader.submit(sampler.draw)
         for epoch in range(epochs):
             total = 0.0

@@ -23,6 +23,7 @@ from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.system.gpu_arithmetic import exact_float32
 from fseft_edge.runtime.system.memory import memory_explained
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -174,8 +175,7 @@ def fine_tune(
         random = np.random.default_rng([settings.seed, settings.steps])
         crops = (random_crop(cases, edge, random, spacing=spacing) for _ in range(_STATISTICS_CROPS))
         network.start_head(rows, (_image(batch_of([crop]), settings.device) for crop in crops))
-    # With these flags cuDNN is deterministic; gradients of padding and pooling on a GPU are not.
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True)
+    cudnn = exact_float32()  # cuDNN is then deterministic; gradients of padding and pooling on a GPU are not
     title = f"fine-tune ({settings.name})"
     exact = short_inputs_in_float32(network)
     with (progress or SilentProgress()).task(title, settings.steps) as task, cudnn, exact:

@@ -63,6 +63,7 @@ def open_session(
 
 def _opened(choice: BackendChoice, bundle: EncoderBundle, device: torch.device, threads: int | None) -> EncoderSession:
     session = _OPENERS[choice.backend](bundle, device, threads or torch.get_num_threads(), choice.precision)
+    session.keep_arithmetic()
     _log.info("encoding with %s in %s on %s", session.backend, session.precision, session.device)
     return session
 

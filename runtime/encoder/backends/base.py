@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
 from typing import ClassVar, Self
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
+from fseft_edge.runtime.system.gpu_arithmetic import exact_float32
 from fseft_edge.runtime.system.memory import resident_bytes
 
 
@@ -38,6 +40,15 @@ class EncoderSession(ABC):
         self.window: tuple[int, int, int] = bundle.window
         self.levels: tuple[FeatureLevel, ...] = bundle.levels
         self._open = True
+        self._arithmetic = ExitStack()
+
+    def keep_arithmetic(self) -> None:
+        """Keep the exact arithmetic of :mod:`fseft_edge.runtime.system.gpu_arithmetic` while the session is open.
+
+        It is also that of the adapters, which compute on the device of the session.
+        """
+        if self.device.type == "cuda":
+            self._arithmetic.enter_context(exact_float32())
 
     @cached_property
     def held_before(self) -> int:
@@ -78,6 +89,7 @@ class EncoderSession(ABC):
     def close(self) -> None:
         """Free the engine. The session cannot be used after this call."""
         self._open = False
+        self._arithmetic.close()
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ _MAX_BATCH_CUDA = 2  # the attention of SwinUNETR-48 takes 1.5 GB per window of 
 class TorchSession(EncoderSession):
     """Session that computes features with PyTorch, in float32 or, on a GPU, also in mixed precision.
 
-    On a GPU, TF32 is off, and results are reproducible.
+    On a GPU, an open session keeps TF32 off, and results are reproducible.
     """
 
     backend: ClassVar[str] = "torch"
@@ -47,7 +47,7 @@ class TorchSession(EncoderSession):
 
     def _encode_batch(self, windows: Tensor) -> list[Tensor]:
         assert self._network is not None  # noqa: S101 - encode() refuses a closed session
-        with _threads(self._threads), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with _threads(self._threads):
             pyramid: list[Tensor] = self._network(windows.to(self.device).to(memory_format=self._order))
             return pyramid
 
@@ -105,8 +105,14 @@ def _use_onednn(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Set PyTorch's number of threads, which is global in the process, inside a ``with`` block."""
+    """Set PyTorch's number of threads inside a ``with`` block, if it is another one.
+
+    The number belongs to the process: a session with its own number must be the only computation of the process.
+    """
     before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
     torch.set_num_threads(count)
     try:
         yield

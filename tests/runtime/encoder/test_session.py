@@ -311,7 +311,7 @@ def recorded_backends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     def record(name: str, bundle: EncoderBundle, device: torch.device, threads: int, precision: str) -> SimpleNamespace:
         opened.append((name, precision))
-        return SimpleNamespace(backend=name, device=device, precision=precision)
+        return SimpleNamespace(backend=name, device=device, precision=precision, keep_arithmetic=lambda: None)
 
     for name in BACKENDS:
         monkeypatch.setitem(INTERNALS._OPENERS, name, partial(record, name))
