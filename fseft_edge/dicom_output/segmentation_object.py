@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -147,8 +148,15 @@ def _geometry(image: Dataset, slice_spacing: float) -> Dataset:
     for keyword in _GEOMETRY:
         if keyword in image:
             kept[keyword] = image[keyword]
-    if "PerFrameFunctionalGroupsSequence" not in kept and not kept.get("SliceThickness"):
-        kept.SliceThickness = f"{slice_spacing:.6g}"
+    if "PerFrameFunctionalGroupsSequence" in kept:
+        kept = copy.deepcopy(kept)
+        groups = [*kept.get("SharedFunctionalGroupsSequence", ()), *kept.PerFrameFunctionalGroupsSequence]
+        measures = [item for group in groups for item in group.get("PixelMeasuresSequence", ())]
+    else:
+        measures = [kept]
+    for item in measures:
+        if not item.get("SliceThickness"):
+            item.SliceThickness = f"{slice_spacing:.6g}"
     return kept
 
 
