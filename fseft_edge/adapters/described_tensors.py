@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,9 @@ TUNING_KEY = "fseft_edge_tuning"
 """Key of the description in the header of a tuning file."""
 
 
-_COPY_OR_ADAPT_AGAIN = "Copy the file again, or run `fseft-edge adapt` again."
+_COPY_OR_TRAIN_AGAIN = "Copy the file again, or train again with `fseft-edge adapt` or `fseft-edge finetune`."
+_COMMANDS: Final = {"adapter": "fseft-edge adapt", "tuning": "fseft-edge finetune"}
+"""The command that writes each kind of file, by the suffix of its name."""
 
 
 class SelfDescription(BaseModel):
@@ -68,16 +71,16 @@ def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[s
     """
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
-        raise AdapterError(f"{path} {problem}.", remedy=f"Give the .{suffix} file that `fseft-edge adapt` wrote.")
+        raise AdapterError(f"{path} {problem}.", remedy=f"Give the .{suffix} file that `{_COMMANDS[suffix]}` wrote.")
     try:
         with safe_open(path, framework="pt") as opened:
             found = opened.metadata() or {}
         header = found.get(key)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged: {error}.", remedy=_COPY_OR_ADAPT_AGAIN) from error
+        raise AdapterError(f"{path} is damaged: {error}.", remedy=_COPY_OR_TRAIN_AGAIN) from error
     if header is None:
-        remedy = f"Give the .{suffix} file that `fseft-edge adapt` wrote."
+        remedy = f"Give the .{suffix} file that `{_COMMANDS[suffix]}` wrote."
         if TUNING_KEY in found:
             remedy = "The file is a tuning. Run `fseft-edge merge` to make an encoder and an adapter from it."
         raise AdapterError(f"{path} is not a valid .{suffix} file.", remedy=remedy)
@@ -88,7 +91,7 @@ def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[s
     if version != schema:
         raise AdapterError(
             f"{path} has the {suffix} schema version {version}, but this version of fseft-edge reads version {schema}.",
-            remedy="Update fseft-edge, or run `fseft-edge adapt` again with this version.",
+            remedy=f"Update fseft-edge, or run `{_COMMANDS[suffix]}` again with this version.",
         )
     return header, tensors
 
@@ -97,7 +100,7 @@ def check_content(path: Path, description: SelfDescription, tensors: Mapping[str
     """Raise AdapterError if the checksum of the description and the tensors is not the stored checksum."""
     if description.content_sha256 != content_digest(description, tensors):
         raise AdapterError(
-            f"{path} is damaged: its contents do not match the checksum in its header.", remedy=_COPY_OR_ADAPT_AGAIN
+            f"{path} is damaged: its contents do not match the checksum in its header.", remedy=_COPY_OR_TRAIN_AGAIN
         )
 
 
@@ -105,7 +108,7 @@ def does_not_fit(path: Path) -> AdapterError:
     """Return the error for a file whose description and weights do not match."""
     return AdapterError(
         f"{path} contains a description that is not valid or does not match its weights.",
-        remedy="Run `fseft-edge adapt` again with this version of fseft-edge.",
+        remedy="Train again with this version of `fseft-edge adapt` or `fseft-edge finetune`.",
     )
 
 

@@ -13,7 +13,7 @@ from fseft_edge.runtime.errors import EncoderBundleError, InputError
 _LOG = logging.getLogger(__name__)
 
 
-def find_encoder(adapter: Path | None, encoder_id: str) -> Path:
+def find_encoder(adapter: Path | None, encoder_id: str, encoder_name: str) -> Path:
     """Return the encoder bundle that an adapter was trained with.
 
     The search covers the folder of the adapter, then the working folder, then the built-in encoders that were exported
@@ -23,6 +23,7 @@ def find_encoder(adapter: Path | None, encoder_id: str) -> Path:
     Args:
         adapter: path of the adapter file; None for an adapter in memory.
         encoder_id: id of the encoder that the adapter was trained with.
+        encoder_name: name of this encoder, for messages.
 
     Raises:
         InputError: none of these places contains the encoder.
@@ -34,8 +35,8 @@ def find_encoder(adapter: Path | None, encoder_id: str) -> Path:
         except EncoderBundleError as error:
             _LOG.warning("%s is skipped: %s", path, error)
     raise InputError(
-        f"The encoder of {adapter or 'the adapter in memory'} (id {encoder_id[:12]}) is not in the folder of the "
-        "adapter and not in the working folder.",
+        f"{encoder_name} (id {encoder_id[:12]}), the encoder of {adapter or 'the adapter in memory'}, is not in the "
+        "folder of the adapter and not in the working folder.",
         remedy="Give the encoder bundle with --encoder. If the adapter was trained with the built-in encoder, write "
         "--encoder edge_base.",
     )

@@ -79,7 +79,7 @@ def export_adapter(adapter: Path, output: Path, *, encoder: Path | None = None) 
             f"The output {output} does not have the suffix .onnx.", remedy="Choose an output name NAME.onnx."
         )
     file = read_adapter(adapter)
-    bundle = open_encoder(encoder or find_encoder(adapter, file.description.encoder_id))
+    bundle = open_encoder(encoder or find_encoder(adapter, file.description.encoder_id, file.description.encoder_name))
     file.check_encoder(bundle.encoder_id, path=adapter)
     if bundle.path.resolve() in output.resolve().parents:
         raise UsageError(

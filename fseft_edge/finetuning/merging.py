@@ -81,7 +81,7 @@ def merge(
     check_writable(output)
     check_writable(adapter)
     file = read_tuning(tuning)
-    base = open_encoder(encoder or find_encoder(tuning, file.description.encoder_id))
+    base = open_encoder(encoder or find_encoder(tuning, file.description.encoder_id, file.description.encoder_name))
     file.check_encoder(base, tuning)
     network = tuned_network(file, base, tuning)
     described = ModelDescription(

@@ -280,7 +280,7 @@ def _full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
     def on_full_device(target: Path) -> Path:
         temporary: Path = temporary_sibling(target)
-        if folder in target.parents:
+        if folder in target.parents and target.suffix:  # not a folder, which a full disk can still hold
             temporary.parent.mkdir(parents=True, exist_ok=True)
             temporary.symlink_to("/dev/full")
         return temporary

@@ -139,9 +139,9 @@ def test_a_merged_encoder_with_the_name_of_the_adapter_is_preferred(
     for name in ("a", "b", "c"):
         merged = merge(tuned["bitfit"], tmp_path / f"{name}.encoder", encoder=site.bundle.path, onnx=False)
     encoder_id = merged.bundle.encoder_id
-    assert find_encoder(tmp_path / "b.adapter", encoder_id) == tmp_path / "b.encoder"
+    assert find_encoder(tmp_path / "b.adapter", encoder_id, "tiny") == tmp_path / "b.encoder"
     (tmp_path / "b.adapter").rename(tmp_path / "other.adapter")
-    assert find_encoder(tmp_path / "other.adapter", encoder_id) == tmp_path / "a.encoder"
+    assert find_encoder(tmp_path / "other.adapter", encoder_id, "tiny") == tmp_path / "a.encoder"
 
 
 def test_folding_does_not_change_the_tuned_network(site: TuningSite, tuned: dict[str, Path]) -> None:
