@@ -158,21 +158,17 @@ def looks_like_dicom(head: bytes) -> bool:
         return True
     if head.startswith(b"\x02\x00\x00\x00UL\x04\x00"):
         return True
-    at, last = 0, 0
+    order, at, last = ">" if head.startswith(b"\x00\x08") else "<", 0, 0
     for _ in range(_SNIFFED_ELEMENTS):
         if len(head) < at + 8:
             return False
-        group, element, vr = struct.unpack_from("<HH2s", head, at)
+        group, element, vr = struct.unpack_from(f"{order}HH2s", head, at)
         tag = group << 16 | element
-        if group != 0x0008 or tag <= last or not dictionary_has_tag(tag):
+        implicit = vr not in _SHORT
+        if group != 0x0008 or tag <= last or not dictionary_has_tag(tag) or (implicit and order == ">"):
             return False
-        if vr in _SHORT:
-            at += 8 + struct.unpack_from("<H", head, at + 6)[0]
-        elif vr in _LONG:
-            return False  # no file begins with such an element
-        else:
-            at += 8 + struct.unpack_from("<I", head, at + 4)[0]
-        last = tag
+        length, place = ("I", at + 4) if implicit else ("H", at + 6)
+        at, last = at + 8 + struct.unpack_from(order + length, head, place)[0], tag
     return True
 
 

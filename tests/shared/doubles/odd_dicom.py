@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from pydicom import dcmwrite
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.tag import Tag
@@ -47,7 +48,7 @@ def without_preamble(folder: Path, *, meta: bool = True, implicit: bool = False,
         if big:
             dataset.PixelData = np.frombuffer(dataset.PixelData, "<u2").astype(">u2").tobytes()
         path = folder / f"{place:03d}"
-        dataset.save_as(path, implicit_vr=implicit, little_endian=not big, enforce_file_format=True)
+        dcmwrite(path, dataset, implicit_vr=implicit, little_endian=not big, enforce_file_format=True)
         content = path.read_bytes()[132:]
         if not meta:  # the group length is the first element: 12 bytes, its value in the last 4
             content = content[12 + int.from_bytes(content[8:12], "little") :]
@@ -128,9 +129,14 @@ def _two_paddings(dataset: Dataset, _: int) -> None:
     raw(dataset, "PixelPaddingValue", "SS", np.array([-2000, -2000], "<i2").tobytes())
 
 
-def _drift(dataset: Dataset, place: int) -> None:
-    x, y, z = dataset.ImagePositionPatient
-    dataset.ImagePositionPatient = [float(x), round(float(y) + 0.01 * place, 6), float(z)]
+def table_drift(series: Series, millimetres: float = 0.01) -> Change:
+    """Return a change that moves each slice sideways relative to the slice before."""
+
+    def change(dataset: Dataset, place: int) -> None:
+        x, y, z = series.position(place)
+        dataset.ImagePositionPatient = [float(x), round(float(y) + millimetres * place, 6), float(z)]
+
+    return change
 
 
 def _rounded_cosines(dataset: Dataset, place: int) -> None:
@@ -188,6 +194,10 @@ READABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda folder: without_preamble(folder, meta=False, implicit=True),
         "(0002,0010) is missing",
     ),
+    "no file meta, big endian": (
+        lambda folder: without_preamble(folder, meta=False, big=True),
+        "in big-endian byte order",
+    ),
     "no file meta but preamble": (without_meta_but_preamble, "(0002,0010) is missing"),
     "no SOPClassUID": (changed(_without_class), "SOPClassUID (0008,0016) is missing"),
     "no SOP class at all": (_without_any_class, "SOPClassUID (0008,0016) is missing"),
@@ -205,7 +215,7 @@ READABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "H.U.": (each(RescaleType="H.U. "), ""),
     "no SeriesInstanceUID": (each(SeriesInstanceUID=None), "SeriesInstanceUID (0020,000E) is missing"),
     "two padding values": (changed(_two_paddings), ""),
-    "table drift": (changed(_drift), ""),
+    "table drift": (changed(table_drift(SERIES, 0.03)), ""),
     "rounded cosines": (changed(_rounded_cosines), ""),
     "rounded spacing": (changed(_rounded_spacing), ""),
     "no BitsStored": (each(BitsStored=None, HighBit=None), "BitsStored (0028,0101) is missing"),
