@@ -426,7 +426,9 @@ class Segmenter:
     def existing(self, scan: Path | Scan, output: Path) -> SegmentedCase | None:
         """Return the result of a scan in ``output`` if it is complete and was made from this scan in this way."""
         path = scan.path if isinstance(scan, Scan) else scan
-        if path is None:
+        # Nothing identifies an adapter that was trained in memory. The classifiers of the encoder have no support set.
+        unknown = any(file.sha256 is None and file.description.shots for file in self.adapters)
+        if path is None or unknown:
             return None
         files = CaseFiles(output, scan_name(path))
         names = [organ.name for file in self.adapters for organ in file.description.organs]

@@ -261,6 +261,24 @@ def test_a_result_of_other_adapters_or_options_is_made_again(site: Site, tmp_pat
     assert not case.existing
 
 
+def test_only_an_adapter_that_a_checksum_identifies_is_recognised(site: Site, tmp_path: Path) -> None:
+    """A zero-shot mask is determined by the encoder; an adapter in memory has no checksum."""
+    file = replace(read_adapter(site.adapter), sha256=None)
+    trained = replace(file, description=file.description.model_copy(update={"shots": 3}))
+    for adapters, existing in (([], True), ([trained], False)):
+        segment([site.image], adapters, tmp_path, encoder=site.bundle.path, device="cpu", backend="torch")
+        (case,) = segment(
+            [site.image],
+            adapters,
+            tmp_path,
+            encoder=site.bundle.path,
+            device="cpu",
+            backend="torch",
+            skip_existing=True,
+        )
+        assert case.existing == existing
+
+
 def test_existing_and_new_cases_are_returned_in_the_order_of_the_scans(site: Site, tmp_path: Path) -> None:
     scans = [tmp_path / "in" / f"{name}.nii.gz" for name in "abc"]
     for path in scans:
