@@ -226,7 +226,7 @@ def _write_errors_named(target: Path, temporary: Path) -> Iterator[None]:
         yield
     except OSError as error:
         concerned = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else temporary
-        ours = concerned == temporary or temporary in concerned.parents or concerned in target.parents
+        ours = temporary in (concerned, *concerned.parents) or concerned in (target, *target.parents)
         if ours and error.errno in _DISK_FULL:
             raise OutOfSpaceError(
                 f"{target} cannot be written: the disk is full, or the disk quota is used up.",

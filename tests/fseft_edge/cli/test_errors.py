@@ -331,7 +331,7 @@ def test_the_error_of_a_folder_without_write_permission_names_the_file(
     monkeypatch.setattr(os, "mkdir", refusing)
     outcome = run(*FULL[command](site, tmp_path / "out"))
     assert (outcome.code, outcome.out) == (4, ""), outcome.err
-    assert re.search(r"Error: .*/out/\S+", outcome.err)
+    assert re.search(r"Error: .*/out\b\S* cannot be written", outcome.err)
     assert_error_with_remedy(outcome)
     assert list(tmp_path.iterdir()) == []
 
