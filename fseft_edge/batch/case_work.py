@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ RECORD_FILE: Final = "batch.json"
 """Record of the options and times of a case in its result folder. The folder appears complete, by one rename."""
 
 _SCHEMA_VERSION: Final = 1
+_SUFFIXES: Final = (*SUFFIXES, ".zip")
 Result = TypeVar("Result")
 
 
@@ -132,9 +134,15 @@ class CaseWork:
 
 
 def failed_outcome(error: Exception, key: str, folder: Path) -> Outcome:
-    """Return the outcome of a case that raised an error. Its text names the case only by its key."""
+    """Return the outcome of a case that raised an error. Its text names the case only by its key.
+
+    The name of the link to the scan, which is the key with a suffix, becomes the key: no inbox has a file of that name.
+    """
     error = as_known_error(error)
-    reason, remedy = (text.replace(f"{folder}/", "").replace(str(folder), key) for text in reason_and_remedy(error))
+    link = re.compile(f"{re.escape(f'{folder}/{key}')}({'|'.join(map(re.escape, _SUFFIXES))})")
+    reason, remedy = (
+        link.sub(key, text).replace(f"{folder}/", "").replace(str(folder), key) for text in reason_and_remedy(error)
+    )
     return Outcome(CaseState.FAILED, problem=type(error).__name__, reason=reason, remedy=remedy)
 
 
@@ -185,4 +193,4 @@ def _changed_outcome(key: str) -> Outcome:
 
 def _suffix(source: Path) -> str:
     """Return the suffix by which the reader recognises the file type, and no other part of the file name."""
-    return next((suffix for suffix in (*SUFFIXES, ".zip") if source.name.lower().endswith(suffix)), "")
+    return next((suffix for suffix in _SUFFIXES if source.name.lower().endswith(suffix)), "")

@@ -34,6 +34,7 @@ from fseft_edge.outbox.folders import (
 from fseft_edge.outbox.records import CaseState, Outcome
 from fseft_edge.outbox.store import FINGERPRINT_KEY, SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
+from fseft_edge.segmentation.failures import in_words
 from fseft_edge.segmentation.segmenter import load_models
 
 _LOG = logging.getLogger(__name__)
@@ -194,6 +195,8 @@ class _Run:
             self._report_outdated = False
         except FseftEdgeError as error:
             _LOG.warning("The report was not written: %s", error)
+        except Exception as error:  # a bug in the report must not cost the cases in progress
+            _LOG.error("The report was not written: %s. This is a bug: please report it.", in_words(error))
 
     @property
     def _stopping(self) -> bool:

@@ -497,6 +497,28 @@ def test_the_last_report_contains_all_cases_although_reports_take_long(
     assert len(written) == 2  # after the first case and at the end
 
 
+def test_a_bug_in_the_report_does_not_stop_the_batch(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Path:
+        raise KeyError(NAMES[0])
+
+    monkeypatch.setattr("fseft_edge.batch.coordinator.write_report", broken)
+    batch.add(*NAMES[:2])
+    assert batch.run() == BatchSummary(done=2, failed=0, waiting=0)
+    batch.check_done(*NAMES[:2])
+    assert "The report was not written: An unexpected KeyError in test_coordinator.py" in caplog.text
+    assert NAMES[0] not in caplog.text
+
+
+def test_reasons_name_the_key_and_no_file_that_the_inbox_does_not_have(batch: Batch) -> None:
+    broken = batch.add_broken()
+    batch.run()
+    for key in broken:
+        assert f"{key} " in batch.cases[key].reason
+        assert f"{key}." not in batch.cases[key].reason
+
+
 def test_a_state_file_belongs_to_one_outbox(batch: Batch) -> None:
     state = batch.root / "state.sqlite"
     batch.run(state=state)
