@@ -11,6 +11,8 @@ import contextlib
 import gzip
 import itertools
 import logging
+import os
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -165,7 +167,7 @@ def read_label_names(path: Path) -> dict[int, str]:
     files = files_of(path)
     start = header.sizeof_hdr + _EXTENSION_FLAG_BYTES
     end = _voxel_offset(header, path) if len(files) == 1 else _LARGEST_EXTENSIONS
-    with _opened(files[0]) as file:
+    with _opened(files[0], path) as file:
         try:
             block = _beginning(file, min(end, _LARGEST_EXTENSIONS))
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -188,7 +190,7 @@ def read_header(path: Path) -> nib.nifti1.Nifti1Header:
         GeometryError: the file is an Analyze 7.5 header.
     """
     files = files_of(path)
-    with _opened(files[0]) as file:
+    with _opened(files[0], path) as file:
         try:
             block = _beginning(file, _LONGEST_HEADER)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -266,7 +268,7 @@ def list_cases(path: Path) -> list[Path]:
         UnreadableFileError: the path does not exist, is not a NIfTI file, or is a folder without NIfTI files.
     """
     if path.is_dir():
-        cases = sorted(file for file in path.iterdir() if not file.name.startswith(".") and _stands_for_image(file))
+        cases = sorted(file for file in path.iterdir() if not file.name.startswith(".") and stands_for_image(file))
         if not cases:
             raise UnreadableFileError(
                 f"The folder {path} contains no .nii or .nii.gz file and no pair of .hdr and .img files.",
@@ -302,10 +304,15 @@ def cases_by_name(path: Path) -> dict[str, Path]:
 
 def case_name(path: Path) -> str:
     """Return the file name without the ending of NIfTI. Scan, annotation and results of a case share this name."""
+    return path.name.removesuffix(ending_of(path))
+
+
+def ending_of(path: Path) -> str:
+    """Return the ending that makes the name of a file the name of a NIfTI file, as it is written; empty if none."""
     for suffix in (*SUFFIXES, *_HEADER_SUFFIXES, *_VOXEL_SUFFIXES):
         if path.name.lower().endswith(suffix):
-            return path.name[: -len(suffix)]
-    return path.name
+            return path.name[-len(suffix) :]
+    return ""
 
 
 def is_nifti_file(path: Path) -> bool:
@@ -313,33 +320,31 @@ def is_nifti_file(path: Path) -> bool:
 
     Many programs write ``.img`` files, some of them DICOM: this is the name of a NIfTI file only beside its header.
     """
-    name = path.name.lower()
-    if path.is_dir():
-        return False
-    return name.endswith((*SUFFIXES, *_HEADER_SUFFIXES)) or len(files_of(path)) > 1
+    ending = ending_of(path).lower()
+    return not path.is_dir() and (ending in (*SUFFIXES, *_HEADER_SUFFIXES) or len(files_of(path)) > 1)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
     """Return the files of a NIfTI image: the file itself, or header and voxels of the pair to which the file belongs.
 
-    A link leads to its pair, too. A file whose other half does not exist is returned alone.
+    A link to one half leads to the pair, too. A file whose other half does not exist is returned alone.
     """
-    for own, others in ((_HEADER_SUFFIXES, _VOXEL_SUFFIXES), (_VOXEL_SUFFIXES, _HEADER_SUFFIXES)):
-        if path.name.lower().endswith(own):
-            for place in (path, path.resolve()):
-                stem = case_name(place)
-                for suffix in (ending for other in others for ending in (other, other.upper())):
-                    if (other := place.with_name(stem + suffix)).is_file():
-                        return (path, other) if own is _HEADER_SUFFIXES else (other, path)
+    ending = ending_of(path).lower()
+    if ending in SUFFIXES or not ending:
+        return (path,)
+    others = _VOXEL_SUFFIXES if ending in _HEADER_SUFFIXES else _HEADER_SUFFIXES
+    for place in (path, Path(os.path.realpath(path))):
+        for suffix in (*others, *(suffix.upper() for suffix in others)):
+            other = place.with_name(case_name(place) + suffix)
+            if os.path.isfile(other):  # noqa: PTH113 - Path.is_file() raises OSError for a name that is too long
+                return (path, other) if ending in _HEADER_SUFFIXES else (other, path)
     return (path,)
 
 
-def _stands_for_image(file: Path) -> bool:
-    """Return True for a single file, and for the header of a pair."""
-    name = file.name.lower()
-    if name.endswith(_HEADER_SUFFIXES):
-        return file.is_file() and len(files_of(file)) > 1
-    return name.endswith(SUFFIXES) and file.is_file()
+def stands_for_image(file: Path) -> bool:
+    """Return True for a single file, and for the header of a pair; False for the voxels of a pair."""
+    ending = ending_of(file).lower()
+    return file.is_file() and (ending in SUFFIXES or (ending in _HEADER_SUFFIXES and len(files_of(file)) > 1))
 
 
 @dataclass(frozen=True)
@@ -359,43 +364,49 @@ class _Stored:
 
 def _read(path: Path) -> _Stored:
     files = files_of(path)
-    if files[0].name.lower().endswith((*_HEADER_SUFFIXES, *_VOXEL_SUFFIXES)):
-        with _unpacked(files[0]) as (file, trailing):
-            header = _header(file.read(_LONGEST_HEADER), path, paired=True)
-        if len(files) == 1:
-            raise UnreadableFileError(
-                f"{path} is only one half of an image: beside a .hdr file, the .img file of the same name is missing.",
-                remedy="Put both files into one folder.",
-            )
-        with _unpacked(files[1]) as (file, behind_voxels):
-            return _map(file, header, path, trailing or behind_voxels)
-    with _unpacked(path) as (file, trailing):
-        return _map(file, _header(file.read(_LONGEST_HEADER), path, paired=False), path, trailing)
+    if ending_of(path).lower() not in (*_HEADER_SUFFIXES, *_VOXEL_SUFFIXES):
+        with _unpacked(path, path) as (file, trailing):
+            return _map(file, _header(file.read(_LONGEST_HEADER), path, paired=False), path, trailing)
+    with _unpacked(files[0], path) as (file, trailing):
+        header = _header(file.read(_LONGEST_HEADER), path, paired=True) if len(files) > 1 else None
+    if header is None:
+        raise UnreadableFileError(
+            f"{path} is only one half of an image: a .hdr file and an .img file of the same name belong together.",
+            remedy="Put both files into one folder.",
+        )
+    with _unpacked(files[1], path) as (file, behind_voxels):
+        return _map(file, header, path, trailing or behind_voxels)
 
 
 @contextlib.contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """Open a file, unpacked if it is compressed, and say whether there are bytes behind the compressed stream."""
-    with _opened(path) as file:
-        if not _is_packed(file):
-            yield file, False
+def _unpacked(file: Path, path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """Open a file, unpacked if it is compressed, and say whether there are bytes behind the compressed stream.
+
+    Args:
+        file: single file, or one half of a pair.
+        path: the path that the user gave, for messages.
+    """
+    with _opened(file, path) as stream:
+        if not _is_packed(stream):
+            yield stream, False
             return
         with unnamed_file(path) as unpacked:
-            trailing = _unpack(file, unpacked, path)
+            trailing = _unpack(stream, unpacked, path)
             yield unpacked, trailing
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file; an :class:`OSError` in the body becomes an error that names the file."""
-    if path.is_dir():
+def _opened(file: Path, path: Path) -> Iterator[IO[bytes]]:
+    """Open a file; an :class:`OSError` in the body becomes an error that names the path that the user gave."""
+    if file.is_dir():
         raise UnreadableFileError(f"{path} is a folder, not a NIfTI file.", remedy="Give a .nii or .nii.gz file.")
     try:
-        with path.open("rb") as file:
-            yield file
+        with file.open("rb") as stream:
+            yield stream
     except OSError as error:
         raise UnreadableFileError(
-            f"{path} cannot be read: {error.strerror or error}.", remedy="Check the path and the file permissions."
+            f"{path} cannot be read: {error.strerror or 'it is damaged'}.",
+            remedy="Check the path and the file permissions.",
         ) from error
 
 
@@ -483,10 +494,10 @@ def _map(file: IO[bytes], header: nib.nifti1.Nifti1Header, path: Path, trailing:
 def _header(block: bytes, path: Path, *, paired: bool) -> nib.nifti1.Nifti1Header:
     """Return the header in the first bytes of a file exactly as it is stored."""
     for kind in (nib.nifti1.Nifti1Header, nib.nifti2.Nifti2Header):
-        for byte_order, name in (("<", "little"), (">", "big")):
-            if int.from_bytes(block[:4], name) != kind.sizeof_hdr or len(block) < kind.sizeof_hdr:
+        for byte_order in "<>":
+            if block[:4] != struct.pack(f"{byte_order}i", kind.sizeof_hdr) or len(block) < kind.sizeof_hdr:
                 continue
-            header = kind(block[: kind.sizeof_hdr], endianness=byte_order, check=False)
+            header: nib.nifti1.Nifti1Header = kind(block[: kind.sizeof_hdr], endianness=byte_order, check=False)
             if header["magic"].item() == (kind.pair_magic if paired else kind.single_magic):
                 return header
             if paired and kind is nib.nifti1.Nifti1Header and header["magic"].item() != kind.single_magic:

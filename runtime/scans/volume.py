@@ -228,7 +228,8 @@ def labels_on(
         )
     array = labels.array
     if order != (0, 1, 2) or any(flipped):
-        array = np.asfortranarray(np.flip(array.transpose(order), np.flatnonzero(flipped).tolist()))
+        axes = tuple(axis for axis in range(3) if flipped[axis])
+        array = np.asfortranarray(np.flip(array.transpose(order), axes))
     return LabelMap(array, reference.affine, labels.source, reference.forms)
 
 

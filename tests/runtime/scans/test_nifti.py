@@ -381,6 +381,16 @@ def test_a_link_to_one_half_leads_to_the_pair(tmp_path):
     assert files_of(tmp_path / "case.hdr")[1] == voxels
 
 
+def test_the_other_half_of_a_long_name_or_of_an_endless_link_does_not_exist(tmp_path):
+    long, endless = tmp_path / f"{'n' * 251}.hdr", tmp_path / "a.hdr"
+    long.touch()
+    endless.symlink_to(endless)
+    for path in (long, endless):
+        assert files_of(path) == (path,)
+        with refused(UnreadableFileError, path):
+            read_ct(path)
+
+
 @pytest.mark.parametrize("missing", [0, 1])
 def test_half_a_pair_is_refused(tmp_path, missing):
     halves = pair(tmp_path, "a", HU)
