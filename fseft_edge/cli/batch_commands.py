@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fseft_edge.cli.options import PATH, Common, common_options, dicom_option, logging_options
+from fseft_edge.cli.options import PATH, Common, common_options, counted, dicom_option, logging_options
 from fseft_edge.outbox.records import CaseRecord, CaseState
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.errors import SomeCasesFailedError
@@ -149,14 +149,14 @@ def run(
     stop = StopRequest()
     _listen(stop)
     summary = run_batch(settings, stop)
-    done = f"{_cases(summary.done)} done"
+    done = f"{counted(summary.done, 'case')} done"
     if summary.warned:
         done += f" ({summary.warned} with warnings that a person has to read)"
     ended = f"{done} and {summary.failed} failed in this run, {summary.waiting} waiting"
     click.echo(f"{ended}: {outbox / 'report.html'}")
     if summary.failed:
         raise SomeCasesFailedError(
-            f"{_cases(summary.failed)} failed.",
+            f"{counted(summary.failed, 'case')} failed.",
             remedy=f"Run `fseft-edge batch status {outbox}` to see the reasons; `fseft-edge batch retry {outbox}` "
             "returns failed cases to the queue.",
         )
@@ -184,8 +184,8 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
             click.echo(f"    warning: {warning}")
     counts = ", ".join(f"{sum(case.state == state for case in cases)} {state.replace('_', ' ')}" for state in CaseState)
     warned = sum(case.state == CaseState.DONE and bool(case.warnings) for case in cases)
-    copies = f"{len(duplicates)} {'duplicate' if len(duplicates) == 1 else 'duplicates'} skipped"
-    click.echo(f"{_cases(len(cases))}: {counts}; {warned} with warnings; {copies}")
+    copies = f"{counted(len(duplicates), 'duplicate')} skipped"
+    click.echo(f"{counted(len(cases), 'case')}: {counts}; {warned} with warnings; {copies}")
 
 
 @batch.command()
@@ -196,7 +196,7 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
 def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
     """Return failed, set-aside and cancelled cases to the queue: the named cases, or all of them without a name."""
     with BatchStore(state_path(outbox, state)) as store:
-        returned = _cases(store.retry(keys))
+        returned = counted(store.retry(keys), "case")
     click.echo(f"{returned} returned to the queue; start `fseft-edge batch run` to continue")
 
 
@@ -208,7 +208,7 @@ def retry(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: boo
 def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
     """Cancel waiting cases: the named cases, or all waiting cases without a name. A named case may also have failed."""
     with BatchStore(state_path(outbox, state)) as store:
-        click.echo(f"{_cases(store.cancel(keys))} cancelled")
+        click.echo(f"{counted(store.cancel(keys), 'case')} cancelled")
 
 
 @batch.command("install-service")
@@ -273,12 +273,8 @@ def install_service(
         )
 
 
-def _cases(number: int) -> str:
-    return f"{number} {'case' if number == 1 else 'cases'}"
-
-
 def _as_dict(case: CaseRecord, *, show_ids: bool) -> dict[str, object]:
-    known = asdict(case)
+    known = asdict(case) | {"review": asdict(case.review) if case.review else None}
     source = known.pop("source")
     return {**known, "source": str(source)} if show_ids else known
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, dicom_option, logging_options
+from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, counted, dicom_option, logging_options
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.outbox.records import printable
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
@@ -320,6 +320,6 @@ def evaluate(
         click.echo(f"{failure.case}: {failure.message} {failure.remedy}", err=True)
     if result.failures:
         raise SomeCasesFailedError(
-            f"{len(result.failures)} cases could not be compared.",
+            f"{counted(len(result.failures), 'case')} could not be compared.",
             remedy="Correct the problems in the list above and run the command again.",
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fseft_edge.cli.options import PATH, logging_options
+from fseft_edge.cli.options import PATH, counted, logging_options
 from fseft_edge.runtime.system.progress import open_progress
 
 if TYPE_CHECKING:
@@ -86,9 +86,8 @@ def export(
         description=description,
     )
     if not quiet:
-        click.echo(
-            f"{output}: {bundle.manifest.name}, {len(bundle.manifest.organs)} organs, id {bundle.encoder_id[:12]}"
-        )
+        organs = counted(len(bundle.manifest.organs), "organ")
+        click.echo(f"{output}: {bundle.manifest.name}, {organs}, id {bundle.encoder_id[:12]}")
 
 
 @click.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fseft_edge.cli.options import PATH, device_option, logging_options
+from fseft_edge.cli.options import PATH, counted, device_option, logging_options
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.runtime.errors import SomeCasesFailedError
 from fseft_edge.runtime.system.progress import open_progress
@@ -97,6 +97,6 @@ def benchmark(
         click.echo(f"{failure.what}: {failure.message} {failure.remedy}", err=True)
     if report.failures:
         raise SomeCasesFailedError(
-            f"{len(report.failures)} measurements failed.",
+            f"{counted(len(report.failures), 'measurement')} failed.",
             remedy="Correct the problems listed above and measure again; the tables contain the other measurements.",
         )

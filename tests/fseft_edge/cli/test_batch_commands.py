@@ -60,6 +60,7 @@ def test_status_as_json_contains_the_records_of_all_cases(outbox: Path) -> None:
     assert status["cases"][0]["organs"][0]["flags"] == ["large"]
     assert status["cases"][0]["seconds"] == {"read": 1, "encode": 2, "finish": 3}
     assert status["cases"][0]["warnings"] == ["The table drifts."]
+    assert (status["cases"][0]["review"], status["cases"][0]["decisions"]) == (None, [])
     assert status["cases"][1]["source"] == "/inbox/DOE^case-2.nii.gz"
 
 
