@@ -24,6 +24,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
+from pydicom.uid import UID
 
 from fseft_edge.runtime.scans.dicom.elements import (
     Elements,
@@ -281,7 +282,7 @@ def read_header(stream: BinaryIO) -> Dataset:
         data_set, encoding.implicit, encoding.little_endian, stop_when=lambda tag, _, __: tag >> 16 == 0x7FE0
     )
     header.file_meta = FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = encoding.syntax
+    header.file_meta.TransferSyntaxUID = UID(encoding.syntax)
     stream.seek(0)
     start = 132 if stream.read(132)[128:] == b"DICM" else 0
     stream.seek(start)
@@ -296,7 +297,7 @@ def read_header(stream: BinaryIO) -> Dataset:
 def _use_decimal_points(header: Dataset) -> None:
     """Replace decimal commas in the elements that describe the geometry, as :func:`read_slices` reads them."""
     for keyword in ("PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient"):
-        raw = header.get_item(keyword)
+        raw: object = header.get_item(keyword)
         if isinstance(raw, RawDataElement) and raw.value and b"," in raw.value:
             header[keyword] = raw._replace(value=raw.value.replace(b",", b"."))
     for sequence in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", *_FUNCTIONAL_GROUPS):

@@ -56,7 +56,7 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])
 
 def normal_of(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
     """Return the normal of slices, LPS+, of length about one: the cross product of their mean row and column."""
-    row, column = np.mean([slice_.orientation for slice_ in slices], axis=0).reshape(2, 3)
+    row, column = np.array([slice_.orientation for slice_ in slices], float).mean(axis=0).reshape(2, 3)
     return np.cross(row, column)
 
 
