@@ -183,8 +183,8 @@ def warn_of_organs_not_learned(organs: Sequence[AdapterOrgan]) -> None:
         scores = organ.left_out_dsc
         if scores and sum(scores) / len(scores) < _NOT_LEARNED:
             _LOG.warning(
-                "the organ %s was not learned: its mean DSC on left-out scans is %.2f, and %d of %d masks do not touch "
-                "the annotation; check the label value of the organ (--organ) and the annotations on the scans",
+                "the organ %s was not learned: its mean DSC on left-out scans is %.2f, without any overlap in %d of %d "
+                "scans; check the label value of the organ (--organ) and the annotations, or choose another --method",
                 organ.name,
                 sum(scores) / len(scores),
                 sum(score == 0 for score in scores),
