@@ -17,7 +17,7 @@ from fseft_edge.masks.result import SegmentedOrgan, describes
 from fseft_edge.outbox.records import CaseState, Outcome, StageSeconds
 from fseft_edge.outbox.store import FINGERPRINT_KEY
 from fseft_edge.runtime.errors import LabelError, OutOfSpaceError
-from fseft_edge.runtime.scans.nifti import SUFFIXES
+from fseft_edge.runtime.scans.nifti import HEADER_SUFFIXES, SUFFIXES
 from fseft_edge.runtime.system.atomic import atomic_folder
 from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
 from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, Segmenter
@@ -26,7 +26,7 @@ RECORD_FILE: Final = "batch.json"
 """Record of the options and times of a case in its result folder. The folder appears complete, by one rename."""
 
 _SCHEMA_VERSION: Final = 1
-_SUFFIXES: Final = (*SUFFIXES, ".zip")
+_SUFFIXES: Final = (*SUFFIXES, *HEADER_SUFFIXES, ".zip")
 Result = TypeVar("Result")
 
 

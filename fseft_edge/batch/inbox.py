@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from fseft_edge.outbox.content_key import files_below, open_regular_file
 from fseft_edge.runtime.errors import UnreadableFileError
-from fseft_edge.runtime.scans.nifti import SUFFIXES
+from fseft_edge.runtime.scans.nifti import SUFFIXES, files_of, stands_for_image
 
 _ARCHIVE: Final = ".zip"
 
@@ -29,10 +29,10 @@ class Arrival:
 class Inbox:
     """A folder in which scans arrive.
 
-    The following are scans: a NIfTI file or a ZIP archive at any depth; a DICOM file directly in the inbox; a folder
-    directly in the inbox that contains DICOM files, or files but no NIfTI file and no ZIP archive. Such a folder has to
-    contain the DICOM files of one patient; subfolders are allowed. Names that begin with a dot are ignored, because
-    copying programs use such names for incomplete files.
+    The following are scans: a NIfTI file, a NIfTI pair of header and voxels, or a ZIP archive at any depth; a DICOM
+    file directly in the inbox; a folder directly in the inbox that contains DICOM files, or files but no NIfTI file and
+    no ZIP archive. Such a folder has to contain the DICOM files of one patient; subfolders are allowed. Names that
+    begin with a dot are ignored, because copying programs use such names for incomplete files.
 
     Args:
         folder: the inbox.
@@ -90,7 +90,7 @@ def arrivals(folder: Path) -> list[Arrival]:
     found: list[Arrival] = []
     for entry in entries:
         if not os.path.isdir(entry):  # noqa: PTH112 - is_dir() raises PermissionError for a link into a folder without access
-            found += [_arrival(entry, [entry])] if _is_one_file(entry) or _is_dicom(entry) else []
+            found += [_arrival(entry, files_of(entry))] if _is_one_file(entry) or _is_dicom(entry) else []
             continue
         try:
             files = sorted(files_below(entry))
@@ -98,7 +98,7 @@ def arrivals(folder: Path) -> list[Arrival]:
             found.append(_arrival(entry, [entry]))
             continue
         scans = [file for file in files if _is_one_file(file)]
-        found += [_arrival(file, [file]) for file in scans]
+        found += [_arrival(file, files_of(file)) for file in scans]
         others = [file for file in files if not _is_one_file(file)]
         if (files and not scans) or any(map(_is_dicom, others)):
             found.append(_arrival(entry, files))
@@ -110,13 +110,13 @@ def signature_of(source: Path) -> str | None:
     try:
         if os.path.isdir(source):  # noqa: PTH112 - is_dir() raises PermissionError for some links
             return _arrival(source, sorted(files_below(source))).signature
-        return _arrival(source, [source]).signature if source.exists() else None
+        return _arrival(source, files_of(source)).signature if source.exists() else None
     except OSError:
         return None
 
 
 def _is_one_file(path: Path) -> bool:
-    return path.name.lower().endswith((*SUFFIXES, _ARCHIVE))
+    return path.name.lower().endswith((*SUFFIXES, _ARCHIVE)) or stands_for_image(path)
 
 
 def _is_dicom(file: Path) -> bool:
@@ -128,7 +128,7 @@ def _is_dicom(file: Path) -> bool:
         return False
 
 
-def _arrival(source: Path, files: list[Path]) -> Arrival:
+def _arrival(source: Path, files: Sequence[Path]) -> Arrival:
     digest = hashlib.sha256()
     for file in files:
         try:

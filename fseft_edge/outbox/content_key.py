@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from fseft_edge.runtime.errors import UnreadableFileError
+from fseft_edge.runtime.scans.nifti import files_of
 
 _KEY_DIGITS: Final = 12
 _FILE_DIGITS: Final = 16
@@ -59,7 +60,7 @@ def content_sha256(source: Path) -> str:
 
 
 def content_of(source: Path) -> Content:
-    """Return the content of a file, or of all files in a folder.
+    """Return the content of a file, of a NIfTI pair of header and voxels, or of all files in a folder.
 
     Raises:
         UnreadableFileError: a file cannot be read.
@@ -69,8 +70,8 @@ def content_of(source: Path) -> Content:
             digests = sorted(_sha256(file) for file in files_below(source))
             whole = hashlib.sha256(b"".join(digests)).hexdigest()
         else:
-            digests = [_sha256(source)]
-            whole = digests[0].hex()
+            digests = [_sha256(file) for file in files_of(source)]
+            whole = digests[0].hex() if len(digests) == 1 else hashlib.sha256(b"".join(digests)).hexdigest()
     except OSError as error:
         # The name of a file inside the folder may contain a patient's name: the message names only `source`.
         raise UnreadableFileError(

@@ -43,7 +43,9 @@ from fseft_edge.runtime.system.unnamed_file import no_space_to_unpack, unnamed_f
 SUFFIXES = (".nii.gz", ".nii")
 """Endings of single files, which can be read and written."""
 
-_HEADER_SUFFIXES = (".hdr.gz", ".hdr")
+HEADER_SUFFIXES = (".hdr.gz", ".hdr")
+"""Endings of the header of a pair, which stands for the pair."""
+
 _VOXEL_SUFFIXES = (".img.gz", ".img")
 
 WHOLE_NUMBER_TOLERANCE = 0.01
@@ -309,7 +311,7 @@ def case_name(path: Path) -> str:
 
 def ending_of(path: Path) -> str:
     """Return the ending that makes the name of a file the name of a NIfTI file, as it is written; empty if none."""
-    for suffix in (*SUFFIXES, *_HEADER_SUFFIXES, *_VOXEL_SUFFIXES):
+    for suffix in (*SUFFIXES, *HEADER_SUFFIXES, *_VOXEL_SUFFIXES):
         if path.name.lower().endswith(suffix):
             return path.name[-len(suffix) :]
     return ""
@@ -321,7 +323,7 @@ def is_nifti_file(path: Path) -> bool:
     Many programs write ``.img`` files, some of them DICOM: this is the name of a NIfTI file only beside its header.
     """
     ending = ending_of(path).lower()
-    return not path.is_dir() and (ending in (*SUFFIXES, *_HEADER_SUFFIXES) or len(files_of(path)) > 1)
+    return not path.is_dir() and (ending in (*SUFFIXES, *HEADER_SUFFIXES) or len(files_of(path)) > 1)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -332,19 +334,19 @@ def files_of(path: Path) -> tuple[Path, ...]:
     ending = ending_of(path).lower()
     if ending in SUFFIXES or not ending:
         return (path,)
-    others = _VOXEL_SUFFIXES if ending in _HEADER_SUFFIXES else _HEADER_SUFFIXES
+    others = _VOXEL_SUFFIXES if ending in HEADER_SUFFIXES else HEADER_SUFFIXES
     for place in (path, Path(os.path.realpath(path))):
         for suffix in (*others, *(suffix.upper() for suffix in others)):
             other = place.with_name(case_name(place) + suffix)
             if os.path.isfile(other):  # noqa: PTH113 - Path.is_file() raises OSError for a name that is too long
-                return (path, other) if ending in _HEADER_SUFFIXES else (other, path)
+                return (path, other) if ending in HEADER_SUFFIXES else (other, path)
     return (path,)
 
 
 def stands_for_image(file: Path) -> bool:
     """Return True for a single file, and for the header of a pair; False for the voxels of a pair."""
     ending = ending_of(file).lower()
-    return file.is_file() and (ending in SUFFIXES or (ending in _HEADER_SUFFIXES and len(files_of(file)) > 1))
+    return file.is_file() and (ending in SUFFIXES or (ending in HEADER_SUFFIXES and len(files_of(file)) > 1))
 
 
 @dataclass(frozen=True)
@@ -364,7 +366,7 @@ class _Stored:
 
 def _read(path: Path) -> _Stored:
     files = files_of(path)
-    if ending_of(path).lower() not in (*_HEADER_SUFFIXES, *_VOXEL_SUFFIXES):
+    if ending_of(path).lower() not in (*HEADER_SUFFIXES, *_VOXEL_SUFFIXES):
         with _unpacked(path, path) as (file, trailing):
             return _map(file, _header(file.read(_LONGEST_HEADER), path, paired=False), path, trailing)
     with _unpacked(files[0], path) as (file, trailing):

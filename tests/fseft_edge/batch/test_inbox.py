@@ -62,6 +62,22 @@ def test_dicom_files_beside_other_scans_are_found(tmp_path: Path) -> None:
     assert found == ["enhanced.dcm", "patient/prior.nii.gz", "patient", "plain/scan.nii"]
 
 
+def test_a_nifti_pair_is_one_scan_with_the_content_of_both_files(tmp_path: Path) -> None:
+    header = put(tmp_path / "in" / "a.hdr", b"header")
+    assert arrivals(tmp_path / "in") == []  # the voxels are still on their way
+    voxels = put(tmp_path / "in" / "a.img", b"voxels")
+    put(tmp_path / "in" / "disc.img")
+    put(tmp_path / "in" / "below" / "b.hdr")
+    put(tmp_path / "in" / "below" / "b.img")
+    (first, second) = arrivals(tmp_path / "in")
+    assert [first.source, second.source] == [header, tmp_path / "in" / "below" / "b.hdr"]
+    key = content_key(header)
+    voxels.write_bytes(b"other voxels")
+    assert content_key(header) != key
+    assert content_key(header) == content_key(voxels)
+    assert signature_of(header) != first.signature
+
+
 def test_a_scan_is_complete_when_it_has_not_changed_for_the_settle_time(tmp_path: Path) -> None:
     clock = Clock()
     inbox = Inbox(tmp_path, settle=10, clock=clock)
