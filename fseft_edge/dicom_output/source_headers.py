@@ -173,11 +173,8 @@ class _Cleaned:
         values = _values(self._header, keyword)
         if values is not None and not values:
             return
-        try:
-            (value,) = values or ()
-            number = int(str(value))
-        except ValueError:
-            number = 0
+        text = str(values[0]) if values is not None and len(values) == 1 else ""
+        number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
         if number < 1:
             raise InputError(f"The {_named(keyword)} of an image is not a valid number.", remedy=_REMEDY)
         _set(kept, keyword, number)

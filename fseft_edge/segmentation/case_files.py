@@ -118,15 +118,18 @@ class CaseFiles:
                 remedy=f"Make the name of the scan at least {longest - allowed} bytes shorter.",
             )
 
-    def written_together(self) -> AbstractContextManager[Path]:
+    def written_together(self, outputs: Mapping[str, list[str]]) -> AbstractContextManager[Path]:
         """Yield a folder into which all files of the case are written; they replace an earlier result together.
 
-        The JSON file appears first and the mask last. Files of an earlier result that are not written again are
-        deleted, because they show another mask.
+        The JSON file appears first and the mask last. Files of an earlier result, and files of the wanted outputs, are
+        deleted if they are not written again, because they show another mask.
+
+        Args:
+            outputs: files of each wanted output.
         """
-        return atomic_files(
-            self.output, first=self.description, last=self.mask, outdated=self._names_of(self._earlier_description())
-        )
+        wanted = [name for names in outputs.values() for name in names]
+        outdated = [*self._names_of(self._earlier_description()), *wanted]
+        return atomic_files(self.output, first=self.description, last=self.mask, outdated=outdated)
 
     def write_description(self, folder: Path, fields: Mapping[str, Any]) -> None:
         """Write the JSON file, with the checksum of every other file of the case in ``folder``."""

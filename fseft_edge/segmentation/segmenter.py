@@ -336,7 +336,8 @@ class Segmenter:
                 if encoding_error.least > segmentation_error.least:
                     raise encoding_error from None
             raise
-        return ReadCase(scan, volume, grid, plan, scan.path and source_sha256(scan.path), headers, warnings)
+        sha256 = None if scan.path is None else source_sha256(scan.path)
+        return ReadCase(scan, volume, grid, plan, sha256, headers, warnings)
 
     def _checked_headers(self, scan: Scan, volume: Volume) -> SourceHeaders | None:
         if not self.settings.dicom or scan.series is None:
@@ -371,7 +372,7 @@ class Segmenter:
         outputs = files.wanted(self.settings, names)
         with ExitStack() as stack:
             stack.enter_context(encoded.resources)
-            folder = stack.enter_context(files.written_together())
+            folder = stack.enter_context(files.written_together(outputs))
             found, outcomes = self._decided(encoded, folder, outputs.get("probabilities", ()))
             encoded.resources.close()
             labels, organs = self._measured(read.volume, found, outcomes)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -16,13 +17,16 @@ import SimpleITK as sitk  # noqa: N813 - its customary name
 from doubles.dicom import PATIENT, Series, zipped
 from doubles.encoder import SPACING, scan, write_random_adapter, write_tiny_encoder
 from doubles.errors import refused
+from doubles.odd_headers import LEFT_OUT, REFUSED
 from numpy.typing import NDArray
 
 from fseft_edge.cli.main import main
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.errors import SeveralPatientsError, SomeCasesFailedError, UsageError
 from fseft_edge.runtime.scans.nifti import read_label_map, write_ct
 from fseft_edge.runtime.scans.sources import read_scan
+from fseft_edge.runtime.scans.volume import Volume
 from fseft_edge.segmentation.segment import SegmentedCase, segment
 
 
@@ -173,6 +177,70 @@ def test_an_independent_reader_finds_the_mask_in_the_dicom_objects(site: Site, t
 
 def _indices(image: sitk.Image) -> NDArray[np.intp]:
     return np.argwhere(sitk.GetArrayFromImage(image) > 0)[:, ::-1]
+
+
+def test_odd_headers_cost_no_mask_and_a_refusal_comes_before_the_work(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {**LEFT_OUT, **{name: (change, [named]) for name, (change, named) in REFUSED.items()}}
+    names = ["a date in words", "a study UID with letters", "a slice thickness with its unit"]
+    folders = [site.series.write(tmp_path / "in" / name, odd[name][0]) for name in names]
+    encoded: list[Path | None] = []
+
+    def encode(volume: Volume, **more: Any) -> object:
+        encoded.append(volume.source)
+        return encode_scan(volume, **more)
+
+    monkeypatch.setattr("fseft_edge.segmentation.segmenter.encode_scan", encode)
+    options: dict[str, Any] = {"device": "cpu", "backend": "torch", "dicom": ["seg", "rtstruct"]}
+    with refused(SomeCasesFailedError, "1 of 3", names[1]) as caught:
+        segment(folders, [site.root / "a.adapter"], tmp_path / "out", **options)
+    assert len(encoded) == 2
+    assert len(caught.value.completed) == 2
+    for name in (names[0], names[2]):
+        (warning,) = json.loads((tmp_path / "out" / f"{name}.json").read_text(encoding="utf-8"))["warnings"]
+        assert odd[name][1][0] in warning
+        assert f"{name}: {warning}" in caplog.text
+        assert {path.name for path in (tmp_path / "out").glob(f"{name}.*")} == {
+            f"{name}.{kind}" for kind in ("json", "nii.gz", "seg.dcm", "rtstruct.dcm")
+        }
+    assert not any(secret in caplog.text + str(caught.value) for secret in ("Secretname", "1949"))
+    segment([folders[1]], [site.root / "a.adapter"], tmp_path / "plain", device="cpu", backend="torch")
+
+
+def test_the_mask_survives_a_dicom_object_that_fails(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ValueError(PATIENT)
+
+    monkeypatch.setattr("fseft_edge.dicom_output.segmentation_object._segmentation", failing)
+    options: dict[str, Any] = {"device": "cpu", "backend": "torch", "dicom": ["seg", "rtstruct"]}
+    with refused(SomeCasesFailedError, "case_7 (seg)") as caught:
+        segment([site.folder], [site.root / "a.adapter"], tmp_path, **options)
+    assert caught.value.exit_code == 5
+    (case,) = caught.value.completed
+    assert isinstance(case, SegmentedCase)
+    assert case.not_written == ("seg",)
+    assert {path.name for path in tmp_path.iterdir()} == {"case_7.json", "case_7.nii.gz", "case_7.rtstruct.dcm"}
+    fields = json.loads((tmp_path / "case_7.json").read_text(encoding="utf-8"))
+    assert fields["not_written"] == ["seg"]
+    assert "ValueError" in fields["warnings"][0]
+    assert "Secretname" not in caplog.text + str(caught.value) + json.dumps(fields)
+
+
+def test_an_empty_mask_has_no_dicom_object_and_a_warning(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fseft_edge.segmentation.segmenter.post_process", lambda labels, _: np.zeros_like(labels))
+    (tmp_path / "case_7.seg.dcm").write_bytes(b"of another mask")
+    options: dict[str, Any] = {"device": "cpu", "backend": "torch", "dicom": ["seg"]}
+    (case,) = segment([site.folder], [site.root / "a.adapter"], tmp_path, **options)
+    assert any("empty" in warning for warning in case.warnings)
+    assert case.not_written == ()
+    assert not (tmp_path / "case_7.seg.dcm").exists()
+    (again,) = segment([site.folder], [site.root / "a.adapter"], tmp_path, skip_existing=True, **options)
+    assert again.existing
 
 
 def test_dicom_output_needs_a_dicom_series(site: Site, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from doubles.errors import refused
 
 from fseft_edge.runtime.errors import OutOfSpaceError, UsageError
-from fseft_edge.runtime.system.atomic import atomic_folder, atomic_path, check_writable
+from fseft_edge.runtime.system.atomic import atomic_files, atomic_folder, atomic_path, check_writable
 
 INTERRUPTIONS = [ValueError("bug"), KeyboardInterrupt(), SystemExit(1)]
 
@@ -196,4 +196,80 @@ def test_failed_flush_names_the_folder_and_leaves_no_folder(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", fail_with(code))
     with refused(OutOfSpaceError, tmp_path / "entry"):
         write_folder(tmp_path / "entry", "features")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "y" * 248 + ".nii.gz", "a." + "z" * 253, "b" * 250 + ".json"])
+def test_every_name_that_the_file_system_allows_can_be_written(tmp_path, name):
+    with atomic_path(tmp_path / name) as temporary:
+        temporary.write_text("content")
+        assert len(temporary.name) < 50
+    check_writable(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def write_files(target: Path, *names: str, then: BaseException | None = None, outdated: tuple[str, ...] = ()) -> None:
+    with atomic_files(target, first="first", last="last", outdated=outdated) as folder:
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("new")
+        if then is not None:
+            raise then
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_appear_together_in_the_given_order(tmp_path, monkeypatch):
+    order = []
+    rename = Path.replace
+
+    def noted(path, target):
+        order.append(str(target.relative_to(tmp_path)))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", noted)
+    write_files(tmp_path, "last", "c/d", "b", "first")
+    assert order == ["first", "b", "c/d", "last"]
+    assert content(tmp_path) == dict.fromkeys(order, "new")
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS, ids=lambda error: type(error).__name__)
+def test_no_file_changes_if_the_body_fails(tmp_path, interruption):
+    (tmp_path / "last").write_text("old")
+    with pytest.raises(type(interruption)):
+        write_files(tmp_path, "first", "last", "b", then=interruption, outdated=("last",))
+    assert content(tmp_path) == {"last": "old"}
+
+
+def test_outdated_files_are_removed_unless_they_are_written_again(tmp_path):
+    for name in ("a", "b", "c/d", "e/f", "e/kept", "last"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    write_files(tmp_path, "first", "last", "b", outdated=("b", "c/d", "e/f", "last", "missing", "no/where"))
+    assert content(tmp_path) == {"a": "old", "b": "new", "e/kept": "old", "first": "new", "last": "new"}
+    assert not (tmp_path / "c").exists()
+
+
+def test_files_never_replace_folders_and_folders_never_replace_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").write_text("of the user")
+    for name in ("b", "c/d"):
+        with refused(UsageError, tmp_path / name):
+            write_files(tmp_path, "first", "last", name)
+    assert content(tmp_path) == {"c": "of the user"}
+    with refused(UsageError, tmp_path / "c"):
+        write_files(tmp_path / "c", "first", "last")
+
+
+def test_an_error_in_the_body_names_the_file_as_it_will_be_called(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fail_with(errno.ENOSPC))
+    with (
+        refused(OutOfSpaceError, tmp_path / "b") as caught,
+        atomic_files(tmp_path, first="a", last="c") as folder,
+        atomic_path(folder / "b") as temporary,
+    ):
+        temporary.touch()
+    assert "partial" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
