@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -86,7 +86,7 @@ def image_of_label_map(labels: LabelMap, names: Mapping[int, str] = MappingProxy
     """
     dtype = np.min_scalar_type(int(labels.array.max()))
     header = header_for(labels, dtype)
-    kind = nib.Nifti2Image if isinstance(header, nib.nifti2.Nifti2Header) else nib.Nifti1Image
+    kind: type[nib.Nifti1Image] = nib.Nifti2Image if isinstance(header, nib.nifti2.Nifti2Header) else nib.Nifti1Image
     for code, content in extensions_of(names):
         header.extensions.append(nib.nifti1.Nifti1Extension(code, content))
     return kind(labels.array.astype(dtype, copy=False), header.get_best_affine(), header)
@@ -130,7 +130,7 @@ def _header_in_file(image: nib.nifti1.Nifti1Pair) -> nib.nifti1.Nifti1Header | N
     if path is None or not isinstance(image.dataobj, nib.arrayproxy.ArrayProxy):
         return None
     try:
-        stored, loaded = read_header(Path(path)), nib.load(path).header
+        stored, loaded = read_header(Path(path)), cast("nib.nifti1.Nifti1Header", nib.load(path).header)
     except (InputError, OSError, nib.filebasedimages.ImageFileError):
         return None
     unchanged = all(np.array_equal(image.header[field], loaded[field], equal_nan=True) for field in _GEOMETRY)

@@ -495,11 +495,12 @@ def _map(file: IO[bytes], header: nib.nifti1.Nifti1Header, path: Path, trailing:
 
 def _header(block: bytes, path: Path, *, paired: bool) -> nib.nifti1.Nifti1Header:
     """Return the header in the first bytes of a file exactly as it is stored."""
-    for kind in (nib.nifti1.Nifti1Header, nib.nifti2.Nifti2Header):
+    kinds: tuple[type[nib.nifti1.Nifti1Header], ...] = (nib.nifti1.Nifti1Header, nib.nifti2.Nifti2Header)
+    for kind in kinds:
         for byte_order in "<>":
             if block[:4] != struct.pack(f"{byte_order}i", kind.sizeof_hdr) or len(block) < kind.sizeof_hdr:
                 continue
-            header: nib.nifti1.Nifti1Header = kind(block[: kind.sizeof_hdr], endianness=byte_order, check=False)
+            header = kind(block[: kind.sizeof_hdr], endianness=byte_order, check=False)
             if header["magic"].item() == (kind.pair_magic if paired else kind.single_magic):
                 return header
             if paired and kind is nib.nifti1.Nifti1Header and header["magic"].item() != kind.single_magic:

@@ -44,6 +44,24 @@ def test_files_and_archives_are_one_scan_each(tmp_path):
         assert read_scan(path).source == path
 
 
+def test_a_nifti_pair_is_one_scan_and_dicom_files_named_img_are_a_series(tmp_path):
+    (tmp_path / "nifti").mkdir()
+    nib.save(nib.Nifti1Pair(some_hu(), np.diag([5.0, 5.0, 5.0, 1.0])), tmp_path / "nifti" / "a.img")
+    header, voxels = tmp_path / "nifti" / "a.hdr", tmp_path / "nifti" / "a.img"
+    assert list_scans(tmp_path / "nifti") == [header]
+    for path in (header, voxels):
+        assert list_scans(path) == [header]
+        assert scan_name(path) == "a"
+        np.testing.assert_array_equal(read_scan(path).array, some_hu())
+    for file in sorted(Series(some_hu()).write(tmp_path / "dicom").iterdir()):
+        file.rename(file.with_suffix(".img"))
+    assert list_scans(tmp_path / "dicom") == [tmp_path / "dicom"]
+    assert read_scan(tmp_path / "dicom").shape == some_hu().shape
+    image = save(Series(some_hu()).enhanced(), tmp_path / "slice.img")
+    assert list_scans(image) == [image]
+    assert read_scan(image).shape == some_hu().shape
+
+
 @pytest.mark.parametrize("name", ["empty", "texts", "notes.txt", "missing", "missing.nii.gz", "texts.zip"])
 def test_a_path_without_nifti_and_dicom_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
