@@ -120,8 +120,8 @@ def _drive(waiting: queue.SimpleQueue[tuple[str, int]], seed: int, rows: list[Ro
             if row["result"] not in FAULTS and row.get("peak_bytes", 0) > MEMORY_BYTES:
                 row["result"] = "memory"
             rows.append(row)
-            if row["result"] in ("crash", "hang"):
-                worker = _Worker(Path(folder), seed)
+            if not worker.alive:
+                worker = _Worker(Path(tempfile.mkdtemp(dir=folder)), seed)
         worker.close()
 
 
@@ -136,10 +136,25 @@ class _Worker:
         other.close()
         self._connection.recv()  # the imports are done
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process can check another mutation."""
+        return self._process.is_alive()
+
     def check(self, kind: str, number: int) -> Row:
-        """Return the verdict on a mutation, or ``crash`` or ``hang``."""
-        nothing = {"said": "", "mutation": "", "start": ""}
+        """Return the verdict on a mutation; ``crash`` or ``hang`` if the toolkit did not end to read the file."""
         self._connection.send((kind, number))
+        read = self._answer()
+        if "result" in read:
+            return read
+        compared = self._answer()
+        if compared["result"] in ("crash", "hang"):  # of another reader
+            result = "refused" if read["refused"] else "unconfirmed"
+            compared = {**compared, "result": result, "said": f"another reader: {compared['said']}"}
+        return {**read, **compared}
+
+    def _answer(self) -> Row:
+        nothing = {"mutation": "", "start": ""}
         try:
             if self._connection.poll(SECONDS):
                 found: Row = self._connection.recv()
@@ -167,13 +182,16 @@ def _work(connection: Connection, folder: Path, seed: int) -> None:
     connection.send(None)
     while True:
         name, number = connection.recv()
-        mutator.around_reading = measured = _Measured()
+        mutator.around_reading = _Measured(connection)
         verdict: Verdict = mutator.check(kinds[name], number, look_for_needless=True)
-        connection.send({**vars(verdict), "seconds": measured.seconds, "peak_bytes": measured.peak_bytes})
+        connection.send(vars(verdict))
 
 
 class _Measured:
-    """Time and peak of the memory of what happens in this context."""
+    """Context that sends the time and the peak of the memory of what happens in it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     def __call__(self) -> _Measured:
         return self
@@ -182,9 +200,14 @@ class _Measured:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts again
         self._before, self._started = _status("VmRSS"), time.monotonic()
 
-    def __exit__(self, *_: object) -> None:
-        self.seconds = round(time.monotonic() - self._started, 3)
-        self.peak_bytes = max(0, _status("VmHWM") - self._before)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._connection.send(
+            {
+                "refused": kind is not None,
+                "seconds": round(time.monotonic() - self._started, 3),
+                "peak_bytes": max(0, _status("VmHWM") - self._before),
+            }
+        )
 
 
 def _status(key: str) -> int:

@@ -61,6 +61,7 @@ class Case:
         command: arguments of the program, run in that folder; results go to ``out``.
         second: what independent readers find, given that folder.
         given: number of the folder below ``--inputs`` that is copied in place of ``write``.
+        small_disk: TMPDIR is on a disk of 16 KiB, which needs a Linux that lets users mount one.
     """
 
     kind: int
@@ -69,6 +70,7 @@ class Case:
     command: tuple[str, ...]
     second: Callable[[Path], str]
     given: str = ""
+    small_disk: bool = False
 
 
 def main() -> None:
@@ -115,9 +117,14 @@ def _run(case: Case, program: Path, inputs: Path | None) -> dict[str, str]:
         else:
             case.write(folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "XDG_CACHE_HOME": str(folder / "cache")}
+        command = [str(program.absolute()), *case.command]
+        if case.small_disk:
+            (folder / "tmp").mkdir()
+            script = 'mount -t tmpfs -o size=16k tmpfs tmp && TMPDIR="$PWD/tmp" exec "$@"'
+            command = ["unshare", "-rm", "sh", "-c", script, "sh", *command]
         try:
             done = subprocess.run(  # noqa: S603 - the program that the user named
-                [program.absolute(), *case.command],
+                command,
                 cwd=folder,
                 capture_output=True,
                 text=True,
@@ -237,10 +244,20 @@ def _place(point: Affine) -> str:
     return f"({', '.join(f'{value:.5g}' for value in point + 0.0)})"
 
 
-def _dcm2niix(name: str) -> Callable[[Path], str]:
-    """Return the volumes that dcm2niix makes of a folder of DICOM files."""
+def _dicom(name: str) -> Callable[[Path], str]:
+    """Return the volumes that SimpleITK and dcm2niix make of a folder of DICOM files."""
 
     def second(folder: Path) -> str:
+        reader = SimpleITK.ImageSeriesReader()
+        read = []
+        for uid in reader.GetGDCMSeriesIDs(str(folder / name)) or ("",):
+            reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder / name), uid))
+            try:
+                image = reader.Execute()
+            except RuntimeError:
+                continue
+            shape = "x".join(map(str, image.GetSize()))
+            read.append(f"{shape} voxels of {' x '.join(f'{size:.4g}' for size in image.GetSpacing())} mm")
         with tempfile.TemporaryDirectory() as output:
             program = Path(sys.executable).with_name("dcm2niix")
             subprocess.run(  # noqa: S603 - a program of the development environment
@@ -248,7 +265,7 @@ def _dcm2niix(name: str) -> Callable[[Path], str]:
             )
             images = [nib.load(path) for path in sorted(Path(output).glob("*.nii*"))]
             found = [f"{_voxels(image.affine, image.shape)}" for image in images]
-        return f"dcm2niix: {'; '.join(found) or 'no volume'}"
+        return f"SimpleITK: {' and '.join(read) or 'no volume'}; dcm2niix: {' and '.join(found) or 'no volume'}"
 
     return second
 
@@ -499,7 +516,7 @@ ADAPT: Final = (
 )
 EVALUATE: Final = ("evaluate", "--predictions", "masks", "--references", "references", "--organ", "liver=1,spleen=2")
 _ITK: Final = _nifti("scan.nii.gz")
-_DCM: Final = _dcm2niix("scan")
+_DICOM: Final = _dicom("scan")
 
 
 def _on(path: str, command: tuple[str, ...] = SEGMENT) -> tuple[str, ...]:
@@ -534,11 +551,11 @@ CASES: Final = (
         "PixelSpacing changes at slice 10 of 16",
         "06",
         _on("second_part_other_view", SERIES),
-        _dcm2niix("second_part_other_view"),
+        _dicom("second_part_other_view"),
     ),
-    Case(3, "cosines differ by 2e-4 in every other slice", _series(_rounded_cosines), SERIES, _DCM),
-    Case(3, "PixelSpacing changes in the last slice", _other_spacing(15), SERIES, _DCM),
-    Case(3, "the last 6 slices have two rows less", _series(_smaller_matrix), SERIES, _DCM),
+    Case(3, "cosines differ by 2e-4 in every other slice", _series(_rounded_cosines), SERIES, _DICOM),
+    Case(3, "PixelSpacing changes in the last slice", _other_spacing(15), SERIES, _DICOM),
+    Case(3, "the last 6 slices have two rows less", _series(_smaller_matrix), SERIES, _DICOM),
     Case(4, "JSON file of another run beside a mask, names exchanged", _scored(other_json=True), EVALUATE, _nothing),
     Case(4, "JSON file of an earlier version without a checksum", _scored(), EVALUATE, _nothing),
     Case(6, "mask finds an organ that the reference does not show", _scored(false_positive=True), EVALUATE, _nothing),
@@ -572,23 +589,23 @@ CASES: Final = (
     ),
     _given(8, "file names of 249 and 255 bytes, four scans", "22", _on(".")),
     Case(8, "one of three scans is truncated", _cases_with_a_damaged_one, _on("scans"), _nothing),
-    _given(13, "PixelSpacing 5,0\\5,0", "01", _on("comma_spacing", SERIES), _dcm2niix("comma_spacing")),
-    Case(13, "RescaleIntercept -1024,0", _with_raw(0x00281052, "DS", b"-1024,0 "), SERIES, _DCM),
-    Case(13, "files without preamble", _then(_series(), _no_preamble), SERIES, _DCM),
-    Case(13, "every file twice, byte for byte", _then(_series(), _copies), SERIES, _DCM),
-    Case(13, "one sheet without geometry among the slices", _then(_series(), _screenshot), SERIES, _DCM),
-    Case(13, "RescaleType Hounsfield Unit", _with_raw(0x00281054, "LO", b"Hounsfield Unit "), SERIES, _DCM),
-    Case(13, "no SeriesInstanceUID", _without("SeriesInstanceUID"), SERIES, _DCM),
-    Case(13, "no SOPClassUID", _without("SOPClassUID"), SERIES, _DCM),
+    _given(13, "PixelSpacing 5,0\\5,0", "01", _on("comma_spacing", SERIES), _dicom("comma_spacing")),
+    Case(13, "RescaleIntercept -1024,0", _with_raw(0x00281052, "DS", b"-1024,0 "), SERIES, _DICOM),
+    Case(13, "files without preamble", _then(_series(), _no_preamble), SERIES, _DICOM),
+    Case(13, "every file twice, byte for byte", _then(_series(), _copies), SERIES, _DICOM),
+    Case(13, "one sheet without geometry among the slices", _then(_series(), _screenshot), SERIES, _DICOM),
+    Case(13, "RescaleType Hounsfield Unit", _with_raw(0x00281054, "LO", b"Hounsfield Unit "), SERIES, _DICOM),
+    Case(13, "no SeriesInstanceUID", _without("SeriesInstanceUID"), SERIES, _DICOM),
+    Case(13, "no SOPClassUID", _without("SOPClassUID"), SERIES, _DICOM),
     Case(
         13,
         "PixelPaddingValue of two values",
         _with_raw(0x00280120, "SS", struct.pack("<hh", -2000, -2000)),
         SERIES,
-        _DCM,
+        _DICOM,
     ),
-    Case(13, "table drift of 0.01 mm a slice", _series(_drifting), SERIES, _DCM),
-    Case(13, "no Modality in one slice", _without("Modality", 15), SERIES, _DCM),
+    Case(13, "table drift of 0.01 mm a slice", _series(_drifting), SERIES, _DICOM),
+    Case(13, "no Modality in one slice", _without("Modality", 15), SERIES, _DICOM),
     _given(
         14,
         "annotation drawn with ITK, 0.006 mm off",
@@ -634,6 +651,8 @@ CASES: Final = (
         ADAPT,
         _nifti("labels/a.nii.gz"),
     ),
+    Case(15, "TMPDIR on a full disk, NIfTI", _scan(), SEGMENT, _nothing, small_disk=True),
+    Case(15, "TMPDIR on a full disk, DICOM", _series(), SERIES, _nothing, small_disk=True),
     Case(
         16,
         "segment without an adapter",

@@ -49,6 +49,7 @@ from fseft_edge.pretraining.config import read_pretraining_config
 from fseft_edge.runtime.errors import FseftEdgeError
 from fseft_edge.runtime.scans.dicom import DicomSeries, choose_series, find_series, read_series
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map, read_label_names, write_label_map
+from fseft_edge.runtime.scans.sources import Scan
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 from fseft_edge.segmentation.segmenter import SegmentationSettings, open_segmenter
 
@@ -506,12 +507,13 @@ class AdapterKind(Kind):
             return _apply(path, _one(random, (mutations.of_bytes, mutations.of_safetensors)), random)
         length = int.from_bytes(content[:8], "little")
         header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
-        description, said = mutations.of_tree(json.loads(header["__metadata__"][self.key]), random)
+        repaired = random.random() < 0.5
+        description = json.loads(header["__metadata__"][self.key])
+        description, said = mutations.of_tree(description, random, same_type=repaired and random.random() < 0.8)
         if random.random() < 0.2 and len(data) > 4:
             changed, what = mutations.of_safetensors(content, random)
             if changed[: 8 + length] == content[: 8 + length]:
                 data, said = changed[8 + length :], f"{said}, {what}"
-        repaired = random.random() < 0.5
         header["__metadata__"][self.key] = mutations.json_text(description)
         if repaired:
             header["__metadata__"][self.key] = self._repaired(mutations.safetensors(json.dumps(header), data), header)
@@ -529,9 +531,7 @@ class AdapterKind(Kind):
 
     def read(self, folder: Path) -> None:
         (path,) = folder.iterdir()
-        settings = SegmentationSettings((path,), encoder=_OLDER / "tiny.encoder", device="cpu", backend="torch")
-        with open_segmenter(settings):
-            pass
+        _segment(folder, SegmentationSettings((path,), _OLDER / "tiny.encoder", split=True))
 
 
 class TuningKind(AdapterKind):
@@ -563,19 +563,34 @@ class Bundle(Kind):
         path = _one(random, sorted(bundle.iterdir()))
         if random.random() < 0.5:
             path = bundle / "manifest.json"
-        kinds = [mutations.of_bytes, mutations.of_json] if path.suffix == ".json" else [mutations.of_safetensors]
-        said = _apply(path, _one(random, (*kinds, *kinds, mutations.of_bytes)), random)
-        if random.random() < 0.05:
+        repaired = random.random() < 0.5
+        if path.suffix == ".json" and repaired:
+            tree, said = mutations.of_tree(json.loads(path.read_bytes()), random, same_type=random.random() < 0.7)
+            path.write_text(mutations.json_text(tree), encoding="utf-8", errors="surrogatepass")
+        else:
+            kinds = [mutations.of_bytes, mutations.of_json] if path.suffix == ".json" else [mutations.of_safetensors]
+            said = _apply(path, _one(random, (*kinds, *kinds, mutations.of_bytes)), random)
+        if random.random() < 0.03:
             path.unlink()
             said = "the file is missing"
-        if random.random() < 0.5:
+        if not repaired:
             return f"{path.name}: {said}"
         return f"{path.name}: {said}{', checksums repaired' if _repair_bundle(bundle) else ''}"
 
     def read(self, folder: Path) -> None:
-        settings = SegmentationSettings(encoder=folder / "tiny.encoder", adapters=(), device="cpu", backend="torch")
-        with open_segmenter(settings):
-            pass
+        _segment(folder, SegmentationSettings((), folder / "tiny.encoder", split=True))
+
+
+def _segment(folder: Path, settings: SegmentationSettings) -> None:
+    """Segment a small scan, and check that all results are in their folder."""
+    before, output = set(folder.parent.rglob("*")), folder / "out"
+    volume = Volume(dicom.some_hu((24, 20, 22)), np.diag([6.0, 6.0, 6.0, 1.0]))
+    with open_segmenter(replace(settings, device="cpu", backend="torch")) as segmenter:
+        segmenter.finish(segmenter.encode(segmenter.read(Scan("case", volume=volume))), output)
+    outside = [path for path in set(folder.parent.rglob("*")) - before if output not in (path, *path.parents)]
+    if outside:
+        raise AssertionError(f"{len(outside)} results are outside their folder: {outside[0].name}")
+    read_label_map(output / "case.nii.gz")
 
 
 def _repair_bundle(bundle: Path) -> bool:

@@ -264,24 +264,33 @@ def json_text(tree: object) -> str:
     return json.dumps(tree).replace(f'"{_DEEP}"', "[" * _DEEP_LEVELS + "]" * _DEEP_LEVELS)
 
 
-def of_tree(tree: Any, random: Random) -> tuple[Any, str]:
-    """Change one value or key of nested dictionaries and lists."""
+def of_tree(tree: Any, random: Random, *, same_type: bool = False) -> tuple[Any, str]:
+    """Change one value or key of nested dictionaries and lists.
+
+    Args:
+        tree: what :mod:`json` reads.
+        random: source of the choice.
+        same_type: only replace a number, text or truth value by another one, so that a schema accepts most changes.
+    """
     copy = json.loads(json.dumps(tree))
     places: list[tuple[Any, Any]] = []
 
     def collect(node: Any) -> None:
         for key in list(node) if isinstance(node, dict) else range(len(node)):
-            places.append((node, key))
+            if not same_type or not isinstance(node[key], dict | list):
+                places.append((node, key))
             if isinstance(node[key], dict | list):
                 collect(node[key])
 
     if isinstance(copy, dict | list):
         collect(copy)
-    if not places or random.random() < 0.02:
+    if not places or (not same_type and random.random() < 0.02):
         value = _one_of(random, (None, [], {}, "", 1, _DEEP, [copy]))
         return value, f"the whole document = {str(value)[:30]}"
     node, key = _one_of(random, places)
     kind = _one_of(random, ("replace", "replace", "replace", "near", "remove", "rename", "repeat"))
+    if same_type:
+        kind = "near"
     if kind == "remove":
         del node[key]
     elif kind == "rename" and isinstance(node, dict):
@@ -297,15 +306,16 @@ def _unusual(value: Any, random: Random, *, near: bool) -> Any:
     if near and isinstance(value, bool):
         return not value
     if near and isinstance(value, int | float):
-        return _one_of(random, (value + 1, value - 1, -value, value * 1e6, value + 0.5, 0))
+        others = (value + 1, value - 1, -value, value * 1_000_000, 0, 2, 3, 7, 2**31, 1e-9 if value % 1 else 1)
+        return _one_of(random, others)
     if near and isinstance(value, str):
-        return _one_of(random, (value + "x", value[:-1], value.upper(), value * 2, value[::-1]))
-    others = (
+        return _one_of(random, (value + "x", value[:-1], value.upper(), value * 2, value[::-1], "../../x", "a/b", ""))
+    choices = (
         *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**64), 10**400, 0.5, -0.0, 1e308, math.nan, math.inf),
         *("", "x", "0", "../../x", "a/b", "\0", "\ud800", "é" * 300, "liver", _DEEP),
         *([], [[]], [None], {}, {"": {}}, [value], {"x": value}, [value, value]),
     )
-    return _one_of(random, others)
+    return _one_of(random, choices)
 
 
 # Text
