@@ -12,6 +12,8 @@ from fseft_edge.runtime.errors import (
     NotACtError,
     SeveralPatientsError,
 )
+from fseft_edge.runtime.scans.dicom.elements import element_name
+from fseft_edge.runtime.scans.dicom.kinds import is_ct
 from fseft_edge.runtime.scans.dicom.parts import continued, differences, follows, left_out, may_be_missing, related
 from fseft_edge.runtime.scans.dicom.series import DicomSeries, unreadable_files
 
@@ -19,10 +21,10 @@ from fseft_edge.runtime.scans.dicom.series import DicomSeries, unreadable_files
 def choose_series(series: Sequence[DicomSeries], wanted: str | None = None) -> DicomSeries:
     """Return the series to read.
 
-    Without ``wanted``, all series must belong to one patient, and the CT series with the most slices is selected. Other
-    modalities, localisers, screenshots and single slices are skipped. If the largest CT series is not readable, its
-    error is raised; a smaller series does not replace it. The :attr:`DicomSeries.warnings` of the result also name what
-    is left out beside the series: images with the same SeriesInstanceUID, and unreadable files.
+    Without ``wanted``, all CT series must belong to one patient, and the CT series with the most slices is selected.
+    Other modalities, localisers, screenshots and single slices are skipped. If the largest CT series is not readable,
+    its error is raised; a smaller series does not replace it. The :attr:`DicomSeries.warnings` of the result also name
+    what is left out beside the series: images with the same SeriesInstanceUID, and unreadable files.
 
     Args:
         series: all series in a file, folder or archive, not empty.
@@ -30,7 +32,7 @@ def choose_series(series: Sequence[DicomSeries], wanted: str | None = None) -> D
             SeriesInstanceUID; None selects the series automatically.
 
     Raises:
-        SeveralPatientsError: the series belong to several patients, and ``wanted`` is None.
+        SeveralPatientsError: the CT series belong to several patients, and ``wanted`` is None.
         ChooseSeriesError: no series or several series match ``wanted``, or several series have the most slices.
         NoSeriesError: no series is a CT scan.
         MixedSeriesError: images with the same SeriesInstanceUID and another geometry may be missing in the stack of
@@ -41,7 +43,7 @@ def choose_series(series: Sequence[DicomSeries], wanted: str | None = None) -> D
     if wanted is not None:
         chosen = _series_named(series, wanted)
     else:
-        patients = len({candidate.patient for candidate in series})
+        patients = len({candidate.patient for candidate in _ct_of(series) or series})
         if patients > 1:
             raise SeveralPatientsError(
                 f"{series[0].source} contains images of {patients} patients:{_series_list(series, patients=True)}",
@@ -87,6 +89,11 @@ def _left_out(chosen: DicomSeries, series: Sequence[DicomSeries]) -> Iterator[st
     beside = related(chosen, series)
     yield from (left_out(chosen, other) for other in beside)
     yield from (continued(other) for other in series if other not in beside and follows(chosen, other))
+    if count := sum(len(other.slices) for other in series if other.patient != chosen.patient):
+        yield (
+            f"{count} image{'s' * (count > 1)} of another patient {_was(count)} left out: {element_name('PatientID')} "
+            f"or {element_name('PatientName')} differs."
+        )
     others = chosen.others
     if count := len(others.unreadable):
         yield (
@@ -107,6 +114,10 @@ def _left_out(chosen: DicomSeries, series: Sequence[DicomSeries]) -> Iterator[st
 
 def _was(count: int) -> str:
     return "were" if count > 1 else "was"
+
+
+def _ct_of(series: Sequence[DicomSeries]) -> list[DicomSeries]:
+    return [candidate for candidate in series if is_ct(candidate.slices[0])]
 
 
 def _series_named(series: Sequence[DicomSeries], wanted: str) -> DicomSeries:

@@ -302,8 +302,6 @@ class _Walk:
             self._skip(length)
             return []
         owner, implicit = self._tag, self.implicit
-        if vr == "UN":  # a sequence of unknown representation is implicit (PS3.5 section 6.2.2)
-            self.implicit = True
         end = None if length == UNDEFINED_LENGTH else self.stream.tell() + length
         items: list[Elements] = []
         while end is None or self.stream.tell() < end:
@@ -314,6 +312,8 @@ class _Walk:
                 break
             if tag != _ITEM:
                 raise self._damage("contains no valid items")
+            if vr == "UN":
+                self.implicit = self._next_is_implicit()
             item: dict[int, Value] = {}
             if item_length != UNDEFINED_LENGTH and not keep:
                 self._skip(item_length)
@@ -356,6 +356,13 @@ class _Walk:
         if vr in _LONG:
             return self._tag, vr.decode("ascii"), struct.unpack(self._order + "I", self._read(4))[0]
         return self._tag, vr.decode("ascii"), struct.unpack(self._order + "H", head[6:])[0]
+
+    def _next_is_implicit(self) -> bool:
+        """Return True for implicit encoding, as PS3.5 section 6.2.2 demands within a sequence of representation UN."""
+        at = self.stream.tell()
+        head = self.stream.read(6)
+        self.stream.seek(at)
+        return head[4:6] not in _SHORT | _LONG
 
     def _value(self, length: int) -> bytes | None:
         if length > _MOST_VALUE_BYTES:

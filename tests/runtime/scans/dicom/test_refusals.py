@@ -462,6 +462,17 @@ def test_two_patients_in_one_folder(tmp_path):
     assert read_scan(tmp_path, numbers[5, 5, 4]).shape == (5, 5, 4)
 
 
+def test_a_picture_of_another_patient_beside_the_ct_is_named(tmp_path):
+    Series(some_hu((7, 6, 9))).write(tmp_path / "a")
+    other = attributes(PatientID="id-4712", Modality="US", SOPClassUID="1.2.840.10008.5.1.4.1.1.6.1")
+    Series(some_hu((5, 5, 4))).write(tmp_path / "b", other)
+    scan = read_scan(tmp_path)
+    assert scan.shape == (7, 6, 9)
+    assert scan.warnings == (
+        "4 images of another patient were left out: PatientID (0010,0020) or PatientName (0010,0010) differs.",
+    )
+
+
 # Archives
 
 
