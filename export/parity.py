@@ -25,6 +25,7 @@ from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.nifti import read_ct
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.system.libraries import import_library
+from fseft_edge.runtime.system.threads import limit_threads
 
 GATES: dict[Precision, float] = {"float32": 1e-4, "mixed": 5e-3, "bfloat16": 3e-2}
 """Largest relative error that passes, for each precision. Below float32, the masks must also agree
@@ -72,6 +73,7 @@ def cpu_engines(graph: Path, mixed_graph: Path | None) -> list[Engine]:
         mixed_graph: ONNX file in mixed precision, or ``None`` if there is no such file. This graph is slow on a CPU; it
             is compared to measure the accuracy of its arithmetic.
     """
+    limit_threads()
     threads = torch.get_num_threads()
     found = []
     if find_spec("onnxruntime") is not None:

@@ -29,6 +29,7 @@ from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.encoder.windows import LEAST_IMPORTANCE, SIGMA_SCALE
 from fseft_edge.runtime.errors import ParityError, UsageError
 from fseft_edge.runtime.system.atomic import atomic_path, check_writable
+from fseft_edge.runtime.system.threads import limit_threads
 
 OUTPUT = "probabilities"
 GATE = 1e-4
@@ -165,6 +166,7 @@ def _metadata(file: AdapterFile, bundle: EncoderBundle) -> dict[str, str]:
 
 def _largest_difference(graph: Path, adapter: Adapter, bundle: EncoderBundle) -> float:
     """Return the largest difference between the probabilities of the graph and those of the torch backend."""
+    limit_threads()
     runner = GraphRunner(graph, torch.device("cpu"), torch.get_num_threads())
     largest = 0.0
     with open_session(bundle, device="cpu", backend="torch") as session:
