@@ -178,8 +178,10 @@ def status(*, outbox: Path, as_json: bool, show_ids: bool, state: Path | None, q
         return
     for case in cases:
         name = f"{case.key}  {case.source_name}" if show_ids else case.key
-        by = f" by {case.superseded_by}" if case.state == CaseState.SUPERSEDED else ""
-        click.echo(f"{name}  {case.state}{by}{f'  {case.reason} {case.remedy}' if case.reason else ''}")
+        why = f"  {case.reason} {case.remedy}" if case.reason else ""
+        if case.state == CaseState.SUPERSEDED:  # what was wrong with it does not matter any more
+            why = f" by {case.superseded_by}"
+        click.echo(f"{name}  {case.state}{why}")
         for warning in case.warnings:
             click.echo(f"    warning: {warning}")
     counts = ", ".join(f"{sum(case.state == state for case in cases)} {state.replace('_', ' ')}" for state in CaseState)

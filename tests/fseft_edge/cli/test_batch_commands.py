@@ -54,6 +54,13 @@ def test_status_shows_file_names_only_with_show_ids(outbox: Path) -> None:
     assert "DOE^case-2.nii.gz" in run("status", outbox, "--show-ids").stdout
 
 
+def test_status_names_the_case_that_supersedes_another(outbox: Path) -> None:
+    with BatchStore(state_path(outbox)) as store:
+        store.add(Path("/inbox/DOE^case-2.nii.gz"), "complete", "case-4", ["4"])
+        assert store.supersede_earlier(Path("/inbox/DOE^case-2.nii.gz"), "case-4").keys == ("case-2",)
+    assert "case-2  superseded by case-4\n" in run("status", outbox).stdout
+
+
 def test_status_as_json_contains_the_records_of_all_cases(outbox: Path) -> None:
     status = json.loads(run("status", outbox, "--json", "--show-ids").stdout)
     assert [case["state"] for case in status["cases"]] == ["done", "failed", "waiting"]
