@@ -25,6 +25,7 @@ from fseft_edge.runtime.scans.dicom.stack import (
     check_stack,
     drift_of,
     normal_of,
+    perpendicular,
     same_plane,
     sort_slices,
 )
@@ -249,12 +250,14 @@ def _series(source: DicomSource, number: int, slices: Sequence[SliceHeader], oth
             f"{copies} {'copies of slices were' if copies > 1 else 'copy of a slice was'} left out: position and "
             "pixels are equal."
         )
-    if problem is None and (drift := drift_of(slices)):
+    stack = sort_slices(slices)
+    if problem is None and not perpendicular(affine_of(stack)):
         warnings.append(
-            f"Each slice is shifted sideways by {drift:.2g} mm relative to the slice before, according to "
-            f"{element_name('ImagePositionPatient')}: the axes of the volume are not exactly perpendicular."
+            f"The axes of the volume are not perpendicular, as {element_name('ImagePositionPatient')} and "
+            f"{element_name('ImageOrientationPatient')} state: the last slice is shifted sideways by "
+            f"{drift_of(stack):.2g} mm relative to the first one. Programs based on ITK may not read such a volume."
         )
-    return DicomSeries(path, number, sort_slices(slices), problem, tuple(warnings), others)
+    return DicomSeries(path, number, stack, problem, tuple(warnings), others)
 
 
 def _assumptions(slices: Sequence[SliceHeader]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +39,22 @@ CORNER_VOXELS = 0.1
 ImageOrientationPatient and PixelSpacing of the stack. Scanners round both, sometimes differently from slice to slice.
 """
 
+STRAIGHTENED_VOXELS, STRAIGHTENED_MM = 0.1, 0.08
+"""Largest distance by which a voxel moves when axes become perpendicular: this part of the smallest voxel spacing, and
+at most this many mm. DICOM results accept 0.1 mm between a slice and its voxels."""
+
 TILT_DEGREES = 0.1
 """Largest angle between the direction of a stack and the slice normal that is always accepted."""
 
 DRIFT_DEGREES, DRIFT_VOXELS = 1.0, 0.1
 """A sideways movement of the table is accepted up to this angle and up to this part of a pixel from slice to slice.
 
-The affine of the stack contains the movement. Gantries are tilted by larger angles, or state the angle in
-GantryDetectorTilt.
+The affine of the stack contains a movement that is larger than rounding. Gantries are tilted by larger angles, or
+state the angle in GantryDetectorTilt.
 """
+
+_PERPENDICULAR = 1e-6
+"""Largest cosine of the angle between perpendicular axes; ITK accepts ten times as much."""
 
 _COSINE_TOLERANCE = 1e-3
 """Largest error of length and angle of direction cosines. It allows for rounding to three decimals."""
@@ -85,8 +93,10 @@ def same_plane(a: SliceHeader, b: SliceHeader) -> bool:
 def affine_of(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
     """Return the affine of sorted slices, float64 4x4, voxel index to RAS+ mm. :func:`check_stack` must have succeeded.
 
-    The slice step is the vector from the first to the last slice divided by the number of steps, so that both slices
-    have exactly the positions in their headers. The steps within a slice are those of the headers, or their mean.
+    The slice step is the vector from the first to the last slice divided by the number of steps. The steps within a
+    slice are those of the headers, or their mean. If rounding or a small drift of the table is the reason why the three
+    steps are not perpendicular, they become perpendicular, because programs based on ITK read no other image: no voxel
+    moves by more than ``STRAIGHTENED_VOXELS`` and ``STRAIGHTENED_MM``. Other stacks keep their steps.
     """
     start, stop = (np.array(slice_.position) for slice_ in (slices[0], slices[-1]))
     steps = _steps(slices)
@@ -96,7 +106,34 @@ def affine_of(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
     affine[:3, 1] = _LPS_TO_RAS @ within[1]
     affine[:3, 2] = _LPS_TO_RAS @ ((stop - start) / (len(slices) - 1))
     affine[:3, 3] = _LPS_TO_RAS @ start
+    if not perpendicular(affine):
+        affine = _straightened(affine, (slices[0].columns, slices[0].rows, len(slices)))
     return affine + 0.0  # no negative zeros
+
+
+def perpendicular(affine: NDArray[np.float64]) -> bool:
+    """Return True if the axes of an affine are perpendicular, as exactly as programs based on ITK demand."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.abs(axes.T @ axes - np.eye(3)).max() <= _PERPENDICULAR)
+
+
+def _straightened(affine: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.float64]:
+    """Return an affine with perpendicular axes, and with equal plane and centre; the same affine if a corner moves far.
+
+    The directions of rows and columns become perpendicular within their plane, and the slice step becomes the normal.
+    """
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(affine[:3, :2] / spacing[:2], full_matrices=False)
+    within = left @ right
+    normal = np.cross(within[:, 0], within[:, 1])
+    straight = np.eye(4)
+    straight[:3, :3] = np.column_stack([within * spacing[:2], normal * (affine[:3, 2] @ normal)])
+    centre = (np.array(shape) - 1) / 2
+    straight[:3, 3] = affine[:3, 3] + (affine - straight)[:3, :3] @ centre
+    corners = np.array(list(product((-1, 1), repeat=3))) * centre
+    moved = np.linalg.norm(corners @ (affine - straight)[:3, :3].T, axis=1).max()
+    limit = min(STRAIGHTENED_VOXELS * float(spacing.min()), STRAIGHTENED_MM)
+    return straight if moved <= limit else affine
 
 
 def _steps(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
@@ -108,13 +145,8 @@ def _steps(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
 
 
 def drift_of(slices: Sequence[SliceHeader]) -> float:
-    """Return the sideways movement in mm from each slice to the next; 0 if it is smaller than rounding.
-
-    Args:
-        slices: slices for which :func:`check_stack` succeeded.
-    """
-    sideways, degrees, pixel = _tilt(sort_slices(slices))
-    return sideways / (len(slices) - 1) if sideways > _tolerated_shift(pixel) and degrees > TILT_DEGREES else 0.0
+    """Return the sideways shift in mm of the last sorted slice relative to the first one."""
+    return _tilt(slices)[0]
 
 
 def _tilt(stack: Sequence[SliceHeader]) -> tuple[float, float, float]:

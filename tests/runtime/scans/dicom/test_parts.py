@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813 - its customary name
 from doubles.dicom import PATIENT, Series, save, some_hu
 from doubles.dicom_readers import assert_agrees, hu_of, read_with_dcm2niix, read_with_simpleitk
 from doubles.errors import refused
@@ -40,6 +41,7 @@ from fseft_edge.runtime.errors import (
     UnreadableFileError,
 )
 from fseft_edge.runtime.scans.dicom import choose_series, find_series
+from fseft_edge.runtime.scans.nifti import write_label_map
 from fseft_edge.runtime.scans.sources import read_scan
 from fseft_edge.runtime.scans.volume import Volume
 
@@ -253,6 +255,34 @@ def test_rounded_cosines_do_not_split_a_large_series(tmp_path, step):
     assert_agrees(scan, read_with_simpleitk(folder, sorted(folder.iterdir())), voxels=0.1)
 
 
+def assert_itk_reads(scan: Volume, path: Path) -> None:
+    """Check that ITK, which refuses axes that are not perpendicular, reads a mask of the scan with the right places."""
+    write_label_map(path, scan.label_map(np.ones(scan.shape, np.uint8)))
+    image = sitk.ReadImage(path)
+    last = [size - 1 for size in scan.shape]
+    place = np.array(image.TransformIndexToPhysicalPoint(last)) * (-1, -1, 1)
+    np.testing.assert_allclose(place, (scan.affine @ (*last, 1))[:3], atol=2e-3)
+
+
+@pytest.mark.parametrize("digits", [3, 4, 6])
+def test_itk_reads_masks_of_series_with_rounded_headers(tmp_path, digits):
+    angles = np.radians([8, -20, 33])
+    axes = np.linalg.qr(np.cross(np.eye(3), angles) + np.eye(3))[0]
+    orientation = tuple(float(value) for value in (*axes[:, 0], *axes[:, 1]))
+    series = replace(SERIES, orientation=orientation)
+
+    def change(dataset: Dataset, place: int) -> None:
+        dataset.ImageOrientationPatient = [f"{value:.{digits}f}" for value in orientation]
+        dataset.ImagePositionPatient = [f"{value:.{digits}f}" for value in series.position(place)]
+
+    folder = series.write(tmp_path / "in", change)
+    scan = read_scan(folder)
+    assert_itk_reads(scan, tmp_path / "mask.nii.gz")
+    assert_agrees(scan, read_with_simpleitk(folder), voxels=0.1)
+    off = np.abs(scan.affine @ (11, 10, 4, 1) - (*series.world()[11, 10, 4], 1)).max()
+    assert off <= 0.1
+
+
 def test_a_drift_of_the_table_below_a_tenth_of_a_pixel_is_no_tilt(tmp_path):
     """The angle of 0.38 degrees alone would look like a tilt of the gantry."""
     series = Series(some_hu((24, 20, 15)), spacing=(3.0, 3.0, 1.5))
@@ -260,6 +290,7 @@ def test_a_drift_of_the_table_below_a_tenth_of_a_pixel_is_no_tilt(tmp_path):
     scan = read_scan(folder)
     assert_agrees(scan, read_with_simpleitk(folder), voxels=0.1)
     assert scan.warnings == ()
+    assert_itk_reads(scan, tmp_path / "mask.nii.gz")
 
 
 def test_a_larger_drift_of_the_table_is_in_the_affine_and_in_the_warnings(tmp_path):
@@ -269,7 +300,7 @@ def test_a_larger_drift_of_the_table_is_in_the_affine_and_in_the_warnings(tmp_pa
     last = (scan.affine @ (0, 0, 59, 1))[:3] * (-1, -1, 1)
     np.testing.assert_allclose(last, np.add(series.position(59), (0, 0.59, 0)), atol=1e-6)
     (warning,) = scan.warnings
-    assert "0.01 mm" in warning
+    assert "0.59 mm" in warning
     assert "ImagePositionPatient (0020,0032)" in warning
 
 
