@@ -10,6 +10,7 @@ from fseft_edge.adaptation.support_set import find_pairs
 from fseft_edge.adaptation.transduction import TransductionInputs
 from fseft_edge.adapters.file import AdapterFile
 from fseft_edge.outbox.content_key import content_sha256
+from fseft_edge.segmentation.label_values import label_values
 from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings
 
 _VERSION: Final = 2
@@ -60,8 +61,11 @@ def options_fingerprint(segmentation: SegmentationSettings, models: LoadedModels
         "dicom": sorted(set(segmentation.dicom)),
         "transductive": transduction is not None,
     }
+    values = label_values(models.adapters)
     optional = {
         "organs": list(segmentation.organs),
+        # Earlier versions numbered the organs from 1: their masks differ exactly if these values do.
+        "labels": None if values == tuple(range(1, len(values) + 1)) else list(values),
         "series": segmentation.series,
         "precision": None if segmentation.precision == "auto" else segmentation.precision,
         "save_probabilities": segmentation.save_probabilities,
