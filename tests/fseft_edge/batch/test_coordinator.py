@@ -29,6 +29,7 @@ from doubles.errors import refused
 from doubles.workers import FAULTS_FILE, InProcessPool, faulty_work
 from filelock import FileLock
 
+from fseft_edge.adapters.file import read_adapter, write_adapter
 from fseft_edge.batch.case_work import CaseTask
 from fseft_edge.batch.coordinator import run_batch
 from fseft_edge.batch.inbox import signature_of
@@ -40,7 +41,14 @@ from fseft_edge.batch.worker import WorkerSettings
 from fseft_edge.batch.worker import work as worker_main
 from fseft_edge.outbox.content_key import content_key
 from fseft_edge.outbox.records import CaseRecord, CaseState
-from fseft_edge.outbox.store import SOURCE_MISSING, STATE_FOLDER, UNREADABLE_PREFIX, BatchStore, state_path
+from fseft_edge.outbox.store import (
+    FINGERPRINT_KEY,
+    SOURCE_MISSING,
+    STATE_FOLDER,
+    UNREADABLE_PREFIX,
+    BatchStore,
+    state_path,
+)
 from fseft_edge.runtime.errors import (
     BatchStateError,
     EnvironmentProblemError,
@@ -534,6 +542,42 @@ def test_only_one_run_at_a_time_can_use_an_outbox(batch: Batch) -> None:
     (batch.outbox / STATE_FOLDER).mkdir(parents=True)
     with FileLock(batch.outbox / STATE_FOLDER / "lock"), refused(UsageError, batch.outbox):
         batch.run()
+
+
+def test_a_mask_that_was_changed_is_neither_used_nor_overwritten_when_the_state_file_is_lost(batch: Batch) -> None:
+    batch.add(*NAMES[:2])
+    batch.run()
+    keys = [batch.site.key(name) for name in NAMES[:2]]
+    mask = batch.outbox / keys[0] / f"{keys[0]}.nii.gz"
+    mask.write_bytes(batch.site.mask(NAMES[2]))  # somebody corrected it in the outbox
+    shutil.rmtree(batch.outbox / STATE_FOLDER)
+    batch.run()
+    with BatchStore(state_path(batch.outbox)) as store:
+        changed, kept = (store.case(key) for key in keys)
+    assert (changed.state, changed.problem) == (CaseState.FAILED, "LabelError")
+    assert "changed" in changed.reason
+    assert mask.read_bytes() == batch.site.mask(NAMES[2])
+    assert kept.state == CaseState.DONE
+
+
+def test_a_version_that_gave_other_label_values_needs_another_outbox(batch: Batch, tmp_path: Path) -> None:
+    """Earlier versions numbered the organs from 1, and wrote no label values into their fingerprint."""
+    file = read_adapter(batch.site.adapters[0])
+    (organ,) = file.description.organs
+    description = file.description.model_copy(update={"organs": (organ.model_copy(update={"label": 6}),)})
+    write_adapter(tmp_path / "six.adapter", replace(file, description=description))
+    segmentation = replace(
+        batch.settings.segmentation,
+        adapters=(tmp_path / "six.adapter",),
+        encoder=batch.site.root / "tiny.encoder",
+    )
+    batch.run(segmentation=segmentation)
+    with BatchStore(state_path(batch.outbox)) as store:
+        fingerprint = json.loads(store.metadata(FINGERPRINT_KEY) or "")
+        assert fingerprint.pop("labels") == [6]
+        store.set_metadata(FINGERPRINT_KEY, json.dumps(fingerprint, sort_keys=True))
+    with refused(BatchStateError, batch.outbox, "label values"):
+        batch.run(segmentation=segmentation)
 
 
 def test_other_adapters_need_another_outbox(batch: Batch) -> None:

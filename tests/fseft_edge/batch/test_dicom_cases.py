@@ -173,3 +173,32 @@ def test_a_pause_shorter_than_the_settle_time_gives_one_case_and_the_log_says_wh
     assert len(waits) == 1
     assert waits[0].startswith("Waiting: 1 scan in the inbox may still be arriving.")
     assert "60 seconds (--settle)" in waits[0]
+
+
+def test_a_dicom_object_that_fails_costs_no_mask_and_is_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ValueError(PATIENT)
+
+    inbox, outbox = tmp_path / "inbox", tmp_path / "outbox"
+    series = Series(np.asarray(scan(1).volume.array[16:48, 8:40, 16:32], np.int16), spacing=SPACING)
+    series.write(inbox / "exam")
+    write_random_adapter(tmp_path / "liver.adapter", write_tiny_encoder(tmp_path / "tiny.encoder"))
+    monkeypatch.setattr("fseft_edge.dicom_output.segmentation_object._segmentation", failing)
+    monkeypatch.setattr("fseft_edge.batch.coordinator.LocalWorkerPool", InProcessPool)
+    segmentation = SegmentationSettings((tmp_path / "liver.adapter",), dicom=("seg",), device="cpu", backend="torch")
+    done = run_batch(BatchSettings(inbox, outbox, segmentation, settle=0.0))
+    assert (done.done, done.failed, done.waiting) == (1, 0, 0)
+    with BatchStore(state_path(outbox)) as store:
+        (case,) = store.cases()
+    assert {path.name.removeprefix(case.key) for path in (outbox / case.key).iterdir()} == {
+        ".nii.gz",
+        ".json",
+        "batch.json",
+    }
+    (warning,) = case.warnings
+    assert "ValueError" in warning
+    report = (outbox / "report.html").read_text(encoding="utf-8")
+    assert "The DICOM object seg was not written" in report
+    assert SURNAME not in report + warning
