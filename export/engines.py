@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 def build_engines(
-    bundle: Path,
+    bundle: str | Path,
     targets: Sequence[str] = (),
     *,
     library: EngineLibrary | None = None,
@@ -77,7 +77,7 @@ def build_engines(
         EngineError: the library cannot build for a target.
         OutOfSpaceError: the disk is full or not writable.
     """
-    opened = EncoderBundle.open(bundle)
+    opened = EncoderBundle.open(Path(bundle))
     precision = precision or ("float32" if opened.mixed_graph is None else "mixed")
     graph = opened.graph_in(precision)
     if precision == "bfloat16" or graph is None:

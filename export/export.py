@@ -27,14 +27,14 @@ _log = logging.getLogger(__name__)
 
 
 def export_encoder(
-    checkpoint: Path | None = None,
+    checkpoint: str | Path | None = None,
     *,
     model: str | None = None,
-    output: Path,
+    output: str | Path,
     onnx: bool = True,
     parity_volumes: Sequence[Path] = (),
     targets: Sequence[str] = (),
-    description: Path | None = None,
+    description: str | Path | None = None,
 ) -> EncoderBundle:
     """Write the encoder of a checkpoint as an encoder bundle, and return the bundle.
 
@@ -60,6 +60,8 @@ def export_encoder(
         InputError: a CT in ``parity_volumes`` cannot be read, or the description or its code is not usable.
         OutOfSpaceError: the disk is full or not writable.
     """
+    output = Path(output)
+    checkpoint, description = (None if path is None else Path(path) for path in (checkpoint, description))
     model = model or ("custom" if checkpoint or description else "edge_base")
     _check_output(output, onnx=onnx, parity_volumes=parity_volumes)
     if targets and not onnx:

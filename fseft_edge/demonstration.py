@@ -81,7 +81,7 @@ class DemoResult:
         return table
 
 
-def run_demo(output: Path = Path("demo"), *, progress: Progress | None = None) -> DemoResult:
+def run_demo(output: str | Path = Path("demo"), *, progress: Progress | None = None) -> DemoResult:
     """Segment two real CT scans zero-shot, learn both parotids from four other scans, segment the two scans again.
 
     Args:
@@ -91,6 +91,7 @@ def run_demo(output: Path = Path("demo"), *, progress: Progress | None = None) -
     Raises:
         UsageError: ``output`` exists and is not the folder of a demonstration.
     """
+    output = Path(output)
     progress = progress or SilentProgress()
     _prepare_folder(output)
     with progress.task("export edge_base", 1) as task:

@@ -54,7 +54,7 @@ class FusedGraph:
     difference: float | None
 
 
-def export_adapter(adapter: Path, output: Path, *, encoder: Path | None = None) -> FusedGraph:
+def export_adapter(adapter: str | Path, output: str | Path, *, encoder: str | Path | None = None) -> FusedGraph:
     """Write encoder and adapter as one ONNX file, like the command ``fseft-edge export-adapter``.
 
     The input of the graph is ``windows``, float32 ``[n, 1, X, Y, Z]`` scaled to 0..1, for any n. The output is
@@ -75,6 +75,7 @@ def export_adapter(adapter: Path, output: Path, *, encoder: Path | None = None) 
         ParityError: the result of the graph differs from the result of the toolkit by more than :data:`GATE`.
         OutOfSpaceError: the disk is full, or the folder is not writable.
     """
+    adapter, output = Path(adapter), Path(output)
     if output.suffix != ".onnx":
         raise UsageError(
             f"The output {output} does not have the suffix .onnx.", remedy="Choose an output name NAME.onnx."

@@ -48,6 +48,11 @@ class BatchSettings:
     scheduler: str | None = None
     show_ids: bool = False
 
+    def __post_init__(self) -> None:
+        """Accept paths that a Python caller gives as text."""
+        for name in ("inbox", "outbox"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+
     def absolute(self, encoder: Path) -> BatchSettings:
         """Return these settings with absolute paths, which are valid in workers and in runs from another folder."""
         return replace(

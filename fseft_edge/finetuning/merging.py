@@ -46,10 +46,10 @@ class Merged:
 
 
 def merge(
-    tuning: Path,
-    output: Path,
+    tuning: str | Path,
+    output: str | Path,
     *,
-    encoder: Path | None = None,
+    encoder: str | Path | None = None,
     onnx: bool = True,
     parity_volumes: Sequence[Path] = (),
 ) -> Merged:
@@ -72,6 +72,7 @@ def merge(
         UsageError: ``output`` does not end in ``.encoder``, or ``output`` or the adapter file already exists.
         OutOfSpaceError: the disk is full or cannot be written.
     """
+    tuning, output = Path(tuning), Path(output)
     if output.suffix != ".encoder":
         raise UsageError(
             f"--output is {output}, which does not end in .encoder.", remedy="Set --output to NAME.encoder."

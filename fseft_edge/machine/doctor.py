@@ -100,7 +100,7 @@ class Diagnosis:
         return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
-def diagnose(encoders: Sequence[Path] = ()) -> Diagnosis:
+def diagnose(encoders: Sequence[str | Path] = ()) -> Diagnosis:
     """Return what this machine can run, and what to install.
 
     Args:
@@ -114,7 +114,7 @@ def diagnose(encoders: Sequence[Path] = ()) -> Diagnosis:
     cuda = cuda_problem()
     by_module = {found.module: found for found in libraries}
     usable_torch = by_module["torch"].state == "ready"
-    diagnosed = tuple(_encoder(path, machine) for path in encoders) if usable_torch else ()
+    diagnosed = tuple(_encoder(Path(path), machine) for path in encoders) if usable_torch else ()
     advice = tuple(_advice(machine, by_module, cuda))
     return Diagnosis(__version__, machine, libraries, cuda, diagnosed, advice)
 

@@ -51,10 +51,10 @@ _PHANTOM_SEED = 0
 
 
 def benchmark(
-    encoder: Path,
+    encoder: str | Path,
     *,
-    scans: Sequence[Path] = (),
-    adapter: Path | None = None,
+    scans: Sequence[str | Path] = (),
+    adapter: str | Path | None = None,
     backends: Sequence[str] = (),
     device: str = "auto",
     rounds: int = ROUNDS,
@@ -94,11 +94,12 @@ def benchmark(
     configurations = _configurations(bundle, target, backends)
     if remember:
         check_writable(remembered_speed.speeds_file())
+    adapter = None if adapter is None else Path(adapter)
     if adapter is not None:
         read_adapter(adapter).check_encoder(bundle.encoder_id, path=adapter)
     flop = flop_of(bundle.network(), bundle.window)
     with ExitStack() as stack:
-        paths = [path for scan in scans for path in list_cases(scan)]
+        paths = [path for scan in scans for path in list_cases(Path(scan))]
         if not paths:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fseft-edge-"))
             paths = [Path(folder) / "phantom.nii.gz"]

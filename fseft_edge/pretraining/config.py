@@ -312,14 +312,14 @@ class PretrainingConfig(_Strict):
         return self
 
 
-def read_pretraining_config(path: Path) -> PretrainingConfig:
+def read_pretraining_config(path: str | Path) -> PretrainingConfig:
     """Read and check a pre-training configuration.
 
     Raises:
         UnreadableFileError: the file is missing or is not TOML.
         InputError: a key is missing, unknown or has a wrong value.
     """
-    return read_toml(path, PretrainingConfig, remedy="Correct this key; docs/pretrain.md describes every key.")
+    return read_toml(Path(path), PretrainingConfig, remedy="Correct this key; docs/pretrain.md describes every key.")
 
 
 def _other_side(organ: str) -> str:

@@ -47,9 +47,9 @@ _LOG = logging.getLogger(__name__)
 def pretrain(
     config: PretrainingConfig,
     *,
-    data_root: Path,
-    output: Path,
-    initial: Path | None = None,
+    data_root: str | Path,
+    output: str | Path,
+    initial: str | Path | None = None,
     initial_model: str | None = None,
     resume: bool = False,
     stop_after: int | None = None,
@@ -84,6 +84,8 @@ def pretrain(
         OutOfMemoryError: memory ran out.
         UsageError: there are more processes than crops in a step, or the processes read different files.
     """
+    data_root, output = Path(data_root), Path(output)
+    initial = None if initial is None else Path(initial)
     progress = progress or SilentProgress()
     processes = processes or Processes(resolve_device("auto"))
     _LOG.info("pre-training on %s, process %d of %d", processes.device, processes.rank + 1, processes.count)

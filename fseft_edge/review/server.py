@@ -105,10 +105,10 @@ class ReviewServer(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def open_review(
-    outbox: Path,
+    outbox: str | Path,
     *,
-    state: Path | None = None,
-    corrected: Path | None = None,
+    state: str | Path | None = None,
+    corrected: str | Path | None = None,
     reviewer: str | None = None,
     port: int = 0,
     show_ids: bool = False,
@@ -131,6 +131,8 @@ def open_review(
         BatchStateError: the state file is damaged.
         EnvironmentProblemError: the port is in use.
     """
+    outbox = Path(outbox)
+    state, corrected = (None if path is None else Path(path) for path in (state, corrected))
     if not outbox.is_dir():
         raise UsageError(
             f"The outbox {outbox} does not exist or is not a folder.", remedy="Name the OUTBOX of a `batch run`."

@@ -114,6 +114,11 @@ class SegmentationSettings:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        # A Python caller may give paths as text.
+        object.__setattr__(self, "adapters", tuple(Path(path) for path in self.adapters))
+        for name in ("encoder", "cache"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, value and Path(value))
         self.budget  # noqa: B018 - raises UsageError if a budget is not positive
 
     def absolute(self, encoder: Path) -> SegmentationSettings:
