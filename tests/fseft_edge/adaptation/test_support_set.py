@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK
-from doubles.encoder import label_of, scan
+from doubles.encoder import label_of, scan, write_case
 from doubles.errors import refused
+from doubles.reviewed import PATIENT, run_batch
 
-from fseft_edge.adaptation.support_set import annotated_volumes_ml, annotation_hash, of_support_set
-from fseft_edge.runtime.errors import LabelError
+from fseft_edge.adaptation.support_set import annotated_volumes_ml, annotation_hash, of_support_set, patients_of
+from fseft_edge.outbox.accepted_masks import ReviewedBatch, accepted_annotations
+from fseft_edge.outbox.records import Decision
+from fseft_edge.runtime.errors import LabelError, UsageError
 from fseft_edge.runtime.scans.nifti import read_label_map, write_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.volume import LabelMap
@@ -67,6 +70,23 @@ def test_missing_support_scans_are_counted(caplog: pytest.LogCaptureFixture) -> 
     first = case("first", scan(1).labels)
     assert of_support_set([first], ORGANS, *known(scan(1).labels, scan(2).labels)) == [first]
     assert "only 1 of the 2 scans" in caplog.text
+
+
+def test_the_case_of_a_reviewed_batch_has_its_pseudonym_in_the_groups(tmp_path: Path) -> None:
+    """The groups may also name cases of the batch that were not accepted, and CTs of the folder that are not used."""
+    batch = run_batch(tmp_path / "batch")
+    batch.decide(batch.keys[0], Decision.ACCEPTED)
+    reviewed = ReviewedBatch(batch.outbox)
+    image, _ = write_case(tmp_path, "own", 3)
+    write_case(tmp_path, "unused", 4)
+    annotated = [*accepted_annotations(reviewed, ORGANS), (image, scan(3).labels)]
+    where = {"images": tmp_path / "images", "reviewed": reviewed}
+    groups = {batch.keys[0]: "anna", batch.keys[1]: "bo", "own": "anna", "unused": "cleo"}
+    assert patients_of(annotated, groups, **where) == {batch.keys[0]: "anna", "own": "anna"}
+    assert patients_of(annotated, None, **where) is None
+    with refused(UsageError, batch.keys[0]) as caught:
+        patients_of(annotated, {"own": "anna"}, **where)
+    assert PATIENT not in caught.value.message
 
 
 def test_the_order_of_the_organs_has_no_effect() -> None:

@@ -12,10 +12,11 @@ import torch
 from doubles.encoder import SPACING, WINDOW, write_random_adapter, write_tiny_encoder
 from doubles.errors import refused
 from doubles.models import small_contents
-from doubles.tuning_site import FOR_A_UNET, LIVER, SHORT, TuningSite, parameters_in, tuning_site
+from doubles.tuning_site import FOR_A_UNET, LIVER, SHORT, SPLEEN, TuningSite, parameters_in, tuning_site
 from safetensors.torch import load_file
 
 from fseft_edge.adaptation.cross_validation import OrganScores
+from fseft_edge.adaptation.support_set import annotation_hash
 from fseft_edge.adapters.file import read_adapter
 from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.export.parity import Classifier
@@ -61,6 +62,9 @@ def test_a_merged_encoder_equals_the_tuned_encoder(
         expected, found = network.encoder(windows), session.encode(windows)
     for one, other in zip(expected, found, strict=True):
         assert float((one - other).abs().max() / one.abs().max()) <= 1e-5
+    described = read_adapter(merged.adapter).description
+    annotations = [annotation_hash(labels, [LIVER, SPLEEN]) for _, labels in site.support().annotated]
+    assert list(described.support_annotations) == list(file.description.support_annotations) == annotations
     adapter = read_adapter(merged.adapter).adapter
     assert all(torch.equal(value, adapter.state_dict()[name]) for name, value in network.head.state_dict().items())
     assert merged.bundle.manifest.organs == ()
