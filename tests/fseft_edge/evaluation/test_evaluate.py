@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import statistics
@@ -219,6 +220,33 @@ def test_label_values_are_read_from_the_json_file_of_the_prediction(predictions:
     assert [r.dsc for r in evaluate(predictions, references, ORGANS).rows] == [1, 1]
     given = evaluate(predictions, references, ORGANS, prediction_ids={"liver": 1, "spleen": 2})
     assert [r.dsc for r in given.rows] == [0, 0]
+
+
+def test_a_json_file_of_another_mask_fails_its_case(predictions: Path, references: Path) -> None:
+    for case in "ab":
+        write(references, case, labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+        write(predictions, case, labels(id1=(5, 15, 12), id2=(5, 15, 3)))
+        organs = [{"name": "spleen", "label": 1}, {"name": "liver", "label": 2}]
+        mask = predictions / f"{case}.nii.gz"
+        described = {"organs": organs, "mask_sha256": hashlib.sha256(mask.read_bytes()).hexdigest()}
+        (predictions / f"{case}.json").write_text(json.dumps(described))
+    write(predictions, "b", labels(id1=(5, 15, 3), id2=(5, 15, 12)))  # of a run with the organs in another order
+    evaluation = evaluate(predictions, references, ORGANS)
+    assert [(row.case, row.dsc) for row in evaluation.rows] == [("a", 1), ("a", 1)]
+    (failure,) = evaluation.failures
+    assert failure.case == "b"
+    assert "b.json" in failure.message
+
+
+def test_without_a_json_file_the_names_in_the_mask_apply(predictions: Path, references: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3), id1=(5, 15, 12)))
+    mask = LabelMap(labels(id1=(5, 15, 12), id2=(5, 15, 3)), AFFINE)
+    write_label_map(predictions / "a.nii.gz", mask, {1: "spleen", 2: "liver"})
+    assert [row.dsc for row in evaluate(predictions, references, ORGANS).rows] == [1, 1]
+    write_label_map(
+        predictions / "a.nii.gz", mask, {1: "spleen", 2: "Leber"}
+    )  # not every organ: the references' values
+    assert [row.dsc for row in evaluate(predictions, references, ORGANS).rows] != [1, 1]
 
 
 @pytest.mark.parametrize("text", ['{"organs": [{"name": "spleen", "label": 1}]}', "{}", "no json", '{"organs": 3}'])
