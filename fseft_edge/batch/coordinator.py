@@ -342,7 +342,8 @@ class _Run:
         if outcome.problem == SOURCE_MISSING:
             self._store.mark_missing(key, outcome)
         else:
-            self._store.end(key, outcome)
+            for other in self._store.end(key, outcome):
+                _LOG.warning("%s is not superseded any more: %s is another series of its folder", other, key)
         self._report_outdated = True
         case = self._store.case(key)
         if case.state == CaseState.SUPERSEDED:

@@ -360,32 +360,37 @@ class BatchStore:
             CaseState.WAITING,
         )
 
-    def end(self, key: str, outcome: Outcome) -> None:
+    def end(self, key: str, outcome: Outcome) -> tuple[str, ...]:
         """Record the outcome of a case. A case that was superseded while it was running becomes superseded.
 
         If the outcome is a mask, cases with other files of the same DICOM series get a warning. Earlier masks of
         another series are no longer superseded by this case: their folder got a further series.
+
+        Returns:
+            Keys of the masks that are no longer superseded.
         """
         with self._transaction():
             self._end(key, outcome)
             if outcome.state != CaseState.DONE or not outcome.series:
-                return
-            for other in self._connection.execute(
+                return ()
+            restored = self._connection.execute(
                 "SELECT key FROM cases WHERE superseded_by = ? AND series NOT IN ('', ?) AND seconds NOTNULL",
                 (key, outcome.series),
-            ).fetchall():
+            ).fetchall()
+            for other in restored:
                 self._connection.execute(
                     "UPDATE cases SET state = ?, superseded_by = '' WHERE key = ?", (CaseState.DONE, other["key"])
                 )
                 self._warn(other["key"], _replaced(key))
             if self._connection.execute("SELECT superseded_by FROM cases WHERE key = ?", (key,)).fetchone()[0]:
-                return
+                return tuple(str(other["key"]) for other in restored)
             for other in self._connection.execute(
                 "SELECT key FROM cases WHERE series = ? AND key <> ? AND state = ?",
                 (outcome.series, key, CaseState.DONE),
             ).fetchall():
                 self._warn(key, _same_series(other["key"]))
                 self._warn(other["key"], _same_series(key))
+            return tuple(str(other["key"]) for other in restored)
 
     def _end(self, key: str, outcome: Outcome) -> None:
         self._connection.execute(

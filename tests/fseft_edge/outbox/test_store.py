@@ -315,7 +315,8 @@ def test_a_folder_with_a_further_series_does_not_supersede_the_mask_of_the_first
         found(store, tmp_path, "a", "first", "ab")
         store.end("first", DONE)
         found(store, tmp_path, "a", "second", "abc")
-        store.end("second", replace(DONE, series="another"))
+        assert states(store)["first"] == ("superseded", "second")
+        assert store.end("second", replace(DONE, series="another")) == ("first",)
         assert set(states(store).values()) == {("done", "")}
         assert "second" in store.case("first").warnings[-1]
 
