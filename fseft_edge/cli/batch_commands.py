@@ -81,6 +81,12 @@ def batch() -> None:
 @click.option("--show-ids", is_flag=True, help=_IDS_HELP)
 @click.option("--state", type=PATH, help=_STATE_HELP)
 @dicom_option
+@click.option(
+    "--save-probabilities",
+    is_flag=True,
+    help="In each result folder, also write the probabilities of each organ, <key>/<organ>.probability.nii.gz.",
+)
+@click.option("--split", is_flag=True, help="In each result folder, also write a mask of each organ, <key>/<organ>.nii.gz.")
 @common_options
 def run(
     *,
@@ -99,6 +105,8 @@ def run(
     show_ids: bool,
     state: Path | None,
     dicom: tuple[DicomKind, ...],
+    save_probabilities: bool,
+    split: bool,
     common: Common,
 ) -> None:
     """Segment each scan in INBOX exactly once, and write results and state to OUTBOX.
@@ -123,6 +131,8 @@ def run(
         encoder,
         preview=True,
         dicom=dicom,
+        save_probabilities=save_probabilities,
+        split=split,
         cache=common.cache,
         cache_gb=common.cache_gb,
         device=common.device,

@@ -96,6 +96,10 @@ def test_stdout_is_only_json_with_the_option_json(site: Site, tmp_path: Path, ru
         voxels = (mask.array == organ["label"]).sum()
         assert organ["volume_ml"] == pytest.approx(voxels * mask.voxel_volume_mm3 / 1000, abs=1e-3)
         assert "large" in organ["flags"]
+    again = run(*site.segment(site / "images/case_1.nii.gz", output=tmp_path / "out"), "--json", "--skip-existing")
+    assert json.loads(again.out) == [{**case, "existing": True}]
+    text = run(*site.segment(site / "images/case_1.nii.gz", output=tmp_path / "out"), "--skip-existing")
+    assert text.out.startswith(f"{case['mask']}: exists already: liver ")
 
 
 def test_an_adapter_is_exported_as_a_graph(site: Site, tmp_path: Path, run: Run) -> None:
