@@ -16,7 +16,7 @@ from fseft_edge.adaptation.augmentation import random_turn, restyle
 from fseft_edge.pretraining.config import FilesConfig, Labels, PhantomsConfig, PretrainingConfig, case_names
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
 from fseft_edge.runtime.scans.grid import Grid
-from fseft_edge.runtime.scans.nifti import case_name, list_cases, read_ct, read_label_map
+from fseft_edge.runtime.scans.nifti import case_name, list_cases, log_warnings, read_ct, read_label_map
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
 from fseft_edge.runtime.system.progress import Progress
@@ -137,6 +137,7 @@ def _file_scans(dataset: FilesConfig, root: Path) -> _Scans:
     def read() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
         for path in paths:
             volume, labels = read_ct(path), read_label_map(root / dataset.labels / path.name)
+            log_warnings(path, volume.warnings)
             yield volume, labels_on(volume, labels), dataset.organs
 
     return _Scans(len(paths), read())

@@ -124,7 +124,7 @@ def read_label_map(path: Path) -> LabelMap:
 
 
 def log_warnings(name: object, warnings: tuple[str, ...]) -> None:
-    """Log what was corrected or assumed about a label map; the warnings about a scan belong to its volume."""
+    """Log what was left out, corrected or assumed about an image. The warnings about a scan belong to its volume."""
     for warning in warnings:
         _log.warning("%s: %s", name, warning)
 
