@@ -50,7 +50,7 @@ def with_label_values(
     table = np.array([0, *values], dtype)
     mask = positions if positions.dtype == dtype else np.empty(positions.shape, dtype)
     for plane, numbers in zip(mask, positions, strict=True):  # a copy of one plane at a time
-        plane[...] = table[numbers]
+        plane[...] = table.take(numbers)
     return mask
 
 
