@@ -26,6 +26,7 @@ from fseft_edge.runtime.encoder.backend_choice import NO_PARITY_REPORT, backend_
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.errors import EncoderBundleError
 from fseft_edge.runtime.system.libraries import BUILT_WITHOUT_CUDA, Library
+from fseft_edge.runtime.system.limits import usable_cores
 from fseft_edge.runtime.system.machine import Gpu, Machine, this_machine
 
 CPU_BUILD = f"this PyTorch (2.13.0+cpu) {BUILT_WITHOUT_CUDA}"
@@ -207,7 +208,7 @@ def test_json_contains_all_fields_and_nothing_else_is_printed(bundle: EncoderBun
     assert set(found) == {
         *("schema_version", "version", "machine", "libraries", "cuda_problem", "encoders", "advice"),
     }
-    assert found["machine"]["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
+    assert found["machine"]["cpu"]["usable_cores"] == usable_cores()
     assert found["libraries"][0]["version"] == torch.__version__
     assert found["encoders"][0]["encoder_id"] == bundle.encoder_id
 

@@ -55,6 +55,7 @@ from fseft_edge.runtime.errors import (
 )
 from fseft_edge.runtime.scans import nifti
 from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.system.limits import usable_cores
 
 CPU = torch.device("cpu")
 NO_VRAM = Peaks(ram_bytes=1 << 30, vram_bytes=None)
@@ -390,7 +391,7 @@ def test_the_load_of_a_busy_machine_is_mentioned(
     load: float,
     mentioned: bool,
 ) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     monkeypatch.setattr(os, "getloadavg", lambda: (load * cores, 9.0, 9.0))
     report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1)
     assert report.load_before == load
