@@ -7,7 +7,6 @@ A **model file** is one safetensors file. It contains ``encoder.<parameter>``, `
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import warnings
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from fseft_edge.runtime.errors import CheckpointError
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.system.atomic import atomic_path
+from fseft_edge.runtime.system.json_text import parse_json
 
 _log = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def _parse_description(text: str, path: Path) -> ModelDescription:
         return ModelDescription.model_validate_json(text)
     except ValidationError as error:
         try:
-            version = json.loads(text).get("schema_version")
+            version = parse_json(text).get("schema_version")
         except (ValueError, AttributeError):
             version = None
         raise CheckpointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -16,6 +15,7 @@ from torch import Tensor
 from fseft_edge.runtime.encoder.bundle import sha256_of_weights
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.system.atomic import atomic_path
+from fseft_edge.runtime.system.json_text import parse_json
 
 TUNING_KEY = "fseft_edge_tuning"
 """Key of the description in the header of a tuning file."""
@@ -85,7 +85,7 @@ def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[s
             remedy = "The file is a tuning. Run `fseft-edge merge` to make an encoder and an adapter from it."
         raise AdapterError(f"{path} is not a valid .{suffix} file.", remedy=remedy)
     try:
-        version = json.loads(header).get("schema_version")
+        version = parse_json(header).get("schema_version")
     except (ValueError, AttributeError) as error:
         raise does_not_fit(path) from error
     if version != schema:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+)
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters.described_tensors import (
@@ -121,7 +129,7 @@ class AdapterDescription(SupportSetDescription):
     toolkit_version: str = __version__
     encoder_id: str
     encoder_name: str
-    levels: tuple[tuple[int, int], ...]
+    levels: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(min_length=1)
     settings: dict[str, str | int]
     organs: tuple[AdapterOrgan, ...] = Field(min_length=1)
     shots: int

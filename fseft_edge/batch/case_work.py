@@ -19,6 +19,7 @@ from fseft_edge.outbox.store import FINGERPRINT_KEY
 from fseft_edge.runtime.errors import LabelError, OutOfSpaceError
 from fseft_edge.runtime.scans.nifti import HEADER_SUFFIXES, SUFFIXES
 from fseft_edge.runtime.system.atomic import atomic_folder
+from fseft_edge.runtime.system.json_text import parse_json
 from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
 from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, Segmenter
 
@@ -167,14 +168,14 @@ def read_record(folder: Path, fingerprint: str) -> Outcome | None:
     outcome is a failure, so that a mask that a person corrected in the outbox is neither used unseen nor overwritten.
     """
     try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD_FILE).read_text(encoding="utf-8"))
         if record["schema_version"] != _SCHEMA_VERSION or not same_options(record[FINGERPRINT_KEY], fingerprint):
             return None
         organs = tuple(SegmentedOrgan.from_json(organ) for organ in record["organs"])
         warnings = tuple(map(str, record.get("warnings", [])))  # older versions wrote none
         series = str(record.get("series", ""))  # older versions wrote none
         outcome = Outcome(CaseState.DONE, organs, StageSeconds(**record["seconds"]), warnings=warnings, series=series)
-        fields = json.loads((folder / f"{folder.name}.json").read_text(encoding="utf-8"))
+        fields = parse_json((folder / f"{folder.name}.json").read_text(encoding="utf-8"))
         with (folder / f"{folder.name}.nii.gz").open("rb") as mask:
             return outcome if describes(fields, mask) else _changed_outcome(folder.name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -10,6 +10,7 @@ from fseft_edge.adaptation.support_set import find_pairs
 from fseft_edge.adaptation.transduction import TransductionInputs
 from fseft_edge.adapters.file import AdapterFile
 from fseft_edge.outbox.content_key import content_sha256
+from fseft_edge.runtime.system.json_text import parse_json
 from fseft_edge.segmentation.label_values import label_values
 from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings
 
@@ -96,7 +97,7 @@ def same_options(earlier: str, now: str) -> bool:
     contain the priors of a transduction either: such options never count as the same.
     """
     try:
-        before, after = json.loads(earlier), json.loads(now)
+        before, after = parse_json(earlier), parse_json(now)
     except ValueError:
         return False
     if isinstance(before, dict) and "version" not in before:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fseft_edge.outbox.records import CaseRecord, CaseState
+from fseft_edge.runtime.system.json_text import parse_json
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def reported(outbox: Path, record: CaseRecord) -> ReportedCase:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError(f"{path} does not contain a JSON object")
     return found

@@ -23,6 +23,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 from fseft_edge.masks.result import SegmentedOrgan
 from fseft_edge.outbox.records import CaseRecord, CaseState, Decision, Duplicate, Outcome, Review, StageSeconds
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
+from fseft_edge.runtime.system.json_text import parse_json
 
 SCHEMA_VERSION: Final = 3
 STATE_FOLDER: Final = ".fseft-edge"
@@ -77,6 +78,10 @@ CREATE VIEW records AS SELECT cases.*, (
 
 _PLAIN: Final = (string.punctuation + " ").replace("%", "")
 _BUSY_SECONDS: Final = 30.0
+_LOCKED: Final = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL}
+_NOT_WRITABLE: Final = {
+    *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM),
+}
 _UNLESS_SUPERSEDED: Final = f"CASE WHEN superseded_by = '' THEN ? ELSE '{CaseState.SUPERSEDED}' END"
 """The new state of a running case, in SQL."""
 
@@ -137,7 +142,7 @@ class BatchStore:
         tables = {
             row["name"] for row in self._connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
         }
-        if version and tables >= {"meta", "cases", "sources"}:
+        if version > 0 and tables >= {"meta", "cases", "sources"}:
             self._upgrade(version)
             return
         if not tables and not create:
@@ -186,7 +191,7 @@ class BatchStore:
 
     def cases(self) -> list[CaseRecord]:
         """Return all cases in the order in which they were found."""
-        return [_record(row) for row in self._execute("SELECT * FROM records ORDER BY found_at, key")]
+        return [self._recorded(row) for row in self._execute("SELECT * FROM records ORDER BY found_at, key")]
 
     def case(self, key: str) -> CaseRecord:
         """Return the case with this key.
@@ -199,7 +204,7 @@ class BatchStore:
             raise UsageError(
                 f"There is no case {key} in this batch.", remedy="List the cases with `fseft-edge batch status OUTBOX`."
             )
-        return _record(rows[0])
+        return self._recorded(rows[0])
 
     def duplicates(self) -> list[Duplicate]:
         """Return the files and folders whose content was already found elsewhere, without the source of each case."""
@@ -225,7 +230,7 @@ class BatchStore:
             CaseState.WAITING,
             int(exclusive),
         )
-        return _record(rows[0]) if rows else None
+        return self._recorded(rows[0]) if rows else None
 
     def metadata(self, name: str) -> str | None:
         """Return a value of the whole batch, :data:`FINGERPRINT_KEY` or ``outbox``; None if it is not set."""
@@ -325,7 +330,7 @@ class BatchStore:
     def _warn(self, key: str, warning: str) -> bool:
         """Add a warning to a case; return False if the case already has it."""
         (text,) = self._connection.execute("SELECT warnings FROM cases WHERE key = ?", (key,)).fetchone()
-        warnings = json.loads(text)
+        warnings = parse_json(text)
         if warning in warnings:
             return False
         self._connection.execute("UPDATE cases SET warnings = ? WHERE key = ?", (json.dumps([*warnings, warning]), key))
@@ -536,25 +541,35 @@ class BatchStore:
                     self._connection.execute("ROLLBACK")
                 raise
 
+    def _recorded(self, row: sqlite3.Row) -> CaseRecord:
+        try:
+            return _record(row)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise self._damaged("the record of a case is not valid") from error
+
+    def _damaged(self, reason: object) -> BatchStateError:
+        return BatchStateError(
+            f"The state file {self.path} is damaged: {reason}.",
+            remedy="Move the file away and run the batch again. Existing results are recognised and kept.",
+        )
+
     @contextlib.contextmanager
     def _database_errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.OperationalError, OSError) as error:
-            if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+        except (sqlite3.DatabaseError, UnicodeDecodeError, OSError) as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in _LOCKED:
                 raise BatchStateError(
                     f"Another program has locked the state file {self.path}.",
                     remedy="Close the program that has the file open. Keep the state file on a local disk.",
                 ) from error
-            raise OutOfSpaceError(
-                f"The state file {self.path} cannot be written: {error}.",
-                remedy="Free some space on that disk, or give a file on another disk with --state.",
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise BatchStateError(
-                f"The state file {self.path} is damaged: {error}.",
-                remedy="Move the file away and run the batch again. Existing results are recognised and kept.",
-            ) from error
+            if code in _NOT_WRITABLE or isinstance(error, OSError):
+                raise OutOfSpaceError(
+                    f"The state file {self.path} cannot be written: {error}.",
+                    remedy="Free some space on that disk, or give a file on another disk with --state.",
+                ) from error
+            raise self._damaged(error) from error
 
 
 def _replaced(key: str) -> str:
@@ -572,7 +587,7 @@ def _same_series(key: str) -> str:
 
 
 def _record(row: sqlite3.Row) -> CaseRecord:
-    seconds: dict[str, Any] | None = json.loads(row["seconds"]) if row["seconds"] else None
+    seconds: dict[str, Any] | None = parse_json(row["seconds"]) if row["seconds"] else None
     return CaseRecord(
         key=row["key"],
         source=_as_path(row["source"]),
@@ -584,12 +599,12 @@ def _record(row: sqlite3.Row) -> CaseRecord:
         problem=row["problem"],
         reason=row["reason"],
         remedy=row["remedy"],
-        organs=tuple(SegmentedOrgan.from_json(organ) for organ in json.loads(row["organs"])),
+        organs=tuple(SegmentedOrgan.from_json(organ) for organ in parse_json(row["organs"])),
         seconds=StageSeconds(**seconds) if seconds else None,
         decisions=tuple(
-            Review(Decision(decision), *rest) for _, decision, *rest in sorted(json.loads(row["decisions"]))
+            Review(Decision(decision), *rest) for _, decision, *rest in sorted(parse_json(row["decisions"]))
         ),
-        warnings=tuple(map(str, json.loads(row["warnings"]))),
+        warnings=tuple(map(str, parse_json(row["warnings"]))),
         superseded_by=row["superseded_by"],
         series=row["series"],
     )

@@ -23,10 +23,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwor
 from fseft_edge.runtime.errors import EncoderBundleError
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.system.atomic import atomic_folder
+from fseft_edge.runtime.system.json_text import parse_json
 
 MANIFEST = "manifest.json"
 WEIGHTS = "encoder.safetensors"
@@ -53,6 +55,8 @@ precision."""
 _SCHEMA_VERSIONS = (1, 2)
 _SELF = "manifest_sha256"
 _NO_DIGEST = "0" * 64
+_LARGEST_WINDOW = 4096
+_LARGEST_WINDOW = 4096
 _EXPORT_AGAIN = (
     "Export the encoder again (merge a fine-tuned encoder again), or copy the whole folder again from its source."
 )
@@ -141,6 +145,16 @@ class BundleManifest(BaseModel):
     tools: dict[str, str]
     parity: dict[str, ParityReport]
 
+    @model_validator(mode="after")
+    def _levels_divide_the_window(self) -> Self:
+        if not self.levels or min(min(level.stride, level.channels) for level in self.levels) < 1:
+            raise ValueError("there is no level, or a level has no stride or no channels")
+        if not all(1 <= length <= _LARGEST_WINDOW for length in self.window):
+            raise ValueError(f"a side of the window is not between 1 and {_LARGEST_WINDOW} voxels")
+        if any(length % level.stride for length in self.window for level in self.levels):
+            raise ValueError("the window is not a multiple of the strides of the levels")
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class BundleContents:
@@ -193,6 +207,9 @@ class EncoderBundle:
             EncoderBundleError: a file is missing or has changed, or the schema version is unknown.
         """
         manifest = _read_manifest(path)
+        for name in (WEIGHTS, HEAD):
+            if name not in manifest.files:
+                raise EncoderBundleError(f"{path / MANIFEST} has no checksum of {name}.", remedy=_EXPORT_AGAIN)
         for name, expected in sorted(manifest.files.items()):
             file = path / name
             if not file.is_file():
@@ -298,23 +315,57 @@ class EncoderBundle:
             EncoderBundleError: the architecture is unknown, the weights do not match the architecture, or the bundle
                 contains only a graph (:attr:`graph_only`).
         """
-        network = build_network(self.manifest.architecture, **self.manifest.settings)
+        name, weights = self.manifest.architecture, self._tensors(WEIGHTS)
         try:
-            network.load_state_dict(load_file(self.path / WEIGHTS))
-        except RuntimeError as error:
+            network = build_network(name, **self.manifest.settings)
+        except (RuntimeError, ValueError, ArithmeticError, AssertionError, MemoryError) as error:
             raise EncoderBundleError(
-                f"The weights in {self.path / WEIGHTS} do not match the architecture {self.manifest.architecture}.",
+                f"The architecture {name} cannot be built with the settings in {self.path / MANIFEST}.",
                 remedy=_EXPORT_AGAIN,
             ) from error
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise self._does_not_match(WEIGHTS) from error
+        if network.levels != self.levels:
+            raise self._does_not_match(MANIFEST)
         return network.eval()
 
     def head_weight(self) -> Tensor:
-        """Return the head's weights, float32 ``[K, C_0]``; row k belongs to the organ ``manifest.organs[k]``."""
-        return load_file(self.path / HEAD)["weight"]
+        """Return the head's weights, float32 ``[K, C_0]``; row k belongs to the organ ``manifest.organs[k]``.
+
+        Raises:
+            EncoderBundleError: the file is damaged, or does not match the organs and levels of the manifest.
+        """
+        return self._head()["weight"]
 
     def head_bias(self) -> Tensor:
-        """Return the head's biases, float32 ``[K]``."""
-        return load_file(self.path / HEAD)["bias"]
+        """Return the head's biases, float32 ``[K]``.
+
+        Raises:
+            EncoderBundleError: the file is damaged, or does not match the organs and levels of the manifest.
+        """
+        return self._head()["bias"]
+
+    def _head(self) -> dict[str, Tensor]:
+        head, rows = self._tensors(HEAD), len(self.manifest.organs)
+        expected = {"weight": (rows, self.levels[0].channels), "bias": (rows,)}
+        if {name: tuple(tensor.shape) for name, tensor in head.items()} != expected:
+            raise self._does_not_match(HEAD)
+        return {name: tensor.float() for name, tensor in head.items()}
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.path / name)
+        except (SafetensorError, OSError) as error:
+            raise EncoderBundleError(f"{self.path / name} is damaged.", remedy=_EXPORT_AGAIN) from error
+
+    def _does_not_match(self, name: str) -> EncoderBundleError:
+        return EncoderBundleError(
+            f"The content of {self.path / name} does not match the architecture {self.manifest.architecture}, its "
+            "levels and its organs.",
+            remedy=_EXPORT_AGAIN,
+        )
 
 
 def parity_key(backend: str, precision: Precision) -> str:
@@ -354,7 +405,7 @@ def _read_manifest(path: Path) -> BundleManifest:
         )
     content = file.read_bytes()
     try:
-        entries = json.loads(content)
+        entries = parse_json(content)
         version, digest = entries.pop("schema_version"), str(entries.pop(_SELF))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise EncoderBundleError(f"{file} is damaged: it is not a valid manifest.", remedy=_EXPORT_AGAIN) from error

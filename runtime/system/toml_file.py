@@ -26,8 +26,8 @@ def read_toml(path: Path, schema: type[_Schema], *, remedy: str) -> _Schema:
         InputError: a key is missing, unknown or of the wrong type.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UnreadableFileError(
             f"{path} cannot be read as a TOML file: {error}.", remedy="Check the path and the syntax of the file."
         ) from error

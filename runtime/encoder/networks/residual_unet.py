@@ -69,6 +69,9 @@ class ResidualUNet(FeatureNetwork):
     Args:
         channels: number of channels of each encoder stage, with strides 1, 2, 4, ...; the last stage is the bottleneck.
             Level ``l`` of the pyramid has stride ``2**l`` and ``channels[l]`` channels.
+
+    Raises:
+        ValueError: there are fewer than two stages, or a stage has no channel.
     """
 
     decoder_parts: ClassVar = ("up", "merge")
@@ -76,6 +79,8 @@ class ResidualUNet(FeatureNetwork):
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
         widths = list(channels)
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"channels is {widths}, but an encoder has at least two stages of at least one channel")
         self.levels = tuple(FeatureLevel(2**level, width) for level, width in enumerate(widths[:-1]))
         self.down = nn.ModuleList(
             ResidualBlock(1 if level == 0 else widths[level - 1], width, stride=1 if level == 0 else 2)

@@ -230,6 +230,13 @@ def write_with_changed_description(path: Path, **changes: object) -> None:
     save_file(dict(file.adapter.state_dict()), path, metadata={KEY: json.dumps(description)})
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000 + "]" * 100_000], ids=["empty", "list", "cut", "deep"])
+def test_a_description_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    save_file(dict(random_adapter().adapter.state_dict()), tmp_path / "a.adapter", metadata={KEY: text})
+    with refused(AdapterError, "a.adapter"):
+        read_adapter(tmp_path / "a.adapter")
+
+
 @pytest.mark.parametrize("version", [0, 2, 4, None, "1"])
 def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object) -> None:
     write_with_changed_description(tmp_path / "a.adapter", schema_version=version)
@@ -245,6 +252,8 @@ def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object)
         {"organs": [{"name": "liver", "label": 6, "support_volumes_ml": [], "support_hu": [[0, 1, 2]]}] * 2},
         {"levels": [[1, 4]]},
         {"levels": []},
+        {"levels": [[1, 0]]},
+        {"levels": [[0, 4]]},
         {"levels": "none"},
         {"settings": {"method": "spatial", "reads": "last"}},
         {"settings": {"method": "magic"}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -350,3 +351,29 @@ def test_a_state_file_of_the_first_version_gets_the_new_columns(tmp_path: Path) 
             assert case.decisions == (Review(Decision.ACCEPTED, "good", 2.5, reviewer="", mask_sha256=""),)
     with BatchStore(state_path(tmp_path)) as store:  # its files are unknown, so a larger folder cannot supersede it
         assert found(store, tmp_path, "case-1.nii.gz", "case-2", "ab") == Superseded((), ("case-1",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "PRAGMA user_version = -1",
+        "ALTER TABLE cases DROP COLUMN reason",
+        "ALTER TABLE sources DROP COLUMN signature",
+        "UPDATE cases SET organs = 'x'",
+        "UPDATE cases SET organs = '-1'",
+        "UPDATE cases SET organs = '[{\"name\": 1}]'",
+        "UPDATE cases SET seconds = '{\"read\": 1}'",
+        "UPDATE cases SET warnings = replace(hex(zeroblob(50000)), '0', '[')",
+        "UPDATE cases SET state = 'unheard_of'",
+        "UPDATE cases SET key = CAST(X'ff' AS TEXT), state = CAST(X'ff' AS TEXT)",
+    ],
+    ids=lambda change: change[:50],
+)
+def test_a_state_with_content_that_no_version_wrote_is_damaged(tmp_path: Path, change: str) -> None:
+    with store_of(tmp_path, "case-1"):
+        pass
+    with closing(sqlite3.connect(state_path(tmp_path), isolation_level=None)) as database:
+        database.execute(change)
+    with refused(BatchStateError, state_path(tmp_path)), BatchStore(state_path(tmp_path)) as store:
+        store.cases()
+        store.sources_of("case-1")

@@ -211,3 +211,66 @@ def test_below_float32_masks_must_agree_too(dsc: float | None, reason: str | Non
         backend="x", precision="mixed", version="1", source="ct", windows=1, gate=1e-2, relative_error=(1e-3,)
     ).model_copy(update={"mask_dsc": dsc})
     assert reason in str(report.shortcoming) if reason else report.shortcoming is None
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "head.safetensors"])
+@pytest.mark.parametrize("content", [b"", bytes(8), b"\xff" * 64, b"\x02" + bytes(7) + b"{}"])
+def test_tensors_that_are_none_are_refused_although_their_checksum_is_right(
+    path: Path, name: str, content: bytes
+) -> None:
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    (path / name).write_bytes(content)
+    forged(path, files={**files, name: hashlib.sha256(content).hexdigest()})
+    bundle = EncoderBundle.open(path)
+    with refused(EncoderBundleError, path / name):
+        bundle.network() if name == "encoder.safetensors" else bundle.head_weight()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"levels": []},
+        {"levels": [{"stride": 0, "channels": 4}]},
+        {"levels": [{"stride": 1, "channels": 0}]},
+        {"levels": [{"stride": 1, "channels": -4}]},
+        {"window": [0, 16, 16]},
+        {"window": [16, 16, 15]},
+        {"window": [16, 16, 10**400]},
+    ],
+)
+def test_levels_and_windows_that_no_encoder_can_have_are_refused(path: Path, changes: dict[str, object]) -> None:
+    forged(path, **changes)
+    with refused(EncoderBundleError, path / "manifest.json"):
+        EncoderBundle.open(path)
+
+
+@pytest.mark.parametrize(
+    "channels", [[4, 6, -8], [4, 6, 0], [4], [], [4, 6, 10**9], [4, 6, 2**70], "abc", [4, 6, None]]
+)
+def test_settings_with_which_no_network_can_be_built_are_refused(path: Path, channels: object) -> None:
+    forged(path, settings={"channels": channels})
+    with refused(EncoderBundleError, "residual_unet"):
+        EncoderBundle.open(path).network()
+
+
+def test_levels_that_the_network_does_not_have_are_refused(path: Path) -> None:
+    forged(path, levels=[{"stride": 1, "channels": 4}, {"stride": 4, "channels": 6}])
+    with refused(EncoderBundleError, path / "manifest.json"):
+        EncoderBundle.open(path).network()
+
+
+def test_a_head_for_other_organs_is_refused(path: Path) -> None:
+    forged(path, organs=["liver"])
+    bundle = EncoderBundle.open(path)
+    for read in (bundle.head_weight, bundle.head_bias):
+        with refused(EncoderBundleError, path / "head.safetensors"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["encoder.safetensors", "head.safetensors"])
+def test_a_manifest_without_the_checksum_of_the_weights_is_refused(path: Path, name: str) -> None:
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    del files[name]
+    forged(path, files=files)
+    with refused(EncoderBundleError, path / "manifest.json", name):
+        EncoderBundle.open(path)
