@@ -168,7 +168,6 @@ def _series_list(series: Sequence[DicomSeries], *, patients: bool = False) -> st
     lines = []
     for candidate in series:
         who = f"patient {order.index(candidate.patient) + 1}: " if patients else ""
-        lines.append(
-            f"\n  {candidate.number}: {who}{candidate.description()}{'; not readable' if candidate.problem else ''}"
-        )
+        state = "; not readable" if candidate.problem else "; with warnings" if candidate.warnings else ""
+        lines.append(f"\n  {candidate.number}: {who}{candidate.description()}{state}")
     return "".join(lines)

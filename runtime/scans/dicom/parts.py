@@ -21,6 +21,9 @@ _OTHER_PLANE_DEGREES = 10.0
 _NEXT_SLICE = 1.5
 """A single slice continues a stack if it is at most this many slice distances beyond its end."""
 
+_INTERLEAVED = 0.5
+"""Slices are between the slices of a stack if more than this part of them is off by a quarter of the distance."""
+
 _SAME_PLACE = 0.1
 """Slices of another series continue a stack if the nearest is off its place by at most this part of the distance."""
 
@@ -45,7 +48,7 @@ def may_be_missing(chosen: DicomSeries, other: DicomSeries) -> bool:
     """Return True if a related series may be a part of the scan of which ``chosen`` is another part.
 
     It is no part if it is of another kind, has one sheet without position and orientation, lies in another plane, or
-    shows only the range of the chosen slices.
+    shows only the places of the chosen slices.
     """
     first = other.slices[0]
     if not is_ct(first) or is_localiser(first) or chosen.problem is not None:
@@ -59,7 +62,7 @@ def may_be_missing(chosen: DicomSeries, other: DicomSeries) -> bool:
 
 
 def _continues(chosen: DicomSeries, other: DicomSeries) -> bool:
-    """Return True if slices lie beyond the end of the chosen stack, about parallel to it."""
+    """Return True if slices lie beyond the end of the chosen stack or between its slices, about parallel to it."""
     normal, other_normal = normal_of(chosen.slices), normal_of(other.slices[:1])
     length = float(np.linalg.norm(other_normal))
     if not length > _LEAST_NORMAL:
@@ -71,7 +74,8 @@ def _continues(chosen: DicomSeries, other: DicomSeries) -> bool:
     beyond = max(heights.min() - others.min(), others.max() - heights.max())
     if len(others) == 1:
         return bool(distance / 2 < beyond <= _NEXT_SLICE * distance)
-    return bool(beyond > distance / 2)
+    off = np.abs(others[:, None] - heights).min(axis=1)
+    return bool(beyond > distance / 2 or (off > distance / 4).mean() > _INTERLEAVED)
 
 
 def follows(chosen: DicomSeries, other: DicomSeries) -> bool:

@@ -38,6 +38,7 @@ from fseft_edge.runtime.errors import (
     NotACtError,
     PixelFormatError,
     RescaleError,
+    UnevenSlicesError,
     UnreadableFileError,
 )
 from fseft_edge.runtime.scans.dicom import choose_series, find_series
@@ -65,6 +66,15 @@ def almost_parallel(folder: Path) -> Path:
     return large.write(folder, tilted_from(5, 0.15))
 
 
+def every_other(folder: Path) -> Path:
+    """Write nine slices, of which every other one has another PixelSpacing."""
+
+    def change(dataset: Dataset, place: int) -> None:
+        dataset.PixelSpacing = [4, 4] if place % 2 else [3, 3]
+
+    return replace(SERIES, hu=some_hu((24, 20, 9))).write(folder, change)
+
+
 REFUSED = {
     "another spacing from a slice on": (two_views(5), MixedSeriesError, ("5 of 8", "other 3", SPACING)),
     "another spacing in the last slice": (two_views(7), MixedSeriesError, ("7 of 8", "other 1", SPACING)),
@@ -82,6 +92,12 @@ REFUSED = {
         ("ImageOrientationPatient (0020,0037)", "tenth of a pixel"),
     ),
     "an enhanced image": (enhanced_in_two_views, MixedSeriesError, ("5 of 8", "other 3", SPACING)),
+    "slices between those of the other part": (
+        changed(lambda ds, place: setattr(ds, "PixelSpacing", [4, 4] if place in (1, 3, 5) else [3, 3])),
+        UnevenSlicesError,
+        ("5 to 10 mm", "CT, 5 slices", "CT, 3 slices"),
+    ),
+    "every other slice of nine": (every_other, MixedSeriesError, ("5 of 9", "other 4", SPACING)),
     "another frame of reference": (
         two_views(5, FrameOfReferenceUID=generate_uid()),
         MixedSeriesError,
@@ -124,6 +140,19 @@ def test_each_part_equals_that_of_dcm2niix(tmp_path):
             (part / f"{place}").write_bytes((folder / f"IM{place:03d}").read_bytes())
         (second,) = read_with_dcm2niix(part)
         assert_agrees(read_scan(folder, number), second, voxels=1e-3)
+
+
+def test_the_list_of_series_shows_which_have_warnings(tmp_path):
+    def change(dataset: Dataset, place: int) -> None:
+        dataset.PixelSpacing = [4, 4] if place > 4 else [3, 3]
+        if place > 4:
+            del dataset.Modality
+
+    with refused(MixedSeriesError) as caught:
+        read_scan(SERIES.write(tmp_path, change))
+    shown = {line.split(" slices")[0][-1]: line for line in caught.value.message.splitlines()[1:]}
+    assert shown["3"].endswith("; with warnings")
+    assert not shown["5"].endswith("; with warnings")
 
 
 def test_a_smaller_whole_series_does_not_replace_a_larger_series_in_parts(tmp_path):
