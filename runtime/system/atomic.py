@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -208,6 +209,17 @@ def _named_as_in(target: Path, temporary: Path) -> Iterator[None]:
         raise
 
 
+def _more_space(target: Path) -> str:
+    """Return the remedy for a full disk. The user did not choose the place of a temporary file, but can: TMPDIR."""
+    folder = Path(tempfile.gettempdir())
+    if any(folder == parent.parent and parent.name.startswith("fseft-edge-") for parent in target.parents):
+        return (
+            f"Set the environment variable TMPDIR to a folder on another disk, or free disk space in {folder}, the "
+            "folder for temporary files."
+        )
+    return "Free disk space, or write to another disk."
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -230,7 +242,7 @@ def _write_errors_named(target: Path, temporary: Path) -> Iterator[None]:
         if ours and error.errno in _DISK_FULL:
             raise OutOfSpaceError(
                 f"{target} cannot be written: the disk is full, or the disk quota is used up.",
-                remedy="Free disk space, or write to another disk.",
+                remedy=_more_space(target),
             ) from error
         if ours and error.errno in _NOT_WRITABLE:
             raise OutOfSpaceError(

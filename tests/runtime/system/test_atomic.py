@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,16 @@ def test_an_error_in_the_body_names_the_file_as_it_will_be_called(tmp_path, monk
         temporary.touch()
     assert "partial" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_of_temporary_files_names_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user chose the output, but not the place of a temporary file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for target, named in (
+        (tmp_path / "fseft-edge-a1b2" / "key" / "entry", f"disk, or free disk space in {tmp_path},"),
+        (tmp_path / "out" / "mask.nii.gz", "write to another disk"),
+    ):
+        with refused(OutOfSpaceError, target) as caught, atomic_path(target) as temporary:
+            raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+        assert named in caught.value.remedy
+        assert ("TMPDIR" in caught.value.remedy) == ("fseft-edge-a1b2" in target.parts)
