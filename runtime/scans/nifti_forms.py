@@ -146,7 +146,15 @@ def geometry_of(forms: NiftiForms, shape: tuple[int, ...], name: object) -> Geom
             _check_spacing(forms, affine, shape, name, label)
         else:
             warnings += _check_both(forms, affine, shape, name, to_mm)
-    return Geometry(np.diag([to_mm, to_mm, to_mm, 1.0]) @ affine if to_mm != 1.0 else affine, forms, warnings)
+    return Geometry(_in_mm(affine, to_mm, forms.version), forms, warnings)
+
+
+def _in_mm(affine: NDArray[np.float64], to_mm: float, version: int) -> NDArray[np.float64]:
+    """Return an affine in mm, rounded as its numbers are stored: 0.005 m in float32 are 5 mm and not 4.99999988 mm."""
+    if to_mm == 1.0:
+        return affine
+    scaled: NDArray[np.float64] = np.diag([to_mm, to_mm, to_mm, 1.0]) @ affine
+    return scaled.astype(np.float32).astype(np.float64) if version == 1 else scaled
 
 
 def _check_values(forms: NiftiForms, name: object) -> None:
@@ -163,7 +171,7 @@ def _check_values(forms: NiftiForms, name: object) -> None:
     if forms.qform_code:
         if not (_in_range(forms.quaternion) and _in_range(forms.offset)):
             raise _refused(name, "a qform with values that are not finite or impossibly large")
-        # nifti1.h: "If pixdim[0] is 0.0 (which should not occur), we take qfac = 1."
+        # A qfac of 0 counts as 1 (nifti1.h, method 2). Other values are read with either sign.
         if forms.pixdim[0] not in (-1.0, 0.0, 1.0):
             raise _refused(name, f"the value {forms.pixdim[0]:g} of qfac (pixdim[0]), which must be 1 or -1")
         if (excess := -_w_squared(forms)) > _QUATERNION_ROUNDING:
