@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -19,6 +18,7 @@ from pydantic import (
 
 from fseft_edge.runtime.errors import UnreadableFileError
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.system.json_text import parse_json
 from fseft_edge.runtime.system.toml_file import read_toml
 
 MOST_ORGANS = 31
@@ -339,7 +339,7 @@ def case_names(dataset: FilesConfig, root: Path) -> list[str] | None:
     file_name, _, key = dataset.cases.rpartition(":")
     path = root / file_name
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))[key]
+        names = parse_json(path.read_text(encoding="utf-8"))[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnreadableFileError(
             f"{path} contains no list of cases under the key {key!r}.",

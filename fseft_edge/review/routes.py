@@ -19,6 +19,7 @@ from fseft_edge.outbox.records import CaseRecord, Decision
 from fseft_edge.review.cases import LONGEST_NOTE, ReviewCases, review_count
 from fseft_edge.runtime.errors import FseftEdgeError, InputError, UsageError
 from fseft_edge.runtime.scans.nifti import stream_hu
+from fseft_edge.runtime.system.json_text import parse_json
 
 LARGEST_BODY: Final = 16 << 10
 """Largest number of bytes in the body of a request; a note of the longest length fits several times."""
@@ -95,12 +96,12 @@ class Routes:
         if not matched:
             return _problem(HTTPStatus.NOT_FOUND, "This address does not exist.")
         try:
-            given = json.loads(body)
+            given = parse_json(body)
             decision, note, sha256 = Decision(given["decision"]), given["note"], given["mask_sha256"]
             if not isinstance(note, str) or not _SHA256.fullmatch(sha256) or len(given) != 3:
                 raise ValueError("the note is not text")
             note.encode()  # an unpaired surrogate cannot be stored
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             return _problem(
                 HTTPStatus.BAD_REQUEST,
                 'The body must be {"decision": "accepted" or "rejected", "note": text, "mask_sha256": 64 digits}.',

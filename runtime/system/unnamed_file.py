@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import TracebackType
 from typing import IO
 
 from fseft_edge.runtime.errors import OutOfSpaceError
@@ -27,7 +29,7 @@ def unnamed_file(scan: Path) -> IO[bytes]:
         folder = Path(tempfile.gettempdir()).resolve()
         if not folder.is_relative_to(Path(os.environ.get("TMPDIR") or folder).resolve()):
             raise no_space_to_unpack(scan)
-        return tempfile.TemporaryFile()
+        return _UnnamedFile(tempfile.TemporaryFile(buffering=0), scan)
     except OSError as error:
         raise no_space_to_unpack(scan) from error
 
@@ -46,3 +48,20 @@ def no_space_to_unpack(scan: Path) -> OutOfSpaceError:
         "disk is full, or it cannot be written to.",
         remedy=f"Set the environment variable TMPDIR to a folder on another disk, or free space in {folder}{free}.",
     )
+
+
+class _UnnamedFile(io.BufferedRandom):
+    """An unnamed file. Closing writes what is still in the buffer, and this error must not hide an earlier one."""
+
+    def __init__(self, raw: io.FileIO, scan: Path) -> None:
+        super().__init__(raw)
+        self._scan = scan
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except OSError as full:
+            if kind is None:
+                raise no_space_to_unpack(self._scan) from full

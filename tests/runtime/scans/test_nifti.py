@@ -237,8 +237,8 @@ def test_a_damaged_header_byte_is_harmless_or_an_error_that_names_the_file(tmp_p
 def test_full_temporary_folder_is_an_error_that_names_file_and_folder(tmp_path, monkeypatch):
     path = save(tmp_path / "ct.nii.gz", HU)
 
-    def full():
-        return open("/dev/full", "wb", buffering=0)  # noqa: PTH123 - every write to this device fails
+    def full(buffering):
+        return open("/dev/full", "r+b", buffering=buffering)  # noqa: PTH123 - every write to this device fails
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with refused(OutOfSpaceError, path, tempfile.gettempdir()) as caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import tempfile
 from pathlib import Path
 
@@ -72,3 +74,32 @@ def test_a_system_without_any_temporary_folder_is_an_error_with_a_remedy(monkeyp
     monkeypatch.setattr(tempfile, "gettempdir", none)
     with refused(OutOfSpaceError, SCAN, "TMPDIR"):
         unnamed_file(SCAN)
+
+
+class _FullDisk(io.FileIO):
+    """A file on a disk without free space."""
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _on_a_full_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: _FullDisk(tmp_path / "file", "w+"))
+
+
+def test_a_full_disk_is_named_although_it_is_noticed_only_when_the_file_is_closed(tmp_path, monkeypatch):
+    _on_a_full_disk(monkeypatch, tmp_path)
+    with refused(OutOfSpaceError, SCAN, "TMPDIR"), unnamed_file(SCAN) as file:
+        file.write(b"voxels")
+
+
+def test_closing_on_a_full_disk_does_not_hide_an_earlier_error(tmp_path, monkeypatch):
+    _on_a_full_disk(monkeypatch, tmp_path)
+
+    def fail():
+        with unnamed_file(SCAN) as file:
+            file.write(b"voxels")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()

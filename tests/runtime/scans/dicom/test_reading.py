@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import tempfile
@@ -307,25 +308,12 @@ def test_a_full_temporary_folder_is_an_error(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_during_unpacking_is_an_error(tmp_path, monkeypatch):
     Series(some_hu((512, 64, 6))).write(tmp_path)
-    real = tempfile.TemporaryFile
 
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def seek(self, place):
-            return self.file.seek(place)
-
-        def write(self, data):
+    class Full(io.FileIO):
+        def write(self, _):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: Full(real()))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda buffering: Full(tmp_path / ".file", "w+"))
     with refused(OutOfSpaceError, tmp_path, tempfile.gettempdir()):
         read_scan(tmp_path)
 
