@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.valuerep import format_number_as_ds
 
 from fseft_edge.runtime.errors import FseftEdgeError, InputError, NoSeriesError, UnreadableFileError
 from fseft_edge.runtime.scans.dicom.copies import without_copies
@@ -131,12 +132,16 @@ class DicomSeries:
     def headers(self) -> list[Dataset]:
         """Read and return the complete headers of :attr:`files` without pixel data. DICOM results refer to them.
 
+        A missing SOPClassUID is filled in. If single-frame slices differ in the rounding of ImageOrientationPatient or
+        PixelSpacing, their headers get the mean value, which the volume has too.
+
         The headers identify the patient: never write them to messages or logs.
 
         Raises:
             UnreadableFileError: a file is missing or was changed.
             ArchiveError: the archive is damaged.
         """
+        common = _common_plane(self.slices)
         classes = {slice_.file: slice_.sop_class for slice_ in self.slices}
         found = []
         with DicomSource(self.source) as source:
@@ -154,6 +159,8 @@ class DicomSeries:
                         ) from None
                     if not header.get("SOPClassUID"):
                         header.SOPClassUID = classes[file]
+                    for keyword, value in common.items():
+                        setattr(header, keyword, value)
                     found.append(header)
         return found
 
@@ -294,6 +301,19 @@ def _exact_key(slice_: SliceHeader) -> tuple[object, ...]:
     kind = (slice_.modality, slice_.sop_class, is_localiser(slice_), slice_.placed)
     beside = ("", b"") if slice_.series_uid else (slice_.frame_of_reference_uid, slice_.patient)
     return (slice_.series_uid, *beside, *kind, slice_.rows, slice_.columns)
+
+
+def _common_plane(slices: Sequence[SliceHeader]) -> dict[str, list[str]]:
+    """Return the mean value of the elements in which single-frame slices of one stack differ by rounding."""
+    found = {}
+    for keyword, values in (
+        ("ImageOrientationPatient", [slice_.orientation for slice_ in slices]),
+        ("PixelSpacing", [slice_.spacing for slice_ in slices]),
+    ):
+        if len(set(values)) > 1 and None not in values and slices[0].frames == 1:
+            mean = np.array(values, float).mean(axis=0)
+            found[keyword] = [format_number_as_ds(float(value)) for value in mean]
+    return found
 
 
 def _sorting_key(slice_: SliceHeader) -> tuple[object, ...]:

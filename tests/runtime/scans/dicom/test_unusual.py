@@ -58,6 +58,20 @@ def test_headers_of_an_unusual_series_are_complete(tmp_path, case):
     assert all("PixelData" not in header and header.file_meta.TransferSyntaxUID for header in headers)
 
 
+@pytest.mark.parametrize(("case", "keyword"), [("cosines", "ImageOrientationPatient"), ("spacing", "PixelSpacing")])
+def test_headers_of_a_stack_agree_in_their_plane(tmp_path, case, keyword):
+    """DICOM SEG can only refer to slices of one orientation."""
+    write, _ = READABLE[f"rounded {case}"]
+    folder = write(tmp_path / "in")
+    (value,) = {
+        tuple(float(part) for part in one[keyword].value) for one in choose_series(find_series(folder)).headers()
+    }
+    scan = read_scan(folder)
+    assert float(np.linalg.norm(value[:3])) == pytest.approx(1 if case == "cosines" else 3.00005 * 2**0.5)
+    if case == "cosines":
+        np.testing.assert_allclose(np.multiply(value[:3], (-1, -1, 1)), scan.affine[:3, 0] / 3, atol=1e-7)
+
+
 def test_a_copy_of_an_enhanced_image_is_left_out(tmp_path):
     dataset = SERIES.enhanced([3, 1, 0, 2, 7, 5, 6, 4])
     save(dataset, tmp_path / "a")
