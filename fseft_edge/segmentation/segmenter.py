@@ -32,6 +32,7 @@ from fseft_edge.masks.probabilities import ProbabilityFiles, organ_channels
 from fseft_edge.masks.quality import quality_flags
 from fseft_edge.masks.result import SegmentedCase, SegmentedOrgan
 from fseft_edge.outbox.content_key import content_sha256
+from fseft_edge.outbox.records import printable
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
@@ -51,7 +52,12 @@ from fseft_edge.runtime.system.progress import Progress, SilentProgress
 from fseft_edge.segmentation.case_files import CaseFiles
 from fseft_edge.segmentation.failures import in_words
 from fseft_edge.segmentation.inputs import check_organs
-from fseft_edge.segmentation.label_values import label_values, label_warning, with_label_values
+from fseft_edge.segmentation.label_values import (
+    keep_label_values,
+    label_values,
+    warn_of_new_label_values,
+    with_label_values,
+)
 
 if TYPE_CHECKING:
     from fseft_edge.dicom_output import DicomKind, SourceHeaders
@@ -255,6 +261,7 @@ def open_segmenter(
     progress = progress or SilentProgress()
     models = models or load_models(settings)
     files, bundle = models.adapters, models.bundle
+    warn_of_new_label_values(files)
     with open_session(bundle, settings.device, settings.backend, precision=settings.precision) as session:
         for file in files:
             file.adapter.to(session.device)
@@ -321,10 +328,9 @@ class Segmenter:
             scan = find_scan(scan, self.settings.series)
         volume = scan.read()
         headers = self._checked_headers(scan, volume)
-        numbered = label_warning(self.adapters)
-        warnings = (*volume.warnings, *(headers.warnings if headers else ()), *((numbered,) if numbered else ()))
+        warnings = (*volume.warnings, *(headers.warnings if headers else ()))
         for warning in warnings:
-            _LOG.warning("%s: %s", scan.name, warning)
+            _LOG.warning("%s: %s", printable(scan.name), warning)
         grid = Grid.of(volume, self.bundle.preprocessing)
         # A budget that is too small is reported before the long computation.
         held = held_after_encoding(self.bundle, self.session)
@@ -393,6 +399,7 @@ class Segmenter:
                 {
                     "organs": [asdict(organ) for organ in organs],
                     "warnings": list(warnings),
+                    "label_values": "of the annotations" if keep_label_values(self.adapters) else "new",
                     "shape": list(read.volume.shape),
                     "spacing_mm": [round(float(value), 6) for value in read.volume.spacing],
                     **self.made_with(read.sha256),
@@ -594,7 +601,7 @@ class _Problems:
 
     def add(self, sentence: str) -> None:
         self.sentences.append(sentence)
-        _LOG.warning("%s: %s", self._case, sentence)
+        _LOG.warning("%s: %s", printable(self._case), sentence)
 
     @contextlib.contextmanager
     def noted(self, output: str, what: str) -> Iterator[None]:

@@ -380,15 +380,13 @@ def test_adapters_whose_label_values_collide_are_numbered_with_a_warning(
     with caplog.at_level(logging.WARNING):
         (case,) = site.segment(tmp_path / "out", adapters=[first, second])
     assert [(organ.name, organ.label) for organ in case.organs] == [("liver", 1), ("spleen", 2), ("aorta", 3)]
-    (warning,) = case.warnings
-    assert "label value 2 " in warning
-    assert "1 to 3" in warning
-    assert warning in caplog.text
-    assert description(tmp_path / "out")["warnings"] == [warning]
+    assert "label value 2 " in caplog.text
+    assert "1 to 3" in caplog.text
+    assert description(tmp_path / "out")["label_values"] == "new"
     third = site.labelled(tmp_path / "d.adapter", aorta=9)
     (case,) = site.segment(tmp_path / "out", adapters=[first, third])
     assert [organ.label for organ in case.organs] == [6, 2, 9]
-    assert case.warnings == ()
+    assert description(tmp_path / "out")["label_values"] == "of the annotations"
 
 
 def test_a_name_that_is_too_long_for_a_result_ends_only_its_case_before_the_work(
@@ -410,6 +408,22 @@ def test_a_name_that_is_too_long_for_a_result_ends_only_its_case_before_the_work
     monkeypatch.setattr("fseft_edge.segmentation.segmenter.encode_scan", failing(AssertionError("encoded")))
     with refused(InputError, "256 bytes"):
         site.segment(tmp_path / "out", [tmp_path / "in" / f"{longer}.nii"])
+
+
+def test_a_name_with_control_characters_is_written_as_it_is_and_never_logged(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["a\nb\x1b[31m", "-dash", "dots..", "M\udcfcller"]
+    for name in names:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(site.image, tmp_path / "in" / f"{name}.nii.gz")
+    monkeypatch.setattr("fseft_edge.segmentation.segmenter.three_plane_picture", failing(ValueError("x")))
+    with caplog.at_level(logging.WARNING), refused(SomeCasesFailedError) as caught:
+        site.segment(tmp_path / "out", [tmp_path / "in"], preview=True)
+    written = {f"{name}{suffix}" for name in names for suffix in (".json", ".nii.gz")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
+    for text in (*(record.getMessage() for record in caplog.records), caught.value.message):
+        assert text.isprintable()
 
 
 @pytest.mark.parametrize("memory_gb", [None, 64.0], ids=["overlapped", "one after another"])
