@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from fseft_edge.adapters.file import AdapterFile
 from fseft_edge.runtime.scans.organs import LARGEST_LABEL
+
+_LOG = logging.getLogger(__name__)
 
 
 def label_values(files: Sequence[AdapterFile]) -> tuple[int, ...]:
@@ -21,18 +24,23 @@ def label_values(files: Sequence[AdapterFile]) -> tuple[int, ...]:
     return own if _are_usable(own) else tuple(range(1, len(own) + 1))
 
 
-def label_warning(files: Sequence[AdapterFile]) -> str | None:
-    """Return a sentence that states that organs were numbered, and why; None if they keep their label values."""
+def keep_label_values(files: Sequence[AdapterFile]) -> bool:
+    """Return True if the organs have the label values of their annotations in the mask."""
+    return _are_usable(_own_values(files))
+
+
+def warn_of_new_label_values(files: Sequence[AdapterFile]) -> None:
+    """Log that the organs get new label values in the masks of this run, and why, unless they keep their own."""
     own = _own_values(files)
     if _are_usable(own):
-        return None
+        return
     repeated = next((value for value in own if own.count(value) > 1), None)
     reason = (
         f"the label value {repeated} stands for more than one organ in the annotations of the adapters"
         if repeated is not None
         else f"an adapter states a label value that is not between 1 and {LARGEST_LABEL}"
     )
-    return f"The organs have the new label values 1 to {len(own)} in this mask, because {reason}."
+    _LOG.warning("the organs have the new label values 1 to %d in the masks, because %s", len(own), reason)
 
 
 def with_label_values(
