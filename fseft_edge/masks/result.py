@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final
+
+from pydantic import ConfigDict, TypeAdapter
 
 from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.system.json_text import parse_json
 
 MASK_SHA256: Final = "mask_sha256"
 """Key of the checksum of the mask file in its JSON file. Files of earlier versions have no such key."""
@@ -31,6 +33,8 @@ class SegmentedOrgan:
         median_hu: median HU of the voxels of the organ; None for an empty mask.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+
     name: str
     label: int
     volume_ml: float
@@ -40,10 +44,16 @@ class SegmentedOrgan:
     median_hu: int | None = None
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the organ from its JSON fields. Optional fields that an older version did not write become None."""
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**{**fields, **lists})
+    def from_json(cls, fields: object) -> SegmentedOrgan:
+        """Return the organ from its JSON fields. Optional fields that an older version did not write become None.
+
+        Raises:
+            ValueError: a field is missing, unknown or of the wrong type.
+        """
+        return _ORGAN.validate_python(fields)
+
+
+_ORGAN: Final = TypeAdapter(SegmentedOrgan)
 
 
 @dataclass(frozen=True)
@@ -93,13 +103,13 @@ def organ_labels(description: Path, mask: Path | None = None) -> dict[str, int]:
         LabelError: the file cannot be read, does not contain organ names and label values, or describes another mask.
     """
     try:
-        fields = json.loads(description.read_text(encoding="utf-8"))
+        fields = parse_json(description.read_text(encoding="utf-8"))
         labels = {str(entry["name"]): int(entry["label"]) for entry in fields["organs"]}
         if mask is None:
             return labels
         with mask.open("rb") as file:
             same = describes(fields, file)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise LabelError(
             f"{description} does not contain the organ names and label values of its mask.",
             remedy="Segment the case again. If another program made the label map, delete this file and give the label "

@@ -17,6 +17,7 @@ from fseft_edge.masks.probabilities import file_stems
 from fseft_edge.masks.result import MASK_SHA256, SegmentedCase, SegmentedOrgan
 from fseft_edge.runtime.errors import InputError
 from fseft_edge.runtime.system.atomic import atomic_files
+from fseft_edge.runtime.system.json_text import parse_json
 
 _SCHEMA_VERSION: Final = 1
 _EARLIER_FILES: Final = (".png", ".seg.dcm", ".rtstruct.dcm")
@@ -173,7 +174,7 @@ class CaseFiles:
     def _earlier_description(self) -> dict[str, Any]:
         """Return the content of the JSON file in the output folder; empty if there is none."""
         try:
-            found = json.loads((self.output / self.description).read_text(encoding="utf-8"))
+            found = parse_json((self.output / self.description).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
