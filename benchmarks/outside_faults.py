@@ -13,6 +13,7 @@ import argparse
 import csv
 import gzip
 import json
+import logging
 import os
 import re
 import shutil
@@ -34,6 +35,7 @@ from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
 
+logging.getLogger("nibabel").setLevel(logging.CRITICAL)
 SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "shared"))
@@ -145,10 +147,15 @@ def _happened(done: subprocess.CompletedProcess[str], folder: Path) -> str:
     if "Traceback (most recent call last)" in text:
         last = [line for line in text.splitlines() if re.match(r"[A-Za-z_.]+(Error|Exception|Warning)\b", line)]
         parts.append(f"traceback: {last[-1].split(':')[0] if last else 'unknown'}")
-    elif message := re.search(r"^(?:Error|[^\n:]*: failed): (.*)", text, re.MULTILINE):
-        parts.append(_first_sentence(message[1]))
+    else:
+        case = r"^(?: *ERROR: \w+ failed|(?!Error|WARNING|Usage|Try|segment|evaluate|adapt)\w+): (?!done|stopped)(.*)"
+        for pattern in (r"^Error: (.*)", case) if done.returncode else ():
+            parts += [_first_sentence(message) for message in re.findall(pattern, text, re.MULTILINE)[:1]]
     if warnings := re.findall(r"^(?:Warning|WARNING)[^:]*: (.*)", text, re.MULTILINE):
         parts.append(f"warning: {_first_sentence(warnings[0])}")
+    if (folder / "scores.csv").is_file():
+        with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
+            parts += [f"{row['organ']}: {row['status']}, DSC {row['dsc'] or '-'}" for row in csv.DictReader(file)]
     masks = sorted(path for path in (folder / "out").glob("*.nii.gz"))
     parts += [_mask(path) + _beside(path, folder) for path in masks[:2]]
     if len(masks) > 2:
@@ -161,6 +168,7 @@ def _happened(done: subprocess.CompletedProcess[str], folder: Path) -> str:
 
 def _first_sentence(text: str) -> str:
     sentence = re.split(r"(?<=[a-z0-9\])])\. ", " ".join(text.split()))[0]
+    sentence = re.sub(r"(.)\1{15,}", r"\1\1\1...", sentence)
     return sentence[:220].rstrip(".")
 
 
@@ -181,10 +189,11 @@ def _mask(path: Path) -> str:
         image = nib.load(path)
     except Exception as error:
         return f"mask not readable ({type(error).__name__})"
-    millilitres = float(np.prod(image.header.get_zooms()[:3]) * (np.asarray(image.dataobj) > 0).sum()) / 1000
-    exact = abs(np.linalg.det(image.affine[:3, :3])) * float((np.asarray(image.dataobj) > 0).sum()) / 1000
-    volume = f"{exact:.1f} ml" if abs(exact - millilitres) < 0.05 else f"{exact:.1f} ml (pixdim: {millilitres:.1f} ml)"
-    return f"mask {_voxels(image.affine, image.shape)}, organ {volume}"
+    metres = image.header.get_xyzt_units()[0] == "meter"
+    affine = image.affine * (1000 if metres else 1)
+    millilitres = abs(np.linalg.det(affine[:3, :3])) * float((np.asarray(image.dataobj) > 0).sum()) / 1000
+    unit = " (in metres, like its scan)" if metres else ""
+    return f"mask {_voxels(affine, image.shape)}{unit}, organ {millilitres:.1f} ml"
 
 
 def _beside(mask: Path, folder: Path) -> str:
@@ -290,8 +299,33 @@ def _segmentation(folder: Path) -> str:
     return f"dcmqi reads {read} voxels of the SEG, the mask has {own}; StudyDate {date or 'empty'!r}"
 
 
-def _nothing(_: Path) -> str:
-    return ""
+def _overlap(folder: Path) -> str:
+    """Return the DSC of each label value of a mask that SimpleITK computes."""
+    images = [
+        SimpleITK.Cast(SimpleITK.ReadImage(str(folder / part / "a.nii.gz")), SimpleITK.sitkUInt8) for part in _PARTS
+    ]
+    measures = SimpleITK.LabelOverlapMeasuresImageFilter()
+    found = []
+    for label in (1, 2):
+        masks = [image == label for image in images]
+        measures.Execute(*masks)
+        voxels = [int(SimpleITK.GetArrayViewFromImage(mask).sum()) for mask in masks]
+        score = f"{measures.GetDiceCoefficient(1):.1f}" if voxels[1] else "undefined"
+        found.append(f"label {label}: {voxels[0]} and {voxels[1]} voxels, DSC {score}")
+    return f"SimpleITK: {'; '.join(found)}"
+
+
+def _results(folder: Path) -> str:
+    """Return how many images of a result SimpleITK reads, and whether all lie on one lattice."""
+    images = []
+    for path in sorted((folder / "out").rglob("*.nii.gz")):
+        try:
+            images.append(SimpleITK.ReadImage(str(path)))
+        except RuntimeError:
+            return "SimpleITK does not read an image of the result"
+    lattices = {(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()) for image in images}
+    count = "1 image" if len(images) == 1 else f"{len(images)} images"
+    return f"SimpleITK reads {count} on {len(lattices)} lattice{'s' * (len(lattices) != 1)}" if images else "no image"
 
 
 # Inputs
@@ -501,7 +535,7 @@ def _scored(*, other_json: bool = False, false_positive: bool = False) -> Callab
         if other_json:  # of a mask that was replaced: current versions write its checksum
             fields["mask_sha256"] = "0" * 64
         (folder / "masks" / "a.json").write_text(json.dumps(fields))
-        reference = np.zeros_like(labels) if false_positive else labels
+        reference = np.where(labels == 1, 0, labels) if false_positive else labels
         _write_nifti(folder / "references" / "a.nii.gz", array=reference)
 
     return write
@@ -514,7 +548,11 @@ ADAPT: Final = (
     *("--no-validate", "--variations", "0", *MODELS[:2], "--output", "a.adapter", "--device", "cpu"),
     *("--backend", "torch"),
 )
-EVALUATE: Final = ("evaluate", "--predictions", "masks", "--references", "references", "--organ", "liver=1,spleen=2")
+_PARTS: Final = ("masks", "references")
+EVALUATE: Final = (
+    *("evaluate", "--predictions", "masks", "--references", "references", "--organ", "liver=1,spleen=2"),
+    *("--csv", "scores.csv"),
+)
 _ITK: Final = _nifti("scan.nii.gz")
 _DICOM: Final = _dicom("scan")
 
@@ -524,7 +562,7 @@ def _on(path: str, command: tuple[str, ...] = SEGMENT) -> tuple[str, ...]:
 
 
 def _given(
-    kind: int, name: str, folder: str, command: tuple[str, ...], second: Callable[[Path], str] = _nothing
+    kind: int, name: str, folder: str, command: tuple[str, ...], second: Callable[[Path], str] = _results
 ) -> Case:
     return Case(kind, name, lambda _: None, command, second, folder)
 
@@ -556,9 +594,16 @@ CASES: Final = (
     Case(3, "cosines differ by 2e-4 in every other slice", _series(_rounded_cosines), SERIES, _DICOM),
     Case(3, "PixelSpacing changes in the last slice", _other_spacing(15), SERIES, _DICOM),
     Case(3, "the last 6 slices have two rows less", _series(_smaller_matrix), SERIES, _DICOM),
-    Case(4, "JSON file of another run beside a mask, names exchanged", _scored(other_json=True), EVALUATE, _nothing),
-    Case(4, "JSON file of an earlier version without a checksum", _scored(), EVALUATE, _nothing),
-    Case(6, "mask finds an organ that the reference does not show", _scored(false_positive=True), EVALUATE, _nothing),
+    Case(4, "JSON file of another run beside a mask, names exchanged", _scored(other_json=True), EVALUATE, _overlap),
+    Case(4, "JSON file of an earlier version without a checksum", _scored(), EVALUATE, _overlap),
+    Case(6, "mask finds an organ that the reference does not show", _scored(false_positive=True), EVALUATE, _overlap),
+    Case(
+        6,
+        "the same, with the statement that every reference shows its organs",
+        _scored(false_positive=True),
+        (*EVALUATE, "--always-annotated", "all"),
+        _overlap,
+    ),
     _given(
         7,
         "StudyDate 2020-01-01, --dicom seg",
@@ -588,7 +633,7 @@ CASES: Final = (
         _segmentation,
     ),
     _given(8, "file names of 249 and 255 bytes, four scans", "22", _on(".")),
-    Case(8, "one of three scans is truncated", _cases_with_a_damaged_one, _on("scans"), _nothing),
+    Case(8, "one of three scans is truncated", _cases_with_a_damaged_one, _on("scans"), _results),
     _given(13, "PixelSpacing 5,0\\5,0", "01", _on("comma_spacing", SERIES), _dicom("comma_spacing")),
     Case(13, "RescaleIntercept -1024,0", _with_raw(0x00281052, "DS", b"-1024,0 "), SERIES, _DICOM),
     Case(13, "files without preamble", _then(_series(), _no_preamble), SERIES, _DICOM),
@@ -651,25 +696,25 @@ CASES: Final = (
         ADAPT,
         _nifti("labels/a.nii.gz"),
     ),
-    Case(15, "TMPDIR on a full disk, NIfTI", _scan(), SEGMENT, _nothing, small_disk=True),
-    Case(15, "TMPDIR on a full disk, DICOM", _series(), SERIES, _nothing, small_disk=True),
+    Case(15, "TMPDIR on a full disk, NIfTI", _scan(), SEGMENT, _results, small_disk=True),
+    Case(15, "TMPDIR on a full disk, DICOM", _series(), SERIES, _results, small_disk=True),
     Case(
         16,
         "segment without an adapter",
         _scan(),
         ("segment", "scan.nii.gz", *MODELS[:2], *SEGMENT[6:]),
-        _nothing,
+        _results,
     ),
     Case(
         16,
         "segment without an adapter, one organ of the encoder",
         _scan(),
         ("segment", "scan.nii.gz", *MODELS[:2], "--organ", "liver", *SEGMENT[6:]),
-        _nothing,
+        _results,
     ),
-    Case(16, "--split", _scan(), (*SEGMENT, "--split"), _nothing),
-    Case(16, "--save-probabilities", _scan(), (*SEGMENT, "--save-probabilities"), _nothing),
-    Case(16, "--skip-existing", _scan(), (*SEGMENT, "--skip-existing"), _nothing),
+    Case(16, "--split", _scan(), (*SEGMENT, "--split"), _results),
+    Case(16, "--save-probabilities", _scan(), (*SEGMENT, "--save-probabilities"), _results),
+    Case(16, "--skip-existing", _scan(), (*SEGMENT, "--skip-existing"), _results),
 )
 """All cases, by the number of their kind."""
 

@@ -17,7 +17,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -664,18 +664,21 @@ class Record(Kind):
     """Records of cases in the outbox of a batch; a record that cannot be read counts as none."""
 
     name = "batch record"
+    _key = "case-509fd0635d47"
 
     def write(self, folder: Path) -> None:
-        (folder / "case").mkdir(parents=True)
-        shutil.copy(_OLDER / "outbox" / "case-509fd0635d47" / RECORD_FILE, folder / "case")
+        shutil.copytree(_OLDER / "outbox" / self._key, folder / self._key)
 
     def mutate(self, folder: Path, random: Random) -> str:
+        path = _one(random, (folder / RECORD_FILE, folder / RECORD_FILE, folder / f"{self._key}.json"))
         kinds = (mutations.of_json, mutations.of_json, mutations.of_json, mutations.of_bytes)
-        return _apply(folder / RECORD_FILE, _one(random, kinds), random)
+        return f"{path.name}: {_apply(path, _one(random, kinds), random)}"
 
     def read(self, folder: Path) -> None:
-        fields = json.loads((_OLDER / "outbox" / "case-509fd0635d47" / RECORD_FILE).read_bytes())
-        read_record(folder, fields["recipe"])
+        fields = json.loads((_OLDER / "outbox" / self._key / RECORD_FILE).read_bytes())
+        found = read_record(folder, fields["recipe"])
+        if found is not None:
+            asdict(found)
 
 
 class State(Kind):
