@@ -35,6 +35,7 @@ from fseft_edge.outbox.records import CaseState, Outcome
 from fseft_edge.outbox.store import FINGERPRINT_KEY, SOURCE_MISSING, UNREADABLE_PREFIX, BatchStore
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.segmentation.failures import in_words
+from fseft_edge.segmentation.label_values import warn_of_new_label_values
 from fseft_edge.segmentation.segmenter import load_models
 
 _LOG = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
     stop = stop or StopRequest()
     check_folders(settings.inbox, settings.outbox)
     models = load_models(settings.segmentation)
+    warn_of_new_label_values(models.adapters)
     settings = settings.absolute(models.bundle.path)
     fingerprint = options_fingerprint(settings.segmentation, models)
     state = checked_state_path(settings.outbox, settings.state)

@@ -120,7 +120,7 @@ class Batch:
 
     def run_workers(self, stop: StopRequest | None = None, **changes: Any) -> BatchSummary:
         """Run the batch with worker processes; return its summary without the number of warnings about labels."""
-        return replace(run_batch(replace(self.settings, **changes), stop), warned=0)
+        return run_batch(replace(self.settings, **changes), stop)
 
     def run(self, **changes: Any) -> BatchSummary:
         """Run the batch in the process of the test."""
