@@ -86,7 +86,9 @@ def batch() -> None:
     is_flag=True,
     help="In each result folder, also write the probabilities of each organ, <key>/<organ>.probability.nii.gz.",
 )
-@click.option("--split", is_flag=True, help="In each result folder, also write a mask of each organ, <key>/<organ>.nii.gz.")
+@click.option(
+    "--split", is_flag=True, help="In each result folder, also write a mask of each organ, <key>/<organ>.nii.gz."
+)
 @common_options
 def run(
     *,
