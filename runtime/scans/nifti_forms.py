@@ -250,7 +250,9 @@ def _check_unit(forms: NiftiForms, label: str, to_mm: float, name: object) -> No
 def _check_axes(affine: NDArray[np.float64], name: object) -> None:
     """Raise GeometryError if an axis of the sform has no length, or all axes are in one plane."""
     steps = np.linalg.norm(affine[:3, :3], axis=0)
-    if not ((steps > 0).all() and abs(np.linalg.det(affine[:3, :3] / steps)) >= 1e-3):
+    with np.errstate(all="ignore"):  # a singular matrix may divide by zero
+        volume = abs(np.linalg.det(affine[:3, :3] / steps))
+    if not ((steps > 0).all() and volume >= 1e-3):
         raise _refused(name, "a singular sform: its axes have no length or are in one plane")
 
 

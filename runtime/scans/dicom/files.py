@@ -25,6 +25,7 @@ MAX_ARCHIVE_MEMBERS = 100_000
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _DICOM_ROOT = b"1.2.840.10008."
+_ZEROS = 64
 _COPY_BYTES = 1 << 20
 _ENCRYPTED = 0x1
 
@@ -194,8 +195,11 @@ class _BoundedReader(io.BufferedReader):
 
 
 def _should_be_dicom(head: bytes, name: str) -> bool:
-    """Return True for a file that is no DICOM although it seems so: empty, named like DICOM, or with a UID of DICOM."""
-    return not head.strip(b"\0") or name.lower().endswith(_DICOM_SUFFIXES) or _DICOM_ROOT in head
+    """Return True for a file that is no DICOM although it seems so.
+
+    It is empty, begins with zeros like most preambles, is named like DICOM, or contains a UID of DICOM.
+    """
+    return not head[:_ZEROS].strip(b"\0") or name.lower().endswith(_DICOM_SUFFIXES) or _DICOM_ROOT in head
 
 
 def _is_dicom_file(path: Path) -> bool:

@@ -79,10 +79,13 @@ def _continues(chosen: DicomSeries, other: DicomSeries) -> bool:
 
 
 def follows(chosen: DicomSeries, other: DicomSeries) -> bool:
-    """Return True if the slices of another series continue a stack exactly, so that they may belong to the scan."""
+    """Return True if the slices of another series continue a stack exactly, so that they may belong to the scan.
+
+    The modality does not matter: damaged headers change it, and hardly any picture of another one continues the stack.
+    """
     first, last = chosen.slices[0], chosen.slices[-1]
     near, place = other.slices[0], other.slices[0].position
-    if other is chosen or not is_ct(near) or is_localiser(near) or place is None or near.orientation is None:
+    if other is chosen or is_localiser(near) or place is None or near.orientation is None:
         return False
     if (near.rows, near.columns) != (first.rows, first.columns) or not same_plane(near, first):
         return False

@@ -17,6 +17,7 @@ from fseft_edge.runtime.errors import FseftEdgeError, GeometryError
 from fseft_edge.runtime.scans.images import volume_of_image
 from fseft_edge.runtime.scans.lattice import deviation
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map, write_ct, write_label_map
+from fseft_edge.runtime.scans.nifti_forms import NiftiForms, geometry_of
 
 STEPS = AFFINE @ np.diag([1, 1, 6.65 / 5, 1])
 MIRRORED = np.diag([-1.0, 1.0, 1.0, 1.0]) @ AFFINE
@@ -108,6 +109,13 @@ def test_geometry_that_no_program_may_invent_is_refused(tmp_path, name):
         path = write(tmp_path / "ct.nii", array, **settings)
         with refused(GeometryError, path, *named):
             read(path)
+
+
+def test_axes_in_one_plane_are_refused_without_a_warning_of_numpy():
+    header = nib.Nifti2Header()
+    header.set_sform([[6.3e-318, 0, 0, 0], [0, 0, 0, 0], [-0.1, -0.2, 2.4, 100], [0, 0, 0, 1]], code=1)
+    with refused(GeometryError, "ct.nii", "singular"):
+        geometry_of(NiftiForms.of(header), (4, 4, 4), "ct.nii")
 
 
 def test_an_image_in_memory_shows_no_correction_of_nibabel(tmp_path):

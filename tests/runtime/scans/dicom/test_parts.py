@@ -210,6 +210,21 @@ def _empty_file(folder: Path) -> Path:
     return folder
 
 
+def _file_without_its_beginning(folder: Path) -> Path:
+    """The last file has lost the middle of its preamble and header, so that no sign of DICOM is left in it."""
+    SERIES.write(folder)
+    last = replace(SERIES, hu=SERIES.hu[:, :, :1], origin=(-36.0, -30.0, -360.0)).write(folder / "b") / "IM000"
+    last.write_bytes(bytes(80) + last.read_bytes()[-1500:])
+    return folder
+
+
+def _next_slice_with_another_modality(folder: Path) -> Path:
+    SERIES.write(folder)
+    rest = replace(SERIES, hu=SERIES.hu[:, :, :1], origin=(-36.0, -30.0, -360.0), uid="1.2.826.999")
+    rest.write(folder / "b", lambda ds, _: setattr(ds, "Modality", "CV"))
+    return folder
+
+
 LEFT_OUT = {
     "a localiser": (localiser_inside, ("1 image", "localiser")),
     "another plane": (_other_plane, ("5 images", "do not continue the stack")),
@@ -218,6 +233,8 @@ LEFT_OUT = {
     "a report": (_report_with_the_uid, ("1 DICOM object without image",)),
     "a damaged preamble": (_damaged_preamble, ("1 file", "not DICOM")),
     "another series goes on": (_next_slice_of_another_series, ("3 images with another SeriesInstanceUID",)),
+    "another series and modality goes on": (_next_slice_with_another_modality, ("1 image with another Series",)),
+    "a file without its beginning": (_file_without_its_beginning, ("1 file", "not DICOM")),
     "an empty file": (_empty_file, ("1 file", "empty")),
 }
 
