@@ -27,7 +27,7 @@ from .runtime.scans.volume import LabelMap, Volume
 from .segmentation.encode import encode
 from .segmentation.organ_segmenter import OrganSegmenter, load
 from .segmentation.segment import segment
-from .segmentation.segmenter import SegmentationSettings
+from .segmentation.settings import SegmentationSettings
 
 __all__ = [
     "AdapterSettings",

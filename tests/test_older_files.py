@@ -22,7 +22,7 @@ from fseft_edge.runtime.encoder.encoding import OVERLAP
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
 from fseft_edge.segmentation.segment import segment
-from fseft_edge.segmentation.segmenter import SegmentationSettings
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 OLDER = ROOT / "tests" / "shared" / "older_files"
 ENCODER_ID = "560a37169336fa846be57de329c7490f35e626fdd1c55b516a68c80653fbdbdc"

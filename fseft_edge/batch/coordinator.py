@@ -36,7 +36,7 @@ from fseft_edge.outbox.store import FINGERPRINT_KEY, SOURCE_MISSING, UNREADABLE_
 from fseft_edge.runtime.errors import BatchStateError, FseftEdgeError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.segmentation.failures import in_words
 from fseft_edge.segmentation.label_values import warn_of_new_label_values
-from fseft_edge.segmentation.segmenter import load_models
+from fseft_edge.segmentation.models import load_models
 
 _LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from fseft_edge.adapters.file import AdapterFile
 from fseft_edge.outbox.content_key import content_sha256
 from fseft_edge.runtime.system.json_text import parse_json
 from fseft_edge.segmentation.label_values import label_values
-from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings
+from fseft_edge.segmentation.models import LoadedModels
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 _VERSION: Final = 2
 

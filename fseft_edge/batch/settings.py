@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from fseft_edge.runtime.errors import UsageError
-from fseft_edge.segmentation.segmenter import SegmentationSettings
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from fseft_edge.batch.messages import (
 from fseft_edge.runtime.errors import FseftEdgeError
 from fseft_edge.runtime.system.overlap import overlapped
 from fseft_edge.runtime.system.threads import limit_threads
-from fseft_edge.segmentation.segmenter import SegmentationSettings, open_segmenter
+from fseft_edge.segmentation.segmenter import open_segmenter
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 _PR_SET_PDEATHSIG: Final = 1
 Before = TypeVar("Before")

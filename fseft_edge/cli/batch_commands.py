@@ -124,7 +124,7 @@ def run(
         parse_until,
         parse_workers,
     )
-    from fseft_edge.segmentation.segmenter import SegmentationSettings  # noqa: PLC0415 - brings in torch
+    from fseft_edge.segmentation.settings import SegmentationSettings  # noqa: PLC0415 - brings in torch
 
     if not common.quiet:  # an unattended run logs its actions; the log contains no names of patients
         logging.getLogger("fseft_edge.batch").setLevel(logging.INFO)
@@ -264,7 +264,8 @@ def install_service(
     """Write systemd units that run the batch from INBOX to OUTBOX every night. The command does not start them."""
     from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
     from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
-    from fseft_edge.segmentation.segmenter import SegmentationSettings, load_models  # noqa: PLC0415 - brings in torch
+    from fseft_edge.segmentation.models import load_models  # noqa: PLC0415 - brings in torch
+    from fseft_edge.segmentation.settings import SegmentationSettings  # noqa: PLC0415 - brings in torch
 
     now = datetime.now().astimezone()
     begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))

@@ -25,7 +25,9 @@ from fseft_edge.runtime.encoder.bundle import Precision
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.given import GivenLabels, GivenScan, given_scan, one_or_many
 from fseft_edge.runtime.system.progress import Progress
-from fseft_edge.segmentation.segmenter import LoadedModels, SegmentationSettings, Segmenter, open_segmenter
+from fseft_edge.segmentation.models import LoadedModels
+from fseft_edge.segmentation.segmenter import Segmenter, open_segmenter
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 
 class OrganSegmenter:

@@ -25,15 +25,9 @@ from fseft_edge.runtime.system.overlap import overlapped
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
 from fseft_edge.segmentation.inputs import cases_of, check_dicom, check_output, name_of
-from fseft_edge.segmentation.segmenter import (
-    EncodedCase,
-    LoadedModels,
-    ReadCase,
-    SegmentationSettings,
-    Segmenter,
-    load_models,
-    open_segmenter,
-)
+from fseft_edge.segmentation.models import LoadedModels, load_models
+from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, Segmenter, open_segmenter
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 if TYPE_CHECKING:
     from fseft_edge.dicom_output import DicomKind

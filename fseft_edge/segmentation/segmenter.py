@@ -10,20 +10,17 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fseft_edge.adaptation.adapt import zero_shot_adapter
 from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs, refitted_adapters, support_of
-from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing, read_adapter
-from fseft_edge.adapters.find_encoder import find_encoder
+from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing
 from fseft_edge.adapters.network import Adapter
-from fseft_edge.export.built_in import open_encoder
 from fseft_edge.masks.mask_image import Mask
 from fseft_edge.masks.memory_plan import MemoryPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.masks.post_processing import post_process
@@ -35,12 +32,12 @@ from fseft_edge.outbox.content_key import content_sha256
 from fseft_edge.outbox.records import printable
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
-from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
 from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding, plan_encoding
 from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.session import open_session
-from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError, UsageError
+from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.runtime.scans.grid import Grid, SourcePiece
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import write_label_map
@@ -51,104 +48,20 @@ from fseft_edge.runtime.system.memory import Budget, is_out_of_memory
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 from fseft_edge.segmentation.case_files import CaseFiles
 from fseft_edge.segmentation.failures import in_words
-from fseft_edge.segmentation.inputs import check_organs
 from fseft_edge.segmentation.label_values import (
     keep_label_values,
     label_values,
     warn_of_new_label_values,
     with_label_values,
 )
+from fseft_edge.segmentation.models import LoadedModels, load_models
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 if TYPE_CHECKING:
-    from fseft_edge.dicom_output import DicomKind, SourceHeaders
+    from fseft_edge.dicom_output import SourceHeaders
 
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SegmentationSettings:
-    """Settings of a segmentation. They consist of paths and plain values, so they can be sent to another process.
-
-    Attributes:
-        adapters: adapter files, all trained on the same encoder. Without an adapter, the classifiers of the encoder
-            itself segment the organs that the encoder knows (zero-shot).
-        encoder: encoder bundle; None searches for it beside the first adapter and in the working folder.
-        series: DICOM series of a scan (see :func:`fseft_edge.runtime.scans.dicom.choose_series`).
-        transduction: refit the classifiers of the adapters to each scan under a prior on organ sizes; None uses the
-            adapters unchanged.
-        largest_component: keep only the largest 26-connected component of each organ; None uses the setting stored in
-            the adapter (see :mod:`fseft_edge.adaptation.cross_validation`).
-        fill_holes: fill cavities that an organ encloses on all sides; None uses the setting stored in the adapter.
-        preview: also write a picture of three planes with the organ outlines.
-        dicom: DICOM objects to write beside the mask file of a DICOM series: ``seg``, ``rtstruct`` or both.
-        cache: folder of the feature map cache; None means that no feature map is kept.
-        cache_gb: maximum size of the cache in units of 1e9 bytes; the least recently used maps are deleted first. None
-            means no limit.
-        device: device to compute on (see :func:`fseft_edge.runtime.encoder.session.open_session`).
-        backend: inference engine (see :func:`fseft_edge.runtime.encoder.session.open_session`).
-        precision: number format of the encoder (see :func:`fseft_edge.runtime.encoder.session.open_session`).
-        memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
-        vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
-        organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
-        save_probabilities: also write the probabilities of each organ, before post-processing.
-        split: also write a separate mask file for each organ.
-        processes: number of processes on this machine that segment with these settings and share its memory and cores.
-
-    Raises:
-        UsageError: a memory budget is not positive.
-    """
-
-    adapters: tuple[Path, ...]
-    encoder: Path | None = None
-    series: str | None = None
-    transduction: TransductionInputs | None = None
-    largest_component: bool | None = None
-    fill_holes: bool | None = None
-    preview: bool = False
-    dicom: tuple[DicomKind, ...] = ()
-    cache: Path | None = None
-    cache_gb: float | None = 50.0
-    device: str = "auto"
-    backend: str = "auto"
-    precision: Precision | Literal["auto"] = "auto"
-    memory_gb: float | None = None
-    vram_gb: float | None = None
-    organs: tuple[str, ...] = ()
-    save_probabilities: bool = False
-    split: bool = False
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        # A Python caller may give paths as text.
-        object.__setattr__(self, "adapters", tuple(Path(path) for path in self.adapters))
-        for name in ("encoder", "cache"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value and Path(value))
-        self.budget  # noqa: B018 - raises UsageError if a budget is not positive
-
-    def absolute(self, encoder: Path) -> SegmentationSettings:
-        """Return these settings with absolute paths and this encoder, for a process that works in another folder."""
-        return replace(
-            self,
-            adapters=tuple(path.absolute() for path in self.adapters),
-            encoder=encoder.absolute(),
-            cache=self.cache and self.cache.absolute(),
-            transduction=self.transduction and self.transduction.absolute(),
-        )
-
-    @property
-    def budget(self) -> Budget:
-        """Memory that each process may use."""
-        return Budget.of(self.memory_gb, self.vram_gb, self.processes)
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedModels:
-    """The adapters and the encoder bundle that the settings name, read from disk and checked for consistency."""
-
-    adapters: tuple[AdapterFile, ...]
-    bundle: EncoderBundle
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,65 +95,6 @@ class EncodedCase:
     case: ReadCase
     scan: EncodedScan
     resources: ExitStack
-
-
-def load_models(settings: SegmentationSettings, in_memory: Sequence[AdapterFile] = ()) -> LoadedModels:
-    """Read the adapters and the encoder, and check that they belong together.
-
-    Args:
-        settings: settings that name the adapters and the encoder.
-        in_memory: further adapters, after those of the settings.
-
-    Raises:
-        UsageError: no adapter and no encoder is given, two adapters segment the same organ, or organs are given
-            together with adapters.
-        InputError: an adapter or the encoder is not usable, or the encoder does not know one of the organs.
-    """
-    if not settings.adapters and not in_memory:
-        return _zero_shot_models(settings)
-    if settings.organs:
-        raise UsageError(
-            "--organ can only be used without --adapter: an adapter segments all of its organs.",
-            remedy="Remove --organ.",
-        )
-    files = (*(read_adapter(path) for path in settings.adapters), *in_memory)
-    first = settings.adapters[0] if settings.adapters else None
-    of_first = files[0].description
-    encoder = settings.encoder or find_encoder(first, of_first.encoder_id, of_first.encoder_name)
-    bundle = open_encoder(encoder)
-    for path, file in zip((*settings.adapters, *[None] * len(in_memory)), files, strict=True):
-        file.check_encoder(bundle.encoder_id, path=path)
-    check_organs(files)
-    if settings.transduction is not None:
-        settings.transduction.check(files)
-    return LoadedModels(files, bundle)
-
-
-def _zero_shot_models(settings: SegmentationSettings) -> LoadedModels:
-    """Return the encoder, with its own classifiers in place of an adapter."""
-    if settings.encoder is None:
-        raise UsageError(
-            "No adapter and no encoder was given.",
-            remedy="Give an adapter file with --adapter, or an encoder bundle with --encoder. An encoder without an "
-            "adapter segments the organs that it knows.",
-        )
-    if settings.transduction is not None:
-        raise UsageError(
-            "--transductive refits the classifiers of an adapter, but no adapter was given.",
-            remedy="Add --adapter, or remove --transductive.",
-        )
-    bundle = open_encoder(settings.encoder)
-    names = settings.organs or bundle.manifest.organs
-    if not names:
-        raise UsageError(
-            f"The encoder {settings.encoder} has no classifier for any organ.",
-            remedy="Train an adapter with `fseft-edge adapt`, and give it with --adapter.",
-        )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UsageError(f"--organ contains {', '.join(twice)} more than once.", remedy="Give each organ once.")
-    organs = [OrganLabel(name, label) for label, name in enumerate(names, start=1)]
-    return LoadedModels((zero_shot_adapter(bundle, organs),), bundle)
 
 
 @contextlib.contextmanager

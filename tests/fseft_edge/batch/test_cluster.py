@@ -26,7 +26,7 @@ from fseft_edge.outbox.records import CaseState
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 from fseft_edge.segmentation.segment import segment
-from fseft_edge.segmentation.segmenter import SegmentationSettings
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 NAMES = tuple(f"patient_{number}" for number in range(4))
 TIMEOUT = 180.0  # seconds

@@ -60,7 +60,7 @@ from fseft_edge.runtime.errors import (
 from fseft_edge.runtime.system.machine import network_file_system
 from fseft_edge.runtime.system.memory import Budget
 from fseft_edge.segmentation.segment import segment
-from fseft_edge.segmentation.segmenter import SegmentationSettings
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 TIMEOUT = 120.0  # seconds
 NAMES = ("DOE^JANE", "ROE^RICHARD", "POE^PAULA")

@@ -21,7 +21,7 @@ from fseft_edge.batch.inbox import Inbox
 from fseft_edge.batch.settings import BatchSettings, BatchSummary
 from fseft_edge.outbox.records import CaseRecord, CaseState
 from fseft_edge.outbox.store import BatchStore, state_path
-from fseft_edge.segmentation.segmenter import SegmentationSettings
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 SURNAME = PATIENT.partition("^")[0]
 

@@ -19,7 +19,8 @@ from fseft_edge.batch.coordinator import run_batch
 from fseft_edge.batch.options import DETERMINES_RESULTS, options_fingerprint, same_options
 from fseft_edge.batch.settings import BatchSettings
 from fseft_edge.runtime.errors import BatchStateError
-from fseft_edge.segmentation.segmenter import SegmentationSettings, load_models
+from fseft_edge.segmentation.models import load_models
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 
 @dataclass(frozen=True)

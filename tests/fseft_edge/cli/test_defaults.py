@@ -33,7 +33,7 @@ from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.pretraining import open_processes, pretrain
 from fseft_edge.review.server import open_review
 from fseft_edge.segmentation.segment import segment
-from fseft_edge.segmentation.segmenter import SegmentationSettings
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "demo": (run_demo,),

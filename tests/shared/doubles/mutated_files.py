@@ -51,7 +51,8 @@ from fseft_edge.runtime.scans.dicom import DicomSeries, choose_series, find_seri
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map, read_label_names, write_label_map
 from fseft_edge.runtime.scans.sources import Scan
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
-from fseft_edge.segmentation.segmenter import SegmentationSettings, open_segmenter
+from fseft_edge.segmentation.segmenter import open_segmenter
+from fseft_edge.segmentation.settings import SegmentationSettings
 
 Random = np.random.Generator
 Result = Literal[
