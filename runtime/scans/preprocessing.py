@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 _Millimetres = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Hounsfield = Annotated[float, Field(allow_inf_nan=False)]
+_Hounsfield = Annotated[float, Field(ge=-100_000, le=100_000)]
 
 
 class Preprocessing(BaseModel):

@@ -35,6 +35,8 @@ def test_preprocessing_survives_json():
         {"hu_window": (250, -175)},
         {"hu_window": (0, 0)},
         {"hu_window": (float("nan"), 250)},
+        {"hu_window": (-1e308, 250)},
+        {"crop_below_hu": 1e308},
         {"hu_windov": (-175, 250)},
     ],
     ids=str,
