@@ -18,6 +18,8 @@ from fseft_edge.runtime.scans.volume import Volume
 
 COUNTS = {"NIfTI": 90, "label map": 60, "DICOM": 90, "adapter": 40, "encoder bundle": 40}
 OTHERS = 20
+SCANS = ("NIfTI", "label map", "DICOM")
+"""The kinds for which independent readers exist."""
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,15 @@ def test_every_mutation_is_refused_with_a_remedy_or_read_as_other_readers_read_i
     faults = [f"{number}: {verdict}" for number, verdict in verdicts.items() if verdict.result in FAULTS]
     assert not faults, "\n".join(faults)
     assert {verdict.result for verdict in verdicts.values()} & {"refused"} or kind.name == "batch record"
-    assert {verdict.result for verdict in verdicts.values()} & {"agreed"}
+    assert {verdict.result for verdict in verdicts.values()} & {"agreed", "accepted"}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_file_without_a_mutation_is_read_as_other_readers_read_it(kind: Kind, tmp_path: Path) -> None:
     kind.write(tmp_path)
     for folder in sorted(tmp_path.iterdir()):
-        assert kind.compare(folder, kind.read(folder)).result == "agreed", folder.name
+        verdict = kind.compare(folder, kind.read(folder))
+        assert verdict.result == ("agreed" if kind.name in SCANS else "accepted"), (folder.name, verdict)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
