@@ -27,7 +27,7 @@ def read_toml(path: Path, schema: type[_Schema], *, remedy: str) -> _Schema:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # of a number with thousands of digits, too
         raise UnreadableFileError(
             f"{path} cannot be read as a TOML file: {error}.", remedy="Check the path and the syntax of the file."
         ) from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -100,13 +101,20 @@ class DicomSource:
             ArchiveError: a member of the archive is damaged.
         """
         self.no_dicom = 0
+        patterns: set[str] = set()
+        unknown: list[str] = []
         for file in self._candidates():
             with self.open(file) as stream:
                 head = stream.read(SNIFFED_BYTES)
+            name = file.member or str(file.path)
             if looks_like_dicom(head):
+                patterns.add(_name_pattern(name))
                 yield file
-            elif _should_be_dicom(head, file.member or file.path.name):
+            elif _should_be_dicom(head, name):
                 self.no_dicom += 1
+            else:
+                unknown.append(name)
+        self.no_dicom += sum(_name_pattern(name) in patterns for name in unknown)
 
     @contextmanager
     def open(self, file: DicomFile) -> Iterator[BinaryIO]:
@@ -200,6 +208,11 @@ def _should_be_dicom(head: bytes, name: str) -> bool:
     It is empty, begins with zeros like most preambles, is named like DICOM, or contains a UID of DICOM.
     """
     return not head[:_ZEROS].strip(b"\0") or name.lower().endswith(_DICOM_SUFFIXES) or _DICOM_ROOT in head
+
+
+def _name_pattern(name: str) -> str:
+    """Return a path with one sign for each number: files of a series usually differ only in numbers."""
+    return re.sub(r"\d+", "#", name)
 
 
 def _is_dicom_file(path: Path) -> bool:

@@ -536,7 +536,8 @@ class _Reader:
         return numbers
 
     def _from_text(self, keyword: str, data: bytes) -> tuple[float, ...] | None:
-        parts = [part.strip(" \0\t\r\n") for part in data.decode("latin-1").split("\\", _MOST_NUMBERS)]
+        text = data.decode("latin-1").rstrip(" \0")  # a zero byte within a value is no padding
+        parts = [part.strip(" \t\r\n") for part in text.split("\\", _MOST_NUMBERS)]
         if len(parts) > _MOST_NUMBERS or not all(len(part) <= 64 and _NUMBER.fullmatch(part) for part in parts):
             return None
         if any("," in part for part in parts):

@@ -22,7 +22,9 @@ def test_a_byte_order_mark_of_an_editor_is_no_content(tmp_path: Path, before: by
     assert read_toml(tmp_path / "a.toml", Schema, remedy="Correct it.") == Schema(steps=3)
 
 
-@pytest.mark.parametrize("content", [b"steps", b"\xff", b"steps = " + b"[" * 50_000 + b"]" * 50_000])
+@pytest.mark.parametrize(
+    "content", [b"steps", b"\xff", b"steps = " + b"9" * 5000, b"steps = " + b"[" * 50_000 + b"]" * 50_000]
+)
 def test_what_is_no_toml_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.toml").write_bytes(content)
     with refused(UnreadableFileError, tmp_path / "a.toml"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import traceback
@@ -470,7 +471,8 @@ def _dicom_images(path: Path, frame: int | None) -> Iterator[tuple[str, Image]]:
         return
     with suppress(RuntimeError):
         image = _itk_image(SimpleITK.ReadImage(str(path), imageIO="GDCMImageIO"))
-        has_place = b"\x20\x00\x32\x00" in path.read_bytes()
+        content = path.read_bytes()
+        has_place = b"\x20\x00\x32\x00" in content and not re.search(rb"[0-9],[0-9]", content)
         if has_place and image.values.ndim == 3 and (frame is None or image.values.shape[2] == 1):
             yield "SimpleITK", image
     with suppress(Exception):  # whatever it raises, this reader does not read the file
@@ -488,8 +490,10 @@ def _pydicom_image(dataset: Dataset, frame: int | None) -> Image:
         values = values[frame or 0] if frame is not None else values
 
     def numbers(keyword: str) -> NDArray[np.float64]:
-        found = next(item[keyword].value for item in source if keyword in item)
-        return np.atleast_1d(np.array(found, dtype=np.float64))
+        raw = next(item.get_item(keyword) for item in source if keyword in item).value
+        text = raw.decode("latin-1") if isinstance(raw, bytes) else "\\".join(map(str, np.atleast_1d(raw)))
+        # As in dcm2niix, a decimal comma is a decimal point. GDCM takes the digits before the comma alone.
+        return np.array([float(part.replace(",", ".")) for part in text.rstrip(" \0").split("\\")])
 
     row, column = numbers("ImageOrientationPatient").reshape(2, 3)
     spacing = numbers("PixelSpacing")

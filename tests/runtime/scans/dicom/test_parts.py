@@ -225,6 +225,13 @@ def _next_slice_with_another_modality(folder: Path) -> Path:
     return folder
 
 
+def _file_without_its_header(folder: Path) -> Path:
+    """Only its name says that the file belongs to the series."""
+    SERIES.write(folder)
+    (folder / "IM0010").write_bytes(b"\x07\x03" * 480)
+    return folder
+
+
 LEFT_OUT = {
     "a localiser": (localiser_inside, ("1 image", "localiser")),
     "another plane": (_other_plane, ("5 images", "do not continue the stack")),
@@ -235,6 +242,7 @@ LEFT_OUT = {
     "another series goes on": (_next_slice_of_another_series, ("3 images with another SeriesInstanceUID",)),
     "another series and modality goes on": (_next_slice_with_another_modality, ("1 image with another Series",)),
     "a file without its beginning": (_file_without_its_beginning, ("1 file", "not DICOM")),
+    "a file without its header": (_file_without_its_header, ("1 file", "not DICOM")),
     "an empty file": (_empty_file, ("1 file", "empty")),
 }
 
@@ -399,6 +407,15 @@ def test_the_wrong_element_is_named_and_never_quoted(tmp_path, case):
     with refused(kind, tmp_path, named) as caught:
         read_scan(write(tmp_path / "in"))
     assert "Secretname" not in str(caught.value)
+
+
+def test_a_zero_byte_within_a_value_is_no_padding(tmp_path):
+    path = SERIES.write(tmp_path) / "IM003"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"DS\x08\x003.0\\3.0 ", b"DS\x08\x003.0\\3\x000 "))
+    assert path.read_bytes() != content
+    with refused(GeometryError, f"{SPACING} is no number in 1 of 8"):
+        read_scan(tmp_path)
 
 
 def test_wrong_rows_in_one_slice_are_a_gap_or_a_missing_end(tmp_path):
