@@ -46,6 +46,7 @@ OLDER: Final = ROOT / "tests" / "shared" / "older_files"
 MODELS: Final = ("--encoder", str(OLDER / "tiny.encoder"), "--adapter", str(OLDER / "linear.adapter"))
 AFFINE: Final = np.array([[-5.0, 0, 0, 120], [0, -5, 0, 100], [0, 0, 5, -400], [0, 0, 0, 1]])
 SECONDS: Final = 240
+_SUPPORT: Final = re.compile(r"^(\w+): 1 scans?, ([\d.]+)", re.MULTILINE)
 COLUMNS: Final = ("kind", "case", "before", "after", "second_reader")
 
 Affine = NDArray[np.float64]
@@ -60,7 +61,8 @@ class Case:
         kind: number of the kind of fault.
         name: what is unusual, in words.
         write: writes the input into an empty folder.
-        command: arguments of the program, run in that folder; results go to ``out``.
+        command: arguments of the program, run in that folder; results go to ``out``. If the first one is ``python``,
+            the others are arguments of the Python of the same environment.
         second: what independent readers find, given that folder.
         given: number of the folder below ``--inputs`` that is copied in place of ``write``.
         small_disk: TMPDIR is on a disk of 16 KiB, which needs a Linux that lets users mount one.
@@ -120,6 +122,8 @@ def _run(case: Case, program: Path, inputs: Path | None) -> dict[str, str]:
             case.write(folder)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "XDG_CACHE_HOME": str(folder / "cache")}
         command = [str(program.absolute()), *case.command]
+        if case.command[0] == "python":
+            command = [str(program.absolute().with_name("python")), *case.command[1:]]
         if case.small_disk:
             (folder / "tmp").mkdir()
             script = 'mount -t tmpfs -o size=16k tmpfs tmp && TMPDIR="$PWD/tmp" exec "$@"'
@@ -156,6 +160,7 @@ def _happened(done: subprocess.CompletedProcess[str], folder: Path) -> str:
     if (folder / "scores.csv").is_file():
         with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
             parts += [f"{row['organ']}: {row['status']}, DSC {row['dsc'] or '-'}" for row in csv.DictReader(file)]
+    parts += [f"{organ} of the annotation: {volume} ml" for organ, volume in re.findall(_SUPPORT, done.stdout)]
     masks = sorted(path for path in (folder / "out").glob("*.nii.gz"))
     parts += [_mask(path) + _beside(path, folder) for path in masks[:2]]
     if len(masks) > 2:
@@ -232,6 +237,11 @@ def _nifti(name: str) -> Callable[[Path], str]:
             loaded = nib.load(path)
             last = (loaded.affine @ [*(length - 1 for length in loaded.shape[:3]), 1])[:3]
             said.append(f"nibabel: {_voxels(loaded.affine, loaded.shape)}, the last one at {_place(last)}")
+            if "labels" in name:
+                volume = (
+                    float((np.asarray(loaded.dataobj) > 0).sum()) * abs(np.linalg.det(loaded.affine[:3, :3])) / 1000
+                )
+                said.append(f"{volume:.1f} ml")
             if loaded.header["qform_code"] > 0:
                 other = (loaded.header.get_qform() @ [*(length - 1 for length in loaded.shape[:3]), 1])[:3]
                 said += [f"by the qform at {_place(other)}"] if np.abs(other - last).max() > 0.01 else []
@@ -316,7 +326,7 @@ def _overlap(folder: Path) -> str:
 
 
 def _results(folder: Path) -> str:
-    """Return how many images of a result SimpleITK reads, and whether all lie on one lattice."""
+    """Return how many images of a result SimpleITK reads, and on how many lattices they lie; empty without images."""
     images = []
     for path in sorted((folder / "out").rglob("*.nii.gz")):
         try:
@@ -325,7 +335,7 @@ def _results(folder: Path) -> str:
             return "SimpleITK does not read an image of the result"
     lattices = {(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()) for image in images}
     count = "1 image" if len(images) == 1 else f"{len(images)} images"
-    return f"SimpleITK reads {count} on {len(lattices)} lattice{'s' * (len(lattices) != 1)}" if images else "no image"
+    return f"SimpleITK reads {count} on {len(lattices)} lattice{'s' * (len(lattices) != 1)}" if images else ""
 
 
 # Inputs
@@ -542,6 +552,18 @@ def _scored(*, other_json: bool = False, false_positive: bool = False) -> Callab
 
 
 SEGMENT: Final = ("segment", "scan.nii.gz", *MODELS, "--output", "out", "--device", "cpu", "--backend", "torch")
+
+
+def _python(*lines: str) -> tuple[str, ...]:
+    names = f"encoder, adapter = {MODELS[1]!r}, {MODELS[3]!r}"
+    start = ("import pathlib", "import nibabel as nib", "import fseft_edge", names, "pathlib.Path('out').mkdir()")
+    return ("python", "-c", "\n".join((*start, *lines)))
+
+
+def _with_method(method: str) -> tuple[str, ...]:
+    return tuple(method if part == "linear" else part for part in ADAPT)
+
+
 SERIES: Final = ("segment", "scan", *SEGMENT[2:])
 ADAPT: Final = (
     *("adapt", "--images", "images", "--labels", "labels", "--organ", "liver=1", "--method", "linear"),
@@ -714,6 +736,27 @@ CASES: Final = (
     ),
     Case(16, "--split", _scan(), (*SEGMENT, "--split"), _results),
     Case(16, "--save-probabilities", _scan(), (*SEGMENT, "--save-probabilities"), _results),
+    Case(
+        17,
+        "segment with an image of nibabel in memory",
+        _scan(),
+        _python('nib.save(fseft_edge.segment(nib.load("scan.nii.gz"), adapter, encoder=encoder), "out/scan.nii.gz")'),
+        _results,
+    ),
+    Case(
+        17,
+        "predict_proba with a path as text",
+        _scan(),
+        _python(
+            'found = fseft_edge.load(adapter, encoder).predict_proba("scan.nii.gz")[0] > 0.5',
+            'scan = nib.load("scan.nii.gz")',
+            'nib.save(nib.Nifti1Image(found.astype("uint8"), scan.affine), "out/scan.nii.gz")',
+        ),
+        _results,
+    ),
+    Case(17, "encode with a path as text", _scan(), _python('fseft_edge.encode("scan.nii.gz", encoder)'), _results),
+    Case(18, "adapt --method lora", _annotated(_flipped), _with_method("lora"), _results),
+    Case(18, "finetune is a command", _scan(), ("finetune", "--help"), _results),
     Case(16, "--skip-existing", _scan(), (*SEGMENT, "--skip-existing"), _results),
 )
 """All cases, by the number of their kind."""
