@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, ClassVar, Final
-
-from pydantic import ConfigDict, TypeAdapter
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from fseft_edge.runtime.errors import LabelError
 from fseft_edge.runtime.system.json_text import parse_json
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 MASK_SHA256: Final = "mask_sha256"
 """Key of the checksum of the mask file in its JSON file. Files of earlier versions have no such key."""
@@ -33,7 +35,7 @@ class SegmentedOrgan:
         median_hu: median HU of the voxels of the organ; None for an empty mask.
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     name: str
     label: int
@@ -50,10 +52,14 @@ class SegmentedOrgan:
         Raises:
             ValueError: a field is missing, unknown or of the wrong type.
         """
-        return _ORGAN.validate_python(fields)
+        return _organ_type().validate_python(fields)
 
 
-_ORGAN: Final = TypeAdapter(SegmentedOrgan)
+@functools.cache
+def _organ_type() -> TypeAdapter[SegmentedOrgan]:
+    from pydantic import TypeAdapter  # noqa: PLC0415 - the help of the commands does not need it
+
+    return TypeAdapter(SegmentedOrgan)
 
 
 @dataclass(frozen=True)
