@@ -68,7 +68,7 @@ def _export(model: str, bundle: Path) -> None:
     """Export a built-in model. The bundle appears complete; of several processes, the first one keeps its bundle."""
     from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - loads the tools of the export
 
-    _log.info("The built-in encoder %s is exported into %s. Later runs use this bundle.", model, bundle)
+    _log.warning("the built-in encoder %s is exported once into %s, which later runs use", model, bundle)
     unfinished = bundle.with_name(f".{bundle.name}.{os.getpid()}")
     try:
         unfinished.parent.mkdir(parents=True, exist_ok=True)

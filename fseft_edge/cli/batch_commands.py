@@ -42,7 +42,8 @@ def batch() -> None:
 @click.option(
     "--encoder",
     type=PATH,
-    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+    help="Encoder bundle, or edge_base (built in).  [default: the adapter's encoder in its folder, the working "
+    "folder, or built in]",
 )
 @click.option("--watch", is_flag=True, help="When all cases are done, wait for new scans.")
 @click.option("--until", metavar="HH:MM", help="Start no case after this time of day.")
@@ -234,7 +235,8 @@ def cancel(*, outbox: Path, keys: tuple[str, ...], state: Path | None, quiet: bo
 @click.option(
     "--encoder",
     type=PATH,
-    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+    help="Encoder bundle, or edge_base (built in).  [default: the adapter's encoder in its folder, the working "
+    "folder, or built in]",
 )
 @click.option(
     "--at", default="18:00", show_default=True, metavar="HH:MM", help="Time at which the batch starts every day."

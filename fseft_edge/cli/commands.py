@@ -52,7 +52,8 @@ def demo(output: Path, quiet: bool) -> None:
 @click.option(
     "--encoder",
     type=PATH,
-    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+    help="Encoder bundle, or edge_base (built in).  [default: the adapter's encoder in its folder, the working "
+    "folder, or built in]",
 )
 @click.option(
     "--organ",
@@ -234,7 +235,8 @@ def _segment_text(results: Sequence[SegmentedCase]) -> str:
 @click.option(
     "--encoder",
     type=PATH,
-    help="Encoder bundle.  [default: the adapter's encoder in its folder or in the working folder]",
+    help="Encoder bundle, or edge_base (built in).  [default: the adapter's encoder in its folder, the working "
+    "folder, or built in]",
 )
 @logging_options
 def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: bool) -> None:

@@ -86,7 +86,7 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
     """Return a decorator that adds the options of :class:`Support`; the command receives ``support``."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @click.option("--encoder", type=PATH, required=True, help="Encoder bundle, NAME.encoder.")
+        @click.option("--encoder", type=PATH, required=True, help="Encoder bundle, or edge_base (built in).")
         @click.option("--images", type=PATH, help="Folder of annotated CTs (NIfTI).")
         @click.option("--labels", type=PATH, help="Folder of the annotations, with the file names of the CTs.")
         @click.option(

@@ -122,11 +122,11 @@ def diagnose(encoders: Sequence[str | Path] = ()) -> Diagnosis:
 def _encoder(path: Path, machine: Machine) -> EncoderDiagnosis:
     import torch  # noqa: PLC0415 - may be broken; the caller has checked it
 
+    from fseft_edge.export.built_in import open_encoder  # noqa: PLC0415 - imports torch
     from fseft_edge.runtime.encoder.backend_choice import backend_choices  # noqa: PLC0415 - imports torch
-    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - imports torch
 
     try:
-        bundle = EncoderBundle.open(path)
+        bundle = open_encoder(path)
     except OSError as error:
         raise EncoderBundleError(
             f"The encoder bundle {path} cannot be read: {error}.",
