@@ -105,7 +105,7 @@ class Image:
     affine: NDArray[np.float64]
 
     def difference(self, other: Image, least_mm: float = 0.0) -> str:
-        """Return how another reader's image differs: in shape, by more than a tenth of a voxel, or in values.
+        """Return how another image differs: in shape, by more than a tenth of a voxel along an axis, or in values.
 
         Args:
             other: image of another reader.
@@ -118,10 +118,11 @@ class Image:
             return f"the shape is {self.values.shape}, not {other.values.shape}"
         ends = np.array([[*corner, 1.0] for corner in np.ndindex(2, 2, 2)])
         ends[:, :3] *= np.array(self.values.shape) - 1
-        off = np.linalg.norm(ends @ (self.affine - other.affine).T, axis=1).max()
-        voxel = np.linalg.norm(self.affine[:3, :3], axis=0).min()
-        if not off <= max(_TENTH * voxel, least_mm):
-            return f"a corner lies {off:.3g} mm elsewhere, with voxels of {voxel:.3g} mm"
+        apart = (ends @ (self.affine - other.affine).T)[:, :3]
+        voxels = np.abs(np.linalg.solve(self.affine[:3, :3], apart.T)).max()
+        millimetres = np.linalg.norm(apart, axis=1).max()
+        if not (voxels <= _TENTH or millimetres <= least_mm):
+            return f"a corner lies {millimetres:.3g} mm or {voxels:.3g} voxels elsewhere"
         if not np.allclose(self.values, other.values, rtol=1e-5, atol=0.02, equal_nan=True):
             return f"values differ by up to {np.abs(self.values - other.values).max():.3g}"
         return ""
