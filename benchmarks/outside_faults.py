@@ -47,6 +47,27 @@ MODELS: Final = ("--encoder", str(OLDER / "tiny.encoder"), "--adapter", str(OLDE
 AFFINE: Final = np.array([[-5.0, 0, 0, 120], [0, -5, 0, 100], [0, 0, 5, -400], [0, 0, 0, 1]])
 SECONDS: Final = 240
 _SUPPORT: Final = re.compile(r"^(\w+): 1 scans?, ([\d.]+)", re.MULTILINE)
+KINDS: Final = (
+    "two geometries in a NIfTI file",
+    "invented geometry",
+    "part of a series",
+    "mask and JSON of different runs",
+    "support scans and patients",
+    "evaluation",
+    "odd DICOM headers",
+    "one failing case of several",
+    "memory and cores",
+    "settings shared by threads and runs",
+    "series in two parts",
+    "review",
+    "refused DICOM",
+    "refused NIfTI",
+    "full temporary folder",
+    "options of segment",
+    "calls in Python",
+    "commands and defaults",
+)
+"""The kinds of fault, in the order of the table."""
 COLUMNS: Final = ("kind", "case", "before", "after", "second_reader")
 
 Affine = NDArray[np.float64]
@@ -58,7 +79,7 @@ class Case:
     """A case of the table.
 
     Attributes:
-        kind: number of the kind of fault.
+        kind: number of the kind of fault, from 1, in ``KINDS``.
         name: what is unusual, in words.
         write: writes the input into an empty folder.
         command: arguments of the program, run in that folder; results go to ``out``. If the first one is ``python``,
@@ -99,14 +120,14 @@ def main() -> None:
     if arguments.before is not None:
         before = json.loads(arguments.before.read_text(encoding="utf-8"))
         rows = [
-            {"kind": key.split(":")[0], "case": key.partition(": ")[2], "before": before[key]["found"]}
+            {"kind": KINDS[int(key.split(":")[0]) - 1], "case": key.partition(": ")[2], "before": before[key]["found"]}
             | {"after": now["found"], "second_reader": now["second"]}
             for key, now in found.items()
         ]
         if arguments.rows is not None:
             with arguments.rows.open(newline="", encoding="utf-8") as file:
                 rows += list(csv.DictReader(file))
-        rows.sort(key=lambda row: int(row["kind"]))
+        rows.sort(key=lambda row: KINDS.index(row["kind"]))
         with arguments.table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
