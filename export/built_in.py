@@ -11,7 +11,7 @@ from pathlib import Path
 from fseft_edge._version import __version__
 from fseft_edge.export.zoo import MODELS
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, sha256_of_file
-from fseft_edge.runtime.errors import OutOfSpaceError, UsageError
+from fseft_edge.runtime.errors import EncoderBundleError, OutOfSpaceError, UsageError
 from fseft_edge.runtime.system.user_cache import user_cache
 
 _log = logging.getLogger(__name__)
@@ -33,8 +33,14 @@ def open_encoder(encoder: str | Path) -> EncoderBundle:
         OutOfSpaceError: the bundle of a built-in model cannot be written.
     """
     name = str(encoder)
-    if os.path.lexists(encoder) or name not in MODELS:
+    if os.path.lexists(encoder):
         return EncoderBundle.open(Path(encoder))
+    if name not in MODELS:
+        built_in = ", ".join(model for model, spec in MODELS.items() if spec.built_in is not None)
+        raise EncoderBundleError(
+            f"The encoder {name} does not exist.",
+            remedy=f"Give a folder that `fseft-edge export` wrote, or the name of a built-in encoder: {built_in}.",
+        )
     if MODELS[name].built_in is None:
         raise UsageError(
             f"The encoder {name} is the name of a model that is not part of fseft-edge.",

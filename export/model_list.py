@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fseft_edge.export.zoo import described
+
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
@@ -35,6 +37,7 @@ def model_entries(models: Sequence[ModelSpec]) -> list[dict[str, JsonValue]]:
             "file": model.file or None,
             "sha256": model.sha256,
             "built_in": model.built_in is not None,
+            "organs": None if (description := described(model)) is None else list(description.organs),
             "published": None if model.published is None else model.published.model_dump(mode="json"),
         }
         for model in models
@@ -49,9 +52,8 @@ def _wrapped(word: str, text: str) -> list[str]:
     return textwrap.wrap(text, 110, initial_indent=start, subsequent_indent=" " * len(start), break_long_words=False)
 
 
-def _organs(model: ModelSpec) -> str:
+def _organs(model: ModelSpec, organs: Sequence[str]) -> str:
     """Return the organs that the head classifies. Some releases exist with and without a usable head."""
-    organs = model.published.organs if model.published is not None else ()
     if not organs:
         return "none: train an adapter for each organ"
     always = model.layout is None or model.layout.needs_classifier
@@ -64,13 +66,14 @@ def _organs(model: ModelSpec) -> str:
 
 
 def _facts(model: ModelSpec) -> Iterator[tuple[str, str]]:
-    published = model.published
-    if published is not None:
-        window = " x ".join(map(str, published.window))
-        low, high = published.preprocessing.hu_window
-        spacing = " x ".join(f"{step:g}" for step in published.preprocessing.spacing)
-        yield "network", f"{published.architecture}, {window} voxels of {spacing} mm, HU {low:g} to {high:g}"
-        yield "organs", _organs(model)
+    description = described(model)
+    if description is not None:
+        window = " x ".join(map(str, description.window))
+        low, high = description.preprocessing.hu_window
+        spacing = " x ".join(f"{step:g}" for step in description.preprocessing.spacing)
+        yield "network", f"{description.architecture}, {window} voxels of {spacing} mm, HU {low:g} to {high:g}"
+        yield "organs", _organs(model, description.organs)
+    if model.published is not None:
         yield "authors", model.repository
         yield "file", f"{model.file}; download it from the authors into any folder"
         yield "sha256", model.sha256 or _UNKNOWN_SHA
@@ -78,7 +81,7 @@ def _facts(model: ModelSpec) -> Iterator[tuple[str, str]]:
         yield "licence", model.licence
     if model.built_in is not None:
         yield "export", f"fseft-edge export --output {model.name}.encoder"
-    elif published is not None:
+    elif model.published is not None:
         yield "export", f"fseft-edge export {model.file} --model {model.name} --output {model.name}.encoder"
     else:
         yield "export", "fseft-edge export FILE [--description FILE.toml] --output NAME.encoder"

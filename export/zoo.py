@@ -171,6 +171,11 @@ MODELS: dict[str, ModelSpec] = {
 }
 
 
+def described(model: ModelSpec) -> ModelDescription | None:
+    """Return network, preprocessing and organs of a model; None if they depend on the file that the user gives."""
+    return model.published if model.built_in is None else load_model(model.name, None).model.description
+
+
 def models() -> tuple[ModelSpec, ...]:
     """Return all models that ``--model`` can name; ``fseft-edge models`` prints this list."""
     return tuple(MODELS.values())

@@ -21,7 +21,9 @@ GroupRule = Mapping[str, str] | Sequence[str] | re.Pattern[str]
 """The group (patient) of each case name, or of each case in order; or a pattern for case names, whose first capture
 group is the patient."""
 
-_CSV_REMEDY = "Give a CSV file with the header case,group and one row for each case, for example ct_01,patient_a."
+_CSV_REMEDY = (
+    "Give a CSV file with the header case,group (or case;group) and one row for each case, for example ct_01,patient_a."
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,10 @@ def read_groups(path: Path) -> dict[str, str]:
     groups: dict[str, str] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
+            # Spreadsheets write semicolons in countries where the comma is the decimal sign.
+            separator = ";" if ";" in file.readline() else ","
+            file.seek(0)
+            rows = csv.DictReader(file, delimiter=separator)
             columns = [column.strip() for column in rows.fieldnames or ()]
             rows.fieldnames = columns
             if not {"case", "group"} <= set(columns):

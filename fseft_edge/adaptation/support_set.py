@@ -71,7 +71,8 @@ def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -
         )
     if not wanted:
         raise UnreadableFileError(
-            f"No annotation in {labels} has the file name of an image in {images}.",
+            f"No annotation in {labels} has the file name of an image in {images}. The first annotation is "
+            f"{next(iter(annotations.values())).name}, the first image is {next(iter(scans.values())).name}.",
             remedy="Give each annotation the file name of its image.",
         )
     skipped = sorted(scans.keys() - annotations.keys())

@@ -29,6 +29,7 @@ from fseft_edge.adaptation.normalisation import FeatureStatistics
 from fseft_edge.adapters.blocks import Box, read_block
 from fseft_edge.adapters.network import Adapter, AdapterSettings, HeadRows
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
+from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.system.gpu_arithmetic import exact_float32
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -71,6 +72,9 @@ class TrainingSettings:
             ``least_gain``. If an epoch has fewer than 30 blocks, its loss is too noisy, and ``smoothing`` and
             ``patience`` are extended.
         least_gain: smallest decrease of the averaged loss that continues the training.
+
+    Raises:
+        UsageError: a number of blocks, epochs or variations is not a whole number in its range.
     """
 
     seed: int = 0
@@ -92,6 +96,24 @@ class TrainingSettings:
     smoothing: int = 10
     patience: int = 20
     least_gain: float = 1e-3
+
+    def __post_init__(self) -> None:
+        least = {
+            "block": 1,
+            "batch": 1,
+            "blocks_per_epoch": 1,
+            "blocks": 1,
+            "epochs": 1,
+            "variations": 0,
+            "linear_blocks": 1,
+        }
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < smallest):
+                raise UsageError(
+                    f"The training setting {name} is {value!r}, but it must be a whole number of at least {smallest}.",
+                    remedy=f"Correct {name}, or leave it out to use the default.",
+                )
 
     def epochs_for(self, shots: int, scans: int) -> int:
         """Return the maximum number of epochs.

@@ -78,7 +78,9 @@ def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[s
         header = found.get(key)
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged: {error}.", remedy=_COPY_OR_TRAIN_AGAIN) from error
+        raise AdapterError(
+            f"{path} is not a valid .{suffix} file, or is damaged: {error}.", remedy=_COPY_OR_TRAIN_AGAIN
+        ) from error
     if header is None:
         remedy = f"Give the .{suffix} file that `{_COMMANDS[suffix]}` wrote."
         if TUNING_KEY in found:

@@ -17,7 +17,7 @@ from fseft_edge.batch.cluster_pool import ClusterWorkerPool
 from fseft_edge.batch.inbox import Arrival, Inbox, signature_of
 from fseft_edge.batch.local_pool import LocalWorkerPool
 from fseft_edge.batch.messages import CaseLost, PoolEvent
-from fseft_edge.batch.options import options_fingerprint, same_options
+from fseft_edge.batch.options import options_fingerprint, other_options, same_options
 from fseft_edge.batch.report import write_report
 from fseft_edge.batch.settings import BatchSettings, BatchSummary, StopRequest
 from fseft_edge.batch.worker import WorkerSettings
@@ -102,7 +102,8 @@ def run_batch(settings: BatchSettings, stop: StopRequest | None = None) -> Batch
         if earlier is not None and not same_options(earlier, fingerprint):
             raise BatchStateError(
                 f"The results in {settings.outbox} were made with other adapters, with other options, or by a version "
-                "that gave the organs other label values.",
+                "that gave the organs other label values. What differs: "
+                f"{', '.join(other_options(earlier, fingerprint)) or 'unknown'}.",
                 remedy="Give another OUTBOX, or the same adapters and options as before.",
             )
         store.set_metadata(FINGERPRINT_KEY, fingerprint)

@@ -91,6 +91,19 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "device"}
 
 
+def other_options(earlier: str, now: str) -> list[str]:
+    """Return the names of the options that differ between two fingerprints; empty if a fingerprint is damaged."""
+    try:
+        before, after = parse_json(earlier), parse_json(now)
+    except ValueError:
+        return []
+    if not isinstance(before, dict):
+        return []
+    return sorted(
+        name for name in before.keys() | after.keys() if name != "version" and before.get(name) != after.get(name)
+    )
+
+
 def same_options(earlier: str, now: str) -> bool:
     """Return whether two fingerprints stand for the same options.
 

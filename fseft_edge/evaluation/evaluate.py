@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from fseft_edge.evaluation.metrics import DEFAULT_NSD_TOLERANCE_MM, score_mask, volume_ml
 from fseft_edge.masks.mask_image import Mask
-from fseft_edge.masks.result import organ_labels
+from fseft_edge.masks.result import case_in, organ_labels
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, InputError, LabelError, UsageError
 from fseft_edge.runtime.scans.content import found_label_values
 from fseft_edge.runtime.scans.given import GivenLabels, given_labels
@@ -345,6 +345,8 @@ def evaluate(
         InputError: no prediction has a reference of its case name.
         LabelError: no readable reference contains any of the organs, or no JSON file of a prediction knows an organ.
     """
+    if not isinstance(predictions, str | Path) and not predictions:
+        raise UsageError("No prediction is given.", remedy="Give at least one mask and its reference.")
     if not organs:
         raise UsageError(
             "No organ is given for the evaluation.", remedy="Give at least one organ, for example --organ liver=6."
@@ -385,6 +387,7 @@ def evaluate(
             task.advance()
     annotated = {row.organ for row in rows if row.reference_ml}
     hints = [value.sentence(cases) for value, cases in better.items()]
+    hints += _renamed(pairs)
     if rows and (nowhere := {name: label for name, label in organs.items() if name not in annotated}):
         wanted = ", ".join(f"{name}={label}" for name, label in nowhere.items())
         compared = {row.case for row in rows}
@@ -532,6 +535,19 @@ def _check_predicted_organs(pairs: Sequence[_Pair], organs: Mapping[str, int]) -
             f"{', '.join(sorted(known)) or 'none'}.",
             remedy="Give --organ the organ names of the adapters with which the cases were segmented.",
         )
+
+
+def _renamed(pairs: Sequence[_Pair]) -> list[str]:
+    """Return a sentence about predictions whose JSON file names another case: mask and JSON file were renamed."""
+    renamed = []
+    for pair in pairs:
+        description = _description_of(Path(pair.prediction)) if isinstance(pair.prediction, str | Path) else None
+        written = None if description is None or not description.exists() else case_in(description)
+        if written is not None and written != pair.case:
+            renamed.append(f"{pair.case} (written as {written})")
+    if not renamed:
+        return []
+    return [f"The masks of these cases were renamed; check that each belongs to its reference: {', '.join(renamed)}."]
 
 
 def _description_of(prediction: Path) -> Path:

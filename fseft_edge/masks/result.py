@@ -97,6 +97,14 @@ def describes(fields: Mapping[str, Any], mask: BufferedReader) -> bool:
     return stated is None or bool(stated == hashlib.file_digest(mask, "sha256").hexdigest())
 
 
+def case_in(description: Path) -> str | None:
+    """Return the name of the case for which a description file was written; None if the file cannot be read."""
+    try:
+        return str(parse_json(description.read_bytes())["case"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def organ_labels(description: Path, mask: Path | None = None) -> dict[str, int]:
     """Return the label value of each organ of a mask, in the order of the description file.
 

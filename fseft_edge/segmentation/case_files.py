@@ -119,6 +119,24 @@ class CaseFiles:
                 remedy=f"Make the name of the scan at least {longest - allowed} bytes shorter.",
             )
 
+    def check_replaceable(self) -> None:
+        """Check, before the work, that no mask is lost that a person or another program wrote.
+
+        Raises:
+            InputError: the mask in the output folder is not the mask that its JSON file describes.
+        """
+        mask = self.output / self.mask
+        if not mask.exists():
+            return
+        found = self._earlier_description()
+        # A JSON file of an earlier version has no checksum.
+        if "organs" in found and (MASK_SHA256 not in found or found[MASK_SHA256] == _sha256(mask)):
+            return
+        raise InputError(
+            f"{mask} is not a mask that `fseft-edge segment` wrote, or was changed afterwards. It is not replaced.",
+            remedy="Move the mask to another folder or delete it, or give another --output.",
+        )
+
     def written_together(self, outputs: Mapping[str, list[str]]) -> AbstractContextManager[Path]:
         """Yield a folder into which all files of the case are written; they replace an earlier result together.
 

@@ -28,7 +28,7 @@ def cases_of(scans: GivenScan | Sequence[GivenScan], series: str | None = None) 
         else:
             cases.append(given_scan(scan, name="scan" if single else f"scan_{number}"))
     if not cases:
-        raise UsageError("No CT was given.", remedy="Give NIfTI files, DICOM series, or folders that contain them.")
+        raise no_scan()
     if series is not None and len(cases) > 1:
         raise UsageError(
             f"--series can only be used with one scan, but {len(cases)} scans were given.",
@@ -45,6 +45,11 @@ def cases_of(scans: GivenScan | Sequence[GivenScan], series: str | None = None) 
                 remedy="Rename one of the two scans, or write their masks to different folders.",
             )
     return cases
+
+
+def no_scan() -> UsageError:
+    """Return the error for a list without any CT."""
+    return UsageError("No CT was given.", remedy="Give NIfTI files, DICOM series, or folders that contain them.")
 
 
 def name_of(case: Path | Scan) -> str:

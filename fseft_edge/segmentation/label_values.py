@@ -25,8 +25,11 @@ def label_values(files: Sequence[AdapterFile]) -> tuple[int, ...]:
 
 
 def keep_label_values(files: Sequence[AdapterFile]) -> bool:
-    """Return True if the organs have the label values of their annotations in the mask."""
-    return _are_usable(_own_values(files))
+    """Return True if the organs have the label values of their annotations in the mask.
+
+    The organs of an encoder without an adapter have no annotations.
+    """
+    return _are_usable(_own_values(files)) and all(file.description.shots for file in files)
 
 
 def warn_of_new_label_values(files: Sequence[AdapterFile]) -> None:

@@ -6,7 +6,7 @@ This module checks the arguments and collects results and failures; ``segmenter.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, Unpack, overload
@@ -24,7 +24,7 @@ from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE
 from fseft_edge.runtime.system.overlap import overlapped
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
-from fseft_edge.segmentation.inputs import cases_of, check_dicom, check_output, name_of
+from fseft_edge.segmentation.inputs import cases_of, check_dicom, check_output, name_of, no_scan
 from fseft_edge.segmentation.models import LoadedModels, load_models
 from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, Segmenter, open_segmenter
 from fseft_edge.segmentation.settings import SegmentationSettings
@@ -42,7 +42,7 @@ GivenAdapter: TypeAlias = str | Path | AdapterFile
 class SegmentOptions(TypedDict, total=False):
     """The options of :func:`segment`; its docstring describes them."""
 
-    organs: Sequence[str]
+    organs: str | Sequence[str]
     encoder: str | Path | None
     series: str | None
     transduction: TransductionInputs | None
@@ -105,7 +105,7 @@ def segment(
     adapters: GivenAdapter | Sequence[GivenAdapter] = (),
     output: str | Path | None = None,
     *,
-    organs: Sequence[str] = (),
+    organs: str | Sequence[str] = (),
     encoder: str | Path | None = None,
     series: str | None = None,
     transduction: TransductionInputs | None = None,
@@ -143,7 +143,7 @@ def segment(
             :func:`fseft_edge.adapt` returned. Without an adapter, the classifiers of ``encoder`` itself segment the
             organs that the encoder knows (zero-shot).
         output: output folder; created if it does not exist. None returns the masks in memory.
-        organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
+        organs: name or names of organs to segment without an adapter; empty means all organs that the encoder knows.
         encoder: encoder bundle, or the name of a built-in encoder; None searches for the bundle beside the first
             adapter, in the working folder, and among the built-in encoders that were exported for this user.
         series: number or UID of the DICOM series to segment, if exactly one scan is given; None means the CT series
@@ -203,13 +203,15 @@ def segment(
         precision=precision,
         memory_gb=memory_gb,
         vram_gb=vram_gb,
-        organs=tuple(organs),
+        organs=_names(organs),
     )
     in_memory = [adapter for adapter in given if isinstance(adapter, AdapterFile)]
     models = load_models(settings, in_memory) if in_memory else None
     if output is None:
         _check_no_files(settings, skip_existing=skip_existing)
         single, listed = one_or_many(scans)
+        if not listed:
+            raise no_scan()
         found = [given_scan(scan, series) for scan in listed]
         masks: list[Mask] = []
         with (
@@ -224,6 +226,15 @@ def segment(
     return _into_folder(
         cases, Path(output), settings=settings, models=models, skip_existing=skip_existing, progress=progress
     )
+
+
+def _names(organs: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(organs, Mapping):
+        raise UsageError(
+            "organs contains label values, but segment only takes names of organs of the encoder.",
+            remedy="Give a list of names, such as organs=['mandible']. Their label values in the mask are 1 to K.",
+        )
+    return (organs,) if isinstance(organs, str) else tuple(organs)
 
 
 def _check_no_files(settings: SegmentationSettings, *, skip_existing: bool) -> None:
@@ -297,7 +308,7 @@ class _Stages:
         self._skip_existing = skip_existing
 
     def read(self, path: Path | Scan) -> ReadCase | SegmentedCase:
-        self.segmenter.check_names(name_of(path), self._output)
+        self.segmenter.check_output(name_of(path), self._output)
         existing = self.segmenter.existing(path, self._output) if self._skip_existing else None
         return existing or self.segmenter.read(path)
 

@@ -44,6 +44,7 @@ from fseft_edge.runtime.scans.nifti import write_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.sources import Scan, find_scan, scan_name
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
+from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.memory import Budget, is_out_of_memory
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 from fseft_edge.segmentation.case_files import CaseFiles
@@ -302,14 +303,19 @@ class Segmenter:
         digest = source_sha256(path)
         return None if digest is None else files.existing(self.made_with(digest), files.wanted(self.settings, names))
 
-    def check_names(self, name: str, output: Path) -> None:
-        """Check, before the work, that the file system allows the names of all results of a scan of this name.
+    def check_output(self, name: str, output: Path) -> None:
+        """Check, before the work, that all results of a scan of this name can be written.
 
         Raises:
-            InputError: a name would be longer than the file system allows.
+            InputError: a name would be longer than the file system allows, or the mask in the output folder was changed
+                or is of another program.
+            OutOfSpaceError: the output folder is not writable.
         """
         names = [organ.name for file in self.adapters for organ in file.description.organs]
-        CaseFiles(output, name).check_names(self.settings, names)
+        files = CaseFiles(output, name)
+        files.check_names(self.settings, names)
+        files.check_replaceable()
+        check_writable(output / files.description)
 
     def made_with(self, sha256: str | None) -> dict[str, Any]:
         """Return the entries of the JSON file that determine the mask: scan, encoder, adapters and options.

@@ -13,6 +13,7 @@ import itertools
 import logging
 import os
 import struct
+import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -296,7 +297,8 @@ def cases_by_name(path: Path) -> dict[str, Path]:
     """
     cases: dict[str, Path] = {}
     for file in list_cases(path):
-        earlier = cases.setdefault(case_name(file), file)
+        # macOS stores an umlaut as two characters: names that look the same are the same.
+        earlier = cases.setdefault(unicodedata.normalize("NFC", case_name(file)), file)
         if earlier != file:
             raise InputError(
                 f"{earlier} and {file} have the same case name.", remedy="Rename or delete one of the two files."

@@ -64,8 +64,13 @@ def organs_of(organs: Mapping[str, int] | Sequence[OrganLabel]) -> tuple[OrganLa
     Raises:
         UsageError: there is no organ, a name or label value is invalid, or a name or label value occurs twice.
     """
-    listed = tuple(OrganLabel(name, label) for name, label in organs.items()) if isinstance(organs, Mapping) else organs
-    return _checked(tuple(listed))
+    if isinstance(organs, Mapping):
+        return _checked(tuple(OrganLabel(name, label) for name, label in organs.items()))
+    if not all(isinstance(organ, OrganLabel) for organ in organs):
+        raise UsageError(
+            "The organs have no label values.", remedy="Give a dictionary, such as {'liver': 6, 'spleen': 1}."
+        )
+    return _checked(tuple(organs))
 
 
 def parse_organs(values: Iterable[str]) -> tuple[OrganLabel, ...]:

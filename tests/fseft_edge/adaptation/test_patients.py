@@ -28,11 +28,16 @@ def test_a_table_of_groups_is_read_with_columns_in_any_order(tmp_path: Path) -> 
     assert read_groups(path) == {"ct_1": "anna", "ct_2": "anna", "ct_3": "bo"}
 
 
+def test_a_table_may_have_semicolons(tmp_path: Path) -> None:
+    (tmp_path / "groups.csv").write_text("case;group\nct_1;anna\n")
+    assert read_groups(tmp_path / "groups.csv") == {"ct_1": "anna"}
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("ct_1,anna\nct_2,bo\n", "case and group"),
-        ("case;group\nct_1;anna\n", "1 column"),
+        ("case|group\nct_1|anna\n", "1 column"),
         ("case,group\nct_1,\n", "Line 2"),
         ("case,group\nct_1\n", "Line 2"),
         ("case,group\nct_1,anna\nct_1,bo\n", "ct_1"),

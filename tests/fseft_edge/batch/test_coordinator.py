@@ -582,7 +582,7 @@ def test_a_version_that_gave_other_label_values_needs_another_outbox(batch: Batc
 
 def test_other_adapters_need_another_outbox(batch: Batch) -> None:
     batch.run()
-    with refused(BatchStateError, batch.outbox):
+    with refused(BatchStateError, batch.outbox, "What differs: adapters"):
         batch.run(segmentation=replace(batch.settings.segmentation, adapters=batch.site.adapters[:1]))
 
 

@@ -238,6 +238,15 @@ def test_a_json_file_of_another_mask_fails_its_case(predictions: Path, reference
     assert "b.json" in failure.message
 
 
+def test_a_renamed_mask_is_named_in_a_hint(predictions: Path, references: Path) -> None:
+    write(references, "a", labels(id6=(5, 15, 3)))
+    write(predictions, "a", labels(id1=(5, 15, 3)))
+    described = {"case": "other", "organs": [{"name": "liver", "label": 1}]}
+    (predictions / "a.json").write_text(json.dumps(described))
+    result = evaluate(predictions, references, {"liver": 6})
+    assert any("a (written as other)" in hint for hint in result.hints)
+
+
 def test_without_a_json_file_the_names_in_the_mask_apply(predictions: Path, references: Path) -> None:
     write(references, "a", labels(id6=(5, 15, 3), id1=(5, 15, 12)))
     mask = LabelMap(labels(id1=(5, 15, 12), id2=(5, 15, 3)), AFFINE)

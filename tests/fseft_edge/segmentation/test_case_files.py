@@ -61,7 +61,8 @@ class Site:
         """Write an adapter whose organs have these label values in its annotations."""
         file = write_random_adapter(path, self.bundle, tuple(labels), seed=len(labels))
         organs = [organ.model_copy(update={"label": labels[organ.name]}) for organ in file.description.organs]
-        write_adapter(path, replace(file, description=file.description.model_copy(update={"organs": tuple(organs)})))
+        changed = {"organs": tuple(organs), "shots": 1}
+        write_adapter(path, replace(file, description=file.description.model_copy(update=changed)))
         return path
 
 
@@ -211,11 +212,9 @@ def _other_voxel(path: Path) -> None:
 
 CHANGES: dict[str, Callable[[Path, Path], object]] = {
     "the scan": lambda image, _: _other_voxel(image),
-    "the mask": lambda _, out: (out / "ct.nii.gz").write_bytes(b"corrected"),
     "no mask": lambda _, out: (out / "ct.nii.gz").unlink(),
     "no picture": lambda _, out: (out / "ct.png").unlink(),
     "another picture": lambda _, out: (out / "ct.png").write_bytes(b"changed"),
-    "a damaged description": lambda _, out: (out / "ct.json").write_text("{"),
     "an old description": lambda _, out: (out / "ct.json").write_text('{"organs": []}'),
 }
 
@@ -233,6 +232,28 @@ def test_a_result_that_is_not_complete_is_made_again(site: Site, tmp_path: Path,
     assert organ_labels(out / "ct.json", out / "ct.nii.gz") == {"liver": 1, "spleen": 2}
     assert description(out)["source_sha256"] == sha256(image)
     assert change == "the scan" or content(out) == before
+
+
+@pytest.mark.parametrize("skip_existing", [False, True])
+@pytest.mark.parametrize("changed", ["mask", "description"])
+def test_a_mask_that_somebody_changed_is_not_replaced(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str, skip_existing: bool
+) -> None:
+    out = tmp_path / "out"
+    site.segment(out)
+    (out / {"mask": "ct.nii.gz", "description": "ct.json"}[changed]).write_bytes(b"corrected")
+    before = content(out)
+    monkeypatch.setattr("fseft_edge.segmentation.segmenter.encode_scan", failing(AssertionError("encoded")))
+    with refused(InputError, out / "ct.nii.gz"):
+        site.segment(out, skip_existing=skip_existing)
+    assert content(out) == before
+
+
+def test_a_mask_of_another_program_is_not_replaced(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "ct.nii.gz").write_bytes(b"contours of a person")
+    with refused(InputError, tmp_path / "ct.nii.gz"):
+        site.segment(tmp_path)
+    assert (tmp_path / "ct.nii.gz").read_bytes() == b"contours of a person"
 
 
 def test_a_complete_result_is_kept_and_returned(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,27 @@ def test_what_is_not_a_scan_is_refused(site: Site, fitted: OrganSegmenter) -> No
         fitted.predict(site.root / "images")
 
 
+def test_organs_of_an_encoder_are_names(site: Site) -> None:
+    options = {"encoder": site.bundle.path, "device": "cpu", "backend": "torch"}
+    mask = fseft_edge.segment(site.image(3), organs="liver", **options)
+    assert [organ.name for organ in mask.organs] == ["liver"]
+    with refused(UsageError, "label values"):
+        fseft_edge.segment(site.image(3), organs={"liver": 7}, **options)
+    with refused(UsageError):
+        fseft_edge.segment([], **options)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("epochs", 0), ("epochs", -1), ("epochs", "2"), ("variations", -1)])
+def test_settings_of_the_training_are_checked_when_they_are_made(setting: str, value: object) -> None:
+    with refused(UsageError, setting, repr(value)):
+        TrainingSettings(**{setting: value})
+
+
+def test_organs_without_label_values_are_refused(site: Site) -> None:
+    with refused(UsageError):
+        fseft_edge.adapt(site.bundle.path, [site.image(1)], [site.labels(1)], ["liver"])
+
+
 def test_probabilities_agree_with_the_mask(site: Site, fitted: OrganSegmenter) -> None:
     ct = nib.load(site.image(3))
     probabilities = fitted.predict_proba(ct)
