@@ -10,7 +10,7 @@ import pytest
 from doubles import nifti_files as files
 from doubles.errors import refused
 from doubles.nifti_files import AFFINE, affine_in_itk, affine_in_nibabel, moved, turned, write
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fseft_edge.runtime.errors import FseftEdgeError, GeometryError
@@ -254,12 +254,14 @@ def test_every_rotation_is_read_as_by_itk(tmp_path, degrees, w_squared, codes):
     position=st.sampled_from([*range(files.PIXDIM, 92), files.UNITS, *range(files.QFORM_CODE, 328)]),
     value=st.integers(0, 255),
 )
+@example(position=318, value=134)  # a shear and a rounded qform, each below a tenth of a voxel, together above it
 def test_after_a_changed_byte_the_geometry_is_refused_or_the_one_of_other_programs(tmp_path, position, value):
     path = write(tmp_path / "ct.nii", sform=OBLIQUE, qform=OBLIQUE, patches=[(position, "B", [value])])
     try:
         volume = read_ct(path)
     except FseftEdgeError:
         return
-    assert deviation(volume.affine, affine_in_itk(path), volume.shape).is_rounding
+    if not any("shear" in warning for warning in volume.warnings):  # ITK reads the qform, which has no shear
+        assert deviation(volume.affine, affine_in_itk(path), volume.shape).is_rounding
     if not any("unit" in warning for warning in volume.warnings):
         assert deviation(volume.affine, affine_in_nibabel(path), volume.shape).mm < 1e-3
