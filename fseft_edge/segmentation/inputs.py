@@ -29,11 +29,7 @@ def cases_of(scans: GivenScan | Sequence[GivenScan], series: str | None = None) 
             cases.append(given_scan(scan, name="scan" if single else f"scan_{number}"))
     if not cases:
         raise no_scan()
-    if series is not None and len(cases) > 1:
-        raise UsageError(
-            f"--series can only be used with one scan, but {len(cases)} scans were given.",
-            remedy="Give only the scan from which the series is to be chosen.",
-        )
+    check_series(series, len(cases))
     seen: dict[str, Path | Scan] = {}
     for case in cases:
         name = name_of(case)
@@ -45,6 +41,15 @@ def cases_of(scans: GivenScan | Sequence[GivenScan], series: str | None = None) 
                 remedy="Rename one of the two scans, or write their masks to different folders.",
             )
     return cases
+
+
+def check_series(series: str | None, scans: int) -> None:
+    """Raise UsageError if a series is given together with several scans."""
+    if series is not None and scans > 1:
+        raise UsageError(
+            f"--series can only be used with one scan, but {scans} scans were given.",
+            remedy="Give only the scan from which the series is to be chosen.",
+        )
 
 
 def no_scan() -> UsageError:

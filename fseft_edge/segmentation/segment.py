@@ -24,7 +24,14 @@ from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE
 from fseft_edge.runtime.system.overlap import overlapped
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 from fseft_edge.segmentation.failures import as_known_error, reason_and_remedy
-from fseft_edge.segmentation.inputs import cases_of, check_dicom, check_output, name_of, no_scan
+from fseft_edge.segmentation.inputs import (
+    cases_of,
+    check_dicom,
+    check_output,
+    check_series,
+    name_of,
+    no_scan,
+)
 from fseft_edge.segmentation.models import LoadedModels, load_models
 from fseft_edge.segmentation.segmenter import EncodedCase, ReadCase, Segmenter, open_segmenter
 from fseft_edge.segmentation.settings import SegmentationSettings
@@ -212,6 +219,7 @@ def segment(
         single, listed = one_or_many(scans)
         if not listed:
             raise no_scan()
+        check_series(series, len(listed))
         found = [given_scan(scan, series) for scan in listed]
         masks: list[Mask] = []
         with (

@@ -532,6 +532,8 @@ def _damaged(path: Path, error: Exception | str) -> UnreadableFileError:
 
 
 def _not_nifti(path: Path) -> UnreadableFileError:
+    if path.is_file() and path.stat().st_size == 0:
+        return UnreadableFileError(f"{path} is empty: it has 0 bytes.", remedy="Copy the file again from its source.")
     return UnreadableFileError(f"{path} is not a NIfTI file.", remedy="Convert the image to NIfTI (.nii or .nii.gz).")
 
 

@@ -96,6 +96,11 @@ def test_what_is_not_a_scan_is_refused(site: Site, fitted: OrganSegmenter) -> No
         fitted.predict(site.root / "images")
 
 
+def test_a_series_is_chosen_from_one_scan(site: Site, fitted: OrganSegmenter) -> None:
+    with refused(UsageError, "2 scans"):
+        fseft_edge.segment([site.image(1), site.image(2)], fitted.adapter_, encoder=site.bundle.path, series="1")
+
+
 def test_organs_of_an_encoder_are_names(site: Site) -> None:
     options = {"encoder": site.bundle.path, "device": "cpu", "backend": "torch"}
     mask = fseft_edge.segment(site.image(3), organs="liver", **options)

@@ -633,3 +633,10 @@ def test_scan_and_its_annotation_have_the_same_lattice(real_ct):
     labels = read_label_map(real_ct / "headneck" / "label" / "hn_002.nii.gz")
     assert labels_on(scan, labels).array is labels.array
     assert scan.axcodes == "PLI"
+
+
+@pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz"])
+def test_an_empty_file_is_named_as_such(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with refused(UnreadableFileError, tmp_path / name, "0 bytes"):
+        read_ct(tmp_path / name)
