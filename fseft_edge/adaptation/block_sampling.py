@@ -14,7 +14,7 @@ from fseft_edge.adaptation.patients import SupportIdentity
 from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adapters.blocks import Box, read_block, stack_blocks
 from fseft_edge.adapters.network import Adapter
-from fseft_edge.runtime.encoder.feature_map import FeatureMap
+from fseft_edge.runtime.encoder.feature_map import Features
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 from fseft_edge.runtime.scans.volume import LabelMap
@@ -43,7 +43,7 @@ class SupportScan:
         identity: case name and hashes of the scan and its annotation; None if they are not known.
     """
 
-    features: FeatureMap
+    features: Features
     shape: tuple[int, int, int]
     occupancy: Occupancy
     annotated: NDArray[np.bool_]

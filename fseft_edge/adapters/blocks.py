@@ -15,9 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fseft_edge.runtime.encoder.feature_map import FeatureMap
-
-Range = tuple[int, int]
+from fseft_edge.runtime.encoder.feature_map import Features, Range
 
 _CPU = torch.device("cpu")
 
@@ -99,7 +97,7 @@ def _interpolation(first: int, fine_count: int, coarse_count: int, device: torch
 _cached_interpolation = functools.lru_cache(maxsize=256)(_interpolation)
 
 
-def read_block(features: FeatureMap, boxes: Sequence[Box], device: torch.device = _CPU) -> list[Tensor]:
+def read_block(features: Features, boxes: Sequence[Box], device: torch.device = _CPU) -> list[Tensor]:
     """Return the box of each level as float32 ``[1, C_l, *box.shape]``; outside the map, repeat its edge voxels.
 
     Args:
@@ -126,7 +124,7 @@ def pad_to_boxes(levels: Sequence[Tensor], boxes: Sequence[Box]) -> list[Tensor]
     return blocks
 
 
-def _read_level(features: FeatureMap, level: int, box: Box, device: torch.device) -> Tensor:
+def _read_level(features: Features, level: int, box: Box, device: torch.device) -> Tensor:
     stride = features.levels[level].stride
     inside: list[Range] = []
     padding: list[int] = []

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding_plan import plan_encoding
-from fseft_edge.runtime.encoder.feature_map import FeatureMap, FeatureMapMeta
+from fseft_edge.runtime.encoder.feature_map import FeatureMapMeta, Features
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 from fseft_edge.runtime.encoder.streaming import stream_features
@@ -32,11 +32,11 @@ class EncodedScan:
 
     Attributes:
         grid: grid of the scan, which is the lattice of level 0.
-        features: feature map; :meth:`FeatureMap.read` reads a box of a level.
+        features: feature map; ``read`` reads a box of a level.
     """
 
     grid: Grid
-    features: FeatureMap
+    features: Features
 
     @property
     def levels(self) -> tuple[FeatureLevel, ...]:
@@ -105,7 +105,7 @@ def encode_scan(
     """
     grid = grid or Grid.of(volume, bundle.preprocessing)
     key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage, precision=session.precision)
-    features = store.get(key)
+    features: Features | None = store.get(key)
     if features is None:
         layout = layout_of(grid, bundle)
         meta = FeatureMapMeta(

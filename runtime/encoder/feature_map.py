@@ -20,7 +20,7 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, Protocol
 
 import blosc2  # type: ignore[import-untyped]  # ships no types
 import numpy as np
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 SCHEMA_VERSION: Final = 1
 
 StorageType = Literal["float16", "float32"]
+
+Range = tuple[int, int]
+"""First voxel and one past the last along an axis."""
+
+Ranges = tuple[Range, Range, Range]
+"""A box: its ranges along x, y and z."""
 
 _INDEX = "index.json"
 _CHECKSUMS = "SHA256SUMS"
@@ -73,6 +79,29 @@ class FeatureMapMeta(BaseModel):
         """Return the shape of a level along x, y, z, in the level's own voxels."""
         x, y, z = (size // self.levels[level].stride for size in self.padded_shape)
         return x, y, z
+
+
+class Features(Protocol):
+    """What reads a feature pyramid box by box: a :class:`FeatureMap`, or a map whose windows are encoded on demand."""
+
+    @property
+    def meta(self) -> FeatureMapMeta:
+        """Metadata of the map."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the encoded grid, in voxels."""
+
+    @property
+    def padded_shape(self) -> tuple[int, int, int]:
+        """Shape of the padded grid, which level 0 covers, in voxels."""
+
+    @property
+    def levels(self) -> tuple[FeatureLevel, ...]:
+        """Levels of the feature pyramid, finest first."""
+
+    def read(self, level: int, x: Range, y: Range, z: Range) -> torch.Tensor:
+        """Return the features of a box of a level (:meth:`FeatureMap.read`)."""
 
 
 class _Frame(BaseModel):
@@ -155,7 +184,7 @@ class FeatureMap:
         """Levels of the feature pyramid, finest first."""
         return self.meta.levels
 
-    def read(self, level: int, x: tuple[int, int], y: tuple[int, int], z: tuple[int, int]) -> torch.Tensor:
+    def read(self, level: int, x: Range, y: Range, z: Range) -> torch.Tensor:
         """Return the features of a box, ``[C_l, x1 - x0, y1 - y0, z1 - z0]`` in the stored number format.
 
         Args:
@@ -187,7 +216,7 @@ class _LevelReader:
         self._stops = [frame.z1 for frame in frames]
         self._arrays = [_opened(content[frame.offset : frame.offset + frame.size], threads) for frame in frames]
 
-    def read_into(self, box: NDArray[np.floating[Any]], x: slice, y: slice, z: tuple[int, int]) -> None:
+    def read_into(self, box: NDArray[np.floating[Any]], x: slice, y: slice, z: Range) -> None:
         """Fill ``box`` with the features of ``x``, ``y``, ``z``."""
         for number in range(bisect_right(self._stops, z[0]), len(self._arrays)):
             start, stop = max(z[0], self._starts[number]), min(z[1], self._stops[number])
