@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fseft_edge.runtime.encoder.networks import IMPORTED, build_network
-from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwork
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwork, WholeScan
 from fseft_edge.runtime.errors import EncoderBundleError
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.system.atomic import atomic_folder
@@ -52,10 +52,9 @@ LEAST_DSC = 0.998
 """Least DSC between the head's masks in float32 and in a lower precision; below it, ``auto`` does not use the lower
 precision."""
 
-_SCHEMA_VERSIONS = (1, 2)
+_SCHEMA_VERSIONS = (1, 2, 3)
 _SELF = "manifest_sha256"
 _NO_DIGEST = "0" * 64
-_LARGEST_WINDOW = 4096
 _LARGEST_WINDOW = 4096
 _EXPORT_AGAIN = (
     "Export the encoder again (merge a fine-tuned encoder again), or copy the whole folder again from its source."
@@ -118,6 +117,7 @@ class BundleManifest(BaseModel):
         preprocessing: conversion of a CT into the encoder's input.
         window: size of the encoder's input window, ``[X, Y, Z]`` in voxels.
         levels: levels of the feature pyramid, finest first.
+        whole_scan: how the encoder computes a whole scan in one pass; None if it computes a scan in windows.
         organs: names of the head's rows, in order.
         untrained: names of the submodules whose weights are random because the checkpoint contains no weights for them.
         checkpoint_sha256: sha256 of the file from which the weights were read.
@@ -129,7 +129,7 @@ class BundleManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     name: str = Field(min_length=1)
     architecture: str
     settings: dict[str, JsonValue]
@@ -137,6 +137,7 @@ class BundleManifest(BaseModel):
     preprocessing: Preprocessing
     window: tuple[int, int, int]
     levels: tuple[FeatureLevel, ...]
+    whole_scan: WholeScan | None = None
     organs: tuple[str, ...]
     untrained: tuple[str, ...] = ()
     checkpoint_sha256: str
@@ -153,6 +154,12 @@ class BundleManifest(BaseModel):
             raise ValueError(f"a side of the window is not between 1 and {_LARGEST_WINDOW} voxels")
         if any(length % level.stride for length in self.window for level in self.levels):
             raise ValueError("the window is not a multiple of the strides of the levels")
+        if self.whole_scan is not None:
+            multiple, context = self.whole_scan.multiple, self.whole_scan.context
+            if not 1 <= multiple <= context <= _LARGEST_WINDOW or context % multiple:
+                raise ValueError("the numbers of voxels in whole_scan are not possible")
+            if any(multiple % level.stride for level in self.levels) or any(side % multiple for side in self.window):
+                raise ValueError("whole_scan does not fit the levels and the window")
         return self
 
 
@@ -161,8 +168,8 @@ class BundleContents:
     """Data from which an encoder bundle is written.
 
     Attributes:
-        name, architecture, settings, preprocessing, window, organs, untrained, checkpoint_sha256, tools, parity:
-            entries of :class:`BundleManifest`.
+        name, architecture, settings, preprocessing, window, whole_scan, organs, untrained, checkpoint_sha256, tools,
+            parity: entries of :class:`BundleManifest`.
         network: network of the architecture, with its weights.
         head_weight: weights of the head, ``[K, C_0]``.
         head_bias: biases of the head, ``[K]``.
@@ -185,6 +192,7 @@ class BundleContents:
     graph: Path | None
     mixed_graph: Path | None = None
     untrained: tuple[str, ...] = ()
+    whole_scan: WholeScan | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,6 +252,7 @@ class EncoderBundle:
                 preprocessing=contents.preprocessing,
                 window=contents.window,
                 levels=contents.network.levels,
+                whole_scan=contents.whole_scan,
                 organs=contents.organs,
                 untrained=contents.untrained,
                 checkpoint_sha256=contents.checkpoint_sha256,
@@ -269,6 +278,11 @@ class EncoderBundle:
     def levels(self) -> tuple[FeatureLevel, ...]:
         """Levels of the feature pyramid, finest level first."""
         return self.manifest.levels
+
+    @property
+    def whole_scan(self) -> WholeScan | None:
+        """How the encoder computes a whole scan in one pass; None if it computes a scan in windows."""
+        return self.manifest.whole_scan
 
     @property
     def graph_only(self) -> bool:
@@ -306,6 +320,8 @@ class EncoderBundle:
             "window": manifest.window,
             "levels": [asdict(level) for level in manifest.levels],
         }
+        if manifest.whole_scan is not None:  # ids of encoders with windows are those of earlier versions
+            identity["whole_scan"] = asdict(manifest.whole_scan)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def network(self) -> FeatureNetwork:
@@ -411,7 +427,7 @@ def _read_manifest(path: Path) -> BundleManifest:
         raise EncoderBundleError(f"{file} is damaged: it is not a valid manifest.", remedy=_EXPORT_AGAIN) from error
     if version not in _SCHEMA_VERSIONS:
         raise EncoderBundleError(
-            f"{file} has schema version {version}; this version of fseft-edge reads 1 and 2.",
+            f"{file} has schema version {version}; this version of fseft-edge reads 1 to 3.",
             remedy="Update fseft-edge, or export the encoder again with this version.",
         )
     before, _, after = content.rpartition(digest.encode())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.encoder.networks.base import FeatureLevel
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel, WholeScan
 from fseft_edge.runtime.system.gpu_arithmetic import exact_float32
 from fseft_edge.runtime.system.memory import resident_bytes
 
@@ -27,6 +27,7 @@ class EncoderSession(ABC):
         precision: precision of the computation; features are always returned in float32.
         window: size of a window, ``[X, Y, Z]`` in voxels.
         levels: levels of the feature pyramid, finest first.
+        whole_scan: how the encoder computes a whole scan in one pass; None if it computes a scan in windows.
     """
 
     backend: ClassVar[str]
@@ -39,6 +40,7 @@ class EncoderSession(ABC):
         self.precision = precision
         self.window: tuple[int, int, int] = bundle.window
         self.levels: tuple[FeatureLevel, ...] = bundle.levels
+        self.whole_scan: WholeScan | None = bundle.whole_scan
         self._open = True
         self._arithmetic = ExitStack()
 
@@ -63,7 +65,8 @@ class EncoderSession(ABC):
         """Return the feature pyramid of any number of windows.
 
         Args:
-            windows: CT windows, float32 ``[n, 1, X, Y, Z]`` on any device, n at least 1, scaled to 0..1 by the grid.
+            windows: CT windows, float32 ``[n, 1, X, Y, Z]`` on any device, n at least 1, scaled to 0..1 by the grid. An
+                encoder that computes whole scans accepts all sides that are multiples of ``whole_scan.multiple``.
 
         Returns:
             One tensor per level, finest first, float32 ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` on the session's device,
@@ -75,12 +78,18 @@ class EncoderSession(ABC):
         """
         if not self._open:
             raise RuntimeError("the encoder session is closed")
-        if windows.shape[0] == 0 or windows.shape[1:] != (1, *self.window) or windows.dtype != torch.float32:
+        if windows.ndim != 5 or 0 in windows.shape or not self._fits(windows) or windows.dtype != torch.float32:
             expected = ["n", 1, *self.window]
             raise ValueError(f"windows are {windows.dtype} {list(windows.shape)}, expected torch.float32 {expected}")
         with torch.no_grad():
             batches = [self._encode_batch(batch) for batch in windows.split(self.max_batch)]
             return batches[0] if len(batches) == 1 else [torch.cat(level) for level in zip(*batches, strict=True)]
+
+    def _fits(self, windows: Tensor) -> bool:
+        channels, *sides = windows.shape[1:]
+        if self.whole_scan is None:
+            return (channels, *sides) == (1, *self.window)
+        return channels == 1 and not any(side % self.whole_scan.multiple for side in sides)
 
     @abstractmethod
     def _encode_batch(self, windows: Tensor) -> list[Tensor]:

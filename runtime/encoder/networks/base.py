@@ -26,6 +26,23 @@ class FeatureLevel:
     channels: int
 
 
+@dataclass(frozen=True)
+class WholeScan:
+    """Properties of an encoder that computes a whole scan in one pass, without windows.
+
+    The features of such an encoder depend on the surroundings of a voxel alone. Outside the padded grid, the input and
+    all inner tensors are 0.
+
+    Attributes:
+        multiple: the sides of the padded grid are multiples of this number of voxels.
+        context: a feature depends on no voxel of the grid that is further away than this number of voxels along an
+            axis; a multiple of ``multiple``.
+    """
+
+    multiple: int
+    context: int
+
+
 class FeatureNetwork(nn.Module):
     """A network without its classifier.
 
@@ -42,6 +59,11 @@ class FeatureNetwork(nn.Module):
     gradient_checkpointing: bool = False
     decoder_parts: ClassVar[tuple[str, ...]] = ()
     bridge_parts: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def whole_scan(self) -> WholeScan | None:
+        """How the network computes a whole scan in one pass; None if its features depend on the size of a window."""
+        return None
 
     @abstractmethod
     def forward(self, windows: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ the rest of the window, and every normalisation can be folded into the preceding
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwork
+from fseft_edge.runtime.encoder.networks.base import FeatureLevel, FeatureNetwork, WholeScan
 from fseft_edge.runtime.encoder.networks.med_adapter import med_adapters
 
 
@@ -106,6 +107,21 @@ class ResidualUNet(FeatureNetwork):
             x = self._part(partial(_merged, self.up[level], self.merge[level]), x, skips[level])
             pyramid.append(x)
         return pyramid[::-1]
+
+    @property
+    def whole_scan(self) -> WholeScan | None:
+        """How the network computes a whole scan; None with Med-Adapters, whose frequency filter spans the window."""
+        if med_adapters(self):
+            return None
+        # Radius of the receptive field: two convolutions of the first stage; in each further stage, one convolution on
+        # the finer level and one on its own; two convolutions in each decoder level.
+        stages = len(self.down)
+        strides = [2**level for level in range(stages)]
+        down = 2 + sum(finer + own for finer, own in pairwise(strides))
+        up = sum(2 * stride for stride in strides[:-1])
+        multiple = strides[-1]
+        # An upsampled voxel depends on the whole voxel of the coarser level.
+        return WholeScan(multiple, math.ceil((down + up + multiple - 1) / multiple) * multiple)
 
     def stage_widths(self) -> list[int]:
         """Return the number of channels at the end of each encoder stage, where inserts are added."""

@@ -112,8 +112,8 @@ def test_damaged_manifest_is_refused(path: Path, content: str) -> None:
 
 
 def test_unknown_schema_is_refused_with_its_version(path: Path) -> None:
-    forged(path, schema_version=3)
-    with refused(EncoderBundleError, path / "manifest.json", 3):
+    forged(path, schema_version=4)
+    with refused(EncoderBundleError, path / "manifest.json", 4):
         EncoderBundle.open(path)
 
 
