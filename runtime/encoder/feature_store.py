@@ -23,12 +23,12 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from fseft_edge.runtime.encoder.bundle import Precision
+from fseft_edge.runtime.encoder.feature_frames import StorageType
 from fseft_edge.runtime.encoder.feature_map import (
     SCHEMA_VERSION,
     DamagedFeatureMapError,
     FeatureMap,
     FeatureMapMeta,
-    StorageType,
     write_feature_map,
 )
 from fseft_edge.runtime.errors import EnvironmentProblemError, OutOfSpaceError

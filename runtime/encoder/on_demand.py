@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
-from fseft_edge.runtime.encoder.feature_map import FeatureMap, FeatureMapMeta, Ranges, StorageType
+from fseft_edge.runtime.encoder.feature_frames import StorageType
+from fseft_edge.runtime.encoder.feature_map import FeatureMap, FeatureMapMeta, Ranges
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 from fseft_edge.runtime.encoder.windows import WindowLayout

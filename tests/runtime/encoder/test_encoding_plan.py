@@ -107,7 +107,7 @@ def test_running_out_of_memory_while_storing_is_an_error_with_a_remedy(
     def full(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("fseft_edge.runtime.encoder.feature_map._stored", full)
+    monkeypatch.setattr("fseft_edge.runtime.encoder.feature_map.stored", full)
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
     store = FeatureStore(tmp_path / "store")
     with open_session(bundle, device="cpu", backend="torch") as session, refused(OutOfMemoryError) as caught:
