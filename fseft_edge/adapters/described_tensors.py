@@ -57,14 +57,14 @@ def write_described(path: Path, key: str, description: SelfDescription, tensors:
         temporary.write_bytes(save(stored, metadata={key: header}))
 
 
-def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[str, dict[str, Tensor]]:
+def read_described(path: Path, key: str, *, suffix: str, schemas: tuple[int, ...]) -> tuple[str, dict[str, Tensor]]:
     """Return the description (as JSON) and the tensors of a file.
 
     Args:
         path: file to read.
         key: key of the description in the header.
         suffix: file name suffix of this kind of file, for messages.
-        schema: schema version of the description that is accepted.
+        schemas: schema versions of the description that are accepted.
 
     Raises:
         AdapterError: the file is missing, damaged, of another kind, or of an unknown schema.
@@ -90,9 +90,10 @@ def read_described(path: Path, key: str, *, suffix: str, schema: int) -> tuple[s
         version = parse_json(header).get("schema_version")
     except (ValueError, AttributeError) as error:
         raise does_not_fit(path) from error
-    if version != schema:
+    if version not in schemas:
         raise AdapterError(
-            f"{path} has the {suffix} schema version {version}, but this version of fseft-edge reads version {schema}.",
+            f"{path} has the {suffix} schema version {version}, but this version of fseft-edge reads version "
+            f"{' and '.join(map(str, schemas))}.",
             remedy=f"Update fseft-edge, or run `{_COMMANDS[suffix]}` again with this version.",
         )
     return header, tensors

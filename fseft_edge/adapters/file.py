@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -15,7 +15,9 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     TypeAdapter,
     model_serializer,
+    model_validator,
 )
+from torch import Tensor
 
 from fseft_edge._version import __version__
 from fseft_edge.adapters.described_tensors import (
@@ -34,6 +36,8 @@ from fseft_edge.runtime.scans.intensities import HuPercentiles
 STORED_LEVELS: Final[dict[Levels, Literal["last", "pyramid"]]] = {"finest": "last", "all": "pyramid"}
 """The value of ``reads`` in the file format for each value of ``AdapterSettings.levels``."""
 _METADATA_KEY = "fseft_edge_adapter"
+_LOCATOR_TENSORS = "locator."
+"""Prefix of the names of the locator's tensors."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,61 @@ class AdapterOrgan(BaseModel):
         return fields
 
 
+class LocatedOrgan(BaseModel):
+    """How a locator finds an organ, and how well it found the organ in the scans that it was not trained on.
+
+    Attributes:
+        name: organ name, as in the adapter.
+        threshold: probability above which a voxel of the coarse pass belongs to a place of the organ.
+        margin_mm: margin around the bounding box of a place.
+        recall: for every left-out support scan that annotates the organ, the share of the organ's voxels that were
+            inside the located boxes.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    threshold: float = Field(gt=0, lt=1)
+    margin_mm: float = Field(ge=0)
+    recall: tuple[float, ...]
+
+
+class LocatorDescription(BaseModel):
+    """The description of the locator of an adapter.
+
+    Attributes:
+        encoder_id: id of the encoder of the coarse pass.
+        encoder_name: name of that encoder.
+        levels: stride and number of channels of every level of that encoder, finest level first.
+        settings: settings of the adapter of the coarse pass (see :func:`stored_settings`).
+        organs: the organs, in the order of the classes.
+        selected: for every left-out support scan, the share of the windows of the adapter's encoder that were selected
+            for all organs together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    encoder_id: str
+    encoder_name: str
+    levels: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(min_length=1)
+    settings: dict[str, str | int]
+    organs: tuple[LocatedOrgan, ...] = Field(min_length=1)
+    selected: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Locator:
+    """An adapter of a small encoder that tells where the organs are (:mod:`fseft_edge.adaptation.locator`).
+
+    Attributes:
+        description: the description of the locator.
+        adapter: the network, in evaluation mode.
+    """
+
+    description: LocatorDescription
+    adapter: Adapter
+
+
 class SupportSetDescription(SelfDescription):
     """The part of a description that identifies the support set.
 
@@ -103,8 +162,13 @@ class SupportSetDescription(SelfDescription):
     @model_serializer(mode="wrap")
     def _omit_fields_without_value(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialize(self)
-        for name, empty in (("support_annotations", ()), ("support_groups", None)):
-            if getattr(self, name) == empty:
+        for name, empty in (
+            ("support_annotations", ()),
+            ("support_groups", None),
+            ("windows_elsewhere", None),
+            ("locator", None),
+        ):
+            if getattr(self, name, empty) == empty:
                 fields.pop(name, None)
         return fields
 
@@ -123,9 +187,13 @@ class AdapterDescription(SupportSetDescription):
         steps: number of training steps; for a linear adapter, number of evaluations of the loss; 0 without training.
         losses: mean loss of every epoch.
         bfloat16: whether training computed in bfloat16.
+        windows_elsewhere: largest number of windows of a support scan that were encoded in addition to those around the
+            organs; None if the whole scans were encoded. Not written without a value.
+        locator: the locator; None for an adapter of whole scans. Not written without a value.
+        schema_version: 4 for an adapter with ``windows_elsewhere`` or ``locator``; else 3, which earlier versions read.
     """
 
-    schema_version: Literal[3] = 3
+    schema_version: Literal[3, 4] = 3
     toolkit_version: str = __version__
     encoder_id: str
     encoder_name: str
@@ -137,6 +205,14 @@ class AdapterDescription(SupportSetDescription):
     steps: int
     losses: tuple[float, ...]
     bfloat16: bool
+    windows_elsewhere: int | None = None
+    locator: LocatorDescription | None = None
+
+    @model_validator(mode="after")
+    def _schema_version_4_has_more(self) -> Self:
+        if (self.schema_version == 4) != (self.windows_elsewhere is not None or self.locator is not None):
+            raise ValueError("the fields do not belong to the schema version")
+        return self
 
     @property
     def kind(self) -> str:
@@ -152,11 +228,13 @@ class AdapterFile:
         description: the description of the adapter.
         adapter: the network, in evaluation mode.
         sha256: SHA-256 of the file that was read; None if the adapter was not read from a file.
+        locator: the locator; None if the adapter has none.
     """
 
     description: AdapterDescription
     adapter: Adapter
     sha256: str | None = None
+    locator: Locator | None = None
 
     def check_encoder(self, encoder_id: str, *, path: Path | None) -> None:
         """Raise AdapterError if the adapter was trained on the features of another encoder.
@@ -202,7 +280,10 @@ def write_adapter(path: Path, file: AdapterFile) -> None:
     Raises:
         OutOfSpaceError: the disk is full, or the folder is not writable.
     """
-    write_described(path, _METADATA_KEY, file.description, file.adapter.state_dict())
+    tensors = dict(file.adapter.state_dict())
+    if file.locator is not None:
+        tensors |= {f"{_LOCATOR_TENSORS}{name}": value for name, value in file.locator.adapter.state_dict().items()}
+    write_described(path, _METADATA_KEY, file.description, tensors)
 
 
 def read_adapter(path: Path) -> AdapterFile:
@@ -211,14 +292,26 @@ def read_adapter(path: Path) -> AdapterFile:
     Raises:
         AdapterError: the file is missing, is damaged, is not an adapter, or has an unknown schema.
     """
-    header, tensors = read_described(path, _METADATA_KEY, suffix="adapter", schema=3)
+    header, tensors = read_described(path, _METADATA_KEY, suffix="adapter", schemas=(3, 4))
     try:
         description = AdapterDescription.model_validate_json(header)
-        levels = [FeatureLevel(stride, channels) for stride, channels in description.levels]
-        settings = settings_of(description.settings)
-        adapter = Adapter(settings, levels, len(description.organs))
-        adapter.load_state_dict(tensors)
+        own = {name: value for name, value in tensors.items() if not name.startswith(_LOCATOR_TENSORS)}
+        adapter = _network(description, own)
+        locator = None
+        if description.locator is not None:
+            others = {name.removeprefix(_LOCATOR_TENSORS): tensors[name] for name in tensors.keys() - own.keys()}
+            locator = Locator(description.locator, _network(description.locator, others))
+        elif len(own) < len(tensors):
+            raise ValueError("there are tensors of a locator without its description")
     except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
         raise does_not_fit(path) from error
     check_content(path, description, tensors)
-    return AdapterFile(description, adapter.eval(), sha256_of_file(path))
+    return AdapterFile(description, adapter, sha256_of_file(path), locator)
+
+
+def _network(description: AdapterDescription | LocatorDescription, tensors: Mapping[str, Tensor]) -> Adapter:
+    """Return the network of a description with these weights, in evaluation mode."""
+    levels = [FeatureLevel(stride, channels) for stride, channels in description.levels]
+    adapter = Adapter(settings_of(description.settings), levels, len(description.organs))
+    adapter.load_state_dict(dict(tensors))
+    return adapter.eval()

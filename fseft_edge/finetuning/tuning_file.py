@@ -106,7 +106,7 @@ def read_tuning(path: Path) -> TuningFile:
     Raises:
         AdapterError: the file is missing, is damaged, is not a tuning, or has an unknown schema version.
     """
-    header, tensors = read_described(path, TUNING_KEY, suffix=SUFFIX, schema=1)
+    header, tensors = read_described(path, TUNING_KEY, suffix=SUFFIX, schemas=(1,))
     try:
         description = TuningDescription.model_validate_json(header)
     except ValidationError as error:

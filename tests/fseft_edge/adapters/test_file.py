@@ -237,7 +237,7 @@ def test_a_description_that_is_none_is_refused(tmp_path: Path, text: str) -> Non
         read_adapter(tmp_path / "a.adapter")
 
 
-@pytest.mark.parametrize("version", [0, 2, 4, None, "1"])
+@pytest.mark.parametrize("version", [0, 2, 5, None, "1"])
 def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object) -> None:
     write_with_changed_description(tmp_path / "a.adapter", schema_version=version)
     with refused(AdapterError, "a.adapter", "schema", version):
