@@ -14,14 +14,15 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fseft_edge.runtime.encoder.blend import PLACES, Blend, FileTensor, Place, shift_down
+from fseft_edge.runtime.encoder.blend import PLACES, Blend, Place, shift_down
+from fseft_edge.runtime.encoder.window_encoder import Window, WindowEncoder, first_batch, row_of_windows
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.system.memory import is_out_of_memory
@@ -120,12 +121,11 @@ class _RowEncoder:
         self._layout = layout
         self._session = session
         self._device = torch.device(session.device)
-        self._batch = batch
+        self._encoder = WindowEncoder(layout, session, batch)
         self._places = list(PLACES[PLACES.index(place) :])
         if self._device.type == "cpu" and place == "device":
             self._places.remove("memory")  # on a CPU, "device" already means main memory
         self._windows = self._air_windows = 0
-        self._air: list[FileTensor] = []
         self._reduced = False
         self._blend: Blend | None = None
         self._blend = self.within_memory(self._new_blend)
@@ -133,15 +133,14 @@ class _RowEncoder:
     @torch.no_grad()
     def add_row(self, image: Tensor) -> None:
         """Encode the row of windows that spans ``image`` ``[X, Y, depth]`` and add it to the blend."""
-        windows = _row_of_windows(image, self._layout)
+        windows = row_of_windows(image, self._layout)
         self._windows += len(windows)
         self._air_windows += sum(window.is_air for window in windows)
         while windows:
             encoded = self.within_memory(self._encode, windows)
             for window, pyramid in zip(windows, encoded, strict=False):
                 self._sums.add(pyramid, window.corner)
-                for level in self._air:
-                    level.release()
+                self._encoder.release()
             del windows[: len(encoded)]
             del encoded, pyramid  # freed before the next windows are encoded, because memory peaks there
 
@@ -159,8 +158,8 @@ class _RowEncoder:
         if self._reduced:
             _log.warning(
                 "Memory ran out while encoding. Encoding continued with %d window%s at a time and with the sums %s.",
-                self._batch,
-                "s" if self._batch > 1 else "",
+                self._encoder.batch,
+                "s" if self._encoder.batch > 1 else "",
                 {"device": "on the same device", "memory": "in main memory", "disk": "in a temporary file"}[
                     self._places[0]
                 ],
@@ -174,36 +173,9 @@ class _RowEncoder:
     def _new_blend(self) -> Blend:
         return Blend(self._session.levels, self._layout, self._device, self._places[0])
 
-    def _encode(self, windows: Sequence[_Window]) -> list[list[Tensor]]:
-        """Return the pyramids of the first windows: at most one batch of windows to encode, and any windows of air."""
-        stop, full = 0, 0
-        while stop < len(windows) and (windows[stop].is_air or full < self._batch):
-            full += not windows[stop].is_air
-            stop += 1
-        first = windows[:stop]
-        if any(window.is_air for window in first):
-            self._air_pyramid()  # encoded now, so that its memory and that of the batch are not needed together
-        features = []
-        if full:
-            batch = torch.stack([window.voxels for window in first if not window.is_air])
-            features = self._session.encode(batch[:, None])
-        encoded = (list(pyramid) for pyramid in zip(*features, strict=True))
-        return [self._air_pyramid() if window.is_air else next(encoded) for window in first]
-
-    def _air_pyramid(self) -> list[Tensor]:
-        """Return the features of a window of zeros. They are encoded once and stored in a temporary file.
-
-        The window is encoded in a batch of the same size as other windows, because features may depend on this size.
-        """
-        if not self._air:
-            pyramid = self._session.encode(torch.zeros(self._batch, 1, *self._layout.window))
-            for features in pyramid:
-                kept = features[0].movedim(0, -1)
-                file = FileTensor(kept.shape)
-                file.tensor.copy_(kept)
-                file.release()
-                self._air.append(file)
-        return [file.tensor.movedim(-1, 0) for file in self._air]
+    def _encode(self, windows: Sequence[Window]) -> list[list[Tensor]]:
+        """Return the pyramids of the first windows."""
+        return self._encoder.encode(first_batch(windows, self._encoder.batch))
 
     def within_memory(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         """Return the result of a function. If memory runs out, reduce the memory and call the function again.
@@ -226,15 +198,15 @@ class _RowEncoder:
             self._reduce(work)  # outside the handler, so that the memory of the failed attempt is already freed
 
     def _can_reduce(self, work: Callable[..., object]) -> bool:
-        return len(self._places) > 1 or (self._batch > 1 and work == self._encode)
+        return len(self._places) > 1 or (self._encoder.batch > 1 and work == self._encode)
 
     def _reduce(self, work: Callable[..., object]) -> None:
         """Halve the batch if the work depends on the batch, else move the sums to the next slower place."""
         self._reduced = True
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if self._batch > 1 and work == self._encode:
-            self._batch //= 2
+        if self._encoder.batch > 1 and work == self._encode:
+            self._encoder.batch //= 2
             return
         self._places.pop(0)
         if self._blend is not None:
@@ -242,27 +214,3 @@ class _RowEncoder:
 
     def _move_sums(self) -> None:
         self._sums.move(self._places[0])
-
-
-class _Window(NamedTuple):
-    """A window of a row.
-
-    Attributes:
-        corner: in-plane origin of the window, in voxels of the grid.
-        voxels: content of the window, ``[x, y, depth]``.
-        is_air: whether all voxels are 0.
-    """
-
-    corner: tuple[int, int]
-    voxels: Tensor
-    is_air: bool
-
-
-def _row_of_windows(image: Tensor, layout: WindowLayout) -> list[_Window]:
-    """Return the windows of an image ``[X, Y, depth]``, in the order of blending."""
-    size_x, size_y, _ = layout.window
-    windows = []
-    for x, y in itertools.product(*layout.origins[:2]):
-        voxels = image[x : x + size_x, y : y + size_y]
-        windows.append(_Window((x, y), voxels, is_air=not bool(voxels.any())))
-    return windows
