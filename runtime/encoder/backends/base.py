@@ -66,11 +66,11 @@ class EncoderSession(ABC):
 
         Args:
             windows: CT windows, float32 ``[n, 1, X, Y, Z]`` on any device, n at least 1, scaled to 0..1 by the grid. An
-                encoder that computes whole scans accepts all sides that are multiples of ``whole_scan.multiple``.
+                encoder that computes whole scans accepts any size.
 
         Returns:
-            One tensor per level, finest first, float32 ``[n, C_l, X / s_l, Y / s_l, Z / s_l]`` on the session's device,
-            in any memory order.
+            One tensor per level, finest first, float32 ``[n, C_l, X / s_l, Y / s_l, Z / s_l]``, sizes rounded up, on
+            the session's device, in any memory order.
 
         Raises:
             ValueError: the windows have another shape or number format.
@@ -86,10 +86,7 @@ class EncoderSession(ABC):
             return batches[0] if len(batches) == 1 else [torch.cat(level) for level in zip(*batches, strict=True)]
 
     def _fits(self, windows: Tensor) -> bool:
-        channels, *sides = windows.shape[1:]
-        if self.whole_scan is None:
-            return (channels, *sides) == (1, *self.window)
-        return channels == 1 and not any(side % self.whole_scan.multiple for side in sides)
+        return windows.shape[1:] == (1, *self.window) or (self.whole_scan is not None and windows.shape[1] == 1)
 
     @abstractmethod
     def _encode_batch(self, windows: Tensor) -> list[Tensor]:

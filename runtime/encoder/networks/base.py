@@ -30,11 +30,13 @@ class FeatureLevel:
 class WholeScan:
     """Properties of an encoder that computes a whole scan in one pass, without windows.
 
-    The features of such an encoder depend on the surroundings of a voxel alone. Outside the padded grid, the input and
+    The features of such an encoder depend on the surroundings of a voxel alone. The network computes grids of any size.
+    A level with stride ``s`` has ``ceil(X / s)`` voxels along an axis of ``X`` voxels. Outside the grid, the input and
     all inner tensors are 0.
 
     Attributes:
-        multiple: the sides of the padded grid are multiples of this number of voxels.
+        multiple: stride of the network's coarsest inner level. The features of a part of the grid equal those of the
+            grid only if the part begins at a multiple of this number of voxels.
         context: a feature depends on no voxel of the grid that is further away than this number of voxels along an
             axis; a multiple of ``multiple``.
     """
