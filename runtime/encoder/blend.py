@@ -121,7 +121,7 @@ class _LevelBlend:
         self._stride = level.stride
         self._size = [size // level.stride for size in layout.window]
         self._origins = [[origin // level.stride for origin in origins] for origins in layout.origins]
-        self._importance = F.avg_pool3d(gaussian_importance(layout.window)[None], level.stride)[0]
+        self._importance = _importance(level, layout)
         # Channels last, because the engines for CPUs return features in this order.
         width, height = (size // level.stride for size in layout.padded_shape[:2])
         self._shape = (width, height, self._size[2], level.channels)
@@ -193,6 +193,67 @@ class _LevelBlend:
                 importance = self._importance[..., start - z : stop - z]
                 weight[x : x + size_x, y : y + size_y, start - z0 : stop - z0].add_(importance)
         return weight
+
+
+class CellBlend:
+    """Blend of boxes over which the same windows lie everywhere, from the stored features of these windows.
+
+    The operations on each number, and their order, are those of :class:`Blend` whose windows arrive in the order of
+    encoding, so that all bits of the result are equal.
+
+    Args:
+        levels: levels of the feature pyramid, finest first.
+        layout: positions of the windows.
+        device: device of the session.
+    """
+
+    def __init__(self, levels: Sequence[FeatureLevel], layout: WindowLayout, device: torch.device) -> None:
+        self._levels = [(level, _importance(level, layout).to(device)) for level in levels]
+        self._device = device
+
+    @torch.no_grad()
+    def blended(
+        self, box: Sequence[tuple[int, int]], windows: Sequence[tuple[tuple[int, int, int], Sequence[Tensor]]]
+    ) -> list[Tensor]:
+        """Return ``Σ w f / Σ w`` of a box, float32 ``[C_l, x, y, z]`` for each level, on the device of the session.
+
+        Args:
+            box: ranges along x, y, z in voxels of the grid, multiples of the layout's lattice.
+            windows: origin and pyramid (``[C_l, X, Y, Z]`` for each level) of all windows over the box, in the order
+                of encoding: sorted by the origins along z, then x, then y.
+        """
+        return [self._level(number, box, windows) for number in range(len(self._levels))]
+
+    def _level(
+        self,
+        number: int,
+        box: Sequence[tuple[int, int]],
+        windows: Sequence[tuple[tuple[int, int, int], Sequence[Tensor]]],
+    ) -> Tensor:
+        level, importance = self._levels[number]
+        shape = [(high - low) // level.stride for low, high in box]
+        # Channels last, because stored features are in this order.
+        sums = torch.zeros(*shape, level.channels, device=self._device).movedim(-1, 0)
+        weights = {}
+        for origin, pyramid in windows:
+            x, y, z = (
+                slice((low - start) // level.stride, (high - start) // level.stride)
+                for (low, high), start in zip(box, origin, strict=True)
+            )
+            weights[origin] = importance[x, y, z]
+            sums.addcmul_(pyramid[number][:, x, y, z].to(self._device), weights[origin])
+        weight = torch.zeros(*shape, device=self._device)
+        for origin in sorted(weights):
+            weight.add_(weights[origin])
+        features = torch.empty(sums.shape, device=self._device)
+        for plane in range(shape[0]):  # plane by plane, so that reordering the channels works within the CPU cache
+            torch.div(sums[:, plane], weight[plane], out=features[:, plane])
+        return features
+
+
+def _importance(level: FeatureLevel, layout: WindowLayout) -> Tensor:
+    """Return the importance of the voxels of a window at a level, float32 ``[x, y, z]``."""
+    return F.avg_pool3d(gaussian_importance(layout.window)[None], level.stride)[0]
 
 
 @torch.no_grad()

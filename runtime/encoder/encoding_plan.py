@@ -112,6 +112,29 @@ class Encoding:
         beside, touched = (sums, 0) if place == "memory" else (0, pyramid)
         return Footprint(ram + beside + windows + max(pyramid + touched, handing_on), self.held_vram + encoding)
 
+    def plans_on_demand(self) -> Iterator[EncodingPlan]:
+        """Yield the plans for encoding single windows, the fastest first; their features are kept on the disk."""
+        x, y, depth = self.layout.padded_shape[0], self.layout.padded_shape[1], self.layout.window[2]
+        image = _FLOAT * x * y * depth
+        pyramid = self._features(self.layout.window)
+        thickness = max(SECTION_SLICES // self.layout.lattice, 1) * self.layout.lattice
+        part = (*self.layout.window[:2], min(thickness, depth))
+        # The sums of a part of a cell, its features and weights, and its frame.
+        blending = 2 * self._features(part) + 2 * _FLOAT * math.prod(part)
+        stored = int(_FRAME_FACTOR * self.stored * self._features(part, finest_only=True) / _FLOAT)
+        for halved in range(8):
+            batch = max(self.max_batch >> halved, 1)
+            windows = _FLOAT * batch * math.prod(self.layout.window)
+            encoding = windows + batch * self.activations
+            if self.on_gpu:
+                ram, vram = windows + max(pyramid, stored), self.held_vram + max(encoding, blending)
+            else:
+                ram, vram = max(encoding + pyramid, pyramid + blending + stored), 0
+            footprint = Footprint(self.held_ram + image + ram, vram)
+            yield EncodingPlan(batch, "disk", SECTION_SLICES, footprint)
+            if batch == 1:
+                return
+
     def _features(self, shape: tuple[int, int, int], *, finest_only: bool = False) -> int:
         """Return the bytes of float32 features over a part of the grid."""
         levels = self.levels[:1] if finest_only else self.levels
@@ -135,6 +158,18 @@ def plan_encoding(
     """
     plans = list(encoding_of(layout, bundle, session, stored_bytes=stored_bytes).plans())
     return first_that_fits(plans, budget, session.device, "encoding this scan")
+
+
+def plan_on_demand(
+    layout: WindowLayout, bundle: EncoderBundle, session: EncoderSession, budget: Budget, *, stored_bytes: int = 2
+) -> EncodingPlan:
+    """Return the fastest plan for encoding single windows within a memory budget (arguments: :func:`plan_encoding`).
+
+    Raises:
+        OutOfMemoryError: the budget is too small; the message contains the smallest sufficient budget.
+    """
+    plans = list(encoding_of(layout, bundle, session, stored_bytes=stored_bytes).plans_on_demand())
+    return first_that_fits(plans, budget, session.device, "encoding windows of this scan")
 
 
 def encoding_of(

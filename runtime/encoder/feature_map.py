@@ -67,6 +67,12 @@ class FeatureMapMeta(BaseModel):
         x, y, z = (size // self.levels[level].stride for size in self.padded_shape)
         return x, y, z
 
+    def check_box(self, level: int, x: Range, y: Range, z: Range) -> None:
+        """Raise a ValueError if a box of a level is empty or not inside the level."""
+        for (start, stop), size in zip((x, y, z), self.level_shape(level), strict=True):
+            if not 0 <= start < stop <= size:
+                raise ValueError(f"box {x}, {y}, {z} is not inside level {level} {self.level_shape(level)}")
+
 
 class Features(Protocol):
     """What reads a feature pyramid box by box: a :class:`FeatureMap`, or a map whose windows are encoded on demand."""
@@ -183,9 +189,7 @@ class FeatureMap:
         Raises:
             ValueError: the box is empty or not inside the level.
         """
-        for (start, stop), size in zip((x, y, z), self.meta.level_shape(level), strict=True):
-            if not 0 <= start < stop <= size:
-                raise ValueError(f"box {x}, {y}, {z} is not inside level {level} {self.meta.level_shape(level)}")
+        self.meta.check_box(level, x, y, z)
         channels = self.levels[level].channels
         box = np.empty((channels, x[1] - x[0], y[1] - y[0], z[1] - z[0]), dtype=self.meta.dtype)
         self._levels[level].read_into(box, slice(*x), slice(*y), z)

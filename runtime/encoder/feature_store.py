@@ -1,8 +1,10 @@
 """Cache of feature maps: each scan is encoded only once, and all adapters use the same feature map.
 
 Layout: ``ROOT/<key>/entry/`` contains a feature map (:mod:`fseft_edge.runtime.encoder.feature_map`) and an empty file
-``used``, whose modification time is the time of the last use. ``ROOT/<key>/lock`` is the lock for all changes of the
-entry. Keys are hashes. An entry does not contain the patient's identity or the path of the scan.
+``used``, whose modification time is the time of the last use. While only some cells of a map are encoded,
+``ROOT/<key>/parts/`` contains its parts (:mod:`fseft_edge.runtime.encoder.feature_parts`) and the same empty file; the
+parts are deleted when the complete map exists. ``ROOT/<key>/lock`` is the lock for all changes. Keys are hashes. An
+entry does not contain the patient's identity or the path of the scan.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from fseft_edge.runtime.encoder.feature_map import (
     FeatureMapMeta,
     write_feature_map,
 )
+from fseft_edge.runtime.encoder.feature_parts import CellSection, FeatureParts
 from fseft_edge.runtime.errors import EnvironmentProblemError, OutOfSpaceError
 from fseft_edge.runtime.system.atomic import atomic_folder
 
@@ -43,6 +46,9 @@ _log = logging.getLogger(__name__)
 
 # Maps that are open in this process, by entry folder. They are verified only once, and this process never deletes them.
 _open_maps: weakref.WeakValueDictionary[Path, FeatureMap] = weakref.WeakValueDictionary()
+
+# Parts that are open in this process, by folder.
+_open_parts: weakref.WeakValueDictionary[Path, FeatureParts] = weakref.WeakValueDictionary()
 
 
 @contextlib.contextmanager
@@ -131,7 +137,7 @@ class FeatureStore:
         """
         if not self._entry(key).exists():
             return None
-        with self._lock(key):
+        with self.lock(key):
             return self._opened(key)
 
     def build(self, key: str, meta: FeatureMapMeta, sections: Iterable[FeatureSection]) -> FeatureMap:
@@ -151,7 +157,7 @@ class FeatureStore:
             OutOfSpaceError: the disk is full or not writable.
             EnvironmentProblemError: the written files differ from the data in memory.
         """
-        with self._lock(key):
+        with self.lock(key):
             feature_map = self._opened(key)
             if feature_map is None:
                 entry = self._entry(key)
@@ -166,8 +172,40 @@ class FeatureStore:
         self._enforce_limit(keep=key)
         return feature_map
 
+    def parts(self, key: str, meta: FeatureMapMeta) -> FeatureParts:
+        """Return the parts of a map that is not complete yet; there may be none. The caller has the key's lock.
+
+        Every part is compared with its checksum. A damaged part is deleted with a warning.
+        """
+        folder = self._parts(key)
+        parts = _open_parts.get(folder)
+        if parts is None:
+            parts = _open_parts[folder] = FeatureParts(folder, key, meta, threads=self._threads)
+        parts.refresh()
+        if folder.exists():
+            _mark_as_used(folder)
+        return parts
+
+    def add_part(self, key: str, parts: FeatureParts, cells: Iterable[Iterable[CellSection]]) -> None:
+        """Store cells as a new part of a map (:meth:`FeatureParts.add`), and enforce the size limit.
+
+        The caller has the key's lock.
+
+        Raises:
+            EncoderBundleError: a feature is not finite, or is beyond the range of the stored number format.
+            OutOfSpaceError: the disk is full or not writable.
+            EnvironmentProblemError: the written file differs from the data in memory.
+        """
+        with _writing(self._parts(key)):
+            parts.add(cells)
+        _mark_as_used(self._parts(key))
+        self._enforce_limit(keep=key)
+
     def _entry(self, key: str) -> Path:
         return self._root / key / "entry"
+
+    def _parts(self, key: str) -> Path:
+        return self._root / key / "parts"
 
     def _opened(self, key: str) -> FeatureMap | None:
         """Open an entry and mark it as used, or delete the entry if it is damaged. The caller has the key's lock."""
@@ -183,13 +221,15 @@ class FeatureStore:
                 _remove(entry)
                 return None
             _open_maps[entry] = feature_map
-        with contextlib.suppress(OSError):  # the entry can be read even if the disk is not writable
-            (entry / "used").touch()
+        _mark_as_used(entry)
+        if self._parts(key).exists():
+            with contextlib.suppress(OSError):  # the entry can be read even if the disk is not writable
+                _remove(self._parts(key))
         return feature_map
 
     @contextlib.contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
-        """Hold the key's lock; wait if another process builds the entry."""
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold the key's lock; wait if another process holds it. A thread must not take the same lock twice."""
         folder = self._root / key
         with _writing(folder):
             folder.mkdir(exist_ok=True)
@@ -219,25 +259,31 @@ class FeatureStore:
             lock.release()
 
     def _remove_leftovers(self) -> None:
-        """Delete the temporary folders of processes that ended while writing."""
+        """Delete the temporary folders and files of processes that ended while writing."""
         for leftover in list(self._root.glob("*/.*.partial")):
             with self._lock_if_free(leftover.parent) as free:
                 if free:
                     shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in list(self._root.glob("*/parts/.*.partial.part")):
+            with self._lock_if_free(leftover.parent.parent) as free:
+                if free:
+                    with contextlib.suppress(OSError):  # also an undeletable folder above is passed over
+                        leftover.unlink()
 
     def _enforce_limit(self, *, keep: str) -> None:
         """Delete the least recently used entries until the store is within its size limit."""
         if self._max_bytes is None:
             return
-        entries = sorted((_last_use(entry), _size(entry), entry) for entry in self._root.glob("*/entry"))
+        found = (*self._root.glob("*/entry"), *self._root.glob("*/parts"))
+        entries = sorted((_last_use(entry), _size(entry), entry) for entry in found)
         total = sum(size for _, size, _ in entries)
         for _, size, entry in entries:
             if total <= self._max_bytes:
                 return
-            if entry == self._entry(keep):
+            if entry.parent.name == keep:
                 continue
             with self._lock_if_free(entry.parent) as free:
-                if free and entry not in _open_maps:
+                if free and entry.exists() and entry not in _open_maps and entry not in _open_parts:
                     _remove(entry)
                     total -= size
         if total > self._max_bytes:
@@ -251,6 +297,11 @@ def _remove(entry: Path) -> None:
     doomed = entry.with_name(f".{secrets.token_hex(8)}.partial")
     entry.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _mark_as_used(entry: Path) -> None:
+    with contextlib.suppress(OSError):  # the entry can be read even if the disk is not writable
+        (entry / "used").touch()
 
 
 def _last_use(entry: Path) -> int:

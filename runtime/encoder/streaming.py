@@ -22,9 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fseft_edge.runtime.encoder.blend import PLACES, Blend, Place, shift_down
-from fseft_edge.runtime.encoder.window_encoder import Window, WindowEncoder, first_batch, row_of_windows
+from fseft_edge.runtime.encoder.window_encoder import (
+    Window,
+    WindowEncoder,
+    first_batch,
+    out_of_memory,
+    row_of_windows,
+)
 from fseft_edge.runtime.encoder.windows import WindowLayout
-from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.system.memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -190,11 +195,7 @@ class _RowEncoder:
                 if not is_out_of_memory(error):
                     raise
                 if not self._can_reduce(work):
-                    raise OutOfMemoryError(
-                        "Memory ran out while encoding, although only one window was encoded at a time.",
-                        remedy="Close other programs, use an encoder with a smaller window, or use a machine with more "
-                        "memory.",
-                    ) from error
+                    raise out_of_memory() from error
             self._reduce(work)  # outside the handler, so that the memory of the failed attempt is already freed
 
     def _can_reduce(self, work: Callable[..., object]) -> bool:

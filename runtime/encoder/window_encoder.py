@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fseft_edge.runtime.encoder.blend import FileTensor
 from fseft_edge.runtime.encoder.windows import WindowLayout
+from fseft_edge.runtime.errors import OutOfMemoryError
+from fseft_edge.runtime.system.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from fseft_edge.runtime.encoder.backends.base import EncoderSession
+
+_log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 class Window(NamedTuple):
@@ -38,6 +45,14 @@ def row_of_windows(image: Tensor, layout: WindowLayout) -> list[Window]:
         voxels = image[x : x + size_x, y : y + size_y]
         windows.append(Window((x, y), voxels, is_air=not bool(voxels.any())))
     return windows
+
+
+def out_of_memory() -> OutOfMemoryError:
+    """Return the error for memory that ran out although the work cannot be reduced further."""
+    return OutOfMemoryError(
+        "Memory ran out while encoding, although only one window was encoded at a time.",
+        remedy="Close other programs, use an encoder with a smaller window, or use a machine with more memory.",
+    )
 
 
 def first_batch(windows: Sequence[Window], batch: int) -> list[Window]:
@@ -79,6 +94,43 @@ class WindowEncoder:
         features = self._session.encode(torch.stack(full)[:, None]) if full else []
         encoded = (list(pyramid) for pyramid in zip(*features, strict=True))
         return [self._air_pyramid() if window.is_air else next(encoded) for window in windows]
+
+    def encode_within_memory(self, windows: Sequence[Window]) -> list[list[Tensor]] | None:
+        """Return the pyramids of windows (:meth:`encode`); if memory runs out, halve the batch and return None.
+
+        Raises:
+            OutOfMemoryError: memory ran out although only one window was encoded at a time.
+            OutOfSpaceError: there is not enough free disk space for a temporary file.
+        """
+        return self._attempt(lambda: self.encode(windows))
+
+    def air_within_memory(self) -> list[Tensor]:
+        """Return the pyramid of a window of air; if memory runs out, halve the batch and try again.
+
+        Raises:
+            OutOfMemoryError: memory ran out although only one window was encoded at a time.
+            OutOfSpaceError: there is not enough free disk space for a temporary file.
+        """
+        while (pyramid := self._attempt(self._air_pyramid)) is None:
+            pass
+        return pyramid
+
+    def _attempt(self, work: Callable[[], _Result]) -> _Result | None:
+        try:
+            return work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.batch == 1:
+                raise out_of_memory() from error
+        self.batch //= 2  # outside the handler, so that the memory of the failed attempt is already freed
+        _log.warning("Memory ran out while encoding. Encoding continues with fewer windows at a time: %d.", self.batch)
+        return None
+
+    @property
+    def knows_air(self) -> bool:
+        """Whether the features of a window of air are already computed."""
+        return bool(self._air)
 
     def release(self) -> None:
         """Release the memory of the features of air; they are read from a file when they are needed again."""
