@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fseft_edge.cli.options import Common, common_options
+from fseft_edge.cli.start import loading
 from fseft_edge.cli.training_options import ADAPTERS, TUNINGS, MethodChoice, Support, support_options, was_given
 from fseft_edge.runtime.errors import UsageError
 
@@ -68,9 +69,10 @@ def adapt(
 ) -> None:
     """Train an adapter on a few annotated CTs. The encoder stays as it is."""
     _check_method(method, validate=validate, epochs=epochs)
-    from fseft_edge.adaptation.adapt import adapt as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.adaptation.training import TrainingSettings  # noqa: PLC0415 - brings in torch
-    from fseft_edge.adapters.network import AdapterSettings  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.adaptation.adapt import adapt as run  # noqa: PLC0415 - brings in torch
+        from fseft_edge.adaptation.training import TrainingSettings  # noqa: PLC0415 - brings in torch
+        from fseft_edge.adapters.network import AdapterSettings  # noqa: PLC0415 - brings in torch
 
     kind: dict[str, Any] = {} if method == "auto" else {"method": method, "levels": levels}
     with common.progress() as progress:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fseft_edge.cli.options import PATH, Common, common_options, counted, dicom_option, logging_options
+from fseft_edge.cli.start import loading
 from fseft_edge.outbox.records import CaseRecord, CaseState
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.errors import SomeCasesFailedError
@@ -118,14 +119,15 @@ def run(
 
     Ctrl-C ends the run after the cases in progress; a second Ctrl-C ends the run at once.
     """
-    from fseft_edge.batch.coordinator import run_batch  # noqa: PLC0415 - brings in torch
-    from fseft_edge.batch.settings import (  # noqa: PLC0415 - brings in torch
-        BatchSettings,
-        StopRequest,
-        parse_until,
-        parse_workers,
-    )
-    from fseft_edge.segmentation.settings import SegmentationSettings  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.batch.coordinator import run_batch  # noqa: PLC0415 - brings in torch
+        from fseft_edge.batch.settings import (  # noqa: PLC0415 - brings in torch
+            BatchSettings,
+            StopRequest,
+            parse_until,
+            parse_workers,
+        )
+        from fseft_edge.segmentation.settings import SegmentationSettings  # noqa: PLC0415 - brings in torch
 
     if not common.quiet:  # an unattended run logs its actions; the log contains no names of patients
         logging.getLogger("fseft_edge.batch").setLevel(logging.INFO)
@@ -264,10 +266,11 @@ def install_service(
     quiet: bool,
 ) -> None:
     """Write systemd units that run the batch from INBOX to OUTBOX every night. The command does not start them."""
-    from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
-    from fseft_edge.segmentation.models import load_models  # noqa: PLC0415 - brings in torch
-    from fseft_edge.segmentation.settings import SegmentationSettings  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.batch.service import NAME, write_units  # noqa: PLC0415 - only this command needs it
+        from fseft_edge.batch.settings import parse_until  # noqa: PLC0415 - brings in torch
+        from fseft_edge.segmentation.models import load_models  # noqa: PLC0415 - brings in torch
+        from fseft_edge.segmentation.settings import SegmentationSettings  # noqa: PLC0415 - brings in torch
 
     now = datetime.now().astimezone()
     begin, end = (parse_until(moment, now).strftime("%H:%M") for moment in (at, until))

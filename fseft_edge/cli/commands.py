@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, counted, dicom_option, logging_options
+from fseft_edge.cli.start import loading
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.outbox.records import printable
 from fseft_edge.runtime.errors import SomeCasesFailedError, UsageError
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 @logging_options
 def demo(output: Path, quiet: bool) -> None:
     """Run export, adapt, segment and evaluate once on built-in data, and make pictures."""
-    from fseft_edge.demonstration import run_demo  # noqa: PLC0415 - only this command needs it
+    with loading():
+        from fseft_edge.demonstration import run_demo  # noqa: PLC0415 - only this command needs it
 
     with open_progress(quiet=quiet) as progress:
         result = run_demo(output, progress=progress)
@@ -150,7 +152,8 @@ def segment(
             "--support-images, --support-labels, --size-prior and --size-volumes can only be used with --transductive.",
             remedy="Add --transductive, or remove these options.",
         )
-    from fseft_edge.segmentation.segment import segment as run  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.segmentation.segment import segment as run  # noqa: PLC0415 - brings in torch
 
     show = _segment_json if as_json else _segment_text
     try:
@@ -193,8 +196,9 @@ def _transduction_inputs(
             "--transductive needs the annotated scans that the adapter was trained on.",
             remedy="Add --support-images and --support-labels with the folders of these scans.",
         )
-    from fseft_edge.adaptation.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only transduction needs it
-    from fseft_edge.adaptation.transduction import TransductionInputs  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.adaptation.size_priors import parse_size_priors, read_size_priors  # noqa: PLC0415 - only transduction needs it
+        from fseft_edge.adaptation.transduction import TransductionInputs  # noqa: PLC0415 - brings in torch
 
     table = read_size_priors(size_volumes) if size_volumes else {}
     return TransductionInputs(images, labels, parse_size_priors(size_priors), table)
@@ -241,7 +245,8 @@ def _segment_text(results: Sequence[SegmentedCase]) -> str:
 @logging_options
 def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: bool) -> None:
     """Write ADAPTER and its encoder as one ONNX graph for other programs: input window, output probabilities."""
-    from fseft_edge.adapters.onnx_export import export_adapter as run  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.adapters.onnx_export import export_adapter as run  # noqa: PLC0415 - brings in torch
 
     graph = run(adapter, output, encoder=encoder)
     if not quiet:
@@ -299,7 +304,8 @@ def evaluate(
     wanted = {organ.name: organ.label for organ in parse_organs(organs)}
     ids = {organ.name: organ.label for organ in parse_organs(prediction_organs)} if prediction_organs else None
     always = [name.strip() for part in always_annotated for name in part.split(",")]
-    from fseft_edge.evaluation.evaluate import evaluate as run  # noqa: PLC0415 - brings in MONAI
+    with loading():
+        from fseft_edge.evaluation.evaluate import evaluate as run  # noqa: PLC0415 - brings in MONAI
 
     with open_progress(quiet=quiet) as progress:
         result = run(

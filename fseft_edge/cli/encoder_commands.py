@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fseft_edge.cli.options import PATH, counted, logging_options
+from fseft_edge.cli.start import loading
 from fseft_edge.runtime.system.progress import open_progress
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ _TARGET_HELP = (
 
 def _classifier(bundle: Path, adapter: Path | None) -> Classifier | None:
     """Return the function with which an adapter classifies features, or None without an adapter."""
-    from fseft_edge.adapters.file import read_adapter  # noqa: PLC0415 - brings in torch
-    from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.adapters.file import read_adapter  # noqa: PLC0415 - brings in torch
+        from fseft_edge.runtime.encoder.bundle import EncoderBundle  # noqa: PLC0415 - brings in torch
 
     if adapter is None:
         return None
@@ -74,7 +76,8 @@ def export(
     quiet: bool,
 ) -> None:
     """Export the encoder of CHECKPOINT as an encoder bundle, which the other commands use."""
-    from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.export.export import export_encoder  # noqa: PLC0415 - brings in torch
 
     bundle = export_encoder(
         checkpoint,
@@ -95,8 +98,9 @@ def export(
 @logging_options
 def models(*, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - logging_options passes quiet
     """List the encoders that can be exported by name, the file that each needs, and the source of this file."""
-    from fseft_edge.export.model_list import model_entries, model_lines  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.export.zoo import models as known  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.export.model_list import model_entries, model_lines  # noqa: PLC0415 - only this command needs it
+        from fseft_edge.export.zoo import models as known  # noqa: PLC0415 - brings in torch
 
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "models": model_entries(known())}, indent=2))
@@ -145,7 +149,8 @@ def build_engines(
     quiet: bool,
 ) -> None:
     """Build the missing or outdated GPU engines of the encoder bundle BUNDLE."""
-    from fseft_edge.export.engines import build_engines as run  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.export.engines import build_engines as run  # noqa: PLC0415 - brings in torch
 
     built = run(
         bundle,
@@ -197,8 +202,9 @@ def pretrain(
     quiet: bool,
 ) -> None:
     """Train an encoder on the data sets in the TOML file CONFIG; each data set may annotate only some of the organs."""
-    from fseft_edge.pretraining import open_processes, read_pretraining_config  # noqa: PLC0415 - brings in torch
-    from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.pretraining import open_processes, read_pretraining_config  # noqa: PLC0415 - brings in torch
+        from fseft_edge.pretraining import pretrain as run  # noqa: PLC0415 - brings in torch
 
     wanted = read_pretraining_config(config)
     with open_processes(device) as processes, open_progress(quiet=quiet or not processes.first) as progress:

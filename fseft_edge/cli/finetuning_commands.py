@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fseft_edge.cli.options import PATH, device_option, logging_options
+from fseft_edge.cli.start import loading
 from fseft_edge.cli.training_options import ADAPTERS, TUNINGS, MethodChoice, Support, support_options, was_given
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.system.progress import open_progress
@@ -89,9 +90,10 @@ def finetune(
 ) -> None:
     """Fine-tune the encoder on a few annotated CTs; `merge` makes a new encoder bundle of the tuning."""
     _check_method(method, decoder=decoder, validate=validate, adapter=adapter)
-    from fseft_edge.finetuning.choosing import try_finetuning  # noqa: PLC0415 - brings in torch
-    from fseft_edge.finetuning.finetune import finetune as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.finetuning.settings import TuningSettings  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.finetuning.choosing import try_finetuning  # noqa: PLC0415 - brings in torch
+        from fseft_edge.finetuning.finetune import finetune as run  # noqa: PLC0415 - brings in torch
+        from fseft_edge.finetuning.settings import TuningSettings  # noqa: PLC0415 - brings in torch
 
     settings = TuningSettings(
         "full" if method == "auto" else method,  # type: ignore[arg-type]  # click.Choice has checked it
@@ -146,7 +148,8 @@ def merge(
     *, tuning: Path, output: Path, encoder: Path | None, onnx: bool, parity_ct: tuple[Path, ...], quiet: bool
 ) -> None:
     """Merge TUNING and its encoder into a new encoder bundle, and write NAME.adapter beside it for `segment`."""
-    from fseft_edge.finetuning.merging import merge as run  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.finetuning.merging import merge as run  # noqa: PLC0415 - brings in torch
 
     merged = run(tuning, output, encoder=encoder, onnx=onnx, parity_volumes=parity_ct)
     if not quiet:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from fseft_edge.cli.options import PATH, counted, device_option, logging_options
+from fseft_edge.cli.start import loading
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.runtime.errors import SomeCasesFailedError
 from fseft_edge.runtime.system.progress import open_progress
@@ -70,9 +71,10 @@ def benchmark(
     quiet: bool,
 ) -> None:
     """Measure speed and memory of each backend with the bundle ENCODER on this machine, on windows and whole scans."""
-    from fseft_edge.machine.speed import benchmark as run  # noqa: PLC0415 - brings in torch
-    from fseft_edge.machine.speed_tables import speed_tables  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.runtime.system.atomic import check_writable  # noqa: PLC0415 - only this command needs it
+    with loading():
+        from fseft_edge.machine.speed import benchmark as run  # noqa: PLC0415 - brings in torch
+        from fseft_edge.machine.speed_tables import speed_tables  # noqa: PLC0415 - only this command needs it
+        from fseft_edge.runtime.system.atomic import check_writable  # noqa: PLC0415 - only this command needs it
 
     if json_file is not None:
         check_writable(json_file)

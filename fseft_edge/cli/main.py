@@ -14,6 +14,7 @@ from typing import NoReturn
 import click
 
 from fseft_edge._version import __version__
+from fseft_edge.cli.start import leave
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, OutOfMemoryError
 from fseft_edge.runtime.system.memory import is_out_of_memory
 
@@ -71,14 +72,19 @@ def _stop(signal_number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG
     raise KeyboardInterrupt
 
 
-def _end_interrupted() -> NoReturn:
+def _interrupted() -> int:
     resume = " Add --resume to continue." if sys.argv[1:2] == ["pretrain"] else ""
     click.echo(f"Interrupted. No incomplete files are left. Run the command again.{resume}", err=True)
-    sys.exit(_INTERRUPTED)
+    return _INTERRUPTED
 
 
-def main() -> None:
-    """Run the command line; a traceback is printed only for unexpected errors."""
+def main() -> NoReturn:
+    """Run the command line, and end the process."""
+    leave(run())
+
+
+def run() -> int:
+    """Run the command line, and return the exit code; a traceback is printed only for unexpected errors."""
     logging.captureWarnings(capture=True)
     _STOP_REQUESTED.clear()
     signal.signal(signal.SIGTERM, _stop)
@@ -87,33 +93,32 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        _end_interrupted()
+        return _interrupted()
     except click.exceptions.Exit as ended:
-        sys.exit(ended.exit_code)
+        return ended.exit_code
     except Exception as error:
         # An interrupt during the import of a library can leave it half-loaded and come out as any other error.
-        if _STOP_REQUESTED.is_set():
-            _end_interrupted()
-        _end_with(error)
+        return _interrupted() if _STOP_REQUESTED.is_set() else _exit_code_of(error)
+    return 0
 
 
-def _end_with(error: Exception) -> NoReturn:
-    """Print an error with its remedy, and end with its exit code."""
+def _exit_code_of(error: Exception) -> int:
+    """Print an error with its remedy, and return its exit code."""
     if isinstance(error, click.ClickException):
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     if isinstance(error, FseftEdgeError):
         click.echo(f"Error: {error.message}\n{error.remedy}", err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     if isinstance(error, OSError):
         click.echo(
             f"Error: {error}.\nCheck that the file exists and that you have the permission to read and write it.",
             err=True,
         )
-        sys.exit(EnvironmentProblemError.exit_code)
+        return EnvironmentProblemError.exit_code
     if is_out_of_memory(error):
         click.echo(f"Error: Memory ran out.\n{_MEMORY_REMEDY}", err=True)
-        sys.exit(OutOfMemoryError.exit_code)
+        return OutOfMemoryError.exit_code
     traceback.print_exception(error)
     click.echo("This is a bug in fseft-edge. Please report the bug together with the lines above.", err=True)
-    sys.exit(_UNEXPECTED)
+    return _UNEXPECTED

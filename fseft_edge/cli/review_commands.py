@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from fseft_edge.cli.options import PATH, logging_options
+from fseft_edge.cli.start import loading
 
 
 @click.command()
@@ -49,8 +50,9 @@ def review(
     quiet: bool,
 ) -> None:
     """Review the masks of the batch in OUTBOX in the browser: accept or reject masks, and write notes."""
-    from fseft_edge.review.browser import open_in_browser  # noqa: PLC0415 - only this command needs it
-    from fseft_edge.review.server import open_review  # noqa: PLC0415 - only this command needs it
+    with loading():
+        from fseft_edge.review.browser import open_in_browser  # noqa: PLC0415 - only this command needs it
+        from fseft_edge.review.server import open_review  # noqa: PLC0415 - only this command needs it
 
     with (
         open_review(

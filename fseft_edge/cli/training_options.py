@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from fseft_edge.adaptation import patients
 from fseft_edge.cli.options import ORGAN_HELP, PATH, counted
+from fseft_edge.cli.start import loading
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.organs import OrganLabel, parse_organs
 
@@ -189,7 +190,8 @@ def was_given(name: str) -> bool:
 
 
 def _reviewed(outbox: Path, state: Path | None, corrected: Path | None) -> ReviewedBatch:
-    from fseft_edge.outbox.accepted_masks import ReviewedBatch  # noqa: PLC0415 - brings in torch
+    with loading():
+        from fseft_edge.outbox.accepted_masks import ReviewedBatch  # noqa: PLC0415 - brings in torch
 
     return ReviewedBatch(outbox, state, corrected)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from importlib.util import LazyLoader, find_spec, module_from_spec
 from types import ModuleType
 from typing import Any, Final, Literal
 
@@ -61,13 +62,39 @@ def import_library(module: str) -> ModuleType:
     """
     if module == "onnxruntime":
         os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-    if module != "openvino" or module in sys.modules or _TELEMETRY in sys.modules:
+    if module != "openvino" or module in sys.modules:
         return import_module(module)
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # hides the package, so OpenVINO uses a stub
+    with without(_TELEMETRY):  # OpenVINO uses a stub
+        return import_module(module)
+
+
+@contextmanager
+def without(module: str) -> Iterator[None]:
+    """Hide a module in the body of the ``with`` statement, so that a library that can do without it does not load it.
+
+    A module that is already loaded stays visible.
+    """
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # the import of such a module fails
     try:
-        return import_module(module)
+        yield
     finally:
-        del sys.modules[_TELEMETRY]
+        del sys.modules[module]
+
+
+def import_when_used(module: str) -> None:
+    """Let later imports of a module load it only when one of its attributes is read for the first time.
+
+    A module that is loaded or not installed is left as it is.
+    """
+    spec = None if module in sys.modules else find_spec(module)
+    if spec is None or spec.loader is None:
+        return
+    spec.loader = LazyLoader(spec.loader)
+    sys.modules[module] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[module])
 
 
 @functools.cache

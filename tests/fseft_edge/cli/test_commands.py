@@ -201,10 +201,10 @@ import sys
 import tempfile
 import fseft_edge
 at_once = set(sys.modules)
-from fseft_edge.cli.main import cli, main
+from fseft_edge.cli.main import cli, run
 for command in [[], *([name] for name in cli.list_commands(None))]:
     sys.argv = ["fseft-edge", *command, "--help"]
-    main()
+    run()
 print(*at_once, file=sys.stderr)
 print(*sys.modules, file=sys.stderr)
 """

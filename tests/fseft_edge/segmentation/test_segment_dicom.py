@@ -20,7 +20,7 @@ from doubles.errors import refused
 from doubles.odd_headers import LEFT_OUT, REFUSED
 from numpy.typing import NDArray
 
-from fseft_edge.cli.main import main
+from fseft_edge.cli.main import run as run_command
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.errors import SeveralPatientsError, SomeCasesFailedError, UsageError
@@ -112,21 +112,18 @@ def test_an_unusable_series_does_not_stop_the_other_scans(site: Site, tmp_path: 
 def test_the_command_lists_the_series_and_selects_one(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*more: object) -> object:
+    def run(*more: object) -> int:
         where = ("--adapter", site.root / "a.adapter", "-o", tmp_path / "out", "--device", "cpu", "--backend", "torch")
         arguments = ["segment", site.folder, *where, "-q", *more]
         monkeypatch.setattr(sys, "argv", ["fseft-edge", *map(str, arguments)])
-        try:
-            return main()
-        except SystemExit as ended:
-            return ended.code
+        return run_command()
 
     unknown = next(digit for digit in "98" if not site.series.uid.endswith(digit))  # the end of a UID also selects
     assert run("--series", unknown) == 3
     error = capsys.readouterr().err
     assert "1: CT, 24 slices" in error
     assert "Secretname" not in error
-    assert run("--series", site.series.uid) is None
+    assert run("--series", site.series.uid) == 0
     assert (tmp_path / "out" / "case_7.nii.gz").exists()
 
 

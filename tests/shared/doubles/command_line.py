@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from doubles.encoder import label_of, write_case, write_random_adapter, write_tiny_encoder
-from fseft_edge.cli.main import main
+from fseft_edge.cli.main import run as run_command
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 
 LIVER = f"liver={label_of('liver')}"
@@ -52,12 +52,9 @@ def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     def run_main(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["fseft-edge", *map(str, arguments)])
         capsys.readouterr()
-        try:
-            code = main()
-        except SystemExit as ended:
-            code = ended.code
+        code = run_command()
         printed = capsys.readouterr()
-        return Outcome(code or 0, printed.out, printed.err)
+        return Outcome(code, printed.out, printed.err)
 
     return run_main
 
