@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from torch import Tensor
 
@@ -20,32 +20,50 @@ from fseft_edge.adaptation.cross_validation import (
     candidates,
     cross_validate,
 )
+from fseft_edge.adaptation.locator import (
+    CoarseScan,
+    TrainedLocator,
+    is_worthwhile,
+    open_coarse_encoder,
+    train_locator,
+)
 from fseft_edge.adaptation.patients import Grouping, GroupRule, SupportIdentity, grouped
 from fseft_edge.adaptation.support_set import (
+    AnnotatedScan,
     GivenAnnotations,
     GivenScans,
+    PartialEncoding,
     find_annotated,
+    identity_of,
     load_support,
     patients_of,
+    read_image,
+    support_scan,
 )
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import (
     AdapterDescription,
     AdapterFile,
     AdapterOrgan,
+    Locator,
     PostProcessing,
     stored_settings,
     write_adapter,
 )
-from fseft_edge.adapters.network import AdapterSettings, zero_shot
+from fseft_edge.adapters.network import Adapter, AdapterSettings, zero_shot
 from fseft_edge.export.built_in import open_encoder
+from fseft_edge.masks.region import read_by
 from fseft_edge.outbox.accepted_masks import ReviewedBatch
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
-from fseft_edge.runtime.encoder.feature_store import open_store
+from fseft_edge.runtime.encoder.encoding import layout_of
+from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
+from fseft_edge.runtime.scans.volume import labels_on
 from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.memory import Budget
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
@@ -54,6 +72,9 @@ _LOG = logging.getLogger(__name__)
 
 # With a lower mean DSC on left-out scans, an adapter did not learn an organ.
 _NOT_LEARNED = 0.1
+
+WINDOWS_ELSEWHERE: Final = 4
+"""Default number of windows of a support scan that are encoded in addition to those around the organs."""
 
 
 def adapt(
@@ -77,6 +98,8 @@ def adapt(
     precision: Precision | Literal["auto"] = "auto",
     memory_gb: float | None = None,
     vram_gb: float | None = None,
+    whole_scan: bool = False,
+    windows_elsewhere: int = WINDOWS_ELSEWHERE,
     progress: Progress | None = None,
 ) -> AdapterFile:
     """Train an adapter on annotated scans and write the adapter file.
@@ -113,6 +136,9 @@ def adapt(
             does not apply to training.
         vram_gb: GPU memory that encoding may use, in units of 1e9 bytes; None means 90 % of the free GPU memory. The
             limit does not apply to training.
+        whole_scan: encode whole scans, and train no locator.
+        windows_elsewhere: for an encoder with many windows, only the windows around the organs are encoded, and up to
+            this number of further windows of each scan, at random places.
         progress: receiver of progress reports; None reports nothing.
 
     Raises:
@@ -134,6 +160,20 @@ def adapt(
     patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(None if cache is None else Path(cache), cache_gb))
+        located = None
+        if not whole_scan and bundle.whole_scan is None:
+            located = _located(
+                annotated,
+                organs,
+                bundle=bundle,
+                reading=Adapter(settings, bundle.levels, len(organs)),
+                device=device,
+                store=store,
+                budget=budget,
+                seed=(training or TrainingSettings()).seed,
+                patients=patients,
+                progress=progress,
+            )
         session = stack.enter_context(open_session(bundle, device=device, backend=backend, precision=precision))
         training = replace(training or TrainingSettings(), device=session.device)
         support = load_support(
@@ -145,8 +185,12 @@ def adapt(
             budget=budget,
             variations=training.variations,
             seed=training.seed,
+            part=located
+            and PartialEncoding(Adapter(settings, bundle.levels, len(organs)), windows_elsewhere, located.left_out),
             progress=progress,
         )
+        if located:
+            _log_windows(support)
         rows = head_rows(bundle, organs)
         candidate = Candidate(settings.name, settings, training)
         validated: Validated | None = None
@@ -169,12 +213,70 @@ def adapt(
             validated = cross_validate(candidate, support, rows, groups=numbers, progress=progress)
         trained = candidate.make(support, rows, progress)
         file = describe(
-            trained, support, organs, bundle=bundle, seed=training.seed, validated=validated, grouping=grouping
+            trained,
+            support,
+            organs,
+            bundle=bundle,
+            seed=training.seed,
+            validated=validated,
+            grouping=grouping,
+            locator=located and located.locator,
+            windows_elsewhere=windows_elsewhere if located else None,
         )
     if output is not None:
         write_adapter(Path(output), file)
     warn_of_organs_not_learned(file.description.organs)
     return file
+
+
+def _located(
+    annotated: Sequence[AnnotatedScan],
+    organs: Sequence[OrganLabel],
+    *,
+    bundle: EncoderBundle,
+    reading: Adapter,
+    device: str,
+    store: FeatureStore,
+    budget: Budget,
+    seed: int,
+    patients: Mapping[str, str] | None,
+    progress: Progress,
+) -> TrainedLocator | None:
+    """Return a locator that was trained on the scans; None if whole scans are encoded."""
+    grids = [Grid.of(read_image(image), bundle.preprocessing) for image, _ in annotated]
+    layouts = [layout_of(grid, bundle) for grid in grids]
+    if not any(is_worthwhile(bundle, layout.windows) for layout in layouts):
+        return None
+    with open_coarse_encoder(device) as coarse:
+        scans = []
+        with progress.task("encode for the locator", len(annotated)) as task:
+            for (image, stored), grid, layout in zip(annotated, grids, layouts, strict=True):
+                volume = read_image(image)
+                labels = labels_on(volume, stored)
+                identity = identity_of(image, volume, labels, organs)
+                scan = support_scan(volume, coarse.encode(volume, store, budget), labels, organs, identity)
+                scans.append(CoarseScan(scan, grid, layout))
+                task.advance(1)
+        return train_locator(
+            scans,
+            [organ.name for organ in organs],
+            head_rows(coarse.bundle, organs),
+            coarse=coarse.bundle,
+            reach=lambda box: read_by([reading], box),
+            groups=grouped([scan.scan.identity for scan in scans if scan.scan.identity], patients).numbers,
+            training=TrainingSettings(seed=seed, device=coarse.session.device),
+            progress=progress,
+        )
+
+
+def _log_windows(support: Sequence[SupportScan]) -> None:
+    """Log how many windows of the support scans were encoded before the training."""
+    maps = [scan.features for scan in support if isinstance(scan.features, FeaturesOnDemand)]
+    _LOG.info(
+        "%d of %d windows of the support scans were encoded, those around the organs and some elsewhere",
+        sum(features.encoded for features in maps),
+        sum(features.windows for features in maps),
+    )
 
 
 def warn_of_organs_not_learned(organs: Sequence[AdapterOrgan]) -> None:
@@ -232,6 +334,8 @@ def describe(
     seed: int,
     validated: Validated | None = None,
     grouping: Grouping | None = None,
+    locator: Locator | None = None,
+    windows_elsewhere: int | None = None,
 ) -> AdapterFile:
     """Return a trained adapter together with the description for its file.
 
@@ -243,12 +347,15 @@ def describe(
         seed: seed for all random choices of the training.
         validated: result of the cross-validation; None without validation.
         grouping: groups of the support scans; None if they are not known.
+        locator: the locator of the adapter; None for an adapter of whole scans.
+        windows_elsewhere: see :class:`AdapterDescription`.
     """
     volumes = [
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
     hu = [tuple(values for scan in support if (values := scan.hu[k])) for k in range(len(organs))]
     description = AdapterDescription(
+        schema_version=3 if locator is None else 4,
         support_annotations=annotations_of([scan.identity for scan in support]),
         support_groups=grouping.stored_count if grouping else None,
         encoder_id=bundle.encoder_id,
@@ -267,8 +374,10 @@ def describe(
         steps=trained.steps,
         bfloat16=trained.bfloat16,
         losses=tuple(round(loss, 6) for loss in trained.losses),
+        windows_elsewhere=windows_elsewhere,
+        locator=locator and locator.description,
     )
-    return AdapterFile(description, trained.adapter)
+    return AdapterFile(description, trained.adapter, locator=locator)
 
 
 def annotations_of(support: Sequence[SupportIdentity | None]) -> tuple[str, ...]:

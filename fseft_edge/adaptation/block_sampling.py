@@ -41,6 +41,9 @@ class SupportScan:
         variations: variations of the scan (:mod:`fseft_edge.adaptation.augmentation`). If cross-validation leaves the
             scan out, it leaves out the variations, too.
         identity: case name and hashes of the scan and its annotation; None if they are not known.
+        region: boxes of the grid in which the centres of blocks lie, because the windows around them are encoded; empty
+            if blocks may lie anywhere.
+        located: boxes of the grid in which the scan is segmented if it is left out; None segments the whole scan.
     """
 
     features: Features
@@ -53,6 +56,8 @@ class SupportScan:
     hu: tuple[HuPercentiles | None, ...] = ()
     variations: tuple[SupportScan, ...] = ()
     identity: SupportIdentity | None = None
+    region: tuple[Box, ...] = ()
+    located: tuple[Box, ...] | None = None
 
 
 def with_variations(support: Sequence[SupportScan]) -> list[SupportScan]:
@@ -77,10 +82,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Positions:
-    """Grid positions ``[m, 3]`` of each annotated organ that is present, and the grid shape of the scan."""
+    """Positions ``[m, 3]`` of each annotated organ that is present, the grid shape, and the region of the scan."""
 
     organs: tuple[NDArray[np.int64], ...]
     shape: tuple[int, int, int]
+    region: tuple[Box, ...] = ()
 
 
 class BlockSampler:
@@ -134,7 +140,7 @@ def organ_positions(scan: SupportScan, random: np.random.Generator) -> Positions
             positions = random.choice(positions, _MAX_POSITIONS, replace=False)
         if len(positions):
             organs.append(positions)
-    return Positions(tuple(organs), scan.shape)
+    return Positions(tuple(organs), scan.shape, scan.region)
 
 
 def draw_centre(positions: Positions, random: np.random.Generator, *, positive: bool) -> NDArray[np.int64]:
@@ -143,14 +149,25 @@ def draw_centre(positions: Positions, random: np.random.Generator, *, positive: 
     Args:
         positions: positions of the organs of a scan.
         random: generator for all random choices.
-        positive: True returns a voxel of an organ plus an offset of up to 8 voxels per axis; False returns any voxel
-            of the scan.
+        positive: True returns a voxel of an organ plus an offset of up to 8 voxels per axis, moved into the region of
+            the scan; False returns any voxel of the region, which is the whole scan if it has no boxes.
     """
     if positive and positions.organs:
         organ = positions.organs[random.integers(len(positions.organs))]
         centre: NDArray[np.int64] = organ[random.integers(len(organ))] + random.integers(-8, 9, 3)
-        return centre
+        return nearest_in(positions.region, centre)
+    if positions.region:
+        sizes = np.array([np.prod(box.shape) for box in positions.region], float)
+        box = positions.region[random.choice(len(sizes), p=sizes / sizes.sum())]
+        low, high = np.array(box.ranges).T
+        return random.integers(low, high)
     return random.integers(0, positions.shape)
+
+
+def nearest_in(region: Sequence[Box], position: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the position in any box of a region that is nearest to a position; without boxes, the position itself."""
+    inside = [np.clip(position, *(np.array(box.ranges).T - [[0], [1]])) for box in region]
+    return min(inside, key=lambda candidate: int(np.square(candidate - position).sum()), default=position)
 
 
 def aligned_core(centre: NDArray[np.int64], edge: int, adapter: Adapter) -> Box:

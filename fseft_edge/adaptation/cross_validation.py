@@ -20,7 +20,9 @@ from fseft_edge.adapters.network import AdapterSettings, HeadRows, Levels, Metho
 from fseft_edge.evaluation.metrics import dice
 from fseft_edge.masks.post_processing import ALL, post_process
 from fseft_edge.masks.prediction import segment_encoded
+from fseft_edge.masks.region import decide_region
 from fseft_edge.runtime.encoder.encoding import EncodedScan
+from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand
 from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -264,7 +266,11 @@ class _Scores:
             scan = self._support[index]
             assert scan.grid is not None  # noqa: S101 - narrows the type; the caller gives a grid
             assert scan.reference is not None  # noqa: S101 - narrows the type; the caller gives a reference
-            labels = segment_encoded(EncodedScan(scan.grid, scan.features), [adapter])
+            encoded = EncodedScan(scan.grid, scan.features)
+            if scan.located is not None and isinstance(scan.features, FeaturesOnDemand):
+                labels = decide_region(encoded, [adapter], scan.located, cuts=scan.features.edges).found.labels
+            else:
+                labels = segment_encoded(encoded, [adapter])
             self._scores.add(labels, *scan.reference, scan.annotated & known)
 
     @property

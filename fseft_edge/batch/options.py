@@ -38,6 +38,7 @@ DETERMINES_RESULTS: Final = {
     "organs": True,
     "save_probabilities": True,
     "split": True,
+    "whole_scan": True,
     "processes": False,
 }
 """For each field of the settings of a segmentation, whether it determines the results. A test requires an entry."""
@@ -72,6 +73,7 @@ def options_fingerprint(segmentation: SegmentationSettings, models: LoadedModels
         "precision": None if segmentation.precision == "auto" else segmentation.precision,
         "save_probabilities": segmentation.save_probabilities,
         "split": segmentation.split,
+        "whole_scan": segmentation.whole_scan,
         "transduction": transduction and [_refit(transduction, file) for file in models.adapters],
     }
     return json.dumps(fields | {name: value for name, value in optional.items() if value}, sort_keys=True)

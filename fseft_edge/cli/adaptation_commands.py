@@ -55,6 +55,15 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0, max=64),
     help="Number of variations (rotated, zoomed, restyled) of each scan.  [default: depends on the number of scans]",
 )
+@click.option("--whole-scan", is_flag=True, help="Encode whole scans, and train no locator.")
+@click.option(
+    "--windows-elsewhere",
+    type=click.IntRange(min=0),
+    default=4,
+    show_default=True,
+    help="Number of windows of each scan to encode at random places, in addition to those around the organs. Only for "
+    "encoders with windows.",
+)
 @common_options
 def adapt(
     *,
@@ -65,6 +74,8 @@ def adapt(
     activation: Activation,
     epochs: int | None,
     variations: int | None,
+    whole_scan: bool,
+    windows_elsewhere: int,
     common: Common,
 ) -> None:
     """Train an adapter on a few annotated CTs. The encoder stays as it is."""
@@ -92,6 +103,8 @@ def adapt(
             precision=common.precision,
             memory_gb=common.memory,
             vram_gb=common.vram,
+            whole_scan=whole_scan,
+            windows_elsewhere=windows_elsewhere,
             progress=progress,
         )
     support.print_result(file)

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fseft_edge.cli.options import PATH, Common, common_options, counted, dicom_option, logging_options
+from fseft_edge.cli.options import (
+    PATH,
+    Common,
+    common_options,
+    counted,
+    dicom_option,
+    logging_options,
+    whole_scan_option,
+)
 from fseft_edge.cli.start import loading
 from fseft_edge.outbox.records import CaseRecord, CaseState
 from fseft_edge.outbox.store import BatchStore, state_path
@@ -91,6 +99,7 @@ def batch() -> None:
 @click.option(
     "--split", is_flag=True, help="In each result folder, also write a mask of each organ, <key>/<organ>.nii.gz."
 )
+@whole_scan_option
 @common_options
 def run(
     *,
@@ -111,6 +120,7 @@ def run(
     dicom: tuple[DicomKind, ...],
     save_probabilities: bool,
     split: bool,
+    whole_scan: bool,
     common: Common,
 ) -> None:
     """Segment each scan in INBOX exactly once, and write results and state to OUTBOX.
@@ -138,6 +148,7 @@ def run(
         dicom=dicom,
         save_probabilities=save_probabilities,
         split=split,
+        whole_scan=whole_scan,
         cache=common.cache,
         cache_gb=common.cache_gb,
         device=common.device,

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from fseft_edge.cli.options import ORGAN_HELP, PATH, Common, common_options, counted, dicom_option, logging_options
+from fseft_edge.cli.options import (
+    ORGAN_HELP,
+    PATH,
+    Common,
+    common_options,
+    counted,
+    dicom_option,
+    logging_options,
+    whole_scan_option,
+)
 from fseft_edge.cli.start import loading
 from fseft_edge.cli.tables import echo_table
 from fseft_edge.outbox.records import printable
@@ -113,6 +122,7 @@ def demo(output: Path, quiet: bool) -> None:
     help="Also write the probabilities of each organ before post-processing, <case>/<organ>.probability.nii.gz.",
 )
 @click.option("--split", is_flag=True, help="Also write a separate mask of each organ, <case>/<organ>.nii.gz.")
+@whole_scan_option
 @click.option(
     "--skip-existing",
     is_flag=True,
@@ -139,6 +149,7 @@ def segment(
     dicom: tuple[DicomKind, ...],
     save_probabilities: bool,
     split: bool,
+    whole_scan: bool,
     skip_existing: bool,
     as_json: bool,
     common: Common,
@@ -172,6 +183,7 @@ def segment(
                 dicom=dicom,
                 save_probabilities=save_probabilities,
                 split=split,
+                whole_scan=whole_scan,
                 skip_existing=skip_existing,
                 cache=common.cache,
                 cache_gb=common.cache_gb,

@@ -135,6 +135,22 @@ def dicom_option(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def whole_scan_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--whole-scan``; the command receives ``whole_scan``."""
+
+    @click.option(
+        "--whole-scan",
+        is_flag=True,
+        help="Encode and segment whole scans. Without this option, an adapter with a locator segments only the part of "
+        "a scan where its organs are located.",
+    )
+    @functools.wraps(command)
+    def wrapped(**options: object) -> None:
+        command(**options)
+
+    return wrapped
+
+
 def counted(number: int, thing: str) -> str:
     """Return a number with the thing that it counts: ``1 case``, ``2 cases``."""
     return f"{number} {thing}{'' if number == 1 else 's'}"

@@ -49,6 +49,7 @@ class OrganSegmenter:
         precision: number format of the encoder (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
         vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
+        whole_scan: encode whole scans, and train no locator (see :func:`fseft_edge.adapt`).
         progress: display of the progress; None shows nothing.
 
     Attributes:
@@ -72,6 +73,7 @@ class OrganSegmenter:
         precision: Precision | Literal["auto"] = "auto",
         memory_gb: float | None = None,
         vram_gb: float | None = None,
+        whole_scan: bool = False,
         progress: Progress | None = None,
     ) -> None:
         self.organs = organs
@@ -86,6 +88,7 @@ class OrganSegmenter:
         self.precision = precision
         self.memory_gb = memory_gb
         self.vram_gb = vram_gb
+        self.whole_scan = whole_scan
         self.progress = progress
         self._open: tuple[Segmenter, weakref.finalize[..., Any]] | None = None
 
@@ -122,6 +125,7 @@ class OrganSegmenter:
             precision=self.precision,
             memory_gb=self.memory_gb,
             vram_gb=self.vram_gb,
+            whole_scan=self.whole_scan,
             progress=self.progress,
         )
         return self
@@ -246,6 +250,7 @@ class OrganSegmenter:
                 precision=self.precision,
                 memory_gb=self.memory_gb,
                 vram_gb=self.vram_gb,
+                whole_scan=self.whole_scan,
             )
             bundle = open_encoder(self.encoder)
             file.check_encoder(bundle.encoder_id, path=None)
@@ -266,6 +271,7 @@ def load(
     precision: Precision | Literal["auto"] = "auto",
     memory_gb: float | None = None,
     vram_gb: float | None = None,
+    whole_scan: bool = False,
 ) -> OrganSegmenter:
     """Return the adapter of an adapter file, ready to segment.
 
@@ -279,6 +285,7 @@ def load(
         precision: number format of the encoder (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
         vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
+        whole_scan: encode and segment whole scans, although the adapter has a locator.
 
     Raises:
         InputError: the adapter or the encoder is not usable, or the encoder is not found.
@@ -297,6 +304,7 @@ def load(
         precision=precision,
         memory_gb=memory_gb,
         vram_gb=vram_gb,
+        whole_scan=whole_scan,
     )
     model.adapter_ = file
     return model

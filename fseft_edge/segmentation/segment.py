@@ -59,6 +59,7 @@ class SegmentOptions(TypedDict, total=False):
     dicom: Sequence[DicomKind]
     save_probabilities: bool
     split: bool
+    whole_scan: bool
     skip_existing: bool
     cache: str | Path | None
     cache_gb: float | None
@@ -122,6 +123,7 @@ def segment(
     dicom: Sequence[DicomKind] = (),
     save_probabilities: bool = False,
     split: bool = False,
+    whole_scan: bool = False,
     skip_existing: bool = False,
     cache: str | Path | None = None,
     cache_gb: float | None = 50.0,
@@ -166,6 +168,8 @@ def segment(
         save_probabilities: also write ``output/<case>/<organ>.probability.nii.gz``, the probability of each organ on
             the lattice of the scan, from 0 to 1, before post-processing.
         split: also write ``output/<case>/<organ>.nii.gz``, a mask of each organ with the value 1.
+        whole_scan: encode and segment whole scans. Without it, an adapter with a locator of an encoder with windows
+            segments only the part of a scan where its organs are located; voxels elsewhere are background.
         skip_existing: do not segment a scan again if ``output`` contains its complete result: the same scan, encoder,
             adapters and options, every wanted file, and no file changed since it was written.
         cache: folder of the feature map cache; None means that no feature map is kept.
@@ -203,6 +207,7 @@ def segment(
         dicom=tuple(dicom),
         save_probabilities=save_probabilities,
         split=split,
+        whole_scan=whole_scan,
         cache=None if cache is None else Path(cache),
         cache_gb=cache_gb,
         device=device,

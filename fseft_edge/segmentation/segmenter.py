@@ -10,13 +10,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fseft_edge.adaptation.locator import Located
 from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
 from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs, refitted_adapters, support_of
 from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing
@@ -27,6 +28,7 @@ from fseft_edge.masks.post_processing import post_process
 from fseft_edge.masks.prediction import DecidedScan, decide_encoded
 from fseft_edge.masks.probabilities import ProbabilityFiles, organ_channels
 from fseft_edge.masks.quality import quality_flags
+from fseft_edge.masks.region import decide_region
 from fseft_edge.masks.result import SegmentedCase, SegmentedOrgan
 from fseft_edge.outbox.content_key import content_sha256
 from fseft_edge.outbox.records import printable
@@ -36,6 +38,7 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
 from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding, plan_encoding
 from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
+from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError
 from fseft_edge.runtime.scans.grid import Grid, SourcePiece
@@ -54,6 +57,15 @@ from fseft_edge.segmentation.label_values import (
     label_values,
     warn_of_new_label_values,
     with_label_values,
+)
+from fseft_edge.segmentation.located import (
+    LOCATED,
+    NOTHING_LOCATED,
+    WHOLE_SCAN,
+    EncodedWindows,
+    OrganFinder,
+    open_finder,
+    windows_entry,
 )
 from fseft_edge.segmentation.models import LoadedModels, load_models
 from fseft_edge.segmentation.settings import SegmentationSettings
@@ -91,11 +103,23 @@ class ReadCase:
 
 @dataclass(frozen=True, eq=False)
 class EncodedCase:
-    """A scan with its feature map; closing ``resources`` closes the feature store that contains the map."""
+    """A scan with its feature map.
+
+    Attributes:
+        case: the scan.
+        scan: the scan with its feature map; a map on demand contains only the windows around the organs.
+        resources: closing it closes the feature store that contains the map.
+        windows: number of windows that were encoded, and why; None for an encoder without windows.
+        decided: the labels of all voxels, if only a part of the scan was encoded; else None.
+        warnings: warnings about the encoding.
+    """
 
     case: ReadCase
     scan: EncodedScan
     resources: ExitStack
+    windows: EncodedWindows | None = None
+    decided: DecidedScan | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -117,7 +141,10 @@ def open_segmenter(
     models = models or load_models(settings)
     files, bundle = models.adapters, models.bundle
     warn_of_new_label_values(files)
-    with open_session(bundle, settings.device, settings.backend, precision=settings.precision) as session:
+    with (
+        open_finder(settings, files, bundle) as finder,
+        open_session(bundle, settings.device, settings.backend, precision=settings.precision) as session,
+    ):
         for file in files:
             file.adapter.to(session.device)
         refit: _Refit = _unchanged
@@ -132,7 +159,7 @@ def open_segmenter(
                     budget=settings.budget,
                     progress=progress,
                 )
-        yield Segmenter(settings, files, bundle, session, refit)
+        yield Segmenter(settings, files, bundle, session, refit, finder)
 
 
 _Refit = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]
@@ -176,6 +203,7 @@ class Segmenter:
     bundle: EncoderBundle
     session: EncoderSession
     _refit: _Refit
+    _finder: OrganFinder | None = None
 
     def read(self, scan: Path | Scan) -> ReadCase:
         """Read a scan, check what its results need from its headers, and plan the memory use of its segmentation."""
@@ -212,10 +240,21 @@ class Segmenter:
 
         return SourceHeaders.checked(scan.series.headers(), volume)
 
-    def encode(self, case: ReadCase) -> EncodedCase:
-        """Return the scan with its feature map. A map in the cache is not computed again."""
+    def encode(self, case: ReadCase, *, whole: bool = False) -> EncodedCase:
+        """Return the scan with its feature map. A map in the cache is not computed again.
+
+        If the adapters have locators, only the windows around the organs are encoded, and the voxels are labelled.
+
+        Args:
+            case: the scan.
+            whole: encode the whole scan in any case.
+        """
         with ExitStack() as stack:
             store = stack.enter_context(open_store(self.settings.cache, self.settings.cache_gb))
+            finder = None if whole else self._finder
+            located = finder and finder.find(case.volume, case.grid, store, self.settings)
+            if located and not located.missing:
+                return replace(self._part(case, located, store), resources=stack.pop_all())
             scan = encode_scan(
                 case.volume,
                 bundle=self.bundle,
@@ -224,7 +263,52 @@ class Segmenter:
                 grid=case.grid,
                 budget=self.settings.budget,
             )
-            return EncodedCase(case, scan, stack.pop_all())
+            warnings = []
+            if located:
+                warnings.append(
+                    f"The whole scan was encoded, because {', '.join(located.missing)} "
+                    f"{'was' if len(located.missing) == 1 else 'were'} not located."
+                )
+                _LOG.warning("%s: %s", printable(case.scan.name), warnings[0])
+            windows = None
+            if self.bundle.whole_scan is None:
+                count = layout_of(case.grid, self.bundle).windows
+                windows = EncodedWindows(count, count, NOTHING_LOCATED if located else WHOLE_SCAN)
+            return EncodedCase(case, scan, stack.pop_all(), windows, warnings=tuple(warnings))
+
+    def _part(self, case: ReadCase, located: Located, store: FeatureStore) -> EncodedCase:
+        """Encode the windows around the organs, and label all voxels."""
+        scan = encode_on_demand(
+            case.volume,
+            bundle=self.bundle,
+            session=self.session,
+            store=store,
+            grid=case.grid,
+            budget=self.settings.budget,
+        )
+        features = scan.features
+        assert isinstance(features, FeaturesOnDemand)  # noqa: S101 - narrows the type
+        adapters = [file.adapter for file in self.adapters]
+        region = in_smaller_pieces(
+            case.plan,
+            lambda pieces: decide_region(
+                scan,
+                adapters,
+                located.boxes,
+                cuts=features.edges,
+                plan=pieces,
+                prepare=lambda boxes: features.encode([box.ranges for box in boxes]),
+            ),
+        )
+        features.release()
+        windows = EncodedWindows(features.encoded, features.windows, LOCATED)
+        _LOG.info(
+            "%s: %d of %d windows were encoded, those around the organs",
+            printable(case.scan.name),
+            windows.windows,
+            windows.of,
+        )
+        return EncodedCase(case, scan, ExitStack(), windows, region.found)
 
     def finish(self, encoded: EncodedCase, output: Path) -> SegmentedCase:
         """Label every voxel, and write all files of the case into ``output``, where they appear together.
@@ -247,7 +331,7 @@ class Segmenter:
                 mask = read.volume.label_map((labels.array == organ.label).astype(np.uint8))
                 write_label_map(folder / name, mask, {1: organ.name})
             problems = self._write_extras(files, folder, read, labels, organs)
-            warnings = (*read.warnings, *problems.sentences)
+            warnings = (*read.warnings, *encoded.warnings, *problems.sentences)
             case = SegmentedCase(files.case, output / files.mask, organs, warnings, tuple(problems.not_written))
             files.write_description(
                 folder,
@@ -260,6 +344,7 @@ class Segmenter:
                     **self.made_with(read.sha256),
                     "outputs": list(outputs),
                     "not_written": list(case.not_written),
+                    **windows_entry(encoded.windows),
                     **_transduction_summary(organs, outcomes),
                 },
             )
@@ -270,14 +355,13 @@ class Segmenter:
         encoded = self.encode(self.read(scan))
         read = encoded.case
         with encoded.resources:
-            refitted, outcomes = self._refit(self.adapters, encoded.scan)
-            found = in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces))
+            found, outcomes = self._decided(encoded)
         labels, organs = self._measured(read.volume, found, outcomes)
-        return Mask.of(labels, organs, read.warnings)
+        return Mask.of(labels, organs, (*read.warnings, *encoded.warnings))
 
     def probabilities(self, scan: Scan) -> NDArray[np.float32]:
         """Return the probability of each organ in each voxel of a scan, float32 ``[K, X, Y, Z]``, in memory."""
-        encoded = self.encode(self.read(scan))
+        encoded = self.encode(self.read(scan), whole=True)
         with encoded.resources:
             refitted, _ = self._refit(self.adapters, encoded.scan)
             channels = list(organ_channels(refitted))
@@ -324,6 +408,7 @@ class Segmenter:
             sha256: checksum of the content of the files of the scan.
         """
         inputs = self.settings.transduction
+        located = any(file.locator is not None for file in self.adapters)
         return {
             "source_sha256": sha256,
             "encoder": {"name": self.bundle.manifest.name, "id": self.bundle.encoder_id},
@@ -336,6 +421,7 @@ class Segmenter:
                 "largest_component": self.settings.largest_component,
                 "fill_holes": self.settings.fill_holes,
                 "labels": list(label_values(self.adapters)),
+                **({"whole_scan": self.settings.whole_scan} if located else {}),
                 "transduction": inputs
                 and {
                     "priors": {name: asdict(prior) for name, prior in inputs.priors.items()},
@@ -347,12 +433,14 @@ class Segmenter:
         }
 
     def _decided(
-        self, encoded: EncodedCase, folder: Path, probabilities: Sequence[str]
+        self, encoded: EncodedCase, folder: Path | None = None, probabilities: Sequence[str] = ()
     ) -> tuple[DecidedScan, Sequence[OrganOutcome]]:
         """Return the label of every voxel by position of the organ; write the probabilities if names are given."""
+        if encoded.decided is not None:
+            return encoded.decided, ()
         read = encoded.case
         refitted, outcomes = self._refit(self.adapters, encoded.scan)
-        if not probabilities:
+        if folder is None or not probabilities:
             return in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces)), outcomes
         with ProbabilityFiles(folder, read.volume.shape, refitted) as kept:
             found = in_smaller_pieces(

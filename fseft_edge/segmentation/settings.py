@@ -42,6 +42,7 @@ class SegmentationSettings:
         organs: organs to segment if no adapter is given; empty means all organs that the encoder knows.
         save_probabilities: also write the probabilities of each organ, before post-processing.
         split: also write a separate mask file for each organ.
+        whole_scan: encode and segment whole scans, although the adapters have locators.
         processes: number of processes on this machine that segment with these settings and share its memory and cores.
 
     Raises:
@@ -66,6 +67,7 @@ class SegmentationSettings:
     organs: tuple[str, ...] = ()
     save_probabilities: bool = False
     split: bool = False
+    whole_scan: bool = False
     processes: int = 1
 
     def __post_init__(self) -> None:

@@ -62,6 +62,7 @@ class Site:
             "vram_gb": 3.0,
             "save_probabilities": True,
             "split": True,
+            "whole_scan": True,
             "processes": 2,
         }
         return {field: values[field]}
