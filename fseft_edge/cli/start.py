@@ -11,27 +11,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from fseft_edge.runtime.system.libraries import import_when_used, without
+from fseft_edge.runtime.system.libraries import deferred, without
 
 
 @contextmanager
 def loading() -> Iterator[None]:
     """Load PyTorch and the other large libraries in the body of the ``with`` statement.
 
-    - Garbage is not collected: the imports make hundreds of thousands of objects, and none of them is garbage.
-      Later collections pass over these objects.
-    - nibabel does not load pydicom, which it uses only for DICOM headers in extensions of NIfTI files.
-    - Blosc2 does not load httpx, which it uses only for arrays on a server.
+    Garbage is not collected: the imports make hundreds of thousands of objects, and none of them is garbage. Later
+    collections pass over these objects. Two libraries do not load what they need only for other users: Blosc2 loads no
+    httpx, which is for arrays on a server, and nibabel no pydicom, which is for DICOM headers inside NIfTI files.
 
     Python callers do not come through here: their process belongs to them.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
-        import_when_used("httpx")
         with without("pydicom"):
             import nibabel  # noqa: F401, PLC0415 - loaded here for the body
-        yield
+        with deferred("httpx"):
+            yield
     finally:
         if not gc.get_freeze_count():  # commands that run one after another in a process freeze no garbage
             gc.freeze()

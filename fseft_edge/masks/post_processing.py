@@ -7,7 +7,6 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_fill_holes
 
 from fseft_edge.adapters.file import PostProcessing
 from fseft_edge.runtime.scans.components import bounding_box, largest_component
@@ -28,6 +27,8 @@ def post_process(
         organs: post-processing of each organ.
     """
     done = labels.copy()
+    if any(steps.fill_holes for steps in organs):
+        from scipy.ndimage import binary_fill_holes  # noqa: PLC0415 - slow to import
     for label, steps in enumerate(organs, start=1):
         if not steps.largest_component:
             continue

@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import maximum_filter, minimum_filter
 
 from fseft_edge.evaluation.metrics import dice
 from fseft_edge.report.planes import Cut, Mask, three_cuts
@@ -137,6 +136,8 @@ def _panel(cut: Cut, scale: float, numbers: Sequence[int]) -> Image.Image:
 
 def _outline(mask: Mask, size: tuple[int, int], width: int) -> Image.Image:
     """Return a band along the edge of a mask enlarged to ``size``; the edge is the 0.5 level of the enlarged mask."""
+    from scipy.ndimage import maximum_filter, minimum_filter  # noqa: PLC0415 - slow to import
+
     smooth = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
     area = np.asarray(smooth) >= 128
     band = np.zeros(area.shape, dtype=np.uint8)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import LazyLoader, find_spec, module_from_spec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Final, Literal
 
@@ -84,17 +84,33 @@ def without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-def import_when_used(module: str) -> None:
-    """Let later imports of a module load it only when one of its attributes is read for the first time.
+@contextmanager
+def deferred(module: str) -> Iterator[None]:
+    """Put a stand-in in the place of a module in the body of the ``with`` statement.
 
-    A module that is loaded or not installed is left as it is.
+    A library that is imported in the body gets the stand-in, and loads the module when it reads one of its attributes.
+    Later imports load the module itself. A module that is already loaded is left as it is.
     """
-    spec = None if module in sys.modules else find_spec(module)
-    if spec is None or spec.loader is None:
+    if module in sys.modules:
+        yield
         return
-    spec.loader = LazyLoader(spec.loader)
-    sys.modules[module] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[module])
+    stand_in = sys.modules[module] = _StandIn(module)
+    try:
+        yield
+    finally:
+        if sys.modules.get(module) is stand_in:
+            del sys.modules[module]
+
+
+class _StandIn(ModuleType):
+    """A module whose attributes are those of the module of the same name, which is loaded at the first of them."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of any module
+        if name.startswith("__"):  # asked of every loaded module, for example by `inspect`
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(import_module(self.__name__), name)
 
 
 @functools.cache

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import onnxruntime
@@ -12,7 +15,14 @@ import torch
 from doubles.libraries import fake_library
 
 from fseft_edge.runtime.system import libraries
-from fseft_edge.runtime.system.libraries import cuda_problem, import_problem, installed_versions, library
+from fseft_edge.runtime.system.libraries import (
+    cuda_problem,
+    deferred,
+    import_problem,
+    installed_versions,
+    library,
+    without,
+)
 
 OPENVINO = """
 class Core:
@@ -114,3 +124,48 @@ def test_cuda_problem_states_why_pytorch_cannot_use_a_gpu(monkeypatch: pytest.Mo
     assert cuda_problem() is not None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert cuda_problem() is None
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Install a library that imports another one, and reads an attribute of it only when it is called."""
+    (tmp_path / "part_of_a_library.py").write_text("answer = 42")
+    (tmp_path / "a_library.py").write_text("import part_of_a_library\ndef ask(): return part_of_a_library.answer")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("a_library", "part_of_a_library"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_deferred_module_is_loaded_when_it_is_used() -> None:
+    with deferred("part_of_a_library"):
+        library_using_it = importlib.import_module("a_library")
+        assert not hasattr(sys.modules["part_of_a_library"], "__file__")
+    assert "part_of_a_library" not in sys.modules
+    assert library_using_it.ask() == 42
+    assert sys.modules["part_of_a_library"].__file__ is not None
+    with pytest.raises(AttributeError):
+        _ = library_using_it.part_of_a_library.unknown
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_deferred_module_can_be_used_while_it_is_deferred() -> None:
+    with deferred("part_of_a_library"):
+        assert importlib.import_module("a_library").ask() == 42
+    assert sys.modules["part_of_a_library"].__file__ is not None
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_hidden_module_cannot_be_imported() -> None:
+    with without("part_of_a_library"), pytest.raises(ImportError):
+        importlib.import_module("a_library")
+    assert importlib.import_module("a_library").ask() == 42
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("scope", [deferred, without])
+def test_a_module_that_is_loaded_stays_as_it_is(scope: Callable[[str], AbstractContextManager[None]]) -> None:
+    loaded = importlib.import_module("part_of_a_library")
+    with scope("part_of_a_library"):
+        assert importlib.import_module("a_library").part_of_a_library is loaded
+    assert sys.modules["part_of_a_library"] is loaded
