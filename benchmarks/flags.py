@@ -20,13 +20,13 @@ from sklearn.metrics import roc_auc_score
 from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.evaluation.metrics import dice
-from fseft_edge.masks.decision import decide, least_decisive
-from fseft_edge.masks.prediction import predict_sections
+from fseft_edge.masks.prediction import decide_encoded
 from fseft_edge.masks.quality import LEAST_CONFIDENCE, has_implausible_hu
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
+from fseft_edge.runtime.scans.source_pieces import SourcePiece
 
 KINDS: Final = {
     "linear": AdapterSettings(method="linear", levels="all"),
@@ -86,12 +86,14 @@ def _masks(bench: Bench, adapter: Adapter, case: str, known: dict[str, Sequence[
     """Yield scores and probability statistics of each organ, and the HU flags of its mask and of its reference."""
     encoded = bench.encoded(case)
     shape = encoded.grid.source_shape
-    labels, sure = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
-    for piece in encoded.grid.to_source(predict_sections(encoded, [adapter]), least_decisive([adapter])):
+    sure = np.zeros(shape, np.float32)
+
+    def keep(piece: SourcePiece) -> None:
         where = [slice(None)] * 3
         where[piece.axis] = slice(piece.start, piece.stop)
-        decided = decide(piece.probabilities, [adapter], labels.dtype)
-        labels[tuple(where)], sure[tuple(where)] = decided.labels, decided.probabilities
+        sure[tuple(where)] = piece.probabilities[adapter.backgrounds :].max(axis=0)  # of the label, in each mask
+
+    labels = decide_encoded(encoded, [adapter], keep=keep).labels
     volume, reference = read_ct(headneck.image_path(case)), read_label_map(headneck.label_path(case)).array
     truth = _true_hu(case)
     for label, organ in enumerate(headneck.ORGANS, start=1):

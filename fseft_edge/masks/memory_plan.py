@@ -1,7 +1,8 @@
 """Prediction of the memory that is needed to compute a mask from a feature map, and the plan that fits a budget.
 
 The features of the scan stay on disk. The prediction counts one tile in the adapters, one slab of probabilities on the
-grid, one piece of the probabilities on the lattice of the scan, and the mask with the arrays for its measurements.
+grid, one slice of the scan (one piece with all probabilities if they are kept), and the mask with the arrays for its
+measurements.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TypeVar
 from fseft_edge.adapters.blocks import Box
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.runtime.errors import OutOfMemoryError
-from fseft_edge.runtime.scans.grid import PIECE_BYTES, Grid
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.source_pieces import PIECE_BYTES
 from fseft_edge.runtime.system.memory import Budget, Footprint, first_that_fits, is_out_of_memory
 
 _LOG = logging.getLogger(__name__)
@@ -28,6 +30,10 @@ _FLOAT, _STORED = 4, 2
 _KEPT = 2
 """Bytes of a probability that is written to a file."""
 _SIZES = ((TILE, SLAB), (64, SLAB), (64, 16), (32, 16), (32, 8))
+# In one slice of the scan, for an organ as large as the slice: its probabilities, two stages of their interpolation,
+# the highest probability so far, and results of comparisons; then the label and the probability of each voxel for the
+# confidence, with their indices, in up to eight bytes each.
+_DECIDING_BYTES_PER_VOXEL = 4 * _FLOAT + 2 + 4 * 8
 # Measurements on the mask need: the mask and its post-processed copy; the mask of one organ and a padded copy; the
 # numbered components and the work arrays of their numbering. The prediction assumes organs as large as the scan.
 _MEASURING_BYTES_PER_VOXEL = 4 + 4 + 1
@@ -114,13 +120,12 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int, *, probabilities: 
     voxels = math.prod(grid.source_shape)
     mask = voxels * (1 if organs < 256 else 2)
     along_z = grid.axes[2].source_axis
-    plane = _FLOAT * classes * voxels // grid.source_shape[along_z]
-    piece = max(PIECE_BYTES, plane)
-    # In addition to the probabilities of a piece: labels, highest probability, and results of comparisons.
-    deciding = piece + piece * (_FLOAT + 4) // (_FLOAT * classes)
+    plane = voxels // grid.source_shape[along_z]
+    deciding = _DECIDING_BYTES_PER_VOXEL * plane
     if probabilities:
-        # The probabilities of one organ in a piece: rescaled, as whole numbers, and mapped from their file.
-        deciding += piece * (_FLOAT + 2 * _KEPT) // (_FLOAT * classes)
+        # A piece with all probabilities; and one organ of it: rescaled, as whole numbers, and mapped from its file.
+        piece = max(PIECE_BYTES, _FLOAT * classes * plane)
+        deciding += piece + piece * (_FLOAT + 2 * _KEPT) // (_FLOAT * classes)
     # Writing the probabilities maps the file of one organ (two bytes for each voxel), before the measurements.
     measuring = voxels * _MEASURING_BYTES_PER_VOXEL
     on_gpu = adapters[0].device.type == "cuda"

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from fseft_edge.adapters.blocks import Box, read_block, tiles
 from fseft_edge.adapters.network import Adapter
-from fseft_edge.masks.decision import ConfidenceTally, decide, least_decisive
+from fseft_edge.masks.decision import Decision, decisive_in
 from fseft_edge.masks.memory_plan import AMPLE, MemoryPlan
 from fseft_edge.runtime.encoder.encoding import EncodedScan
-from fseft_edge.runtime.scans.grid import SourcePiece
+from fseft_edge.runtime.scans.grid import Grid
+from fseft_edge.runtime.scans.source_pieces import SourcePiece
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +50,32 @@ def decide_encoded(
         encoded: encoded scan.
         adapters: adapters that segment the scan.
         plan: sizes of the pieces in which the mask is computed.
-        keep: receives the probabilities of every piece of the scan. None computes probabilities only where they can
-            have an effect on the labels.
+        keep: receives every piece of the scan with all its probabilities. None computes probabilities only where they
+            can have an effect on the labels.
     """
-    organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
-    labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
-    tally = ConfidenceTally(organs)
-    least = least_decisive(adapters) if keep is None else 0.0
-    for piece in encoded.grid.to_source(predict_sections(encoded, adapters, plan), least):
+    return decide_sections(encoded.grid, predict_sections(encoded, adapters, plan), adapters, keep)
+
+
+def decide_sections(
+    grid: Grid,
+    sections: Iterator[tuple[int, NDArray[np.float32]]],
+    adapters: Sequence[Adapter],
+    keep: Callable[[SourcePiece], None] | None = None,
+) -> DecidedScan:
+    """Return the labels of a scan from the probabilities on its grid, as :func:`decide_encoded` does.
+
+    Args:
+        grid: grid of the scan.
+        sections: probabilities on the grid, as :func:`predict_sections` yields them.
+        adapters: adapters in the order of the classes.
+        keep: receives every piece of the scan with all its probabilities.
+    """
+    decision = Decision(grid, adapters)
+    for piece in grid.to_source(sections, decisive_in(adapters), complete=keep is not None):
         if keep is not None:
             keep(piece)
-        where = [slice(None)] * 3
-        where[piece.axis] = slice(piece.start, piece.stop)
-        decided = decide(piece.probabilities, adapters, labels.dtype)
-        labels[tuple(where)] = decided.labels
-        tally.add(decided.labels, decided.probabilities)
-    return DecidedScan(labels, tally.means())
+        decision.add(piece)
+    return DecidedScan(decision.labels, decision.confidence())
 
 
 def predict_sections(

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.adapters.network import Adapter
-from fseft_edge.runtime.scans.grid import SourcePiece
 from fseft_edge.runtime.scans.nifti import write_ct
+from fseft_edge.runtime.scans.source_pieces import SourcePiece
 from fseft_edge.runtime.scans.volume import Volume
 
 STEPS: Final = 65535

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 
 from fseft_edge.adapters.blocks import Box, Range, read_block, tiles
 from fseft_edge.adapters.network import Adapter
-from fseft_edge.masks.decision import ConfidenceTally, decide, least_decisive
 from fseft_edge.masks.memory_plan import AMPLE, MemoryPlan
-from fseft_edge.masks.prediction import DecidedScan
+from fseft_edge.masks.prediction import DecidedScan, decide_sections
 from fseft_edge.runtime.encoder.encoding import EncodedScan
 from fseft_edge.runtime.scans.axis_map import rows_using
 from fseft_edge.runtime.scans.grid import Grid
@@ -124,16 +123,7 @@ def _overlap(one: Box, other: Box) -> bool:
 def _decide_inside(
     encoded: EncodedScan, adapters: Sequence[Adapter], boxes: Sequence[Box], plan: MemoryPlan
 ) -> DecidedScan:
-    organs = sum(adapter.classes - adapter.backgrounds for adapter in adapters)
-    labels = np.zeros(encoded.grid.source_shape, np.uint8 if organs < 256 else np.uint16)
-    tally = ConfidenceTally(organs)
-    for piece in encoded.grid.to_source(_sections(encoded, adapters, boxes, plan), least_decisive(adapters)):
-        where = [slice(None)] * 3
-        where[piece.axis] = slice(piece.start, piece.stop)
-        decided = decide(piece.probabilities, adapters, labels.dtype)
-        labels[tuple(where)] = decided.labels
-        tally.add(decided.labels, decided.probabilities)
-    return DecidedScan(labels, tally.means())
+    return decide_sections(encoded.grid, _sections(encoded, adapters, boxes, plan), adapters)
 
 
 def _sections(

@@ -41,10 +41,11 @@ from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError
-from fseft_edge.runtime.scans.grid import Grid, SourcePiece
+from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import write_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.source_pieces import SourcePiece
 from fseft_edge.runtime.scans.sources import Scan, find_scan, scan_name
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 from fseft_edge.runtime.system.atomic import check_writable

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,90 @@ class AxisMap:
         matrix.eliminate_zeros()
         return matrix
 
+    def neighbours(self, *, stored: bool) -> Neighbours:
+        """Return the two grid voxels between which each scan voxel lies, and their weights.
+
+        Positions outside the outermost grid voxel centres get the value of the outermost voxel. The grid does not cover
+        the scan voxels outside ``start`` to ``stop``; their weights are 0.
+
+        Args:
+            stored: the scan voxels are in the order in which the scan stores them, not in the direction of the grid.
+        """
+        matrix = _interpolation(self.grid_positions(), self.length, 1.0)
+        first, last = matrix.indptr[:-1], matrix.indptr[1:] - 1
+        weights = np.stack([matrix.data[first], np.where(last > first, matrix.data[last], np.float32(0))])
+        weights[:, : self.start] = weights[:, self.stop :] = 0
+        lower, upper = matrix.indices[first], matrix.indices[last]
+        found = Neighbours(lower, upper, *weights, self.length, slice(self.start, self.stop), flipped=False)
+        return found.flip() if stored and self.flipped else found
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """For each scan voxel along an axis, the two grid voxels between which it lies, and their weights.
+
+    Attributes:
+        lower, upper: index of the grid voxels, ``[scan voxels]``; equal where one grid voxel has the whole weight.
+        lower_weight, upper_weight: float32 ``[scan voxels]``. ``upper_weight`` is 0 where both voxels are the same.
+        columns: number of grid voxels.
+        covered: range of scan voxels that the grid covers; all others have weights of 0.
+        flipped: the scan voxels are in the opposite direction of the grid.
+    """
+
+    lower: NDArray[np.integer[Any]]
+    upper: NDArray[np.integer[Any]]
+    lower_weight: NDArray[np.float32]
+    upper_weight: NDArray[np.float32]
+    columns: int
+    covered: slice
+    flipped: bool
+
+    def __len__(self) -> int:
+        return len(self.lower)
+
+    def flip(self) -> Neighbours:
+        """Return the same neighbours with the scan voxels in the opposite direction."""
+        arrays = (self.lower, self.upper, self.lower_weight, self.upper_weight)
+        covered = slice(len(self) - self.covered.stop, len(self) - self.covered.start)
+        return Neighbours(*(np.ascontiguousarray(x[::-1]) for x in arrays), self.columns, covered, not self.flipped)
+
+    @cached_property
+    def _reach(self) -> tuple[list[int], list[int]]:
+        """For each grid voxel, the first scan voxel at or after it and the first one beyond it, in grid direction."""
+        voxels = np.arange(self.columns + 1)
+        lower, upper = (x[::-1] if self.flipped else x for x in (self.lower, self.upper))
+        return np.searchsorted(upper, voxels).tolist(), np.searchsorted(lower, voxels).tolist()
+
+    def rows_between(self, low: int, high: int) -> slice:
+        """Return the scan voxels with one of the grid voxels ``low`` to ``high`` as a neighbour; may be empty."""
+        first, beyond = self._reach
+        start, stop = first[low], beyond[high]
+        if self.flipped:
+            start, stop = len(self) - stop, len(self) - start
+        start, stop = max(start, self.covered.start), min(stop, self.covered.stop)
+        return slice(start, max(start, stop))
+
+    def columns_of(self, rows: slice) -> slice:
+        """Return the smallest range of grid voxels with all neighbours of a non-empty range of scan voxels."""
+        ends = (rows.stop - 1, rows.start) if self.flipped else (rows.start, rows.stop - 1)
+        return slice(int(self.lower[ends[0]]), int(self.upper[ends[1]]) + 1)
+
+    def interpolate(self, array: NDArray[np.float32], rows: slice, first: int) -> NDArray[np.float32]:
+        """Interpolate along the first axis of an array. Each value depends, bit for bit, only on its two neighbours.
+
+        Args:
+            array: values of the grid voxels from ``first`` on, ``[n, ...]``.
+            rows: range of scan voxels.
+            first: index of the first grid voxel in ``array``.
+        """
+        wide = (slice(None), *[None] * (array.ndim - 1))
+        result: NDArray[np.float32] = array.take(self.lower[rows] - first, axis=0)
+        result *= self.lower_weight[rows][wide]
+        upper = array.take(self.upper[rows] - first, axis=0)
+        upper *= self.upper_weight[rows][wide]
+        result += upper
+        return result
+
 
 def _interpolation(positions: NDArray[np.float64], length: int, reach: float) -> AxisMatrix:
     """Return a matrix whose rows weight ``length`` samples with a triangle around each position.
@@ -118,14 +203,6 @@ def columns_used(matrix: AxisMatrix, rows: slice) -> slice:
     """Return the smallest range of columns that contains all non-zero entries of a range of rows; may be empty."""
     columns = matrix.indices[matrix.indptr[rows.start] : matrix.indptr[rows.stop]]
     return slice(int(columns.min()), int(columns.max()) + 1) if columns.size else slice(0, 0)
-
-
-def last_column_used(matrix: AxisMatrix) -> NDArray[np.int64]:
-    """Return, for each row, the last column with a non-zero entry in this row or an earlier row; 0 if there is none."""
-    filled = np.diff(matrix.indptr) > 0
-    last = np.zeros(matrix.shape[0], dtype=np.int64)
-    last[filled] = matrix.indices[matrix.indptr[1:][filled] - 1]
-    return np.maximum.accumulate(last)
 
 
 def rows_using(matrix: AxisMatrix, columns: slice) -> slice:

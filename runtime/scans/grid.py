@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,32 +23,15 @@ from fseft_edge.runtime.scans.axis_map import (
     AxisMatrix,
     columns_used,
     interpolate_first_axis,
-    last_column_used,
     rows_using,
 )
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
+from fseft_edge.runtime.scans.source_pieces import BackResampler, Decisive, SourcePiece
 from fseft_edge.runtime.scans.volume import Volume
 
 CROP_MARGIN_MM = 10.0
 
 _BLOCK_SLICES = 8
-PIECE_BYTES = 32 << 20
-
-
-class SourcePiece(NamedTuple):
-    """Probabilities for a range of slices of the scan.
-
-    Attributes:
-        axis: array axis of the scan that is divided into pieces.
-        start, stop: range of the piece along ``axis``, in scan voxels.
-        probabilities: float32 ``[K, x, y, z]`` in the axis order of the scan, with length ``stop - start`` along
-            ``axis``. All strides are positive, but the array need not be in C order.
-    """
-
-    axis: int
-    start: int
-    stop: int
-    probabilities: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +75,12 @@ class Grid:
     def shape(self) -> tuple[int, int, int]:
         """Number of grid voxels along x, y, z."""
         x, y, z = (axis.length for axis in self.axes)
+        return x, y, z
+
+    @property
+    def stored_order(self) -> tuple[int, int, int]:
+        """The axes that make an array ``[z, y, x]`` of the grid's axes an array in the axis order of the scan."""
+        x, y, z = (2 - int(axis) for axis in np.argsort([axis.source_axis for axis in self.axes]))
         return x, y, z
 
     @cached_property
@@ -155,66 +144,35 @@ class Grid:
         return occupancy
 
     def to_source(
-        self, sections: Iterator[tuple[int, NDArray[np.float32]]], least: float = 0.0
+        self,
+        sections: Iterator[tuple[int, NDArray[np.float32]]],
+        decisive: Decisive | None = None,
+        *,
+        complete: bool = True,
     ) -> Iterator[SourcePiece]:
         """Resample probabilities from the grid to the scan, piece by piece.
 
         Args:
             sections: tuples ``(z0, float32 [K, X, Y, n])`` that cover the grid in order without gaps.
-            least: threshold below which exact probabilities are not needed. Where the interpolated probability of a
-                class is at most ``least``, the result may be 0. Where the probability exceeds ``least``, the result is
-                exact, bit for bit. Regions far from every organ are not computed.
+            decisive: tells where the probabilities of each class can have an effect, for the parts of the pieces. None
+                stands for everywhere.
+            complete: pieces also hold all probabilities of all classes. Otherwise only their parts are computed.
 
         Yields:
-            Pieces of at most 32 MiB (at least one slice) that cover the scan exactly once, in the order of the z axis
-            of the grid; this order is descending if the scan stores that axis in the opposite direction. Between the
-            outermost grid voxel centres and the edge of the scan, the outermost value is repeated. Outside a cropped
-            grid, the probability is 0.
+            Pieces that cover the scan exactly once, in the order of the z axis of the grid; this order is descending if
+            the scan stores that axis in the opposite direction. Complete pieces have at most 32 MiB (at least one
+            slice), others one slice. Between the outermost grid voxel centres and the edge of the scan, the outermost
+            value is repeated. Outside a cropped grid, the probability is 0.
 
         Raises:
             ValueError: the sections have a gap, are out of order, or do not fit the grid.
         """
-        along_z = self._to_scan[2]
-        needed = last_column_used(along_z)
-
-        done = arrived = kept_from = 0
-        kept: NDArray[np.float32] | None = None
-        for z0, section in sections:
-            if z0 != arrived or section.ndim != 4 or section.shape[1:3] != self.shape[:2]:
-                raise ValueError(
-                    f"a section of shape {section.shape} starts at slice {z0}, but slice {arrived} of a grid of shape "
-                    f"{self.shape} was expected"
-                )
-            kept = _append_slices(section, after=kept)
-            arrived += section.shape[3]
-            ready = int(np.searchsorted(needed, arrived))
-            step = self._slices_in_a_piece(section.shape[0])
-            for start in range(done, ready, step):
-                rows = slice(start, min(start + step, ready))
-                used = columns_used(along_z, rows)
-                slices = kept[used.start - kept_from : used.stop - kept_from]
-                yield self._piece(along_z[rows, used], slices, rows, least)
-            done = ready
-            to_come = columns_used(along_z, slice(ready, along_z.shape[0]))
-            needed_from = min(to_come.start, arrived) if to_come.stop else arrived
-            kept = kept[needed_from - kept_from :].copy()
-            kept_from = needed_from
-        if arrived != self.shape[2]:
-            raise ValueError(f"the sections end at slice {arrived} of {self.shape[2]} grid slices")
+        yield from BackResampler(self.axes, self.stored_order, decisive, complete=complete).pieces(sections)
 
     @cached_property
     def _to_grid(self) -> tuple[AxisMatrix, AxisMatrix, AxisMatrix]:
         x, y, z = (axis.to_grid(antialias=self.preprocessing.antialias) for axis in self.axes)
         return x, y, z
-
-    @cached_property
-    def _to_scan(self) -> tuple[AxisMatrix, AxisMatrix, AxisMatrix]:
-        x, y, z = (axis.to_source() for axis in self.axes)
-        return x, y, z
-
-    def _slices_in_a_piece(self, classes: int) -> int:
-        x, y, _ = (axis.source_length for axis in self.axes)
-        return max(1, PIECE_BYTES // (4 * classes * x * y))
 
     def _interpolated(
         self,
@@ -242,38 +200,6 @@ class Grid:
                 result[:, :, index] = interpolate_first_axis(along_x, interpolate_first_axis(along_y, plane).T)
         return result
 
-    def _piece(self, along_z: AxisMatrix, slices: NDArray[np.float32], rows: slice, least: float) -> SourcePiece:
-        """Return the probabilities for the scan slices ``rows``, counted in grid direction.
-
-        For each organ, only the rectangle in which a grid voxel exceeds ``least``, plus one voxel around it, is
-        interpolated: an interpolated value depends on two neighbours along each axis, and exceeds ``least`` only if one
-        of these neighbours exceeds it.
-
-        Args:
-            along_z: interpolation matrix for these scan slices.
-            slices: grid slices that these scan slices depend on, float32 ``[n, K, X, Y]``.
-            rows: range of scan slices.
-            least: threshold below which the result may be 0.
-        """
-        x, y, z = self.axes
-        along_x, along_y, _ = self._to_scan
-        classes = slices.shape[1]
-        stored = np.zeros((classes, rows.stop - rows.start, y.source_length, x.source_length), dtype=np.float32)
-        flipped = tuple(axis for axis, along in ((1, z), (2, y), (3, x)) if along.flipped)
-        piece = np.flip(stored, flipped)
-        for organ in range(classes):
-            filled: NDArray[np.bool_] = np.any(slices[:, organ] > least, axis=0)
-            from_x, from_y = (_nonzero_range(filled, axis, margin=1) for axis in (0, 1))
-            to_x, to_y = rows_using(along_x, from_x), rows_using(along_y, from_y)
-            planes = interpolate_first_axis(along_z, slices[:, organ, from_x, from_y])
-            for index, plane in enumerate(planes):
-                on_x = interpolate_first_axis(along_x[to_x, from_x], plane)
-                piece[organ, index, to_y, to_x] = interpolate_first_axis(along_y[to_y, from_y], on_x.T)
-        order = np.argsort([axis.source_axis for axis in self.axes])
-        probabilities = stored.transpose(0, *(3 - order))
-        cut = z.flip_range(rows)
-        return SourcePiece(z.source_axis, cut.start, cut.stop, probabilities)
-
     def _in_grid_order(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return a view of a part of the scan with its axes permuted and flipped to the axes of the grid."""
         permuted = array.transpose([axis.source_axis for axis in self.axes])
@@ -288,29 +214,13 @@ class Grid:
         return x, y, z
 
 
-def _append_slices(section: NDArray[np.float32], *, after: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """Transpose a section from ``[K, X, Y, n]`` to ``[n, K, X, Y]`` and append it to the earlier slices ``after``.
-
-    The loop copies row by row, so that source and destination stay in the processor cache. This is four times as fast
-    as one transposed copy.
-    """
-    classes, x, y, n = section.shape
-    before = 0 if after is None else len(after)
-    slices = np.empty((before + n, classes, x, y), dtype=np.float32)
-    if after is not None:
-        slices[:before] = after
-    for organ, row in np.ndindex(classes, x):
-        slices[before:, organ, row] = section[organ, row].T
-    return slices
-
-
-def _nonzero_range(array: NDArray[Any], axis: int, margin: int = 0) -> slice:
-    """Return the smallest range along one axis that contains all non-zero values, plus a margin within the array."""
+def _nonzero_range(array: NDArray[Any], axis: int) -> slice:
+    """Return the smallest range along one axis that contains all non-zero values."""
     others = tuple(index for index in range(array.ndim) if index != axis)
     filled = np.flatnonzero(array.any(axis=others))
     if not filled.size:
         return slice(0, 0)
-    return slice(max(int(filled[0]) - margin, 0), min(int(filled[-1]) + 1 + margin, array.shape[axis]))
+    return slice(int(filled[0]), int(filled[-1]) + 1)
 
 
 def _bounding_box_above(volume: Volume, threshold_hu: float) -> list[slice]:
