@@ -19,13 +19,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple
 
 import headneck
 import numpy as np
 import torch
 
-from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
+from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import OVERLAP, encode_scan
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.session import open_session
@@ -35,8 +35,26 @@ from fseft_edge.runtime.scans.nifti import read_ct, write_ct
 from fseft_edge.runtime.scans.volume import Volume
 
 
-def encode_with_monai(bundle: EncoderBundle, scan: Path) -> float:
-    """Return the time in seconds of MONAI's sliding window for all levels of the resampled scan."""
+class Seconds(NamedTuple):
+    """Wall time and processor time in seconds."""
+
+    wall: float
+    processor: float
+
+
+class Clock:
+    """A clock that starts when it is made."""
+
+    def __init__(self) -> None:
+        self._started = Seconds(time.monotonic(), time.process_time())
+
+    def seconds(self) -> Seconds:
+        """Return the time since the start."""
+        return Seconds(time.monotonic() - self._started.wall, time.process_time() - self._started.processor)
+
+
+def encode_with_monai(bundle: EncoderBundle, scan: Path) -> Seconds:
+    """Return the time of MONAI's sliding window for all levels of the resampled scan."""
     from monai.inferers import sliding_window_inference  # noqa: PLC0415 - only this measurement may include the import
 
     network = bundle.network().eval()
@@ -47,22 +65,22 @@ def encode_with_monai(bundle: EncoderBundle, scan: Path) -> float:
     section = torch.from_numpy(grid.section(volume, 0, grid.shape[2]))
     padding = [n for size, full in zip(grid.shape, layout.padded_shape, strict=True) for n in (full - size, 0)][::-1]
     padded = torch.nn.functional.pad(section, padding)[None, None]
-    started = time.monotonic()
+    clock = Clock()
     with torch.inference_mode():
         sliding_window_inference(
             padded, bundle.window, 1, lambda x: tuple(network(x)), overlap=OVERLAP, mode="gaussian", sigma_scale=0.125
         )
-    return time.monotonic() - started
+    return clock.seconds()
 
 
-def encode_with_ours(bundle: EncoderBundle, scan: Path, engine: str) -> float:
-    """Return the time in seconds from the file to the feature map with ``BACKEND`` or ``BACKEND PRECISION``."""
+def encode_with_ours(bundle: EncoderBundle, scan: Path, engine: str) -> Seconds:
+    """Return the time from the file to the feature map with ``BACKEND`` (in float32) or ``BACKEND PRECISION``."""
     backend, _, precision = engine.partition(" ")
-    chosen = cast("Precision", precision or "float32")
+    chosen = precision or "float32"
     with tempfile.TemporaryDirectory() as folder, open_session(bundle, backend=backend, precision=chosen) as session:
-        started = time.monotonic()
+        clock = Clock()
         encode_scan(read_ct(scan), bundle=bundle, session=session, store=FeatureStore(Path(folder)))
-        return time.monotonic() - started
+        return clock.seconds()
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -73,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> None:
     else:
         seconds = encode_with_ours(bundle, arguments.scan, arguments.measure)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "peak_mib": peak}))
+    print(json.dumps({"seconds": seconds.wall, "processor_s": seconds.processor, "peak_mib": peak}))
 
 
 def in_a_process(encoder: Path, scan: Path, what: str) -> dict[str, float]:
