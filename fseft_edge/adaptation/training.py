@@ -28,6 +28,7 @@ from fseft_edge.adaptation.losses import adaptation_loss
 from fseft_edge.adaptation.normalisation import FeatureStatistics
 from fseft_edge.adapters.blocks import Box, read_block
 from fseft_edge.adapters.network import Adapter, AdapterSettings, HeadRows
+from fseft_edge.adapters.training_pass import ChannelChange, training_logits
 from fseft_edge.runtime.encoder.backend_choice import has_bfloat16
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.system.gpu_arithmetic import exact_float32
@@ -52,7 +53,7 @@ class TrainingSettings:
             applies. None means 480 per scan, but at least 1200 and at most 7200.
         epochs: maximum number of epochs; no effect on a linear adapter. None means ``blocks`` divided by the number of
             blocks per epoch.
-        bfloat16: compute in bfloat16, with weights and loss in float32; None uses bfloat16 if the device has
+        bfloat16: compute the 3x3x3 convolutions in bfloat16, all else in float32; None uses bfloat16 if the device has
             instructions for it.
         device: device of the network; a linear adapter is always solved on the CPU.
         variations: number of variations of each scan (rotated, scaled, restyled) to encode; None means the number of
@@ -177,6 +178,7 @@ def train_adapter(
     scans = with_variations(support)
     steps = max(1, math.ceil(training.blocks_per_epoch * len(scans) / training.batch))
     bfloat16 = has_bfloat16(training.device) if training.bfloat16 is None else training.bfloat16
+    precision = torch.bfloat16 if bfloat16 else torch.float32
     epochs = training.epochs_for(len(support), len(scans))
     random = np.random.default_rng(training.seed)
     sampler = BlockSampler(adapter, scans, block=training.block, batch=training.batch, random=random)
@@ -191,9 +193,9 @@ def train_adapter(
                 share = (epoch * steps + step + 1) / (epochs * steps)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * rate_share(share, 1 / epochs)
-                with torch.autocast(training.device.type, torch.bfloat16, enabled=bfloat16):
-                    logits = adapter(perturbed(batch.features, adapter, training, generator), sampler.core)
-                loss = adaptation_loss(logits.float(), batch.targets, batch.annotated, settings.activation)
+                changes = drawn_changes(adapter, training.batch, training, generator)
+                logits = training_logits(adapter, batch.features, changes, sampler.core, precision)
+                loss = adaptation_loss(logits, batch.targets, batch.annotated, settings.activation)
                 optimizer.zero_grad()
                 (loss + anchor.penalty()).backward()
                 optimizer.step()
@@ -288,34 +290,33 @@ def untrained_adapter(
     return adapter
 
 
-def perturbed(
-    features: Sequence[Tensor], adapter: Adapter, training: TrainingSettings, generator: torch.Generator
-) -> list[Tensor]:
-    """Return randomly perturbed features of a batch, so that the adapter does not depend on single channels.
+def drawn_changes(
+    adapter: Adapter, count: int, training: TrainingSettings, generator: torch.Generator
+) -> list[ChannelChange]:
+    """Return random changes of the channels of ``count`` blocks, so that the adapter does not depend on single ones.
 
     The values of deep channels have different offsets in different scans. A few scans are not enough to separate these
     offsets from the contribution of the organ. Therefore each channel of a block is shifted by a random constant, and
     random channels of the coarser levels are dropped.
 
     Args:
-        features: features of each level, ``[n, C_l, ...]``.
-        adapter: adapter with the mean and the scale of each channel.
+        adapter: adapter with the levels and the device of the features.
+        count: number of blocks.
         training: settings ``feature_shift`` and ``channel_dropout``.
         generator: generator for all random choices.
+
+    Returns:
+        The change of the normalised features of each level.
     """
-    perturbed = []
-    for level, x in enumerate(features):
-        mean, scale = adapter.mean(level), adapter.scale(level)
-        noise = torch.randn(*x.shape[:2], generator=generator).to(x.device)
-        shift = training.feature_shift * scale * noise
-        changed = x + shift[..., None, None, None]
-        if level and training.channel_dropout:
-            kept = torch.rand(*x.shape[:2], generator=generator).to(x.device) >= training.channel_dropout
-            gain = (kept / (1 - training.channel_dropout))[..., None, None, None]
-            centre = mean[:, None, None, None]
-            changed = centre + (changed - centre) * gain
-        perturbed.append(changed)
-    return perturbed
+    changes = []
+    for number, level in enumerate(adapter.levels):
+        offset = training.feature_shift * torch.randn(count, level.channels, generator=generator)
+        factor = torch.ones_like(offset)
+        if number and training.channel_dropout:
+            kept = torch.rand(count, level.channels, generator=generator) >= training.channel_dropout
+            factor = kept / (1 - training.channel_dropout)
+        changes.append(ChannelChange(factor.to(adapter.device), (offset * factor).to(adapter.device)))
+    return changes
 
 
 class _Anchor:

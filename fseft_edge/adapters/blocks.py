@@ -65,16 +65,27 @@ def upsample_into(coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
     Returns:
         ``[n, C, *box.shape]``.
     """
-    # The tracing of a graph replaces tensors by placeholders. A placeholder must not remain in the cache.
-    interpolation = _interpolation if torch.compiler.is_exporting() else _cached_interpolation
-    x, y, z = (
-        interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low, coarse.device).to(coarse.dtype)
-        for (low, high), (coarse_low, coarse_high) in zip(box.ranges, coarse_box.ranges, strict=True)
-    )
+    x, y, z = interpolation_matrices(coarse_box, box, coarse)
     count, channels, extent, *_ = coarse.shape
     along_z = coarse.reshape(-1, coarse.shape[-1]) @ z.T
     along_y = y @ along_z.view(count, channels, extent, -1, len(z))
     return (x @ along_y.flatten(3)).view(count, channels, *box.shape)
+
+
+def interpolation_matrices(coarse_box: Box, box: Box, coarse: Tensor) -> list[Tensor]:
+    """Return the matrices ``[fine, coarse]`` along x, y and z that interpolate one level to the next finer level.
+
+    Args:
+        coarse_box: position of the coarse voxels; contains ``box.coarser()``.
+        box: the voxels to compute, in voxels of the finer level.
+        coarse: tensor of the coarser level, whose device and type the matrices get.
+    """
+    # The tracing of a graph replaces tensors by placeholders. A placeholder must not remain in the cache.
+    interpolation = _interpolation if torch.compiler.is_exporting() else _cached_interpolation
+    return [
+        interpolation(low - 2 * coarse_low, high - low, coarse_high - coarse_low, coarse.device).to(coarse.dtype)
+        for (low, high), (coarse_low, coarse_high) in zip(box.ranges, coarse_box.ranges, strict=True)
+    ]
 
 
 @torch.inference_mode(mode=False)  # training uses the cached matrices, too
@@ -129,7 +140,7 @@ def _read_level(features: Features, level: int, box: Box, device: torch.device) 
     inside: list[Range] = []
     padding: list[int] = []
     for (low, high), size in zip(box.ranges, features.padded_shape, strict=True):
-        last = size // stride
+        last = -(-size // stride)
         start, stop = min(max(low, 0), last - 1), max(min(high, last), 1)
         inside.append((start, stop))
         padding = [start - low, high - stop, *padding]

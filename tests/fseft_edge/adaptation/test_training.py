@@ -13,7 +13,7 @@ from doubles.scans import SHAPE, ball, scan_with_organ
 
 from fseft_edge.adaptation.block_sampling import SupportScan
 from fseft_edge.adaptation.soft_labels import Occupancy
-from fseft_edge.adaptation.training import TrainingSettings, perturbed, train_adapter, untrained_adapter
+from fseft_edge.adaptation.training import TrainingSettings, drawn_changes, train_adapter, untrained_adapter
 from fseft_edge.adapters.blocks import Box, read_block
 from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.runtime.encoder.feature_store import FeatureMap
@@ -131,24 +131,23 @@ def test_variations_make_an_epoch_longer_but_not_the_training() -> None:
     assert TrainingSettings(blocks=1200).epochs_for(1, 9) == round(1200 / (6 * 9))
 
 
-def test_perturbed_features_keep_their_mean_and_channels_are_dropped_only_at_coarse_levels() -> None:
+def test_changes_keep_the_mean_of_channels_and_drop_channels_only_at_coarse_levels() -> None:
     scan = scan_with_organ(1)
     adapter = untrained_adapter(AdapterSettings("linear", "all"), [scan], head_rows=[None])
-    features = [torch.full((200, level.channels, 1, 1, 1), 5.0) for level in adapter.levels]
     generator = torch.Generator().manual_seed(0)
     training = TrainingSettings(feature_shift=0.5, channel_dropout=0.5)
-    finest, coarse = perturbed(features, adapter, training, generator)
-    for level, changed in enumerate((finest, coarse)):
-        offset = (changed - 5.0).flatten(1) / adapter.scale(level)
-        if level == 0:
-            assert float(offset.std()) == pytest.approx(0.5, rel=0.1)
-            assert float(offset.mean()) == pytest.approx(0, abs=0.1)
-    dropped = (coarse.flatten(1) == adapter.mean(1)).float().mean()
-    assert float(dropped) == pytest.approx(0.5, abs=0.1)
-    assert not bool((finest.flatten(1) == adapter.mean(0)).any())
-    unchanged = perturbed(features, adapter, TrainingSettings(feature_shift=0, channel_dropout=0), generator)
-    for before, after in zip(features, unchanged, strict=True):
-        assert torch.equal(before, after)
+    finest, coarse = drawn_changes(adapter, 400, training, generator)
+    assert bool((finest.factor == 1).all())
+    assert float(finest.offset.std()) == pytest.approx(0.5, rel=0.1)
+    assert float(finest.offset.mean()) == pytest.approx(0, abs=0.05)
+    dropped = coarse.factor == 0
+    assert float(dropped.float().mean()) == pytest.approx(0.5, abs=0.1)
+    assert bool((coarse.offset[dropped] == 0).all())
+    assert bool((coarse.factor[~dropped] == 2).all())
+    assert float(coarse.offset[~dropped].std()) == pytest.approx(1, rel=0.1)
+    for unchanged in drawn_changes(adapter, 4, TrainingSettings(feature_shift=0, channel_dropout=0), generator):
+        assert bool((unchanged.factor == 1).all())
+        assert not bool(unchanged.offset.any())
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
