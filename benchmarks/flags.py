@@ -24,6 +24,7 @@ from fseft_edge.masks.prediction import decide_encoded
 from fseft_edge.masks.quality import LEAST_CONFIDENCE, has_implausible_hu
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.session import open_session
+from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map
 from fseft_edge.runtime.scans.source_pieces import SourcePiece
@@ -79,7 +80,7 @@ def _rows(file: Path) -> list[Row]:
 def _true_hu(case: str) -> dict[str, HuPercentiles | None]:
     labels = read_label_map(headneck.label_path(case)).array
     volume = read_ct(headneck.image_path(case))
-    return {organ.name: hu_percentiles(volume, labels == organ.label) for organ in headneck.ORGANS}
+    return {organ.name: hu_percentiles(volume, BoxedMask.of(labels == organ.label)) for organ in headneck.ORGANS}
 
 
 def _masks(bench: Bench, adapter: Adapter, case: str, known: dict[str, Sequence[HuPercentiles]]) -> Iterator[Row]:
@@ -98,7 +99,7 @@ def _masks(bench: Bench, adapter: Adapter, case: str, known: dict[str, Sequence[
     truth = _true_hu(case)
     for label, organ in enumerate(headneck.ORGANS, start=1):
         mask, true_hu = labels == label, truth[organ.name]
-        hu = hu_percentiles(volume, mask)
+        hu = hu_percentiles(volume, BoxedMask.of(mask))
         yield {
             "case": case,
             "organ": organ.name,

@@ -27,7 +27,7 @@ from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
-from fseft_edge.runtime.scans.components import components
+from fseft_edge.runtime.scans.components import BoxedMask, components
 from fseft_edge.runtime.scans.content import annotation_sha256, found_label_values, scan_sha256
 from fseft_edge.runtime.scans.given import GivenLabels, GivenScan, given_labels, given_scan
 from fseft_edge.runtime.scans.grid import Grid
@@ -513,6 +513,6 @@ def support_scan(
         volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
         grid=encoded.grid,
         reference=(labels, tuple(values)),
-        hu=tuple(hu_percentiles(volume, mask) for mask in _masks(labels, organs)),
+        hu=tuple(hu_percentiles(volume, BoxedMask.of(mask)) for mask in _masks(labels, organs)),
         identity=identity,
     )

@@ -41,6 +41,7 @@ from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.encoder.feature_store import open_store
 from fseft_edge.runtime.encoder.session import open_session, resolve_device
 from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
 from fseft_edge.runtime.system.atomic import check_writable
@@ -226,7 +227,7 @@ def load_tuning_support(
             prepared.append(
                 prepare_case(volume, labels, label_values, list(label_values), bundle.preprocessing, partial=True)
             )
-            looks.append([hu_percentiles(volume, labels.array == organ.label) for organ in organs])
+            looks.append([hu_percentiles(volume, BoxedMask.of(labels.array == organ.label)) for organ in organs])
             task.advance(1)
     volumes = [annotated_volumes_ml(labels, organs) for _, labels in annotated]
     groups = grouped(identities, patients)

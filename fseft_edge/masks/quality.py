@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fseft_edge.runtime.scans.components import bounding_box, components
+from fseft_edge.runtime.scans.components import BoxedMask, components
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 
 if TYPE_CHECKING:  # reports import this module for its limits, and they must not import torch
@@ -47,7 +44,7 @@ HU_MARGIN, HU_MARGIN_SHARE = 50, 0.5
 
 
 def quality_flags(
-    mask: NDArray[np.bool_],
+    mask: BoxedMask,
     volume_ml: float,
     support_volumes_ml: Sequence[float],
     *,
@@ -59,7 +56,7 @@ def quality_flags(
     """Return the quality flags of the mask of an organ.
 
     Args:
-        mask: mask of the organ on the lattice of the scan, ``[X, Y, Z]``.
+        mask: mask of the organ on the lattice of the scan.
         volume_ml: volume of the mask in ml.
         support_volumes_ml: volumes of the organ in the support set in ml.
         confidence: mean probability of the voxels of the mask; None if it is not known.
@@ -73,18 +70,17 @@ def quality_flags(
         ``fragmented`` (the largest 26-connected component contains less than 90 % of the mask); ``low_confidence``
         (the confidence is below the limit of the method); ``implausible_hu`` (see :func:`has_implausible_hu`).
     """
-    if not mask.any():
+    if not mask.voxels:
         return ("empty",)
     flags: list[str] = []
-    box = bounding_box(mask)
-    if any(part.start == 0 or part.stop == size for part, size in zip(box, mask.shape, strict=True)):
+    if any(part.start == 0 or part.stop == size for part, size in zip(mask.box, mask.shape, strict=True)):
         flags.append("touches_edge")
     if support_volumes_ml:
         if volume_ml < (1 - SIZE_MARGIN) * min(support_volumes_ml):
             flags.append("small")
         if volume_ml > (1 + SIZE_MARGIN) * max(support_volumes_ml):
             flags.append("large")
-    if largest_component_share(mask[box]) < LARGEST_COMPONENT_SHARE:
+    if largest_component_share(mask) < LARGEST_COMPONENT_SHARE:
         flags.append("fragmented")
     if confidence is not None and confidence < LEAST_CONFIDENCE[method]:
         flags.append("low_confidence")
@@ -109,7 +105,7 @@ def _margin(hu: int) -> float:
     return max(HU_MARGIN, HU_MARGIN_SHARE * abs(hu))
 
 
-def largest_component_share(mask: NDArray[np.bool_]) -> float:
+def largest_component_share(mask: BoxedMask) -> float:
     """Return the share of the voxels of a non-empty mask that are in its largest 26-connected component."""
-    _, sizes = components(mask[bounding_box(mask)])
+    _, sizes = components(mask.inside)
     return float(sizes.max() / sizes.sum())

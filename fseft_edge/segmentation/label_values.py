@@ -59,8 +59,10 @@ def with_label_values(
         return positions
     dtype = np.uint8 if max(values) <= np.iinfo(np.uint8).max else np.uint16
     table = np.array([0, *values], dtype)
-    mask = positions if positions.dtype == dtype else np.empty(positions.shape, dtype)
-    for plane, numbers in zip(mask, positions, strict=True):  # a copy of one plane at a time
+    mask = positions if positions.dtype == dtype else np.empty_like(positions, dtype)
+    slowest = int(np.argmax(positions.strides))
+    planes = zip(np.moveaxis(mask, slowest, 0), np.moveaxis(positions, slowest, 0), strict=True)
+    for plane, numbers in planes:  # a copy of one plane at a time
         plane[...] = table.take(numbers)
     return mask
 

@@ -41,6 +41,7 @@ from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError
+from fseft_edge.runtime.scans.components import masks_of_labels
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import write_label_map
@@ -512,9 +513,10 @@ def _measured_organs(
     organs: list[tuple[AdapterFile, AdapterOrgan]] = [
         (file, organ) for file in adapters for organ in file.description.organs
     ]
-    for position, ((file, organ), label) in enumerate(zip(organs, label_values(adapters), strict=True)):
-        mask = labels.array == label
-        volume_ml = float(mask.sum()) * labels.voxel_volume_mm3 / 1000
+    values = label_values(adapters)
+    masks = masks_of_labels(labels.array, values)
+    for position, ((file, organ), label, mask) in enumerate(zip(organs, values, masks, strict=True)):
+        volume_ml = float(mask.voxels) * labels.voxel_volume_mm3 / 1000
         hu = hu_percentiles(volume, mask)
         certainty = confidence[position] if hu else None  # post-processing may have removed every voxel
         flags = quality_flags(

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from fseft_edge.runtime.scans.components import bounding_box
+from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.volume import Volume
 
 _LOWEST, _HIGHEST = -2048, 8191
@@ -27,19 +26,20 @@ class HuPercentiles:
     high: int
 
 
-def hu_percentiles(volume: Volume, mask: NDArray[np.bool_]) -> HuPercentiles | None:
-    """Return the percentiles of the HU within a mask ``[X, Y, Z]`` on the lattice of the scan; None for an empty mask.
+def hu_percentiles(volume: Volume, mask: BoxedMask) -> HuPercentiles | None:
+    """Return the percentiles of the HU within a mask on the lattice of the scan; None for an empty mask.
 
     HU are rounded and clipped to the range from -2048 to 8191. Only the slices that contain the organ are read, one at
     a time.
     """
-    if not mask.any():
+    if not mask.voxels:
         return None
     counts = np.zeros(_HIGHEST - _LOWEST + 1, np.int64)
-    x, y, z = bounding_box(mask)
+    x, y, z = mask.box
     for index in range(z.start, z.stop):
-        part = (x, y, slice(index, index + 1))
-        hu = np.clip(np.rint(volume.hu(part)[mask[part]]), _LOWEST, _HIGHEST)
+        # Transposed, because files store x fastest; the order of the voxels has no effect.
+        stored = volume.array[x, y, index].T[mask.inside[:, :, index - z.start].T]
+        hu = np.clip(np.rint(volume.in_hu(stored)), _LOWEST, _HIGHEST)
         counts += np.bincount(hu.astype(np.int64) - _LOWEST, minlength=counts.size)
     volume.release()
     below = np.cumsum(counts)

@@ -100,7 +100,11 @@ class Volume:
 
     def hu(self, selection: tuple[slice, slice, slice]) -> NDArray[np.float32]:
         """Return the HU of a part of the scan, float32, in the axis order of the array. Only that part is read."""
-        hu: NDArray[np.float32] = self.array[selection].astype(np.float32)
+        return self.in_hu(self.array[selection])
+
+    def in_hu(self, stored: NDArray[Any]) -> NDArray[np.float32]:
+        """Return stored values of the scan in HU, float32."""
+        hu: NDArray[np.float32] = stored.astype(np.float32)
         if self.slope != 1.0:
             hu *= np.float32(self.slope)
         if self.intercept != 0.0:

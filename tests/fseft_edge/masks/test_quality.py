@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from fseft_edge.adaptation import transduction
 from fseft_edge.adapters.network import Method
 from fseft_edge.masks import quality
-from fseft_edge.masks.quality import MEANINGS, largest_component_share, quality_flags
+from fseft_edge.masks.quality import MEANINGS
+from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.intensities import HuPercentiles
 
 SHAPE = (12, 10, 8)
@@ -24,6 +26,14 @@ def box(*ranges: tuple[int, int]) -> Mask:
     mask = np.zeros(SHAPE, bool)
     mask[tuple(slice(*part) for part in ranges)] = True
     return mask
+
+
+def quality_flags(mask: Mask, *volumes: Any, **known: Any) -> tuple[str, ...]:
+    return quality.quality_flags(BoxedMask.of(mask), *volumes, **known)
+
+
+def largest_component_share(mask: Mask) -> float:
+    return quality.largest_component_share(BoxedMask.of(mask))
 
 
 INNER = box((3, 7), (3, 7), (2, 6))

@@ -48,6 +48,7 @@ from fseft_edge.runtime.errors import (
     UnreadableFileError,
     UsageError,
 )
+from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map, write_ct
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.volume import Volume
@@ -261,7 +262,11 @@ def test_the_summary_describes_the_mask(site: Site, tmp_path: Path) -> None:
         assert entry["volume_ml"] == pytest.approx(voxels * voxel_ml, abs=1e-3)
         assert entry["flags"] == list(
             quality_flags(
-                array == label, voxels * voxel_ml, (1.0, 2.0), confidence=entry["confidence"], method="linear"
+                BoxedMask.of(array == label),
+                voxels * voxel_ml,
+                (1.0, 2.0),
+                confidence=entry["confidence"],
+                method="linear",
             )
         )
         assert "large" in entry["flags"]
@@ -650,7 +655,7 @@ def test_skipped_pieces_do_not_change_any_label(
 ) -> None:
     file = write_random_adapter(tmp_path / "a.adapter", site.bundle, ("liver", "spleen"), settings=settings)
     found = segment_encoded(encoded, [file.adapter])
-    monkeypatch.setattr("fseft_edge.masks.prediction.least_decisive", lambda _: 0.0)
+    monkeypatch.setattr("fseft_edge.masks.prediction.decisive_in", lambda _: None)
     assert np.array_equal(found, segment_encoded(encoded, [file.adapter]))
     assert set(np.unique(found)) == {0, 1, 2}
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
 from fseft_edge.runtime.scans.volume import Volume
 
@@ -16,7 +17,7 @@ SHAPE = (9, 8, 7)
 
 
 def percentiles(volume: Volume, mask: NDArray[np.bool_]) -> HuPercentiles:
-    found = hu_percentiles(volume, mask)
+    found = hu_percentiles(volume, BoxedMask.of(mask))
     assert found is not None
     return found
 
@@ -32,7 +33,7 @@ def test_percentiles_equal_those_of_numpy(seed: int, share: float) -> None:
     array = random.integers(-1024, 3072, SHAPE).astype(np.int16)
     mask = random.random(SHAPE) < share
     if not mask.any():
-        assert hu_percentiles(ct(array), mask) is None
+        assert hu_percentiles(ct(array), BoxedMask.of(mask)) is None
         return
     wanted = np.percentile(array[mask], (1, 50, 99), method="inverted_cdf")
     found = percentiles(ct(array), mask)
@@ -63,4 +64,4 @@ def test_fractions_are_rounded() -> None:
 
 
 def test_an_empty_mask_has_no_percentiles() -> None:
-    assert hu_percentiles(ct(np.zeros(SHAPE, np.int16)), np.zeros(SHAPE, bool)) is None
+    assert hu_percentiles(ct(np.zeros(SHAPE, np.int16)), BoxedMask.of(np.zeros(SHAPE, bool))) is None
