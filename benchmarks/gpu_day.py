@@ -80,7 +80,7 @@ class Part:
         name: name in the table.
         command: program and arguments.
         limit_s: time limit in seconds on a GPU.
-        needs: modules that must be importable.
+        needs: modules that must be importable; PyTorch must also find a GPU, unless the device is the CPU.
         files: files that earlier parts write, without which this part cannot run.
         gpu: whether the part needs an NVIDIA GPU.
         result: JSON file that the part writes; None if the last JSON line of its output is the result.
@@ -220,7 +220,7 @@ def obstacle(part: Part, device: str, missing: Mapping[str, str]) -> str | None:
         return "needs an NVIDIA GPU"
     lacking = [f"{name} ({missing[name]})" for name in part.needs if name in missing]
     if lacking:
-        return f"cannot be imported: {', '.join(lacking)}"
+        return f"cannot be used: {', '.join(lacking)}"
     absent = [path.name for path in part.files if not path.exists()]
     return f"an earlier part did not write {', '.join(absent)}" if absent else None
 
@@ -321,7 +321,10 @@ def main() -> None:
         names = sorted({name for part in planned for name in part.needs})
         probed = run([sys.executable, "-c", _PROBE, json.dumps(names)], limit_s=120, environment=environment)
         write_report(arguments.output, machine, outcomes)
-        for one in run_parts(planned, arguments.device, probed.json(), environment, ends):
+        missing = probed.json()
+        if arguments.device == "cuda" and "GPU" not in machine:
+            missing["torch"] = "finds no NVIDIA GPU"
+        for one in run_parts(planned, arguments.device, missing, environment, ends):
             outcomes.append(one)
             print(f"{one.part}: {one.state}", flush=True)
             write_report(arguments.output, machine, outcomes)
