@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation.block_sampling import SupportScan
+from fseft_edge.adaptation.kept_features import kept_in_memory
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings, train_adapter
 from fseft_edge.adapters.file import PostProcessing
 from fseft_edge.adapters.network import AdapterSettings, HeadRows, Levels, Method, zero_shot
@@ -23,6 +24,7 @@ from fseft_edge.masks.prediction import segment_encoded
 from fseft_edge.masks.region import decide_region
 from fseft_edge.runtime.encoder.encoding import EncodedScan
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand
+from fseft_edge.runtime.scans.components import bounding_box
 from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -154,6 +156,7 @@ def cross_validate(
         groups: number of the group of each scan; None means that each scan is a group.
         progress: receiver of progress reports; None reports nothing.
     """
+    support = kept_in_memory(support)
     scores = _Scores(candidate, support, rows)
     parts = folds(groups or range(len(support)))
     with (progress or SilentProgress()).task(f"validate {candidate.name}", len(parts)) as task:
@@ -183,6 +186,7 @@ def best_of(
         groups: number of the group of each scan; None means that each scan is a group.
         progress: receiver of progress reports; None reports nothing.
     """
+    support = kept_in_memory(support)
     running = [_Scores(kind, support, rows) for kind in kinds]
     parts = folds(groups or range(len(support)))
     with (progress or SilentProgress()).task("choose the method", len(parts)) as task:
@@ -223,10 +227,18 @@ class OrganScores:
             values: label value of each organ in the annotation.
             scored: bool ``[K]``; only organs with True are scored.
         """
+        organs = [int(organ) for organ in np.flatnonzero(scored)]
+        shown = labels != 0
+        for organ in organs:
+            shown |= reference.array == values[organ]
+        if not shown.any():
+            return  # two empty masks have no DSC
+        box = bounding_box(shown)
+        annotated = {organ: reference.array[box] == values[organ] for organ in organs}
         for steps in ALL:
-            processed = post_process(labels, [steps] * len(values))
-            for organ in np.flatnonzero(scored):
-                score = dice(processed == organ + 1, reference.array == values[int(organ)])
+            processed = post_process(labels[box], [steps] * len(values))
+            for organ in organs:
+                score = dice(processed == organ + 1, annotated[organ])
                 if score is not None:
                     self._dsc[organ][steps].append(score)
 

@@ -23,6 +23,7 @@ from fseft_edge.adaptation.block_sampling import (
     organ_positions,
     with_variations,
 )
+from fseft_edge.adaptation.kept_features import kept_in_memory
 from fseft_edge.adaptation.linear_solver import Voxels, gather_voxels, solve
 from fseft_edge.adaptation.losses import adaptation_loss
 from fseft_edge.adaptation.normalisation import FeatureStatistics
@@ -168,6 +169,7 @@ def train_adapter(
     """
     training = training or TrainingSettings()
     progress = progress or SilentProgress()
+    support = kept_in_memory(support)
     adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed).to(training.device)
     if settings.method == "linear":
         return _solved(adapter, support, training, progress)
