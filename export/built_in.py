@@ -65,9 +65,9 @@ def _folder() -> Path:
 
 
 def _bundle_name(model: str) -> str:
-    """Return a name that changes with the version of the toolkit and with the weights."""
+    """Return a name that changes with the version of the toolkit, with the weights and with the tiling."""
     weights = resources.files("fseft_edge").joinpath(str(MODELS[model].built_in))
-    return f"{model}-{__version__}-{sha256_of_file(Path(str(weights)))[:12]}"
+    return f"{model}-{__version__}-{sha256_of_file(Path(str(weights)))[:12]}-whole"
 
 
 def _export(model: str, bundle: Path) -> None:

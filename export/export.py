@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,6 +21,8 @@ from fseft_edge.runtime.encoder.bundle import BundleContents, EncoderBundle, Par
 from fseft_edge.runtime.encoder.networks import build_network
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.errors import CheckpointError, EnvironmentProblemError, UsageError
+
+Tiling = Literal["whole", "windows"]
 
 _TOOLS = ("fseft-edge", "torch", "onnx", "onnxscript")
 
@@ -35,6 +38,7 @@ def export_encoder(
     parity_volumes: Sequence[Path] = (),
     targets: Sequence[str] = (),
     description: str | Path | None = None,
+    tiling: Tiling | None = None,
 ) -> EncoderBundle:
     """Write the encoder of a checkpoint as an encoder bundle, and return the bundle.
 
@@ -52,6 +56,9 @@ def export_encoder(
             engine is built for this machine's GPU if there is a GPU and a library that can build for it.
         description: TOML file that describes a network of the user's own code (:mod:`fseft_edge.export.imported`).
             This function **runs that code**. ``model`` must be ``custom``, and ``checkpoint`` contains the weights.
+        tiling: ``whole``: the encoder computes a whole scan in one pass; ``windows``: it computes windows and blends
+            their features. None means ``whole`` if the features of the network depend on the surroundings of a voxel
+            alone.
 
     Raises:
         UsageError: options contradict one another, or ``output`` exists.
@@ -71,7 +78,7 @@ def export_encoder(
     if targets:
         check_targets(targets, installed_library())
     loaded = load_model(model, checkpoint) if description is None else _imported(model, checkpoint, description, onnx)
-    return write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes, targets=targets)
+    return write_encoder(loaded, output, onnx=onnx, parity_volumes=parity_volumes, targets=targets, tiling=tiling)
 
 
 def write_encoder(
@@ -82,6 +89,7 @@ def write_encoder(
     parity_volumes: Sequence[Path] = (),
     targets: Sequence[str] = (),
     classify: Classifier | None = None,
+    tiling: Tiling | None = None,
 ) -> EncoderBundle:
     """Write a model as an encoder bundle, and return the bundle.
 
@@ -94,9 +102,11 @@ def write_encoder(
             them.
         classify: classifier whose masks decide whether a lower precision is accurate enough; None means the model's
             head.
+        tiling: how the encoder computes a scan (:func:`export_encoder`).
 
     Raises:
-        UsageError: options contradict one another, or ``output`` exists.
+        UsageError: options contradict one another, the network cannot compute a whole scan in one pass, or ``output``
+            exists.
         EngineError: a requested engine cannot be built; in this case the bundle exists, without the engine.
         CheckpointError: the weights do not match the architecture.
         InputError: a CT in ``parity_volumes`` cannot be read.
@@ -104,6 +114,13 @@ def write_encoder(
     """
     _check_output(output, onnx=onnx, parity_volumes=parity_volumes)
     network = loaded.network or _built(loaded)
+    whole_scan = None if tiling == "windows" else network.whole_scan
+    if tiling == "whole" and whole_scan is None:
+        raise UsageError(
+            f"The encoder {loaded.model.description.name} cannot compute a whole scan in one pass: its features depend "
+            "on the window, because it normalises each window by itself or attends to all of it.",
+            remedy="Leave out --tiling.",
+        )
     described, source = loaded.model.description, loaded.source
     settings = described.settings
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
@@ -119,8 +136,8 @@ def write_encoder(
                 settings = {**settings, **graph_settings(graph)}
                 engines = cpu_engines(graph, None)
             else:
-                write_graph(network, described.window, graph)
-                write_graph(network, described.window, mixed_graph, "mixed")
+                write_graph(network, described.window, graph, whole_scan=whole_scan)
+                write_graph(network, described.window, mixed_graph, "mixed", whole_scan=whole_scan)
                 engines = [*cpu_engines(graph, mixed_graph), *gpu_engines(network)]
             for report in parity_reports(
                 network,
@@ -148,6 +165,7 @@ def write_encoder(
                 network=network,
                 head_weight=loaded.model.head_weight,
                 head_bias=loaded.model.head_bias,
+                whole_scan=whole_scan,
                 graph=graph if onnx else None,
                 mixed_graph=mixed_graph if onnx else None,
             ),

@@ -13,6 +13,7 @@ from fseft_edge.cli.start import loading
 from fseft_edge.runtime.system.progress import open_progress
 
 if TYPE_CHECKING:
+    from fseft_edge.export.export import Tiling
     from fseft_edge.export.parity import Classifier
     from fseft_edge.runtime.encoder.bundle import Precision
     from fseft_edge.runtime.encoder.engine_files import EngineLibrary
@@ -63,6 +64,12 @@ def _listed(values: tuple[str, ...]) -> list[str]:
     "--parity-ct", type=PATH, multiple=True, help="CT on which backends are compared with PyTorch. May be repeated."
 )
 @click.option("--target", "targets", multiple=True, help=_TARGET_HELP.format(otherwise="; no engine without a GPU"))
+@click.option(
+    "--tiling",
+    type=click.Choice(["whole", "windows"]),
+    help="How the encoder computes a scan: the whole scan in one pass, or windows whose features are blended. Adapters "
+    "belong to one of both.  [default: whole if the network allows it]",
+)
 @logging_options
 def export(
     *,
@@ -73,6 +80,7 @@ def export(
     onnx: bool,
     parity_ct: tuple[Path, ...],
     targets: tuple[str, ...],
+    tiling: Tiling | None,
     quiet: bool,
 ) -> None:
     """Export the encoder of CHECKPOINT as an encoder bundle, which the other commands use."""
@@ -87,6 +95,7 @@ def export(
         parity_volumes=parity_ct,
         targets=_listed(targets),
         description=description,
+        tiling=tiling,
     )
     if not quiet:
         organs = counted(len(bundle.manifest.organs), "organ")

@@ -98,7 +98,14 @@ def merge(
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merge-", dir=output.parent) as folder:
         made = Path(folder) / output.name
-        write_encoder(loaded, made, onnx=onnx, parity_volumes=parity_volumes, classify=network.head.log_odds)
+        write_encoder(
+            loaded,
+            made,
+            onnx=onnx,
+            parity_volumes=parity_volumes,
+            classify=network.head.log_odds,
+            tiling=None if base.whole_scan else "windows",
+        )
         _check_free(output, adapter)  # another process may have written these files in the meantime
         made.rename(output)
     try:
@@ -171,6 +178,7 @@ def plain_bundle(network: TunedNetwork, base: EncoderBundle, settings: TuningSet
         head_weight=weight,
         head_bias=bias,
         graph=None,
+        whole_scan=folded.whole_scan if base.whole_scan else None,
     )
     return EncoderBundle.write(path, contents)
 

@@ -35,8 +35,8 @@ from fseft_edge.outbox.records import printable
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
-from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
-from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding, plan_encoding
+from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of, planned_encoding
+from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding
 from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
 from fseft_edge.runtime.encoder.session import open_session
@@ -226,7 +226,7 @@ class Segmenter:
             )
         except OutOfMemoryError as segmentation_error:
             try:
-                plan_encoding(layout_of(grid, self.bundle), self.bundle, self.session, self.settings.budget)
+                planned_encoding(grid, self.bundle, self.session, self.settings.budget)
             except OutOfMemoryError as encoding_error:
                 # The message names a budget that is enough for both steps.
                 if encoding_error.least > segmentation_error.least:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
-from fseft_edge.runtime.encoder.encoding_plan import plan_encoding
+from fseft_edge.runtime.encoder.encoding_plan import EncodingPlan, plan_encoding
 from fseft_edge.runtime.encoder.feature_map import FeatureMapMeta, Features
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
-from fseft_edge.runtime.encoder.streaming import stream_features
+from fseft_edge.runtime.encoder.streaming import FeatureSection, stream_features
+from fseft_edge.runtime.encoder.whole_scan import WholeScanPlan, plan_whole_scan, stream_whole_scan
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.volume import Volume
@@ -78,6 +80,57 @@ def layout_of(grid: Grid, bundle: EncoderBundle) -> WindowLayout:
     return WindowLayout.plan(grid.shape, bundle.window, coarsest, OVERLAP)
 
 
+def planned_encoding(
+    grid: Grid,
+    bundle: EncoderBundle,
+    session: EncoderSession,
+    budget: Budget,
+    storage: Literal["float16", "float32"] = "float16",
+) -> EncodingPlan | WholeScanPlan:
+    """Return the fastest plan within a memory budget for encoding the scan of a grid.
+
+    Args:
+        grid: grid of the scan.
+        bundle: encoder bundle.
+        session: open session of the same encoder.
+        budget: memory that may be used.
+        storage: number format on disk.
+
+    Raises:
+        OutOfMemoryError: the budget is too small; the message contains the smallest sufficient budget.
+    """
+    stored_bytes = np.dtype(storage).itemsize
+    if bundle.whole_scan is not None:
+        return plan_whole_scan(grid.shape, session, budget, stored_bytes=stored_bytes)
+    return plan_encoding(layout_of(grid, bundle), bundle, session, budget, stored_bytes=stored_bytes)
+
+
+def _sections(
+    volume: Volume, grid: Grid, bundle: EncoderBundle, session: EncoderSession, plan: EncodingPlan | WholeScanPlan
+) -> Iterator[FeatureSection]:
+    """Return the features of a scan, section by section."""
+
+    def read(start: int, stop: int) -> NDArray[np.float32]:
+        return grid.section(volume, start, stop)
+
+    predicted = plan.footprint.ram / GB
+    if isinstance(plan, WholeScanPlan):
+        place = "temporary files" if plan.on_disk else "memory"
+        _log.info("encoding the whole scan in one pass, with planes in %s, predicted memory: %.2f GB", place, predicted)
+        return stream_whole_scan(read, grid.shape, session, plan)
+    _log.info(
+        "encoding %d window%s at a time, place of the sums: %s, predicted memory: %.2f GB",
+        plan.batch,
+        "s" if plan.batch > 1 else "",
+        plan.place,
+        predicted,
+    )
+    layout = layout_of(grid, bundle)
+    return stream_features(
+        read, layout, session, batch=plan.batch, place=plan.place, section_slices=plan.section_slices
+    )
+
+
 def encode_scan(
     volume: Volume,
     *,
@@ -107,30 +160,16 @@ def encode_scan(
     key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage, precision=session.precision)
     features: Features | None = store.get(key)
     if features is None:
-        layout = layout_of(grid, bundle)
+        plan = planned_encoding(grid, bundle, session, budget, storage)
+        padded_shape = grid.shape if isinstance(plan, WholeScanPlan) else layout_of(grid, bundle).padded_shape
         meta = FeatureMapMeta(
             grid_shape=grid.shape,
-            padded_shape=layout.padded_shape,
+            padded_shape=padded_shape,
             levels=bundle.levels,
             dtype=storage,
             encoder_id=bundle.encoder_id,
         )
-        plan = plan_encoding(layout, bundle, session, budget, stored_bytes=np.dtype(storage).itemsize)
-        _log.info(
-            "encoding %d window%s at a time, place of the sums: %s, predicted memory: %.2f GB",
-            plan.batch,
-            "s" if plan.batch > 1 else "",
-            plan.place,
-            plan.footprint.ram / GB,
-        )
-        sections = stream_features(
-            lambda start, stop: grid.section(volume, start, stop),
-            layout,
-            session,
-            batch=plan.batch,
-            place=plan.place,
-            section_slices=plan.section_slices,
-        )
+        sections = _sections(volume, grid, bundle, session, plan)
         with memory_explained(
             "Memory ran out while the features of a scan were stored.",
             remedy="Give a smaller --memory, so that the scan is processed in smaller pieces, or close other programs.",

@@ -26,7 +26,7 @@ _FLOAT = 4
 
 # Code of PyTorch, oneDNN and Blosc2 that is loaded into memory at its first use. This value and the factors below are
 # measured.
-_FIRST_USE = 40 * _MIB
+FIRST_USE = 40 * _MIB
 # Bytes that an engine takes per byte of the network's tensors: ONNX Runtime's memory pool keeps parts of earlier
 # windows, and OpenVINO keeps all memory that a compiled graph needs.
 _ENGINE_FACTOR = {"torch": 1.0, "onnxruntime": 1.36, "openvino": 1.1}
@@ -35,7 +35,7 @@ _KEPT_BY_ENGINE = {"onnxruntime": 0.6, "openvino": 1.1}
 # Convolutions on a GPU need additional workspace. This factor is an estimate; it has not been measured.
 _GPU_WORKSPACE_FACTOR = 1.25
 # A section's frame is built in pieces that are then joined, so the compressed data exist twice.
-_FRAME_FACTOR = 1.5
+FRAME_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Encoding:
         pyramid = self._features(self.layout.window)
         thickness = max(section_slices // self.layout.lattice, 1) * self.layout.lattice
         section = self._features((x, y, thickness))
-        stored = int(_FRAME_FACTOR * self.stored * self._features((x, y, thickness), finest_only=True) / _FLOAT)
+        stored = int(FRAME_FACTOR * self.stored * self._features((x, y, thickness), finest_only=True) / _FLOAT)
         # The blend's weights for one level of a section.
         section += _FLOAT * x * y * thickness
         encoding, handing_on = windows + batch * self.activations, section + stored
@@ -121,7 +121,7 @@ class Encoding:
         part = (*self.layout.window[:2], min(thickness, depth))
         # The sums of a part of a cell, its features and weights, and its frame.
         blending = 2 * self._features(part) + 2 * _FLOAT * math.prod(part)
-        stored = int(_FRAME_FACTOR * self.stored * self._features(part, finest_only=True) / _FLOAT)
+        stored = int(FRAME_FACTOR * self.stored * self._features(part, finest_only=True) / _FLOAT)
         for halved in range(8):
             batch = max(self.max_batch >> halved, 1)
             windows = _FLOAT * batch * math.prod(self.layout.window)
@@ -188,7 +188,7 @@ def encoding_of(
         max_batch=session.max_batch,
         on_gpu=on_gpu,
         stored=stored_bytes,
-        held_ram=session.held_before + _FIRST_USE,
+        held_ram=session.held_before + FIRST_USE,
         held_vram=torch.cuda.memory_allocated(session.device) if on_gpu else 0,
     )
 
@@ -196,7 +196,7 @@ def encoding_of(
 def held_after_encoding(bundle: EncoderBundle, session: EncoderSession) -> int:
     """Return the predicted memory of the process after encoding a scan, with the session still open, in bytes."""
     kept = 0 if session.device.type == "cuda" else _KEPT_BY_ENGINE.get(session.backend, 0.0)
-    return session.held_before + _FIRST_USE + int(kept * _activations(bundle, session))
+    return session.held_before + FIRST_USE + int(kept * _activations(bundle, session))
 
 
 def _activations(bundle: EncoderBundle, session: EncoderSession) -> int:

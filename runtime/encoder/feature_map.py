@@ -48,7 +48,8 @@ class FeatureMapMeta(BaseModel):
 
     Attributes:
         grid_shape: shape of the encoded grid, in voxels.
-        padded_shape: shape of the padded grid that the features cover, in voxels; a multiple of the coarsest stride.
+        padded_shape: shape of the padded grid that the features cover, in voxels. A level with stride ``s`` has
+            ``ceil(X / s)`` voxels along an axis of ``X`` voxels.
         levels: levels of the feature pyramid, finest first.
         dtype: stored number format. Features beyond the range of float16 are refused, not clamped.
         encoder_id: sha256 of everything in the encoder that determines the features.
@@ -64,7 +65,7 @@ class FeatureMapMeta(BaseModel):
 
     def level_shape(self, level: int) -> tuple[int, int, int]:
         """Return the shape of a level along x, y, z, in the level's own voxels."""
-        x, y, z = (size // self.levels[level].stride for size in self.padded_shape)
+        x, y, z = (-(-size // self.levels[level].stride) for size in self.padded_shape)
         return x, y, z
 
     def check_box(self, level: int, x: Range, y: Range, z: Range) -> None:
@@ -290,4 +291,5 @@ def _level_file(level: int) -> str:
 def _section_shape(meta: FeatureMapMeta, level: int, section: FeatureSection) -> tuple[int, int, int, int]:
     width, height, _ = meta.level_shape(level)
     pyramid_level = meta.levels[level]
-    return pyramid_level.channels, width, height, (section.z1 - section.z0) // pyramid_level.stride
+    start, stop = (-(-slices // pyramid_level.stride) for slices in (section.z0, section.z1))
+    return pyramid_level.channels, width, height, stop - start

@@ -45,13 +45,13 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class FeatureSection:
-    """Final blended features of some slices.
+    """Final features of some slices.
 
     Attributes:
-        z0: first slice, in voxels of the padded grid; a multiple of the layout's lattice.
-        z1: one past the last slice, in voxels of the padded grid; a multiple of the layout's lattice.
+        z0: first slice, in voxels of the padded grid; a multiple of the coarsest stride.
+        z1: one past the last slice, in voxels of the padded grid; a multiple of the coarsest stride, or the end.
         levels: features of each level, finest first, float32 ``[C_l, X / s, Y / s, (z1 - z0) / s]`` over the padded
-            grid; contiguous, on the device of the sums. The receiver may change these tensors.
+            grid, sizes rounded up, on the device of the session. They are valid until the next section is requested.
     """
 
     z0: int

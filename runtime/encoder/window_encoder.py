@@ -50,7 +50,7 @@ def row_of_windows(image: Tensor, layout: WindowLayout) -> list[Window]:
 def out_of_memory() -> OutOfMemoryError:
     """Return the error for memory that ran out although the work cannot be reduced further."""
     return OutOfMemoryError(
-        "Memory ran out while encoding, although only one window was encoded at a time.",
+        "Memory ran out while encoding, although only the smallest part of the scan was encoded at a time.",
         remedy="Close other programs, use an encoder with a smaller window, or use a machine with more memory.",
     )
 

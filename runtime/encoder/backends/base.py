@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel, WholeScan
 from fseft_edge.runtime.system.gpu_arithmetic import exact_float32
 from fseft_edge.runtime.system.memory import resident_bytes
+
+if TYPE_CHECKING:
+    from fseft_edge.runtime.encoder.networks.rolling import RollingResidualUNet
 
 
 class EncoderSession(ABC):
@@ -28,6 +33,7 @@ class EncoderSession(ABC):
         window: size of a window, ``[X, Y, Z]`` in voxels.
         levels: levels of the feature pyramid, finest first.
         whole_scan: how the encoder computes a whole scan in one pass; None if it computes a scan in windows.
+        rolling: network that computes a whole scan plane by plane; None if the backend has no such network.
     """
 
     backend: ClassVar[str]
@@ -41,6 +47,7 @@ class EncoderSession(ABC):
         self.window: tuple[int, int, int] = bundle.window
         self.levels: tuple[FeatureLevel, ...] = bundle.levels
         self.whole_scan: WholeScan | None = bundle.whole_scan
+        self.rolling: RollingResidualUNet | None = None
         self._open = True
         self._arithmetic = ExitStack()
 
@@ -51,6 +58,11 @@ class EncoderSession(ABC):
         """
         if self.device.type == "cuda":
             self._arithmetic.enter_context(exact_float32())
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute with the session's number of threads inside a ``with`` block."""
+        yield
 
     @cached_property
     def held_before(self) -> int:

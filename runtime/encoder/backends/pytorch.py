@@ -14,9 +14,15 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle, Precision
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
 from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.encoder.networks.rolling import RollingResidualUNet
 from fseft_edge.runtime.encoder.networks.slabwise import SlabwiseResidualUNet
 
 _MAX_BATCH_CPU = 1  # larger batches need more memory and are not measurably faster
+_FORMATS: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "mixed": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 _MAX_BATCH_CUDA = 2  # the attention of SwinUNETR-48 takes 1.5 GB per window of 96^3 voxels
 
 
@@ -33,28 +39,36 @@ class TorchSession(EncoderSession):
     ) -> None:
         on_cpu = device.type == "cpu"
         super().__init__(bundle, device, _MAX_BATCH_CPU if on_cpu else _MAX_BATCH_CUDA, precision)
+        self._threads = threads
+        self._order = torch.contiguous_format
         network = inference_network(bundle.network())
+        if self.whole_scan is not None and isinstance(network, ResidualUNet):
+            self.rolling = RollingResidualUNet(network, _FORMATS[precision]).to(device)
         if precision == "mixed":
             network = MixedPrecision(network)
-        if on_cpu and isinstance(network, ResidualUNet):
+        if on_cpu and self.whole_scan is None and isinstance(network, ResidualUNet):
             network = SlabwiseResidualUNet(network)
-        self._order = torch.contiguous_format
         if on_cpu and torch.backends.mkldnn.is_available() and not _normalises_each_window(network):
             _use_onednn(network)
             self._order = torch.channels_last_3d
         self._network: FeatureNetwork | None = network.to(device)
-        self._threads = threads
 
     def _encode_batch(self, windows: Tensor) -> list[Tensor]:
         assert self._network is not None  # noqa: S101 - encode() refuses a closed session
-        with _threads(self._threads):
+        with self.computing():
             pyramid: list[Tensor] = self._network(windows.to(self.device).to(memory_format=self._order))
             return pyramid
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute with the session's number of threads inside a ``with`` block."""
+        with _threads(self._threads):
+            yield
 
     def close(self) -> None:
         """Free the network. The session cannot be used after this call."""
         super().close()
-        self._network = None
+        self._network = self.rolling = None
 
 
 @runtime_checkable

@@ -2,8 +2,8 @@
 
 The features of a :class:`ResidualUNet` with folded normalisations depend on the surroundings of a voxel alone. The
 network therefore needs no windows: every convolution runs once over the whole grid. The planes of the grid stream
-through the network. Each block computes the next planes as soon as its input contains them, and keeps the two planes of
-its inner tensor that its next planes need. Nothing is computed twice, and no value depends on the available memory.
+through the network. Each block computes its next planes when its input contains them, and keeps the two planes of its
+inner tensor that these planes need. Nothing is computed twice, and no value depends on the available memory.
 
 A decoder level needs the features of the deepest stage, which are some 75 planes of the grid ahead. Skip features wait
 for that time in ring buffers, so the memory depends on the size of the planes and not on their number.
@@ -11,8 +11,11 @@ for that time in ring buffers, so the memory depends on the size of the planes a
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +27,10 @@ STEP = 32
 """Planes of the grid in a step, a multiple of the stride of the deepest stage. The sizes of all computations follow
 from it, so that a memory budget has no effect on the features."""
 
-_SLAB = 4
+_SLAB = 8
 """Planes that a block computes at a time on a CPU, so that their intermediate values stay in the cache."""
 
 Range = tuple[int, int]
-
-_Fill = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,17 @@ def schedule(planes: int, stages: int, step: int = STEP) -> list[Stops]:
     """Return the stops of all steps of a scan.
 
     Args:
-        planes: number of planes of the padded grid; a multiple of the stride of the deepest stage.
+        planes: number of planes of the grid.
         stages: number of encoder stages.
-        step: number of planes of the finest level in a step.
+        step: number of planes of the finest level in a step, a multiple of the stride of the deepest stage.
     """
-    lengths = [planes >> level for level in range(stages)]
+    lengths = level_lengths(planes, stages)
     steps = []
     for start in range(0, planes, step):
         merge = [min(start + step, planes)]
         for length in lengths[1:]:
-            # The residual block needs two planes more than it computes. An even number of planes comes from whole
-            # planes of the coarser level.
+            # The convolutions of a residual block need two more planes of its input. An even number of planes comes
+            # from whole planes of the coarser level.
             needed = -(-(merge[-1] + 2) // 2)
             merge.append(min(needed + needed % 2, length))
         down = [merge.pop()]
@@ -70,6 +71,11 @@ def schedule(planes: int, stages: int, step: int = STEP) -> list[Stops]:
         down.reverse()
         steps.append(Stops(min(down[0] + 2, planes), tuple(down), tuple(merge)))
     return steps
+
+
+def level_lengths(voxels: int, levels: int) -> list[int]:
+    """Return the number of voxels of each level along an axis of the grid; level ``l`` has the stride ``2**l``."""
+    return [-(-voxels // 2**level) for level in range(levels)]
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,21 @@ def held_planes(planes: int, stages: int, step: int = STEP) -> Held:
     return Held(image, tuple(down), tuple(merge))
 
 
+@dataclass(frozen=True)
+class PlaneMemory:
+    """Predicted memory of a pass over a grid, in bytes.
+
+    Attributes:
+        waiting: planes that wait for deeper stages, or for the finest level; they can be in temporary files.
+        computing: other tensors of the network.
+    """
+
+    waiting: int
+    computing: int
+
+
 class RollingResidualUNet(nn.Module):
-    """Network for inference that computes the features of a folded :class:`ResidualUNet` plane by plane.
+    """Network for inference that computes the features of a folded :class:`ResidualUNet`, except for rounding.
 
     Args:
         network: network with folded normalisations and without inserted modules.
@@ -111,11 +130,37 @@ class RollingResidualUNet(nn.Module):
     def __init__(self, network: ResidualUNet, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.levels = network.levels
-        self.dtype = dtype
-        self._down = nn.ModuleList(_BlockWeights(_residual_block(block)) for block in network.down)
-        self._merge = nn.ModuleList(_BlockWeights(_residual_block(block)) for block in network.merge)
-        self._up = nn.ModuleList(_Upsampling(layer) for layer in network.up)
+        self.down = nn.ModuleList(_DownWeights(_residual_block(block)) for block in network.down)
+        self.merge = nn.ModuleList(
+            _MergeWeights(up, _residual_block(block)) for up, block in zip(network.up, network.merge, strict=True)
+        )
         self.to(dtype)
+
+    def memory(self, shape: tuple[int, int, int]) -> PlaneMemory:
+        """Return the predicted memory of a pass over a grid of this shape."""
+        parameter = next(self.parameters())
+        channels = [1, *(weights.second.outputs for weights in self.down)]
+        held, slab = held_planes(shape[2], len(self.down)), _slab(parameter)
+        planes = [
+            math.prod(sizes) for sizes in zip(*(level_lengths(side, len(self.down)) for side in shape[:2]), strict=True)
+        ]
+        waiting = held.image * planes[0]
+        inner = transient = 0
+        for level, (inputs, outputs) in enumerate(pairwise(channels)):
+            plane, finer = planes[level], planes[max(level - 1, 0)]
+            waiting += (held.down[level] + (held.merge[level] if level < len(self.merge) else 0)) * outputs * plane
+            # An encoder stage: planes of the finer level, two results.
+            inner += (slab + 2) * outputs * plane
+            stage = (2 if level else 1) * (slab + 2) * inputs * finer + 2 * slab * outputs * plane
+            if level < len(self.merge):
+                # A decoder level: copied planes of both inputs, eight values for each coarser voxel, two results.
+                inner += (slab + 2) * outputs * plane
+                coarser = (slab // 2 + 2) * channels[level + 2] * planes[level + 1]
+                eighths = 8 * outputs * (slab // 2 + 1) * planes[level + 1]
+                stage = max(stage, (slab + 2) * outputs * plane + coarser + eighths + 2 * slab * outputs * plane)
+            transient = max(transient, stage)
+        size = parameter.dtype.itemsize
+        return PlaneMemory(size * waiting, size * (inner + transient))
 
     @torch.no_grad()
     def features(
@@ -123,53 +168,59 @@ class RollingResidualUNet(nn.Module):
         read: Callable[[int, int], Tensor],
         shape: tuple[int, int, int],
         *,
+        section: int = STEP,
         on_disk: bool = False,
     ) -> Iterator[tuple[Range, list[Tensor]]]:
-        """Compute the features of a padded grid.
+        """Compute the features of a grid.
 
         Args:
-            read: function that returns the planes ``z0:z1`` of the padded grid, ``[X, Y, z1 - z0]``, for ``(z0, z1)``.
-                It is called once for each plane, in order.
-            shape: shape of the padded grid; each side is a multiple of the stride of the deepest stage.
-            on_disk: keep the ring buffers in temporary files.
+            read: function that returns the planes ``z0:z1`` of the grid, ``[X, Y, z1 - z0]``, for ``(z0, z1)``. It is
+                called once for each plane, in order.
+            shape: shape of the grid.
+            section: number of planes of a result, a multiple of the stride of the coarsest level.
+            on_disk: keep the planes that wait for deeper stages in temporary files.
 
         Yields:
-            The range of planes of a step, and their final features, ``[C_l, X / s, Y / s, n / s]`` for each level,
-            finest first. The tensors are only valid until the next step.
+            A range of planes, and their final features, float32 ``[C_l, X / s, Y / s, n / s]`` for each level, finest
+            first, with sizes rounded up. The tensors are only valid until the next result.
         """
-        yield from _Pass(self, shape, on_disk=on_disk).run(read)
+        yield from _Pass(self, shape, on_disk=on_disk).run(read, section)
+
+
+def _slab(parameter: Tensor) -> int:
+    return _SLAB if parameter.device.type == "cpu" else STEP
 
 
 class _Pass:
     """The computation of one scan: the position and the kept planes of every stage."""
 
     def __init__(self, network: RollingResidualUNet, shape: tuple[int, int, int], *, on_disk: bool) -> None:
-        x, y, self._planes = shape
         parameter = next(network.parameters())
-        stages = len(network._down)
-        held = held_planes(self._planes, stages)
-        slab = _SLAB if parameter.device.type == "cpu" else STEP
+        stages = len(network.down)
+        x, y, z = (level_lengths(voxels, stages) for voxels in shape)
+        held = held_planes(shape[2], stages)
+        slab = _slab(parameter)
 
         def ring(planes: int, channels: int, level: int) -> _Ring:
-            return _Ring((planes, x >> level, y >> level, channels), parameter, on_disk=on_disk)
+            return _Ring((planes, x[level], y[level], channels), z[level], parameter, on_disk=on_disk)
 
-        widths = [weights.outputs for weights in network._down]
+        widths = [weights.second.outputs for weights in network.down]
+        self._planes, self._stages = shape[2], stages
         self._dtype, self._device = parameter.dtype, parameter.device
         self._image = ring(held.image, 1, 0)
-        self._skips = [ring(*sizes, level) for level, sizes in enumerate(zip(held.down, widths, strict=True))]
-        self._merged = [ring(*sizes, level) for level, sizes in enumerate(zip(held.merge, widths[:-1], strict=True))]
-        self._down: list[_Block | _StridedBlock] = []
-        for level, weights in enumerate(network._down):
-            kind = _StridedBlock if level else _Block
-            self._down.append(kind(weights, self._skips[level], self._planes >> level, slab))
+        skips = [ring(*sizes, level) for level, sizes in enumerate(zip(held.down, widths, strict=True))]
+        self._features = [ring(*sizes, level) for level, sizes in enumerate(zip(held.merge, widths[:-1], strict=True))]
+        self._down: list[_Block] = [_Block(network.down[0], self._image, skips[0], slab)]
+        for level in range(1, stages):
+            self._down.append(_StridedBlock(network.down[level], skips[level - 1], skips[level], slab))
         self._merge = [
-            _Block(weights, self._merged[level], self._planes >> level, slab)
-            for level, weights in enumerate(network._merge)
+            _MergeBlock(weights, coarser, skip, features, slab)
+            for weights, coarser, skip, features in zip(
+                network.merge, [*self._features[1:], skips[-1]], skips[:-1], self._features, strict=True
+            )
         ]
-        self._up = network._up
-        self._stages = stages
 
-    def run(self, read: Callable[[int, int], Tensor]) -> Iterator[tuple[Range, list[Tensor]]]:
+    def run(self, read: Callable[[int, int], Tensor], section: int) -> Iterator[tuple[Range, list[Tensor]]]:
         """Yield the features of all steps (arguments as in :meth:`RollingResidualUNet.features`)."""
         done = arrived = 0
         for stops in schedule(self._planes, self._stages):
@@ -178,36 +229,19 @@ class _Pass:
                 planes = read(start, stop).to(self._device, self._dtype)
                 self._image.write(start, planes.movedim(-1, 0)[None, None])
             arrived = stops.image
-            source = self._image
-            for block, ring, stop in zip(self._down, self._skips, stops.down, strict=True):
-                block.advance(stop, source.copy_into)
-                source = ring
-            for level in reversed(range(self._stages - 1)):
-                self._merge[level].advance(stops.merge[level], self._beside_skip(level))
-            planes_done = (done, stops.merge[0])
-            yield (
-                planes_done,
-                [
-                    ring.joined(done >> level, stops.merge[0] >> level).movedim(2, -1)[0]
-                    for level, ring in enumerate(self._merged)
-                ],
-            )
+            for block, stop in zip(self._down, stops.down, strict=True):
+                block.advance(stop)
+            for merge, stop in zip(reversed(self._merge), reversed(stops.merge), strict=True):
+                merge.advance(stop)
+            for start in range(done, stops.merge[0], section):
+                stop = min(start + section, stops.merge[0])
+                yield (start, stop), [self._final(level, start, stop) for level in range(self._stages - 1)]
             done = stops.merge[0]
 
-    def _beside_skip(self, level: int) -> _Fill:
-        """Return the function that fills the input of a decoder level: upsampled features and skip features."""
-        coarser = self._merged[level + 1] if level + 2 < self._stages else self._skips[-1]
-        skip, up = self._skips[level], self._up[level]
-
-        def fill(start: int, target: Tensor) -> None:
-            channels, filled = target.shape[1] // 2, 0
-            for part in coarser.parts(start // 2, (start + target.shape[2]) // 2):
-                length = 2 * part.shape[2]
-                up(part, target[:, :channels, filled : filled + length])
-                filled += length
-            skip.copy_into(start, target[:, channels:])
-
-        return fill
+    def _final(self, level: int, start: int, stop: int) -> Tensor:
+        """Return the features of a level for planes of the grid, ``[C, X, Y, n]``."""
+        planes = self._features[level].planes(-(-start >> level), -(-stop >> level))
+        return planes.float().movedim(2, -1)[0]
 
 
 class _Ring:
@@ -215,207 +249,345 @@ class _Ring:
 
     Args:
         shape: number of kept planes, X, Y and number of channels.
+        length: number of planes Z of the tensor.
         like: tensor with the number format and the device of the planes.
-        on_disk: keep the planes in a temporary file.
+        on_disk: keep the planes in a temporary file, in float32.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], like: Tensor, *, on_disk: bool) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], length: int, like: Tensor, *, on_disk: bool) -> None:
+        self.length = length
         self._capacity = shape[0]
+        self._like = like
         self._file: FileTensor | None = FileTensor(shape) if on_disk else None
-        planes = torch.zeros(shape, dtype=like.dtype, device=like.device) if self._file is None else self._file.tensor
+        planes = (
+            self._file.tensor if self._file is not None else torch.empty(shape, dtype=like.dtype, device=like.device)
+        )
         self._planes = planes.movedim(-1, 0)[None]
-
-    def parts(self, start: int, stop: int) -> list[Tensor]:
-        """Return the planes ``start:stop`` as one or two views ``[1, C, n, X, Y]``."""
-        if start >= stop:
-            return []
-        first = start % self._capacity
-        fitting = min(stop - start, self._capacity - first)
-        views = [self._planes[:, :, first : first + fitting]]
-        if fitting < stop - start:
-            views.append(self._planes[:, :, : stop - start - fitting])
-        return views
 
     def write(self, start: int, planes: Tensor) -> None:
         """Write planes ``[1, C, n, X, Y]`` from the plane ``start`` on."""
         self._each_part(start, planes, lambda part, values: part.copy_(values))
 
-    def write_rectified(self, start: int, planes: Tensor) -> None:
-        """Write ``ReLU(planes)`` from the plane ``start`` on."""
-        self._each_part(start, planes, lambda part, values: torch.clamp_min(values, 0, out=part))
+    def planes(self, start: int, stop: int) -> Tensor:
+        """Return the planes ``start:stop``, as a view if possible; planes outside the tensor are 0."""
+        first = start % self._capacity
+        inside = start >= 0 and stop <= self.length
+        if inside and self._file is None and first + stop - start <= self._capacity:
+            return self._planes[:, :, first : first + stop - start]
+        result = self.empty(stop - start)
+        low, high = max(start, 0), min(stop, self.length)
+        result[:, :, : low - start] = 0
+        result[:, :, high - start :] = 0
+        self._each_part(low, result[:, :, low - start : high - start], lambda part, values: values.copy_(part))
+        return result
 
-    def copy_into(self, start: int, target: Tensor) -> None:
-        """Copy the planes from ``start`` on into ``target`` ``[1, C, n, X, Y]``."""
-        self._each_part(start, target, lambda part, values: values.copy_(part))
-
-    def joined(self, start: int, stop: int) -> Tensor:
-        """Return the planes ``start:stop``, as a view where possible."""
-        views = self.parts(start, stop)
-        return views[0] if len(views) == 1 else torch.cat(views, 2)
+    def empty(self, count: int) -> Tensor:
+        """Return a new tensor ``[1, C, count, X, Y]``, channels last, in the format of the computation."""
+        _, channels, _, x, y = self._planes.shape
+        return self._like.new_empty(1, count, x, y, channels).movedim(-1, 1)
 
     def _each_part(self, start: int, planes: Tensor, act: Callable[[Tensor, Tensor], object]) -> None:
-        done = 0
-        for part in self.parts(start, start + planes.shape[2]):
-            act(part, planes[:, :, done : done + part.shape[2]])
-            done += part.shape[2]
+        done, count = 0, planes.shape[2]
+        while done < count:
+            first = (start + done) % self._capacity
+            length = min(count - done, self._capacity - first)
+            act(self._planes[:, :, first : first + length], planes[:, :, done : done + length])
+            done += length
         if self._file is not None:
             self._file.release()
 
 
 class _Block:
-    """A residual block of stride 1 that computes its planes in order.
+    """A residual block that computes its planes in order, from planes of the same resolution.
+
+    The output at z needs the inner tensor at z - 1 to z + 1, which needs the input at z - 2 to z + 2.
 
     Args:
         weights: convolutions of the block.
+        source: input of the block.
         output: receiver of the features.
-        length: number of planes of the level.
-        slab: number of planes to compute at a time.
+        slab: number of planes to compute at a time; even.
     """
 
-    def __init__(self, weights: nn.Module, output: _Ring, length: int, slab: int) -> None:
-        assert isinstance(weights, _BlockWeights)  # noqa: S101 - narrows the type for the checker
-        self._weights, self._output, self._length, self._slab = weights, output, length, slab
+    def __init__(self, weights: _DownWeights, source: _Ring, output: _Ring, slab: int) -> None:
+        self._weights, self._source, self._output, self._slab = weights, source, output, slab
         self._position = 0
         self._last = slab
-        # For planes from `position` on, `input` contains the input from `position` on, and `inner` the inner tensor
-        # from `position - 1` on.
-        self._input: Tensor | None = None
+        # For planes from `position` on, `inner` contains the inner tensor from `position - 1` on.
         self._inner: Tensor | None = None
 
-    def advance(self, stop: int, fill: _Fill) -> None:
-        """Compute the planes up to ``stop``.
-
-        Args:
-            stop: one past the last plane to compute.
-            fill: function that writes the planes of the block's input from ``start`` on into a tensor
-                ``[1, C, n, X, Y]``. It is called for ascending, adjacent ranges, even ones if all stops are even.
-        """
-        if self._input is None or self._inner is None:
-            self._input, self._inner = self._started(fill)
-        source, inner, weights = self._input, self._inner, self._weights
+    def advance(self, stop: int) -> None:
+        """Compute the planes up to ``stop``, for which the source has all planes that are needed."""
+        length = self._output.length
+        if self._inner is None:
+            self._inner = self._output.empty(self._slab + 2)
+            self._inner[:, :, self._slab] = 0
+            self._inner[:, :, self._slab + 1 :] = self._first(0, 1).clamp_min_(0)
+        inner = self._inner
         while self._position < stop:
             start, end = self._position, min(self._position + self._slab, stop)
-            count = end - start
-            source[:, :, :2] = source[:, :, self._last : self._last + 2].clone()
+            count, new = end - start, min(end + 1, length) - (start + 1)
             inner[:, :, :2] = inner[:, :, self._last : self._last + 2].clone()
-            filled = min(end + 2, self._length)
-            if filled > start + 2:
-                fill(start + 2, source[:, :, 2 : filled - start])
-            source[:, :, filled - start : count + 2] = 0
-            torch.clamp_min(weights.first(source[:, :, : count + 2]), 0, out=inner[:, :, 2 : count + 2])
-            if end == self._length:  # outside the grid, the second convolution needs zeros as inner tensor
-                inner[:, :, count + 1] = 0
-            result = weights.second(inner[:, :, : count + 2])
-            result += weights.shortcut(source[:, :, :count])
-            self._output.write_rectified(start, result)
+            if new:
+                torch.clamp_min(self._first(start + 1, start + 1 + new), 0, out=inner[:, :, 2 : 2 + new])
+            inner[:, :, 2 + new : 2 + count] = 0  # outside the grid
+            result = self._weights.second(inner[:, :, : count + 2])
+            self._add_shortcut(start, end, result)
+            self._output.write(start, result.clamp_min_(0))
             self._position, self._last = end, count
 
-    def _started(self, fill: _Fill) -> tuple[Tensor, Tensor]:
-        """Return the buffers, whose last two planes are the input and the inner tensor before the first slab."""
-        weights, plane = self._weights, self._output.joined(0, 1)
-        source = _planes_like(plane, weights.inputs, self._slab + 2)
-        inner = _planes_like(plane, weights.outputs, self._slab + 2)
-        first = _planes_like(plane, weights.inputs, 3)
-        available = min(2, self._length)
-        fill(0, first[:, :, 1 : 1 + available])
-        source[:, :, self._slab :] = first[:, :, 1:]
-        torch.clamp_min(weights.first(first), 0, out=inner[:, :, self._slab + 1 :])
-        return source, inner
+    def _first(self, start: int, stop: int) -> Tensor:
+        """Return the first convolution of the planes ``start:stop`` of the inner tensor."""
+        return self._weights.first(self._source.planes(start - 1, stop + 1))
+
+    def _add_shortcut(self, start: int, stop: int, result: Tensor) -> None:
+        """Add the shortcut of the planes ``start:stop``."""
+        _add_product(self._source.planes(start, stop), self._weights.shortcut, result)
 
 
 class _StridedBlock(_Block):
-    """A residual block of stride 2 that computes its planes in order."""
+    """A residual block of stride 2 that computes its planes in order, from planes of twice the resolution."""
 
-    def advance(self, stop: int, fill: _Fill) -> None:
-        """Compute the planes up to ``stop`` (arguments as in :meth:`_Block.advance`; any ranges of the input)."""
-        weights = self._weights
-        if self._inner is None:
-            plane = self._output.joined(0, 1)
-            self._inner = _planes_like(plane, weights.outputs, self._slab + 2)
-            finer = plane.new_empty(1, 1, 1, 2 * plane.shape[3], 2 * plane.shape[4])
-            self._input = _planes_like(finer, weights.inputs, 2 * self._slab + 2)
-            first = _planes_like(finer, weights.inputs, 3)
-            fill(0, first[:, :, 1:])
-            torch.clamp_min(weights.first(first), 0, out=self._inner[:, :, self._slab + 1 :])
-        assert self._input is not None  # noqa: S101 - set together with the inner tensor
-        source, inner = self._input, self._inner
-        while self._position < stop:
-            start, end = self._position, min(self._position + self._slab, stop)
-            count = end - start
-            filled = min(2 * end + 2, 2 * self._length)
-            fill(2 * start, source[:, :, : filled - 2 * start])
-            inner[:, :, :2] = inner[:, :, self._last : self._last + 2].clone()
-            new = min(end + 1, self._length) - (start + 1)
-            if new:
-                below = source[:, :, 1 : 2 * new + 2]
-                torch.clamp_min(weights.first(below), 0, out=inner[:, :, 2 : 2 + new])
-            inner[:, :, 2 + new : count + 2] = 0
-            result = weights.second(inner[:, :, : count + 2])
-            result += weights.shortcut(source[:, :, : 2 * count])
-            self._output.write_rectified(start, result)
-            self._position, self._last = end, count
+    def _first(self, start: int, stop: int) -> Tensor:
+        return self._weights.first(self._source.planes(2 * start - 1, 2 * stop))
+
+    def _add_shortcut(self, start: int, stop: int, result: Tensor) -> None:
+        even = self._source.planes(2 * start, 2 * stop - 1)[:, :, ::2, ::2, ::2]
+        _add_product(even, self._weights.shortcut, result)
 
 
-def _planes_like(plane: Tensor, channels: int, count: int) -> Tensor:
-    """Return zeros ``[1, channels, count, X, Y]``, channels last, for the X and Y of ``plane``."""
-    return plane.new_zeros(1, count, *plane.shape[3:], channels).movedim(-1, 1)
+class _MergeBlock(_Block):
+    """A residual block of a decoder level, from upsampled features of the coarser level and the skip features.
+
+    The first convolution is linear, so it is the sum of a convolution of the skip features and of one of the upsampled
+    features. A plane of the upsampled features consists of planes of the coarser level. The convolution of the
+    upsampled features with a kernel of 3 voxels is therefore a convolution of the coarser features with a kernel of 2
+    voxels for each of the eight positions within a coarser voxel, which needs 8 instead of 27 products.
+    """
+
+    def __init__(self, weights: _MergeWeights, coarser: _Ring, skip: _Ring, output: _Ring, slab: int) -> None:
+        super().__init__(weights, skip, output, slab)
+        self._merge_weights, self._coarser = weights, coarser
+        self._bias_planes: list[Tensor] | None = None
+
+    def _first(self, start: int, stop: int) -> Tensor:
+        result = super()._first(start, stop)
+        # Position p of the convolution of the coarser features is between its planes p - 1 and p, and belongs to the
+        # planes 2 p - 1 and 2 p of this level.
+        length, x, y = self._output.length, *result.shape[3:]
+        # A coarser voxel at an odd end is only half inside the grid. The last voxel there is computed by itself.
+        even_x, even_y = x - x % 2, y - y % 2
+        even_stop = min(stop, length - length % 2)
+        if start < even_stop:
+            low, high = -(-start // 2), even_stop // 2
+            eighths = self._merge_weights.coarse(self._coarser.planes(low - 1, high + 1))
+            inside = result[:, :, : even_stop - start, :even_x, :even_y]
+            _add_eighths(eighths, inside, [2 * low - 1 - start, -1, -1])
+        for planes, rows, columns in (
+            ((start, stop), (even_x, x), (0, y)),
+            ((start, stop), (0, even_x), (even_y, y)),
+            ((max(start, even_stop), stop), (0, even_x), (0, even_y)),
+        ):
+            if planes[0] < planes[1] and rows[0] < rows[1] and columns[0] < columns[1]:
+                part = result[:, :, slice(planes[0] - start, planes[1] - start), slice(*rows), slice(*columns)]
+                part += self._of_upsampled(planes, rows, columns, (length, x, y))
+        self._add_bias(start, result)
+        return result
+
+    def _of_upsampled(self, planes: Range, rows: Range, columns: Range, shape: tuple[int, int, int]) -> Tensor:
+        """Return the first convolution of the upsampled features in a box, directly.
+
+        Args:
+            planes: range of the box along z, in voxels of this level.
+            rows: range of the box along x, in voxels of this level.
+            columns: range of the box along y, in voxels of this level.
+            shape: number of voxels of this level along z, x and y.
+        """
+        coarse, kept, padding = [], [], []
+        for (low, high), length in zip((planes, rows, columns), shape, strict=True):
+            first, last = max(low - 1, 0), min(high + 1, length)
+            coarse.append((first // 2, -(-last // 2)))
+            kept.append(slice(first % 2, first % 2 + last - first))
+            padding = [first - (low - 1), high + 1 - last, *padding]
+        source = self._coarser.planes(*coarse[0])[:, :, :, slice(*coarse[1]), slice(*coarse[2])]
+        upsampled = nn.functional.conv_transpose3d(source, self._merge_weights.upsampling, stride=2)[:, :, *kept]
+        return self._merge_weights.of_upsampled(nn.functional.pad(upsampled, padding))
+
+    def _add_shortcut(self, start: int, stop: int, result: Tensor) -> None:
+        super()._add_shortcut(start, stop, result)
+        coarse = self._coarser.planes(start // 2, -(-stop // 2))
+        rows = coarse.movedim(1, -1).reshape(-1, coarse.shape[1])
+        eighths = (rows @ self._merge_weights.coarse_shortcut).reshape(*coarse.movedim(1, -1).shape[:-1], -1)
+        _add_eighths(eighths.movedim(-1, 1), result, [0, 0, 0])
+
+    def _add_bias(self, start: int, result: Tensor) -> None:
+        """Add the bias of both convolutions. At the border of the grid, the kernel contains fewer upsampled voxels."""
+        if self._bias_planes is None:
+            self._bias_planes = self._merge_weights.bias_planes(result[:, :, :1])
+        before, within, after = self._bias_planes
+        count = result.shape[2]
+        result += within
+        first, last = int(start == 0), int(start + count == self._output.length)
+        result[:, :, first:] += before
+        result[:, :, : count - last] += after
 
 
-class _BlockWeights(nn.Module):
-    """The convolutions of a folded residual block, for planes along z and without padding along z."""
+def _add_product(source: Tensor, weight: Tensor | None, result: Tensor) -> None:
+    """Add the product of the channels of ``source`` with ``weight`` ``[C, C']`` to ``result``; None adds ``source``."""
+    if weight is None:
+        result += source
+        return
+    rows = source.movedim(1, -1).reshape(-1, source.shape[1])
+    result.movedim(1, -1).view(-1, result.shape[1]).addmm_(rows, weight)
+
+
+def _add_eighths(eighths: Tensor, result: Tensor, offset: list[int]) -> None:
+    """Add values at half the resolution, eight for each voxel, to values at full resolution.
+
+    Args:
+        eighths: values ``[1, 8 C, n, X', Y']``; the channels are those of the eight voxels, the last axis fastest.
+        result: values ``[1, C, n', X, Y]`` to which those inside are added.
+        offset: index in ``result`` of the first of the eight voxels of the first value, along each axis.
+    """
+    channels = result.shape[1]
+    for eighth in range(8):
+        parts: list[tuple[slice, slice]] = []
+        for axis, shift in enumerate((eighth >> 2 & 1, eighth >> 1 & 1, eighth & 1)):
+            first = offset[axis] + shift
+            skipped = -(first // 2) if first < 0 else 0
+            first += 2 * skipped
+            count = max(min(eighths.shape[2 + axis] - skipped, -(-(result.shape[2 + axis] - first) // 2)), 0)
+            parts.append((slice(skipped, skipped + count), slice(first, first + 2 * count, 2)))
+        (from_z, to_z), (from_x, to_x), (from_y, to_y) = parts
+        values = eighths[:, eighth * channels : (eighth + 1) * channels, from_z, from_x, from_y]
+        result[:, :, to_z, to_x, to_y] += values
+
+
+class _DownWeights(nn.Module):
+    """The convolutions of a folded residual block, for planes along z and without padding along z.
+
+    Attributes:
+        shortcut: weight ``[C, C']`` of the shortcut; None if the block has no convolution there.
+    """
+
+    shortcut: Tensor | None
 
     def __init__(self, block: ResidualBlock) -> None:
         super().__init__()
-        self.inputs = block.first.convolution.in_channels
-        self.outputs = block.second.convolution.out_channels
-        self.first = _PlaneConvolution(block.first)
-        self.second = _PlaneConvolution(block.second)
-        self.shortcut: nn.Module = nn.Identity()
+        first, second = _planes_first(block.first), _planes_first(block.second)
+        first_bias, second_bias = _bias(block.first), _bias(block.second)
+        shortcut: Tensor | None = None
         if isinstance(block.shortcut, ConvolutionNorm):
-            self.shortcut = _PlaneConvolution(block.shortcut)
+            shortcut = _planes_first(block.shortcut)[:, :, 0, 0, 0].T
+            second_bias = second_bias + _bias(block.shortcut)
+        self.register_buffer("shortcut", shortcut if shortcut is None else shortcut.float().contiguous())
+        self.first = _PlaneConvolution(first, first_bias, stride=int(block.first.convolution.stride[0]))
+        self.second = _PlaneConvolution(second, second_bias)
+
+
+class _MergeWeights(_DownWeights):
+    """The convolutions of a decoder level: those of the skip features, and those of the coarser features.
+
+    Attributes:
+        coarse_shortcut: weight ``[C_coarse, 8 C']`` of the shortcut of the upsampled features.
+        upsampling: weight ``[C_coarse, C, 2, 2, 2]`` of the transposed convolution.
+    """
+
+    coarse_shortcut: Tensor
+    upsampling: Tensor
+
+    def __init__(self, up: nn.Module, block: ResidualBlock) -> None:
+        assert isinstance(up, nn.ConvTranspose3d)  # noqa: S101 - narrows the type for the checker
+        super().__init__(block)
+        channels = up.out_channels
+        first, shortcut = _planes_first(block.first), _planes_first(block.shortcut)[:, :, 0, 0, 0]
+        self.first = _PlaneConvolution(first[:, channels:], None)
+        upsampling = up.weight.detach().double().permute(0, 1, 4, 2, 3)  # [C_coarse, C, z, x, y]
+        bias = torch.zeros(channels, dtype=torch.float64) if up.bias is None else up.bias.detach().double()
+        self.coarse = _PlaneConvolution(_of_coarser(upsampling, first[:, :channels]), None, padding=1)
+        eighths = torch.einsum("icabd,oc->iabdo", upsampling, shortcut[:, :channels])
+        self.register_buffer("upsampling", upsampling.float())
+        self.of_upsampled = _PlaneConvolution(first[:, :channels], None, padding=0)
+        self.register_buffer("coarse_shortcut", eighths.reshape(up.in_channels, -1).float().contiguous())
+        self.shortcut = shortcut[:, channels:].T.float().contiguous()
+        with torch.no_grad():
+            self.second.bias += (shortcut[:, :channels] @ bias).float()
+        self._of_bias = torch.einsum("oczxy,c->ozxy", first[:, :channels], bias)
+        self._bias_inside = _bias(block.first)
+
+    def bias_planes(self, like: Tensor) -> list[Tensor]:
+        """Return the parts of the bias of the first convolution, ``[1, C, 1, X, Y]`` each.
+
+        The parts are those of the upsampled features of the plane before, of the plane itself with the bias of the
+        convolution, and of the plane after.
+        """
+        inside = torch.ones(1, 1, *like.shape[3:], dtype=torch.float64)
+        planes = [
+            nn.functional.conv2d(inside, self._of_bias[:, None, plane], padding=1)[:, :, None] for plane in range(3)
+        ]
+        planes[1] += self._bias_inside[None, :, None, None, None]
+        return [plane.to(like).contiguous(memory_format=torch.channels_last_3d) for plane in planes]
+
+
+def _of_coarser(upsampling: Tensor, kernel: Tensor) -> Tensor:
+    """Return the kernel ``[8 C', C_coarse, 2, 2, 2]`` that a convolution of upsampled features is of coarser features.
+
+    Along an axis, position p is between the coarser voxels p - 1 and p. Its two finer voxels are the second half of
+    voxel p - 1, which reads the first half, itself and the first half of voxel p, and the first half of voxel p.
+
+    Args:
+        upsampling: weight of the transposed convolution, ``[C_coarse, C, 2, 2, 2]``.
+        kernel: weight of the convolution, ``[C', C, 3, 3, 3]``.
+    """
+    # taps[half of the result, tap of the kernel] = (coarser voxel, half of that voxel)
+    taps = {(0, 0): (0, 0), (0, 1): (0, 1), (0, 2): (1, 0), (1, 0): (0, 1), (1, 1): (1, 0), (1, 2): (1, 1)}
+    outputs, inputs = kernel.shape[0], upsampling.shape[0]
+    composed = kernel.new_zeros(2, 2, 2, outputs, inputs, 2, 2, 2)
+    for halves in itertools.product(range(2), repeat=3):
+        for offsets in itertools.product(range(3), repeat=3):
+            (z, of_z), (x, of_x), (y, of_y) = (taps[pair] for pair in zip(halves, offsets, strict=True))
+            products = kernel[:, :, *offsets] @ upsampling[:, :, of_z, of_x, of_y].T
+            composed[*halves, :, :, z, x, y] += products
+    return composed.reshape(8 * outputs, inputs, 2, 2, 2)
+
+
+def _planes_first(layer: nn.Module) -> Tensor:
+    """Return the weight of a folded convolution for the axes z, x, y instead of x, y, z, in float64."""
+    assert isinstance(layer, ConvolutionNorm)  # noqa: S101 - narrows the type for the checker
+    return layer.convolution.weight.detach().double().permute(0, 1, 4, 2, 3)
+
+
+def _bias(layer: ConvolutionNorm) -> Tensor:
+    """Return the bias of a folded convolution, in float64."""
+    bias = layer.convolution.bias
+    assert bias is not None  # noqa: S101 - folding a normalisation gives a bias
+    return bias.detach().double()
 
 
 class _PlaneConvolution(nn.Module):
-    """A folded convolution of planes ``[1, C, Z, X, Y]``, padded with zeros along X and Y only."""
+    """A convolution of planes ``[1, C, Z, X, Y]``, padded with zeros along X and Y only.
 
-    def __init__(self, layer: ConvolutionNorm) -> None:
+    Args:
+        weight: weight ``[C', C, z, x, y]``.
+        bias: bias ``[C']``, or None.
+        stride: stride along each axis.
+        padding: number of zeros along X and Y on each side; None means half of the kernel.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, stride: int = 1, padding: int | None = None) -> None:
         super().__init__()
-        folded = layer.convolution
-        assert folded.bias is not None  # noqa: S101 - folding a normalisation gives a bias
-        weight = folded.weight.detach().permute(0, 1, 4, 2, 3)  # from the axes x, y, z to z, x, y
-        self.weight = nn.Parameter(weight.to(memory_format=torch.channels_last_3d, copy=True))
-        self.bias = nn.Parameter(folded.bias.detach().clone())
-        self._stride = [int(folded.stride[0])] * 3
-        self._padding = [0, folded.kernel_size[0] // 2, folded.kernel_size[0] // 2]
+        self.outputs = weight.shape[0]
+        self.weight = nn.Parameter(weight.float().to(memory_format=torch.channels_last_3d, copy=True))
+        self.bias = nn.Parameter(torch.zeros(self.outputs) if bias is None else bias.float())
+        side = weight.shape[-1] // 2 if padding is None else padding
+        self._stride, self._padding = [stride] * 3, [0, side, side]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of ``x``."""
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
             # PyTorch would compute a few channels or voxels without oneDNN, which is slower.
             return torch.mkldnn_convolution(x, self.weight, self.bias, self._padding, self._stride, [1] * 3, 1)
-        return torch.nn.functional.conv3d(x, self.weight, self.bias, self._stride, self._padding)
-
-
-class _Upsampling(nn.Module):
-    """A transposed convolution with kernel 2 and stride 2 of planes ``[1, C, Z, X, Y]``, as one matrix product."""
-
-    def __init__(self, convolution: nn.Module) -> None:
-        super().__init__()
-        assert isinstance(convolution, nn.ConvTranspose3d)  # noqa: S101 - narrows the type for the checker
-        inputs, outputs = convolution.in_channels, convolution.out_channels
-        weight = convolution.weight.detach().permute(0, 4, 2, 3, 1)  # [C, z, x, y, C']
-        self._weight = nn.Parameter(weight.reshape(inputs, 8 * outputs))
-        bias = convolution.bias
-        self._bias = nn.Parameter(torch.zeros(8 * outputs) if bias is None else bias.detach().repeat(8))
-
-    def forward(self, coarse: Tensor, target: Tensor) -> None:
-        """Upsample ``coarse`` ``[1, C, Z, X, Y]``, and write the result to ``target`` ``[1, C', 2 Z, 2 X, 2 Y]``."""
-        rows = coarse.movedim(1, -1).reshape(-1, coarse.shape[1])
-        z, x, y = coarse.shape[2:]
-        # [1, Z, X, Y, 2, 2, 2, C'] to [1, Z, 2, X, 2, Y, 2, C']
-        fine = torch.addmm(self._bias, rows, self._weight).reshape(1, z, x, y, 2, 2, 2, -1)
-        view = target.movedim(1, -1).unflatten(3, (y, 2)).unflatten(2, (x, 2)).unflatten(1, (z, 2))
-        view.copy_(fine.permute(0, 1, 4, 2, 5, 3, 6, 7))
+        return nn.functional.conv3d(x, self.weight, self.bias, self._stride, self._padding)
 
 
 def _residual_block(module: nn.Module) -> ResidualBlock:
