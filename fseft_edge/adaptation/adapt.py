@@ -170,7 +170,7 @@ def adapt(
                 device=device,
                 store=store,
                 budget=budget,
-                seed=(training or TrainingSettings()).seed,
+                training=training or TrainingSettings(),
                 patients=patients,
                 progress=progress,
             )
@@ -238,7 +238,7 @@ def _located(
     device: str,
     store: FeatureStore,
     budget: Budget,
-    seed: int,
+    training: TrainingSettings,
     patients: Mapping[str, str] | None,
     progress: Progress,
 ) -> TrainedLocator | None:
@@ -264,7 +264,7 @@ def _located(
             coarse=coarse.bundle,
             reach=lambda box: read_by([reading], box),
             groups=grouped([scan.scan.identity for scan in scans if scan.scan.identity], patients).numbers,
-            training=TrainingSettings(seed=seed, device=coarse.session.device),
+            training=replace(training, device=coarse.session.device),
             progress=progress,
         )
 

@@ -3,8 +3,8 @@
 An encoder with windows can encode a part of a scan (:mod:`fseft_edge.runtime.encoder.on_demand`). The locator names
 this part. It is a linear adapter on all levels of the built-in encoder ``edge_base``, which encodes a scan at 3 mm in
 seconds. A *place* of an organ is the bounding box of connected voxels whose probability exceeds a threshold, plus a
-margin. Threshold and margin are chosen for each organ on scans that were left out of the training: of all thresholds
-with which the places contain every voxel of the organ in every left-out scan, the one whose places need the fewest
+margin. Threshold and margin are chosen for each organ on scans that were left out of the training: with the margin, the
+places contain every voxel of the organ in every left-out scan; the threshold is the lowest one whose places need few
 windows. The recall in the adapter file is that of scans that were left out of the training and of this choice.
 
 The mask decides what the organ is: while it touches the edge of the decided part, this part grows
@@ -54,8 +54,10 @@ _SETTINGS = AdapterSettings(method="linear", levels="all")
 _THRESHOLDS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 _LEAST_SHARE = 0.01
 """Smaller components than this share of the largest one, in voxels, are no places."""
-_MARGIN_FACTOR, _MARGIN_MM = 1.25, 6.0
-"""The margin is the largest one that a left-out scan needed, times the factor, plus the constant."""
+_MARGIN_MM = 6.0
+"""Addition to the largest margin that a left-out scan needed."""
+_MORE_WINDOWS = 1.1
+"""A lower threshold is chosen if it needs at most this many times the windows: it finds an organ more surely."""
 
 _FEWEST_WINDOWS = 3
 _LEAST_GAIN = 24
@@ -363,18 +365,20 @@ class _View:
 
 
 def _choice(views: Sequence[_View], organ: int, reach: Callable[[Box], Box]) -> _Choice | None:
-    """Return the threshold and margin that contain an organ in all scans and need the fewest windows."""
-    best: tuple[float, _Choice] | None = None
+    """Return the lowest threshold that needs few windows, and the margin that contains an organ in all scans."""
     known = [view for view in views if view.voxels[organ] is not None]
+    possible: list[tuple[int, _Choice]] = []
     for number, threshold in enumerate(_THRESHOLDS):
         needed = max((view.needed_mm(organ, number) or 0.0 for view in known), default=math.inf)
         if math.isinf(needed):
             continue
-        choice = _Choice(threshold, round(_MARGIN_FACTOR * needed + _MARGIN_MM, 1))
+        choice = _Choice(threshold, round(needed + _MARGIN_MM, 1))
         windows = sum(windows_over(view.layout, [reach(box) for box in view.boxes(organ, choice)]) for view in known)
-        if best is None or windows < best[0]:
-            best = windows, choice
-    return None if best is None else best[1]
+        possible.append((windows, choice))
+    if not possible:
+        return None
+    fewest = min(windows for windows, _ in possible)
+    return [choice for windows, choice in possible if windows <= _MORE_WINDOWS * fewest][-1]
 
 
 def _places(above: NDArray[np.bool_]) -> list[Box]:

@@ -1,9 +1,11 @@
 """Masks inside boxes of the grid: decide only where an organ is, and grow the boxes until they cut no mask.
 
-Outside the boxes, every voxel is background. A scan voxel is *complete* if the boxes contain all grid voxels between
-which its probabilities are interpolated. As long as a voxel of a mask is not complete, or is next to a voxel that is
-not complete, its box grows on that side. Therefore each component of the result is a component of the mask of the whole
-scan, voxel by voxel, up to voxels whose probability differs from the threshold by rounding alone.
+The result has all components of the mask of the whole scan that reach into the given boxes, voxel by voxel, and no
+others. A scan voxel is *complete* if the boxes contain all grid voxels between which its probabilities are
+interpolated. As long as such a component has a voxel that is not complete, or that is next to a voxel that is not
+complete, its box grows on that side. A box does not grow for components that only the growth has brought into sight:
+otherwise scattered false voxels would lead from one to the next through the whole scan. Voxels whose probability
+differs from the threshold by rounding alone can differ from those of the whole scan.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from fseft_edge.masks.memory_plan import AMPLE, MemoryPlan
 from fseft_edge.masks.prediction import DecidedScan, decide_sections
 from fseft_edge.runtime.encoder.encoding import EncodedScan
 from fseft_edge.runtime.scans.axis_map import rows_using
+from fseft_edge.runtime.scans.components import bounding_box, components
 from fseft_edge.runtime.scans.grid import Grid
 
 Cuts = tuple[Sequence[int], Sequence[int], Sequence[int]]
@@ -35,7 +38,8 @@ class DecidedRegion:
     """The labels of a scan that were decided in boxes.
 
     Attributes:
-        found: labels of all voxels, and the confidence of each organ.
+        found: labels of all voxels, and the confidence of each organ: the mean probability of all its voxels in the
+            boxes.
         boxes: the boxes in which labels were decided, in grid voxels.
         rounds: how often boxes grew.
     """
@@ -67,13 +71,15 @@ def decide_region(
     grid = encoded.grid
     whole = Box(*((0, length) for length in grid.shape))
     current = separate([clipped(box, whole) for box in boxes])
+    given = [_influenced(grid, box) for box in current]
     for number in range(_MOST_ROUNDS + 1):
         if prepare is not None:
             prepare([read_by(adapters, box) for box in current])
         found = _decide_inside(encoded, adapters, current, plan)
-        grown = [_grown(box, _cut_sides(found.labels, grid, box), adapters, cuts, whole) for box in current]
+        labels = _reaching_into(found.labels, given)
+        grown = [_grown(box, _cut_sides(labels, grid, box), adapters, cuts, whole) for box in current]
         if grown == current:
-            return DecidedRegion(found, tuple(current), number)
+            return DecidedRegion(DecidedScan(labels, found.confidence), tuple(current), number)
         current = separate(grown) if number < _MOST_ROUNDS - 1 else [whole]
     raise AssertionError("the box of the whole scan cannot grow")
 
@@ -158,6 +164,34 @@ def _probabilities(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray
 
 def _moved(along: Range, offset: int) -> Range:
     return along[0] + offset, along[1] + offset
+
+
+def _influenced(grid: Grid, box: Box) -> tuple[slice, slice, slice]:
+    """Return the scan voxels, in the axis order of the scan, whose probabilities depend on a box of the grid."""
+    where = [slice(None)] * 3
+    for axis, along in zip(grid.axes, box.ranges, strict=True):
+        where[axis.source_axis] = axis.flip_range(rows_using(axis.to_source(), slice(*along)))
+    return where[0], where[1], where[2]
+
+
+def _reaching_into(
+    labels: NDArray[np.uint8] | NDArray[np.uint16], given: Sequence[tuple[slice, slice, slice]]
+) -> NDArray[np.uint8] | NDArray[np.uint16]:
+    """Return the components of each organ that have a voxel in any of the given parts of the scan."""
+    kept = np.zeros_like(labels)
+    if not labels.any():
+        return kept
+    box = bounding_box(labels > 0)
+    inside = np.zeros(labels.shape, np.bool_)
+    for part in given:
+        inside[part] = True
+    inside = inside[box]
+    for label in np.flatnonzero(np.bincount(labels[box].ravel())[1:]) + 1:
+        mask = labels[box] == label
+        numbered, _ = components(mask)
+        reaching = np.unique(numbered[inside & mask])
+        kept[box][np.isin(numbered, reaching) & mask] = label
+    return kept
 
 
 def _cut_sides(labels: NDArray[np.unsignedinteger], grid: Grid, box: Box) -> list[tuple[bool, bool]]:

@@ -119,6 +119,17 @@ def test_only_the_components_that_were_located_are_found_each_completely() -> No
     np.testing.assert_array_equal(both.found.labels, expected)
 
 
+def test_false_voxels_that_only_the_growth_brought_into_sight_are_not_in_the_mask_and_let_nothing_grow() -> None:
+    organ, false = balls((16, 16, 16), radius=7), balls((16, 33, 20), (18, 46, 30), radius=5)
+    expected = decide_encoded(encoded(organ), [adapter_of()]).labels
+    alone = decide_region(encoded(organ), [adapter_of()], [around((16, 16, 16), 2)], cuts=CUTS)
+    both = decide_region(encoded(np.maximum(organ, false)), [adapter_of()], [around((16, 16, 16), 2)], cuts=CUTS)
+    assert both.boxes == alone.boxes
+    np.testing.assert_array_equal(both.found.labels, expected)
+    (box,) = both.boxes
+    assert 28 < box.y[1] < 38  # the first false ball lies across the edge of the grown box
+
+
 def test_an_organ_at_the_border_of_the_scan_is_complete_without_growth() -> None:
     organ = balls((0, 2, 55), radius=6)
     scan, adapter = encoded(organ), adapter_of()
