@@ -21,6 +21,7 @@ BASE = (OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("ma
 NOVEL = (OrganLabel("parotid_right", 3), OrganLabel("parotid_left", 4))
 ORGANS = BASE + NOVEL
 RUNS = Path("runs")
+_BUNDLES = "schema3"  # part of the names of bundles: those of earlier schemas compute other features
 
 
 def data_root() -> Path:
@@ -60,7 +61,7 @@ def model_file(model: Path | None) -> Path:
 def encoder(model: Path | None) -> EncoderBundle:
     """Return the bundle of a model file (None: the built-in encoder); export the bundle if it does not exist."""
     source = model_file(model)
-    output = RUNS / f"{source.stem}-{sha256_of_file(source)[:12]}.encoder"
+    output = RUNS / f"{source.stem}-{sha256_of_file(source)[:12]}-{_BUNDLES}.encoder"
     if output.exists():
         return EncoderBundle.open(output)
     return export_encoder(model, model="custom" if model else "edge_base", output=output)

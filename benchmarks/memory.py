@@ -5,7 +5,7 @@ Every measurement runs in a separate process. The script prints
 - the predicted and measured peak of encoding with each backend, and of segmenting from the cached feature map;
 - hashes of features and masks, without a memory limit and with the smallest memory plan, whose limit is taken from the
   error messages;
-- the number of windows that contain only air, and the time saved by encoding them once;
+- for an encoder with windows, the number of windows that contain only air, and the time saved by encoding them once;
 - whether a scan can be segmented under a hard limit (RLIMIT_DATA: heap, stacks and other private writable memory,
   without mapped files).
 """
@@ -37,18 +37,19 @@ from fseft_edge.masks.memory_plan import plans as segmentation_plans
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import OVERLAP, encode_scan
-from fseft_edge.runtime.encoder.encoding_plan import EncodingPlan, encoding_of, held_after_encoding
+from fseft_edge.runtime.encoder.encoding_plan import encoding_of, held_after_encoding
 from fseft_edge.runtime.encoder.feature_map import FeatureMap
 from fseft_edge.runtime.encoder.feature_store import open_store
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.encoder.streaming import stream_features
+from fseft_edge.runtime.encoder.whole_scan import whole_scan_plans
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.nifti import read_ct
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.volume import Volume
-from fseft_edge.runtime.system.memory import Budget
+from fseft_edge.runtime.system.memory import Budget, Footprint
 from fseft_edge.segmentation.segment import segment
 
 MIB = 1 << 20
@@ -74,9 +75,19 @@ def spatial_adapter(bundle: EncoderBundle) -> Adapter:
     return adapter.eval()
 
 
-def planned(volume: Volume, bundle: EncoderBundle, session: EncoderSession) -> list[EncodingPlan]:
-    """Return the memory plans of an encoding."""
-    return list(encoding_of(layout_of(volume, bundle), bundle, session).plans())
+def planned(volume: Volume, bundle: EncoderBundle, session: EncoderSession) -> dict[str, Footprint]:
+    """Return the memory plans of an encoding, the fastest first: where its largest part is, and the predicted memory.
+
+    For an encoder that computes whole scans, this part is the planes that wait; else it is the sums of windows.
+    """
+    if bundle.whole_scan is None:
+        plans = encoding_of(layout_of(volume, bundle), bundle, session).plans()
+        return {f"sums: {plan.place}, {plan.batch}, {plan.section_slices}": plan.footprint for plan in plans}
+    shape = Grid.of(volume, bundle.preprocessing).shape
+    return {
+        f"planes: {'disk' if plan.on_disk else 'memory'}, sections of {plan.section_slices}": plan.footprint
+        for plan in whole_scan_plans(shape, session)
+    }
 
 
 def encode(bundle: EncoderBundle, scan: Path, backend: str, which: int, cache: Path | None) -> dict[str, object]:
@@ -84,14 +95,14 @@ def encode(bundle: EncoderBundle, scan: Path, backend: str, which: int, cache: P
     volume = read_ct(scan)
     with open_session(bundle, backend=backend) as session, open_store(cache) as store:
         plans = planned(volume, bundle, session)
-        plan = plans[which]
-        budget = Budget(ram=plan.footprint.ram + _SLACK)
+        name, footprint = list(plans.items())[which]
+        budget = Budget(ram=footprint.ram + _SLACK)
         started = time.monotonic()
         encoded = encode_scan(volume, bundle=bundle, session=session, store=store, budget=budget)
         seconds = time.monotonic() - started
         features = features_hash(encoded.features)
-    what = f"encode, {backend}, sums: {plan.place}"
-    return {"what": what, "predicted": plan.footprint.ram, "seconds": seconds, "result": features}
+    what = f"encode, {backend}, {name}"
+    return {"what": what, "predicted": footprint.ram, "seconds": seconds, "result": features}
 
 
 def features_hash(features: FeatureMap) -> str:
@@ -204,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scan", type=Path, action="append", help="may be repeated")
     parser.add_argument("--encoder", type=Path)
-    parser.add_argument("--backend", nargs="+", default=["torch", "onnxruntime"])
+    parser.add_argument("--backend", nargs="+", default=["torch"])
     parser.add_argument("--limit", type=float, default=3.0, help="hard limit in GiB")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
@@ -229,10 +240,12 @@ def main() -> None:
             return result
 
         for scan in scans:
-            _print_scan(scan, arguments.backend, arguments.limit, run)
+            _print_scan(scan, arguments.backend, arguments.limit, run, windows=bundle.whole_scan is None)
 
 
-def _print_scan(scan: Path, backends: list[str], limit: float, run: Callable[[Path, str], dict[str, object]]) -> None:
+def _print_scan(
+    scan: Path, backends: list[str], limit: float, run: Callable[[Path, str], dict[str, object]], *, windows: bool
+) -> None:
     volume = read_ct(scan)
     print(f"\n{scan.name}, {volume.shape}\n")
     print("| | predicted MiB | measured MiB | ratio | s | features or mask |\n|---|---|---|---|---|---|")
@@ -256,10 +269,12 @@ def _print_scan(scan: Path, backends: list[str], limit: float, run: Callable[[Pa
         )
     result = run(scan, f"within,0,{limit}")
     print(f"\nunder RLIMIT_DATA of {limit} GiB: mask {result['result']}, peak {int(str(result['peak'])) / MIB:.0f} MiB")
-    result = run(scan, "air,")
-    print(
-        f"windows of air: {result['windows']}; encoding each of them takes {result['ratio']} times as long", flush=True
-    )
+    if windows:
+        result = run(scan, "air,")
+        print(
+            f"windows of air: {result['windows']}; encoding each of them takes {result['ratio']} times as long",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

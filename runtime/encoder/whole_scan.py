@@ -58,12 +58,12 @@ def plan_whole_scan(shape: Shape, session: EncoderSession, budget: Budget, *, st
     Raises:
         OutOfMemoryError: the budget is too small; the message contains the smallest sufficient budget.
     """
-    plans = list(_plans(shape, session, stored_bytes))
+    plans = list(whole_scan_plans(shape, session, stored_bytes=stored_bytes))
     return first_that_fits(plans, budget, session.device, "encoding this scan")
 
 
-def _plans(shape: Shape, session: EncoderSession, stored_bytes: int) -> Iterator[WholeScanPlan]:
-    """Yield all plans with their predicted memory, the fastest first."""
+def whole_scan_plans(shape: Shape, session: EncoderSession, *, stored_bytes: int = 2) -> Iterator[WholeScanPlan]:
+    """Yield all plans with their predicted memory, the fastest first (arguments as in :func:`plan_whole_scan`)."""
     on_gpu = session.device.type == "cuda"
     rolling = session.rolling
     assert rolling is not None  # noqa: S101 - narrows the type for the checker
