@@ -102,12 +102,11 @@ def adaptation_loss(
         probabilities, weight = torch.sigmoid(logits), annotated
         entropy = (cross_entropy_per_organ(logits, targets) * weight).sum()
         counted = weight.sum()
-    masked = weight[:, :, None, None, None]
-    axes = (0, 2, 3, 4)
+    axes = (2, 3, 4)
     own = [
-        (probabilities * targets * masked).sum(axes),
-        ((probabilities + targets) * masked).sum(axes),
-        (targets * masked).sum(axes),
+        ((probabilities * targets).sum(axes) * weight).sum(0),
+        ((probabilities + targets).sum(axes) * weight).sum(0),
+        (targets.sum(axes) * weight).sum(0),
     ]
     overlap, filled, shown = total(torch.stack(own)).unbind()
     entropies = total(torch.stack([entropy, counted]))

@@ -173,7 +173,6 @@ def train_adapter(
     adapter = untrained_adapter(settings, support, head_rows=head_rows, seed=training.seed).to(training.device)
     if settings.method == "linear":
         return _solved(adapter, support, training, progress)
-    adapter.train()
     anchor = _Anchor(adapter, head_rows, training.anchor)
     optimizer = _optimizer(adapter, training)
     generator = torch.Generator().manual_seed(training.seed)

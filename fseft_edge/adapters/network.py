@@ -303,14 +303,11 @@ class Adapter(nn.Module):
     def _classify(self, x: Tensor, classifier: nn.Conv3d) -> Tensor:
         """Return ``V(x + C(ReLU(C(x))))``, the residual step of the finest level followed by the classifier ``V``.
 
-        For inference, the second convolution of the step and the classifier are folded into one convolution ``V C``,
-        because both are linear. The folded convolution has one output per class, fewer than the channels of the step.
+        The second convolution of the step and the classifier are folded into one convolution ``V C``, because both are
+        linear. The folded convolution has one output per class, fewer than the channels of the step.
         """
         step = self.steps[0]
         assert isinstance(step, ResidualStep)  # noqa: S101 - narrows the type for the checker
-        if self.training:
-            logits: Tensor = classifier(step(x))
-            return logits
         weight = self._folded_weight(classifier) if self.fold is None else self.fold
         identity_path: Tensor = classifier(_without_halo(x, step.halo))
         return identity_path + F.conv3d(torch.relu(step.first(x)), weight)

@@ -14,7 +14,8 @@ from fseft_edge.adapters.network import Adapter, AdapterSettings
 from fseft_edge.adapters.training_pass import ChannelChange, training_logits
 
 CORE = Box((8, 16), (0, 8), (8, 24))
-# With width 12, two classes are fewer than the channels, so that classifier and convolution are one convolution.
+# With width 12, the training computes the last convolution and the classifier as one convolution, as the adapter does;
+# with width 6, one after the other.
 KINDS = [
     AdapterSettings(method, levels, activation, width)
     for method, levels, activation, width in itertools.product(
