@@ -130,7 +130,8 @@ def parts(work: Path, device: str, scan: Path) -> Iterator[Part]:
     """Yield all parts in their order."""
     edge, swin, adapter = work / "edge_base.encoder", work / "random.encoder", work / "zero_shot.adapter"
     for name, needs in (("residual_unet", NETWORK), ("swin_unetr", (*NETWORK, "monai"))):
-        command = script("gpu_windows.py", "--architecture", name, "--device", device)
+        repeats = "1" if device == "cpu" else "5"
+        command = script("gpu_windows.py", "--architecture", name, "--device", device, "--repeats", repeats)
         yield Part(f"one window of 96^3 in plain PyTorch, {name}", command, 90, needs)
     tests = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", ROOT / "tests" / "gpu")
     yield Part("tests/gpu", tests, 180, TESTS, gpu=True)
