@@ -42,7 +42,7 @@ from fseft_edge.runtime.encoder.window_encoder import WindowEncoder, first_batch
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.volume import Volume
-from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, Budget
+from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, GB, Budget
 from fseft_edge.runtime.system.progress import ProgressTask
 
 _log = logging.getLogger(__name__)
@@ -279,6 +279,11 @@ class FeaturesOnDemand:
                 scan.layout, scan.bundle, scan.session, scan.budget, stored_bytes=np.dtype(self.meta.dtype).itemsize
             )
             self._encoder = WindowEncoder(scan.layout, scan.session, plan.batch)
+            _log.info(
+                "encoding windows on demand, at most %d at a time, predicted memory: %.2f GB",
+                plan.batch,
+                plan.footprint.ram / GB,
+            )
         wanted = self._cover.windows_over(missing)
         image = _RowImage(scan)
         for row in range(self._cover.shape[2]):

@@ -6,6 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from doubles import own_network
@@ -17,11 +18,15 @@ from fseft_edge.export.export import export_encoder
 from fseft_edge.export.imported import import_model
 from fseft_edge.runtime.encoder.backend_choice import backend_choices
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.encoder.encoding_plan import encoding_of
+from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
+from fseft_edge.runtime.encoder.on_demand import encode_on_demand
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.errors import CheckpointError, EncoderBundleError, InputError, UnreadableFileError, UsageError
+from fseft_edge.runtime.scans.volume import Volume
 
 WINDOW = (16, 16, 16)
 DESCRIPTION = """\
@@ -95,6 +100,19 @@ def test_features_equal_the_networks_features_and_its_code_is_not_imported(
     assert len(own_network.CALLS) == before
     for a, b in zip(reference, features, strict=True):
         assert float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_windows_that_are_encoded_on_demand_give_the_features_of_the_whole_scan(
+    bundle: EncoderBundle, tmp_path: Path, backend: str
+) -> None:
+    hu = np.random.default_rng(0).integers(-300, 400, (40, 30, 20), dtype=np.int16)
+    volume = Volume(hu, np.diag([6.0, 6.0, 6.0, 1.0]))
+    with open_session(bundle, "cpu", backend, 1) as session:
+        whole = encode_scan(volume, bundle=bundle, session=session, store=FeatureStore(tmp_path / "whole")).features
+        scan = encode_on_demand(volume, bundle=bundle, session=session, store=FeatureStore(tmp_path / "parts"))
+        for box in (((30, 38), (2, 9), (0, 3)), ((3, 14), (10, 13), (14, 17))):
+            assert torch.equal(scan.features.read(0, *box), whole.read(0, *box))
 
 
 def test_pytorch_is_refused(bundle: EncoderBundle) -> None:

@@ -275,6 +275,22 @@ def test_networks_compute_on_demand_what_they_compute_for_the_whole_scan(tmp_pat
         assert_same(features, whole)
 
 
+def test_an_encoder_of_whole_scans_encodes_the_scan_at_once(tmp_path: Path) -> None:
+    bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
+    whole_scan = bundle.network().whole_scan
+    bundle = EncoderBundle(bundle.path, bundle.manifest.model_copy(update={"whole_scan": whole_scan}))
+    hu = np.random.default_rng(1).integers(-400, 400, (37, 30, 41), dtype=np.int16)
+    scan: dict[str, Any] = {"volume": Volume(hu, np.diag([6.0, 6.0, 6.0, 1.0])), "bundle": bundle}
+    with open_session(bundle, device="cpu", backend="torch") as session:
+        whole = encode_scan(**scan, session=session, store=FeatureStore(tmp_path / "whole")).features
+        features = encode_on_demand(**scan, session=session, store=FeatureStore(tmp_path / "other")).features
+    assert isinstance(features, FeaturesOnDemand)
+    assert (features.windows, features.encoded, features.need(EVERYTHING)) == (1, 1, 0)
+    assert features.final().all()
+    assert features.grown(((5, 12), (4, 9), (0, 1))) == tuple((0, size) for size in whole.padded_shape)
+    assert_same(features, whole)
+
+
 # --- which windows, which cells
 
 
