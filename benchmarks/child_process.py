@@ -6,6 +6,7 @@ so a script that measures with this module must stay small itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,16 +45,14 @@ class Finished:
         """Return the last lines of the output that are not empty."""
         return [line.rstrip() for line in self.output.splitlines() if line.strip()][-count:]
 
-    def json(self) -> dict[str, Any]:
-        """Return the last line of the output that is a JSON object; empty if there is none."""
-        for line in reversed(self.output.splitlines()):
+    def json_lines(self) -> list[dict[str, Any]]:
+        """Return the lines of the output that are JSON objects."""
+        found: list[dict[str, Any]] = []
+        for line in self.output.splitlines():
             if line.startswith("{"):
-                try:
-                    found: dict[str, Any] = json.loads(line)
-                except ValueError:
-                    continue
-                return found
-        return {}
+                with contextlib.suppress(ValueError):
+                    found.append(json.loads(line))
+        return found
 
 
 def run(

@@ -83,7 +83,7 @@ class Part:
         needs: modules that must be importable; PyTorch must also find a GPU, unless the device is the CPU.
         files: files that earlier parts write, without which this part cannot run.
         gpu: whether the part needs an NVIDIA GPU.
-        result: JSON file that the part writes; None if the last JSON line of its output is the result.
+        result: JSON file that the part writes; None if the JSON lines of its output are the result.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Outcome:
         state: ``done``, ``failed`` or ``skipped``.
         detail: why the part was skipped, or the last lines of its output.
         wall_s, processor_s, peak_mib: time in seconds and peak memory of the largest process; None if skipped.
-        result: numbers that the part reported.
+        result: JSON objects that the part reported.
     """
 
     part: str
@@ -113,12 +113,12 @@ class Outcome:
     wall_s: float | None = None
     processor_s: float | None = None
     peak_mib: float | None = None
-    result: dict[str, Any] = field(default_factory=dict)
+    result: list[dict[str, Any]] = field(default_factory=list)
 
 
 def cli(*words: str | Path) -> tuple[str | Path, ...]:
-    """Return the command line of ``fseft-edge`` from this checkout."""
-    return (sys.executable, "-c", _CLI, *words)
+    """Return the command line of ``fseft-edge`` from this checkout, without progress reports."""
+    return (sys.executable, "-c", _CLI, *words, "--quiet")
 
 
 def script(name: str, *words: str | Path) -> tuple[str | Path, ...]:
@@ -127,10 +127,10 @@ def script(name: str, *words: str | Path) -> tuple[str | Path, ...]:
 
 
 def parts(work: Path, device: str, scan: Path) -> Iterator[Part]:
-    """Yield all parts in their order."""
+    """Yield all parts; what matters most comes first."""
     edge, swin, adapter = work / "edge_base.encoder", work / "random.encoder", work / "zero_shot.adapter"
+    repeats = "1" if device == "cpu" else "5"
     for name, needs in (("residual_unet", NETWORK), ("swin_unetr", (*NETWORK, "monai"))):
-        repeats = "1" if device == "cpu" else "5"
         command = script("gpu_windows.py", "--architecture", name, "--device", device, "--repeats", repeats)
         yield Part(f"one window of 96^3 in plain PyTorch, {name}", command, 90, needs)
     tests = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", ROOT / "tests" / "gpu")
@@ -138,42 +138,53 @@ def parts(work: Path, device: str, scan: Path) -> Iterator[Part]:
     export = cli("export", "--model", "edge_base", "--parity-ct", SCAN, "-o", edge)
     yield Part("export of edge_base", export, 150, EXPORT)
     yield Part("zero-shot adapter", script("gpu_inputs.py", "adapter", edge, adapter), 60, EXPORT, (edge,))
-    yield Part("SwinUNETR-48, random weights", script("gpu_inputs.py", "swin_unetr", work), 120, (*EXPORT, "monai"))
-    on_scan = ("--device", device, "--scan", scan)
-    for library in ("tensorrt_rtx", "tensorrt"):
-        for bundle, limit, options in ((edge, 90, ("--parity-ct", SCAN)), (swin, 150, ("--precision", "float32"))):
-            command = cli("build-engines", bundle, "--library", library, *options)
-            yield Part(f"engine of {bundle.stem}, {library}", command, limit, (*EXPORT, library), (bundle,), gpu=True)
-    backends = {"torch": (), "onnxruntime": ("onnxruntime",)}
-    if device == "cpu":
-        backends["openvino"] = ("openvino",)
-    else:
-        backends |= {"tensorrt_rtx": ("tensorrt_rtx",), "tensorrt": ("tensorrt",)}
-    for bundle, options in ((edge, ("--adapter", adapter)), (swin, ())):
-        for backend, library in backends.items():
-            report = work / f"{bundle.stem}_{backend}.json"
-            command = cli("benchmark", bundle, *on_scan, *options, "--backend", backend, "--json", report)
-            yield Part(
-                f"windows and scan, {bundle.stem}, {backend}",
-                (*command, "--rounds", "1"),
-                120,
-                (*PACKAGE, *library),
-                (bundle, *(option for option in options if isinstance(option, Path))),
-                gpu=backend.startswith("tensorrt"),
-                result=report,
-            )
+    yield from engines(edge, 90, "--parity-ct", SCAN)
     for backend in ("auto", "torch"):
         command = cli("segment", scan, "--encoder", edge, "-o", work / backend, "--device", device)
-        yield Part(f"file to mask, {backend}", (*command, "--backend", backend, "-v"), 90, PACKAGE, (edge,))
-    images = ("--images", DATA / "ct", "--labels", DATA / "label", "--organ", "right_parotid=3,left_parotid=4")
-    cases = [word for case in ("hn_002", "hn_004", "hn_017", "hn_020") for word in ("--case", case)]
-    for name, validation in (("without validation", "--no-validate"), ("with validation", "--validate")):
-        written = work / f"{name.partition(' ')[0]}.adapter"
-        command = cli("adapt", "--encoder", edge, *images, *cases, validation, "-o", written, "--device", device)
-        yield Part(f"adapt, four scans, {name}", command, 180, PACKAGE, (edge,))
+        yield Part(f"file to mask, {backend}", (*command, "--backend", backend), 90, PACKAGE, (edge,))
+    yield adaptation("without validation", "--no-validate", edge, device)
     tuning = script("tuning_memory.py", "--methods", "lora", "--device", device, "--json")
     for network, needs in (("residual_unet", PACKAGE), ("swin_unetr", (*PACKAGE, "monai"))):
         yield Part(f"LoRA of {network}", (*tuning, "--network", network), 120, needs)
+    yield from speeds(edge, device, scan, adapter)
+    yield Part("SwinUNETR-48, random weights", script("gpu_inputs.py", "swin_unetr", work), 120, (*EXPORT, "monai"))
+    yield from engines(swin, 150, "--precision", "float32")
+    yield from speeds(swin, device, scan)
+    yield adaptation("with validation", "--validate", edge, device)
+
+
+def engines(bundle: Path, limit_s: float, *options: str | Path) -> Iterator[Part]:
+    """Yield the building of an engine by each library."""
+    for library in ("tensorrt_rtx", "tensorrt"):
+        command = cli("build-engines", bundle, "--library", library, *options)
+        yield Part(f"engine of {bundle.stem}, {library}", command, limit_s, (*EXPORT, library), (bundle,), gpu=True)
+
+
+def speeds(bundle: Path, device: str, scan: Path, *adapters: Path) -> Iterator[Part]:
+    """Yield the times of windows and of a scan by each backend."""
+    backends = ("torch", "onnxruntime", *(("openvino",) if device == "cpu" else ("tensorrt_rtx", "tensorrt")))
+    for backend in backends:
+        report = bundle.with_name(f"{bundle.stem}_{backend}.json")
+        options = [word for adapter in adapters for word in ("--adapter", adapter)]
+        command = cli("benchmark", bundle, "--device", device, "--scan", scan, *options, "--json", report)
+        yield Part(
+            f"windows and scan, {bundle.stem}, {backend}",
+            (*command, "--backend", backend, "--rounds", "1"),
+            120,
+            (*PACKAGE, *(() if backend == "torch" else (backend,))),
+            (bundle, *adapters),
+            gpu=backend.startswith("tensorrt"),
+            result=report,
+        )
+
+
+def adaptation(name: str, validation: str, encoder: Path, device: str) -> Part:
+    """Return the training of an adapter for both parotids on four demonstration CTs."""
+    images = ("--images", DATA / "ct", "--labels", DATA / "label", "--organ", "right_parotid=3,left_parotid=4")
+    cases = [word for case in ("hn_002", "hn_004", "hn_017", "hn_020") for word in ("--case", case)]
+    written = encoder.with_name(f"{validation.strip('-')}.adapter")
+    command = cli("adapt", "--encoder", encoder, *images, *cases, validation, "-o", written, "--device", device)
+    return Part(f"adapt, four scans, {name}", command, 180, PACKAGE, (encoder,))
 
 
 def install(wheels: Path, target: Path) -> Iterator[Outcome]:
@@ -197,7 +208,7 @@ def linked_package(folder: Path) -> Path:
     return folder
 
 
-def outcome(name: str, done: Finished, result: Mapping[str, Any] | None = None) -> Outcome:
+def outcome(name: str, done: Finished, written: dict[str, Any] | None = None) -> Outcome:
     """Return the outcome of a part that ran."""
     lines = done.last_lines(_LAST_LINES)
     if done.timed_out:
@@ -211,7 +222,7 @@ def outcome(name: str, done: Finished, result: Mapping[str, Any] | None = None) 
         round(done.wall_s, 2),
         round(done.processor_s, 2),
         round(done.peak_mib),
-        dict(result if result is not None else done.json()),
+        done.json_lines() if written is None else [written],
     )
 
 
@@ -248,7 +259,7 @@ def run_parts(
 
 
 def short(result: Mapping[str, Any]) -> str:
-    """Return the numbers of a result in a few words; those of `fseft-edge benchmark` are seconds of its first rows."""
+    """Return the numbers of a result in a few words; of `fseft-edge benchmark`, the median seconds."""
     if "encoder" in result and "scans" in result:
         windows = [
             f"{row['precision']}, {row['batch']} windows: {row['seconds']['median']:.4f} s" for row in result["encoder"]
@@ -264,7 +275,7 @@ def write_report(folder: Path, machine: Mapping[str, Any], outcomes: Sequence[Ou
     table += [f"- {name}: {value}" for name, value in machine.items()]
     table += ["", "| part | state | wall s | processor s | peak MiB | result or reason |", "|---|---|---|---|---|---|"]
     for one in outcomes:
-        text = short(one.result) if one.state == "done" and one.result else one.detail
+        text = "\n".join(map(short, one.result)) if one.state == "done" and one.result else one.detail
         shown = "<br>".join(line.replace("|", "\\|") for line in text.splitlines())
         numbers = ["" if number is None else f"{number:.1f}" for number in (one.wall_s, one.processor_s, one.peak_mib)]
         table.append(f"| {one.part} | {one.state} | {' | '.join(numbers)} | {shown} |")
@@ -285,7 +296,7 @@ def describe_machine(device: str, environment: Mapping[str, str]) -> dict[str, A
         query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
         machine["nvidia-smi"] = "; ".join(run(query, limit_s=20).last_lines(8))
     done = run([sys.executable, "-c", _MACHINE], limit_s=60, environment=environment)
-    return {**machine, **(done.json() or {"PyTorch": "; ".join(done.last_lines(1))})}
+    return {**machine, **(done.json_lines() or [{"PyTorch": "; ".join(done.last_lines(1))}])[-1]}
 
 
 def main() -> None:
@@ -322,7 +333,7 @@ def main() -> None:
         names = sorted({name for part in planned for name in part.needs})
         probed = run([sys.executable, "-c", _PROBE, json.dumps(names)], limit_s=120, environment=environment)
         write_report(arguments.output, machine, outcomes)
-        missing = probed.json()
+        missing = {name: why for found in probed.json_lines() for name, why in found.items()}
         if arguments.device == "cuda" and "GPU" not in machine:
             missing["torch"] = "finds no NVIDIA GPU"
         for one in run_parts(planned, arguments.device, missing, environment, ends):

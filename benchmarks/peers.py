@@ -148,7 +148,7 @@ def measured(program: Program) -> Sample:
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
         done = checked(program.command(Path(folder)))
     if program.own_seconds:
-        own = done.json()
+        (own,) = done.json_lines()
         return Sample(own["seconds"], own["processor_s"], own["peak_mib"])
     return Sample(done.wall_s, done.processor_s, done.peak_mib)
 

@@ -52,7 +52,7 @@ def test_parts_that_fail_do_not_stop_the_others_and_both_files_are_written(gpu_d
     assert "NVIDIA GPU" in details["needs a GPU"]
     assert "monai" in details["needs a package"]
     assert "edge_base.encoder" in details["needs a file"]
-    assert parts[-1]["result"] == {"seconds": 1.5}
+    assert parts[-1]["result"] == [{"seconds": 1.5}]
     table = (tmp_path / "gpu_day.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == [f"| {part.name}" for part in planned]
