@@ -38,9 +38,20 @@ _LEAST_S = 5.0  # no part starts with less time than this
 _LAST_LINES = 4
 _CLI = "import sys; from fseft_edge.cli.main import main; sys.exit(main())"
 
-NETWORK = ("torch", "numpy", "lazy_loader")
-PACKAGE = (*NETWORK, "scipy", "nibabel", "safetensors", "pydantic", "blosc2", "filelock", "click", "rich")
-PACKAGE += ("cc3d", "PIL")
+NETWORK: tuple[str, ...] = ("torch", "numpy", "lazy_loader")
+PACKAGE = (
+    *NETWORK,
+    "scipy",
+    "nibabel",
+    "safetensors",
+    "pydantic",
+    "blosc2",
+    "filelock",
+    "click",
+    "rich",
+    "cc3d",
+    "PIL",
+)
 EXPORT = (*PACKAGE, "onnx", "onnxscript")
 TESTS = (*EXPORT, "pytest", "hypothesis", "monai")
 
@@ -144,8 +155,8 @@ def parts(work: Path, device: str, scan: Path) -> Iterator[Part]:
         yield Part(f"file to mask, {backend}", (*command, "--backend", backend), 90, PACKAGE, (edge,))
     yield adaptation("without validation", "--no-validate", edge, device)
     tuning = script("tuning_memory.py", "--methods", "lora", "--device", device, "--json")
-    for network, needs in (("residual_unet", PACKAGE), ("swin_unetr", (*PACKAGE, "monai"))):
-        yield Part(f"LoRA of {network}", (*tuning, "--network", network), 120, needs)
+    for network, modules in (("residual_unet", PACKAGE), ("swin_unetr", (*PACKAGE, "monai"))):
+        yield Part(f"LoRA of {network}", (*tuning, "--network", network), 120, modules)
     yield from speeds(edge, device, scan, adapter)
     yield Part("SwinUNETR-48, random weights", script("gpu_inputs.py", "swin_unetr", work), 120, (*EXPORT, "monai"))
     yield from engines(swin, 150, "--precision", "float32")

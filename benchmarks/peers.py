@@ -91,7 +91,7 @@ def programs(arguments: argparse.Namespace, work: Path) -> Iterator[Program]:
     bundles = {name: exported(path, work / f"{name}.encoder") for name, path in ours.items()}
     first = next(iter(ours))
 
-    def segment(name: str, output: Path, *options: str | Path) -> Command:
+    def segment(name: str, output: Path, options: Command = ()) -> Command:
         return [ours[name], "segment", arguments.scan, "--encoder", bundles[name], "-o", output, *options]
 
     def monai(output: Path) -> Command:
@@ -110,8 +110,8 @@ def programs(arguments: argparse.Namespace, work: Path) -> Iterator[Program]:
     if CACHED in arguments.only:
         for name in ours:
             cache = work / f"{name}.cache"
-            checked(segment(name, work / f"{name}.masks", "--cache", cache))
-            yield Program(CACHED, name, lambda output, name=name, cache=cache: segment(name, output, "--cache", cache))
+            checked(segment(name, work / f"{name}.masks", ("--cache", cache)))
+            yield Program(CACHED, name, partial(segment, name, options=("--cache", cache)))
     if ENCODING in arguments.only:
         windows = exported(ours[first], work / "windows.encoder", "--tiling", "windows")
         yield Program(ENCODING, "whole scan", partial(encode, bundles[first]), own_seconds=True)
