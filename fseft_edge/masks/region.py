@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fseft_edge.adapters.blocks import Box, Range, read_block, tiles
+from fseft_edge.adapters.blocks import Box, read_block, tiles
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.masks.memory_plan import AMPLE, MemoryPlan
 from fseft_edge.masks.prediction import DecidedScan, decide_sections
 from fseft_edge.runtime.encoder.encoding import EncodedScan
+from fseft_edge.runtime.encoder.feature_map import Range
 from fseft_edge.runtime.scans.axis_map import rows_using
 from fseft_edge.runtime.scans.components import bounding_box, components
 from fseft_edge.runtime.scans.grid import Grid
