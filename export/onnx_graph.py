@@ -1,4 +1,4 @@
-"""Write a network as an ONNX file: float32 or mixed precision, dynamic batch size, fixed window size."""
+"""Write a network as an ONNX file: float32 or mixed precision, dynamic batch size, fixed window size or any size."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from fseft_edge.runtime.encoder.backends.pytorch import inference_network
-from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
+from fseft_edge.runtime.encoder.networks.base import FeatureNetwork, WholeScan
 from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
 
 OPSET = 20
 INPUT = "windows"
+
+# Operators of networks whose features depend on the surroundings of a voxel alone. Nothing in these operators depends
+# on the size of a window.
+_OF_ANY_SIZE = {"Conv", "ConvTranspose", "Relu", "Add", "Concat", "Cast"}
 
 
 def write_graph(
@@ -27,34 +32,42 @@ def write_graph(
     window: tuple[int, int, int],
     path: Path,
     precision: Literal["float32", "mixed"] = "float32",
+    *,
+    whole_scan: WholeScan | None = None,
 ) -> None:
     """Write a network as one ONNX file; the same network always gives the same bytes.
 
     The input ``windows`` is float32 ``[n, 1, X, Y, Z]`` with any n; the outputs are ``level_0`` (finest), ``level_1``,
-    ... Batch normalisations are folded into convolutions. Instance normalisations are written as several elementary
-    operators (:class:`_StagedInstanceNorm`). The exporter's metadata about source files is removed, because it
-    contains folder names of the exporting machine.
+    ... The graph of an encoder that computes whole scans accepts windows of any size; a level with stride 8 has the
+    sizes ``ceil(x/8)``, ``ceil(y/8)`` and ``ceil(z/8)``. Batch normalisations are folded into convolutions. Instance
+    normalisations are written as several elementary operators (:class:`_StagedInstanceNorm`). The exporter's metadata
+    about source files is removed, because it contains folder names of the exporting machine.
 
     Args:
         network: network to export; it is not changed.
-        window: only window size that the graph accepts, ``[X, Y, Z]``. An export with dynamic sizes works, but the
-            resulting graphs fail.
+        window: size of the window, ``[X, Y, Z]``; the only size that the graph accepts if the encoder computes a scan
+            in windows. An export of such a network with dynamic sizes works, but the resulting graph fails.
         path: ONNX file to write.
         precision: ``float32``, or ``mixed``: weights and features in the graph are float16, and casts surround the
             operations that stay in float32 (:class:`MixedPrecision`).
+        whole_scan: how the encoder computes a whole scan; None for an encoder that computes a scan in windows.
     """
     outputs = [f"level_{level}" for level in range(len(network.levels))]
     prepared = inference_network(network)
-    write_model(graph_of(MixedPrecision(prepared) if precision == "mixed" else prepared, window, outputs), path)
+    computed = MixedPrecision(prepared) if precision == "mixed" else prepared
+    write_model(graph_of(computed, window, outputs, whole_scan=whole_scan), path)
 
 
-def graph_of(network: nn.Module, window: tuple[int, int, int], outputs: Sequence[str]) -> onnx.ModelProto:
+def graph_of(
+    network: nn.Module, window: tuple[int, int, int], outputs: Sequence[str], *, whole_scan: WholeScan | None = None
+) -> onnx.ModelProto:
     """Return a network as an ONNX graph with the properties that :func:`write_graph` describes.
 
     Args:
         network: network in its form for inference; its input is windows ``[n, 1, X, Y, Z]``.
         window: size of the window, ``[X, Y, Z]`` in voxels.
         outputs: names of the network's outputs, in order.
+        whole_scan: how the network computes a whole scan; None if the graph only accepts the window.
     """
     example = torch.zeros(2, 1, *window)  # the exporter would treat a batch size of 1 as a constant
     with torch.no_grad(), _quiet_exporter():
@@ -71,6 +84,8 @@ def graph_of(network: nn.Module, window: tuple[int, int, int], outputs: Sequence
     assert program is not None  # noqa: S101 - dynamo=True always returns a program
     model = program.model_proto
     _drop_notes(model)
+    if whole_scan is not None:
+        _accept_all_sizes(model, window)
     return model
 
 
@@ -136,6 +151,54 @@ def _drop_notes(model: onnx.ModelProto) -> None:
     graph = model.graph
     for holder in (model, graph, *graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output):
         del holder.metadata_props[:]
+
+
+def _accept_all_sizes(model: onnx.ModelProto, window: tuple[int, int, int]) -> None:
+    """Make a graph accept windows of any size, in place; sizes get names such as ``x`` and ``ceil(x/8)``.
+
+    An export with dynamic sizes takes three times as long, and writes expressions of hundreds of characters as sizes.
+
+    Raises:
+        ValueError: the graph contains an operator that may depend on the size of the window.
+    """
+    graph = model.graph
+    others = {node.op_type for node in graph.node} - _OF_ANY_SIZE
+    if others:
+        raise ValueError(f"the operators {sorted(others)} may depend on the size of the window")
+    _cut_upsampled(graph)
+    constants = {constant.name for constant in graph.initializer}
+    for tensor in (*graph.input, *graph.output, *graph.value_info):
+        if tensor.name not in constants:
+            for axis, side, size in zip("xyz", window, list(tensor.type.tensor_type.shape.dim)[2:], strict=True):
+                stride = side // size.dim_value
+                size.dim_param = f"ceil({axis}/{stride})" if stride > 1 else axis
+
+
+def _cut_upsampled(graph: onnx.GraphProto) -> None:
+    """Cut upsampled features to the size of the skip features, in place.
+
+    Along an odd axis, they are longer by one voxel. For the size of the exported window, the exporter leaves this out.
+    """
+    first = onnx.numpy_helper.from_array(np.zeros(3, np.int64), "first_voxel")
+    axes = onnx.numpy_helper.from_array(np.arange(2, 5), "axes_of_space")
+    graph.initializer.extend([first, axes])
+    upsampled = {node.output[0] for node in graph.node if node.op_type == "ConvTranspose"}
+    uncut = {value.name: value for value in graph.value_info if value.name in upsampled}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Concat":
+            up, skip = node.input
+            size, cut = f"{skip}_size", f"{up}_cut"
+            nodes.append(onnx.helper.make_node("Shape", [skip], [size], f"node_{size}", start=2))
+            nodes.append(onnx.helper.make_node("Slice", [up, first.name, size, axes.name], [cut], f"node_{cut}"))
+            node.input[0] = cut
+            upsampled.remove(up)
+            graph.value_info.remove(uncut[up])  # its size has no name
+        nodes.append(node)
+    if upsampled:
+        raise ValueError(f"the upsampled features {sorted(upsampled)} are not concatenated with skip features")
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 @contextlib.contextmanager

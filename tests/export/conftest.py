@@ -31,6 +31,22 @@ def small_mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def small_whole_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small network as an ONNX file in float32 that accepts windows of any size."""
+    path = tmp_path_factory.mktemp("graph") / "encoder.onnx"
+    path.write_bytes(small_graph_bytes(whole_scan=True))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_whole_mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small network as an ONNX file in mixed precision that accepts windows of any size."""
+    path = tmp_path_factory.mktemp("graph") / "encoder.mixed.onnx"
+    path.write_bytes(small_graph_bytes("mixed", whole_scan=True))
+    return path
+
+
 SWIN_WINDOW = (64, 32, 32)
 
 

@@ -48,6 +48,57 @@ def test_graph_is_valid_and_folded(small_graph: Path) -> None:
     assert names == ["level_0", "level_1"]
 
 
+SIZES = [WINDOW, (23, 16, 33), (1, 7, 4)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_graph_of_a_whole_scan_encoder_equals_pytorch_for_any_size(
+    small_whole_graph: Path, small_whole_mixed_graph: Path, size: tuple[int, int, int]
+) -> None:
+    given = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = small_network()(given)
+    cpu = torch.device("cpu")
+    for run, bound in (
+        (GraphRunner(small_whole_graph, cpu, 1), 1e-5),
+        (GraphRunner(small_whole_mixed_graph, cpu, 1), 4 * 2**-10),
+        (CompiledGraph(small_whole_graph, 1, "float32"), 1e-5),
+    ):
+        for a, b in zip(expected, run(given), strict=True):
+            assert a.shape == b.shape
+            assert float((a - b).abs().max()) <= bound * float(a.abs().max())
+
+
+def test_one_loaded_graph_computes_windows_of_changing_size(small_whole_graph: Path) -> None:
+    for run in (GraphRunner(small_whole_graph, torch.device("cpu"), 1), CompiledGraph(small_whole_graph, 1, "float32")):
+        for size in (*SIZES, *SIZES):
+            assert [tuple(level.shape[2:]) for level in run(torch.zeros(1, 1, *size))] == [
+                size,
+                tuple(-(-side // 2) for side in size),
+            ]
+
+
+def test_graph_of_a_whole_scan_encoder_is_valid_and_names_its_sizes(small_whole_graph: Path) -> None:
+    model = onnx.load(small_whole_graph)
+    onnx.checker.check_model(model, full_check=True)
+    operators = {node.op_type for node in model.graph.node}
+    assert operators == {"Conv", "ConvTranspose", "Relu", "Add", "Concat", "Shape", "Slice"}
+    sizes = [
+        [size.dim_param or size.dim_value for size in tensor.type.tensor_type.shape.dim]
+        for tensor in (*model.graph.input, *model.graph.output)
+    ]
+    assert sizes == [
+        ["n", 1, "x", "y", "z"],
+        ["n", 4, "x", "y", "z"],
+        ["n", 6, "ceil(x/2)", "ceil(y/2)", "ceil(z/2)"],
+    ]
+
+
+def test_a_network_with_operators_that_depend_on_the_window_has_no_graph_of_any_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ReduceMean"):
+        write_graph(NormOnly().eval(), WINDOW, tmp_path / "norm.onnx", whole_scan=small_network().whole_scan)
+
+
 HALF, FULL = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -50,7 +51,8 @@ class GraphRunner:
     caller's stream. The tests run the same calls on the CPU; the code has not been run on a GPU yet.
 
     Args:
-        graph: ONNX file; all inputs and outputs are float32, and only the number of windows is dynamic.
+        graph: ONNX file; all inputs and outputs are float32. Dynamic sizes of the input have names; those of the
+            outputs are names of the input, or fractions such as ``ceil(x/8)``.
         device: device of the computation.
         threads: number of CPU threads for one operator.
 
@@ -82,7 +84,9 @@ class GraphRunner:
             # Freeing unused memory of the pool after every window lowers the peak by a quarter and takes a tenth more
             # time (compact encoder, window 96^3).
             self._options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._input: str = self._session.get_inputs()[0].name
+        (source,) = self._session.get_inputs()
+        self._input: str = source.name
+        self._sizes: list[int | str] = source.shape
         self._outputs: list[tuple[str, list[int | str]]] = [
             (output.name, output.shape) for output in self._session.get_outputs()
         ]
@@ -90,11 +94,7 @@ class GraphRunner:
     def __call__(self, windows: Tensor) -> list[Tensor]:
         """Return the outputs for windows on any device, as new tensors on the runner's device."""
         source = windows.to(self._device).contiguous()
-        pyramid = [
-            # The size of a dynamic dimension is a name instead of a number.
-            torch.empty([size if isinstance(size, int) else len(source) for size in shape], device=self._device)
-            for _, shape in self._outputs
-        ]
+        pyramid = [torch.empty(shape, device=self._device) for shape in self._shapes(source)]
         binding = self._session.io_binding()
         location = self._device.type, self._device.index or 0, np.float32
         binding.bind_input(self._input, *location, list(source.shape), source.data_ptr())
@@ -110,6 +110,19 @@ class GraphRunner:
         for buffer in (source, *pyramid):
             buffer.record_stream(self._stream)
         return pyramid
+
+    def _shapes(self, windows: Tensor) -> list[list[int]]:
+        """Return the shapes of all outputs."""
+        sizes = dict(zip(self._sizes, windows.shape, strict=True))
+        return [
+            [size if isinstance(size, int) else _actual(size, sizes) for size in shape] for _, shape in self._outputs
+        ]
+
+
+def _actual(size: str, named: Mapping[int | str, int]) -> int:
+    """Return the value of a dynamic size of an output, from the named sizes of the input."""
+    name, _, stride = size.removeprefix("ceil(").removesuffix(")").partition("/")
+    return -(-named[name] // int(stride or 1))
 
 
 def import_onnxruntime() -> ModuleType:

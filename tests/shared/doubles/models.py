@@ -21,6 +21,23 @@ WINDOW = (16, 16, 16)
 ORGANS = ("liver", "spleen")
 
 
+def random_network(channels: tuple[int, ...]) -> ResidualUNet:
+    """Return a network whose normalisations are not the identity and whose biases are not zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        network = ResidualUNet(channels).eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                for values in (module.running_mean, module.weight, module.bias):
+                    assert values is not None
+                    nn.init.normal_(values, std=0.5)
+                assert module.running_var is not None
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+            elif isinstance(module, nn.ConvTranspose3d) and module.bias is not None:
+                nn.init.normal_(module.bias)
+    return network
+
+
 def small_network(seed: int = 0) -> ResidualUNet:
     """Return a residual U-Net whose batch normalisations are very different from the identity."""
     with torch.random.fork_rng(devices=[]):
@@ -36,11 +53,17 @@ def small_network(seed: int = 0) -> ResidualUNet:
 
 
 @functools.cache
-def small_graph_bytes(precision: Literal["float32", "mixed"] = "float32") -> bytes:
-    """Return the ONNX file of the small network; the export takes seconds, so all tests share the result."""
+def small_graph_bytes(precision: Literal["float32", "mixed"] = "float32", *, whole_scan: bool = False) -> bytes:
+    """Return the ONNX file of the small network; the export takes seconds, so all tests share the result.
+
+    Args:
+        precision: precision of the graph.
+        whole_scan: whether the graph accepts windows of any size.
+    """
+    network = small_network()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "encoder.onnx"
-        write_graph(small_network(), WINDOW, path, precision)
+        write_graph(network, WINDOW, path, precision, whole_scan=network.whole_scan if whole_scan else None)
         return path.read_bytes()
 
 

@@ -80,7 +80,7 @@ def test_on_a_gpu_the_graph_computes_on_a_separate_stream_without_tf32(
         requested.extend(providers)
         return SimpleNamespace(
             get_providers=lambda: names,
-            get_inputs=lambda: [SimpleNamespace(name="windows")],
+            get_inputs=lambda: [SimpleNamespace(name="windows", shape=["n"])],
             get_outputs=list,
         )
 
