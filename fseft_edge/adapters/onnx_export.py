@@ -19,7 +19,7 @@ from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.export.built_in import open_encoder
 from fseft_edge.export.onnx_graph import graph_of, write_model
-from fseft_edge.export.parity import noise_windows
+from fseft_edge.export.parity import noise_window
 from fseft_edge.runtime.encoder.backends.onnxruntime import GraphRunner
 from fseft_edge.runtime.encoder.backends.pytorch import inference_network
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
@@ -169,12 +169,9 @@ def _largest_difference(graph: Path, adapter: Adapter, bundle: EncoderBundle) ->
     """Return the largest difference between the probabilities of the graph and those of the torch backend."""
     limit_threads()
     runner = GraphRunner(graph, torch.device("cpu"), torch.get_num_threads())
-    largest = 0.0
-    with open_session(bundle, device="cpu", backend="torch") as session:
-        for windows in noise_windows(bundle.window):
-            with torch.inference_mode():
-                expected = adapter.probabilities(adapter.of_maps(session.encode(windows)))
-            (probabilities,) = runner(windows)
-            difference = float((probabilities - expected).abs().max())
-            largest = max(largest, difference if math.isfinite(difference) else math.inf)
-    return largest
+    window = noise_window(bundle.window)
+    with open_session(bundle, device="cpu", backend="torch") as session, torch.inference_mode():
+        expected = adapter.probabilities(adapter.of_maps(session.encode(window)))
+        (probabilities,) = runner(window)
+        difference = float((probabilities - expected).abs().max())
+    return difference if math.isfinite(difference) else math.inf
