@@ -131,6 +131,8 @@ def _facts(case: ReportedCase) -> str:
     shape, spacing = case.description.get("shape"), case.description.get("spacing_mm")
     if isinstance(shape, list) and isinstance(spacing, list):
         facts.append(f"{' × '.join(map(str, shape))} voxels of {' × '.join(map(str, spacing))} mm")
+    if case.encoded:
+        facts.append(f"encoded: {case.encoded}")
     if record.seconds is not None:
         stages = {"read": record.seconds.read, "encode": record.seconds.encode, "finish": record.seconds.finish}
         facts.append(", ".join(f"{name} {_number(value)} s" for name, value in stages.items()))

@@ -46,6 +46,7 @@ COLUMNS: Final[tuple[str, ...]] = (
     "review_by",
     "review_at",
     "review_mask_sha256",
+    "encoded",
 )
 """Columns of ``report.csv``. Later versions may add columns at the end."""
 
@@ -105,6 +106,7 @@ def _case_fields(case: ReportedCase, *, show_ids: bool) -> dict[str, Any]:
         "remedy": record.remedy,
         "complaints": list(case.complaints),
         "warnings": list(record.warnings),
+        "encoded": case.encoded or None,
         "superseded_by": record.superseded_by or None,
         "attempts": record.attempts,
         "found_at": _time(record.found_at),

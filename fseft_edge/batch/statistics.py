@@ -29,6 +29,14 @@ class ReportedCase:
     complaints: tuple[str, ...]
 
     @property
+    def encoded(self) -> str:
+        """What was encoded of the scan, for an encoder with windows: ``12 of 80 windows (located)``; else empty."""
+        entry = self.description.get("encoded")
+        if not isinstance(entry, dict):
+            return ""
+        return f"{entry.get('windows')} of {entry.get('of')} windows ({entry.get('why')})"
+
+    @property
     def failed(self) -> bool:
         """Whether the case failed or was set aside, so that a person has to look at the reason."""
         return self.record.state in (CaseState.FAILED, CaseState.SET_ASIDE)

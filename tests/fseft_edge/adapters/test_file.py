@@ -11,6 +11,7 @@ import pytest
 import torch
 from doubles.errors import refused
 from doubles.features import random_features
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fseft_edge.adapters.blocks import Box, read_block
@@ -19,6 +20,9 @@ from fseft_edge.adapters.file import (
     AdapterDescription,
     AdapterFile,
     AdapterOrgan,
+    LocatedOrgan,
+    Locator,
+    LocatorDescription,
     PostProcessing,
     read_adapter,
     stored_settings,
@@ -221,6 +225,70 @@ def test_files_of_other_formats_are_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, path)
     with refused(AdapterError, path):
         read_adapter(path)
+
+
+def with_locator() -> AdapterFile:
+    """Return an adapter with a locator, each with random weights."""
+    file, small = random_adapter(), random_adapter(KINDS[2])
+    described = LocatorDescription(
+        encoder_id="cd" * 32,
+        encoder_name="coarse",
+        levels=tuple((level.stride, level.channels) for level in LEVELS),
+        settings=stored_settings(KINDS[2]),
+        organs=tuple(
+            LocatedOrgan(name=name, threshold=0.1, margin_mm=12.5, recall=(1.0, 0.9)) for name in ("liver", "spleen")
+        ),
+        selected=(0.25, 0.5),
+    )
+    changes = {"schema_version": 4, "windows_elsewhere": 4, "locator": described}
+    return AdapterFile(
+        file.description.model_copy(update=changes), file.adapter, locator=Locator(described, small.adapter)
+    )
+
+
+def test_a_locator_is_read_unchanged_and_stays_apart_from_the_adapter(tmp_path: Path) -> None:
+    file = with_locator()
+    write_adapter(tmp_path / "a.adapter", file)
+    back = read_adapter(tmp_path / "a.adapter")
+    assert back.locator is not None
+    assert file.locator is not None
+    assert back.locator.description == file.locator.description == back.description.locator
+    assert back.description.windows_elsewhere == 4
+    for one, other in ((back.adapter, file.adapter), (back.locator.adapter, file.locator.adapter)):
+        assert one.state_dict().keys() == other.state_dict().keys()
+        for name, value in one.state_dict().items():
+            assert torch.equal(value, other.state_dict()[name])
+    write_adapter(tmp_path / "again.adapter", back)
+    assert (tmp_path / "again.adapter").read_bytes() == (tmp_path / "a.adapter").read_bytes()
+
+
+def test_an_adapter_without_a_locator_is_written_for_earlier_versions(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a.adapter", random_adapter())
+    with safe_open(tmp_path / "a.adapter", framework="pt") as opened:
+        description = json.loads(opened.metadata()[KEY])
+    assert description["schema_version"] == 3
+    assert not {"locator", "windows_elsewhere"} & description.keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"locator": None},
+        {"schema_version": 3},
+        {"locator": None, "windows_elsewhere": None, "schema_version": 3},
+    ],
+    ids=["without description", "older version", "unknown tensors"],
+)
+def test_a_locator_that_does_not_fit_its_description_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    file = with_locator()
+    assert file.locator is not None
+    tensors = dict(file.adapter.state_dict())
+    tensors |= {f"locator.{name}": value for name, value in file.locator.adapter.state_dict().items()}
+    description = {**json.loads(file.description.model_dump_json()), **changes}
+    kept = {name: value for name, value in description.items() if value is not None}
+    save_file(tensors, tmp_path / "a.adapter", metadata={KEY: json.dumps(kept)})
+    with refused(AdapterError, "a.adapter", "description"):
+        read_adapter(tmp_path / "a.adapter")
 
 
 def write_with_changed_description(path: Path, **changes: object) -> None:

@@ -79,6 +79,7 @@ class Batch:
             "encoder": {"name": "edge_base", "id": "ab" * 32},
             "adapters": [{"sha256": "cd" * 32, "organs": ["liver", "spleen"]}],
             "toolkit_version": "9.9",
+            "encoded": {"windows": 12, "of": 80, "why": "located"},
         }
         (folder / f"{key}.json").write_text(json.dumps(description))
         return key
@@ -377,6 +378,7 @@ def test_each_organ_has_volume_range_confidence_and_flags(batch: Batch) -> None:
     assert case["decisions"][0]["reviewer"] is None
     assert [SegmentedOrgan.from_json(organ) for organ in case["organs"]] == [LIVER, SMALL]
     assert report.json["schema_version"] == 1
+    assert case["encoded"] == spleen["encoded"] == "12 of 80 windows (located)"
     page = report.page
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
     assert [re.findall(r"[\d.]+|within|below|above", label) for label in labels] == [
@@ -390,6 +392,7 @@ def test_each_organ_has_volume_range_confidence_and_flags(batch: Batch) -> None:
     for text in (
         *MEANINGS.values(),
         "512 × 512 × 130 voxels",
+        "encoded: 12 of 80 windows (located)",
         "read 1.2 s, encode 14.0 s, finish 3.5 s",
         "by Ada Lovelace: good enough",
     ):
@@ -424,7 +427,9 @@ def test_damaged_results_of_one_case_do_not_affect_the_others(batch: Batch) -> N
     assert sum(tag == "img" for tag, _ in report.page.tags) == 5
 
 
-@pytest.mark.parametrize("fields", [{"shape": 3}, {"encoder": "x", "adapters": 4}, {"adapters": [{"sha256": None}]}])
+@pytest.mark.parametrize(
+    "fields", [{"shape": 3}, {"encoded": 4}, {"encoder": "x", "adapters": 4}, {"adapters": [{"sha256": None}]}]
+)
 def test_a_description_with_wrong_entries_is_ignored(batch: Batch, fields: dict[str, Any]) -> None:
     key = batch.done(1)
     (batch.outbox / key / f"{key}.json").write_text(json.dumps(fields))

@@ -84,7 +84,6 @@ def adapted(root: Path, bundle: EncoderBundle, output: Path, **options: Any) -> 
         output,
         settings=AdapterSettings("linear", "finest"),
         training=TrainingSettings(linear_blocks=6),
-        validate=False,
         backend="torch",
         device="cpu",
         **options,
@@ -106,6 +105,7 @@ def test_an_adapter_with_a_locator_is_written_and_read(
     assert described.locator is not None
     assert described.locator.encoder_id == small_locator.encoder_id
     assert [len(organ.recall) for organ in described.locator.organs] == [2]
+    assert [len(organ.left_out_dsc) for organ in described.organs] == [2]
     assert read.locator is not None
     write_adapter(tmp_path / "again.adapter", read)
     assert (tmp_path / "again.adapter").read_bytes() == site.adapter.read_bytes()
