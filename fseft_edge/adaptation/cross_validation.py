@@ -250,7 +250,11 @@ class OrganScores:
     @property
     def without_post_processing(self) -> list[list[float]]:
         """The scores of each organ without post-processing."""
-        return [organ[ALL[0]] for organ in self._dsc]
+        return self.of(ALL[0])
+
+    def of(self, steps: PostProcessing) -> list[list[float]]:
+        """Return the scores of each organ after post-processing with ``steps``."""
+        return [organ[steps] for organ in self._dsc]
 
     def summary(self) -> tuple[tuple[tuple[float, ...], ...], tuple[PostProcessing, ...]]:
         """Return, for each organ, the scores with its best post-processing, and that post-processing."""

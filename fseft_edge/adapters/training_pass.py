@@ -72,9 +72,9 @@ def training_logits(
     coarse: Tensor | None = None
     for number in reversed(range(len(levels) - 1)):
         step = _step(adapter, number + 1)
-        coarse = _Residual.apply(x, step.first.weight, step.second.weight, True, precision)
+        coarse = _residual(x, step.first.weight, step.second.weight, precision, identity=True)
         layer = _layer(adapter.project[number])
-        x = levels[number].projected(layer, coarse, boxes[number + 1].grown(-step.halo), boxes[number])
+        x = levels[number].projected(layer, (coarse, boxes[number + 1].grown(-step.halo), boxes[number]))
     logits = _linear(adapter, levels, coarse, boxes, core)
     return logits + _residual_logits(adapter, x, adapter.classifier.weight, precision)
 
@@ -91,34 +91,44 @@ class _Level:
     def normalised(self) -> Tensor:
         """Return the changed features ``[n, X, Y, Z, C_l]``."""
         changed = self._block * self._factor[..., None] + self._offset[..., None]
-        return changed.transpose(1, 2).contiguous().unflatten(1, self._shape)
+        result: Tensor = changed.transpose(1, 2).contiguous().unflatten(1, self._shape)
+        return result
 
-    def projected(self, layer: nn.Conv3d, coarse: Tensor | None = None, *boxes: Box) -> Tensor:
+    def projected(self, layer: nn.Conv3d, coarse: tuple[Tensor, Box, Box] | None = None) -> Tensor:
         """Return the result of a 1x1x1 convolution plus that of the coarser level, ``[n, X, Y, Z, O]``.
 
         Args:
             layer: 1x1x1 convolution.
-            coarse: result of the coarser level, ``[n, X', Y', Z', O]``; None for the coarsest level.
-            boxes: box of ``coarse``, and box of this level.
+            coarse: result of the coarser level, ``[n, X', Y', Z', O]``, its box, and the box of this level; None for
+                the coarsest level.
         """
         weight, bias = self._folded(layer.weight, layer.bias)
         if coarse is None:
             x = torch.baddbmm(bias[:, None], self._block.transpose(1, 2), weight.transpose(1, 2))
         else:
-            matrices = interpolation_matrices(*boxes, coarse)
-            x = _Projection.apply(self._block, weight, coarse + bias[:, None, None, None], *matrices)
-        return x.unflatten(1, self._shape)
+            values, *boxes = coarse
+            x = _projection(self._block, weight, values + bias[:, None, None, None], *boxes)
+        result: Tensor = x.unflatten(1, self._shape)
+        return result
 
     def classified(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the result of a 1x1x1 convolution with a kernel ``[O, C_l, ...]``, ``[n, O, X, Y, Z]``."""
         folded, offset = self._folded(weight, bias)
-        return torch.baddbmm(offset[..., None], folded, self._block).unflatten(2, self._shape)
+        result: Tensor = torch.baddbmm(offset[..., None], folded, self._block).unflatten(2, self._shape)
+        return result
 
     def _folded(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the kernel ``[n, O, C_l]`` and the bias ``[n, O]`` for the raw features of each block."""
         rows = weight.flatten(1)
         offset = self._offset @ rows.T
         return rows * self._factor[:, None], offset if bias is None else offset + bias
+
+
+def _projection(block: Tensor, weight: Tensor, coarse: Tensor, coarse_box: Box, box: Box) -> Tensor:
+    """Return ``coarse``, interpolated to ``box``, plus the product of ``block`` and ``weight``, ``[n, voxels, O]``."""
+    matrices = interpolation_matrices(coarse_box, box, coarse)
+    result: Tensor = _Projection.apply(block, weight, coarse, *matrices)  # type: ignore[no-untyped-call]  # of PyTorch
+    return result
 
 
 class _Projection(torch.autograd.Function):
@@ -175,17 +185,28 @@ def _residual_logits(adapter: Adapter, x: Tensor, classifier: Tensor, precision:
     padded = math.ceil(classes / _CHANNEL_GROUP) * _CHANNEL_GROUP
     if padded < channels:
         folded = torch.einsum("kc,cixyz->kixyz", F.pad(rows, (0, 0, 0, padded - classes)), second)
-        logits = _Residual.apply(x, first, folded, False, precision)[..., :classes]
+        logits = _residual(x, first, folded, precision, identity=False)[..., :classes]
     else:
-        logits = F.linear(_Residual.apply(x, first, second, False, precision), rows)
+        logits = F.linear(_residual(x, first, second, precision, identity=False), rows)
     return logits.permute(0, 4, 1, 2, 3)
 
 
-class _Residual(torch.autograd.Function):
-    """``second(ReLU(first(x)))``, plus ``x`` with ``identity``: ``[n, X - 2 h, ..., O]`` for a halo of ``h`` voxels.
+def _residual(x: Tensor, first: Tensor, second: Tensor, precision: torch.dtype, *, identity: bool) -> Tensor:
+    """Return ``second(ReLU(first(x)))``, plus ``x`` with ``identity``: ``[n, X - 2 h, ..., O]`` for a halo ``h``.
 
-    The gradients need fewer passes over memory than those of the parts.
+    Args:
+        x: float32 ``[n, X, Y, Z, C]``.
+        first: kernel of the first convolution.
+        second: kernel of the second convolution.
+        precision: number format of the convolutions.
+        identity: whether the inner voxels of ``x`` are added.
     """
+    result: Tensor = _Residual.apply(x, first, second, identity, precision)  # type: ignore[no-untyped-call]  # of PyTorch
+    return result
+
+
+class _Residual(torch.autograd.Function):
+    """The function of :func:`_residual`. Its gradients need fewer passes over memory than those of its parts."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 - PyTorch gives the arguments by position

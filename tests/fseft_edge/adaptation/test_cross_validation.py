@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fseft_edge.adaptation.block_sampling import SupportScan
 from fseft_edge.adaptation.cross_validation import (
     Candidate,
+    OrganScores,
     best_of,
     can_validate,
     candidates,
@@ -24,6 +25,8 @@ from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import PostProcessing
 from fseft_edge.adapters.network import Adapter, AdapterSettings
+from fseft_edge.evaluation.metrics import dice
+from fseft_edge.masks.post_processing import ALL, post_process
 from fseft_edge.runtime.encoder.feature_map import FeatureMap
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
@@ -185,6 +188,26 @@ def test_post_processing_with_almost_no_gain_is_not_chosen(bench: Bench) -> None
     stray[15, 15, 15] = 1
     bench.masks = {"stray": stray}
     assert cross_validate(kinds("stray")[0], scans(2), [None]).post_processing == (PostProcessing(),)
+
+
+def test_scores_are_those_of_the_whole_lattice_and_count_voxels_far_from_the_annotation() -> None:
+    random = np.random.default_rng(0)
+    reference = np.zeros((30, 20, 25), np.uint8)
+    reference[8:14, 6:12, 9:15], reference[14:18, 6:12, 9:15] = 4, 7
+    labels = np.zeros(reference.shape, np.uint8)
+    labels[7:14, 6:12, 9:14], labels[14:17, 5:12, 9:15] = 1, 2
+    labels[10, 8, 11] = 0
+    labels[28, 18, 1:4] = 1
+    labels[random.random(labels.shape) < 0.01] = 2
+    scores = OrganScores(3)
+    annotation = LabelMap(reference, np.eye(4))
+    scores.add(labels, annotation, (4, 7, 9), np.array([True, True, True]))
+    for steps in ALL:
+        processed = post_process(labels, [steps] * 3)
+        expected = [[dice(processed == organ + 1, reference == value)] for organ, value in ((0, 4), (1, 7))]
+        assert scores.of(steps) == [*expected, []]
+    scores.add(np.zeros_like(labels), LabelMap(np.zeros_like(reference), np.eye(4)), (4, 7, 9), np.ones(3, bool))
+    assert [len(organ) for organ in scores.without_post_processing] == [1, 1, 0]
 
 
 def test_zero_shot_is_only_a_candidate_if_the_encoder_knows_all_organs() -> None:
