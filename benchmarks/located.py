@@ -1,9 +1,9 @@
 """The part of a scan around a parotid against the whole scan, SwinUNETR-48: `make benchmark BENCHMARK=located`.
 
 The script counts the windows of SwinUNETR-48 that `segment` and `adapt` encode for an organ of the size of a parotid,
-at random places in the body, for each kind of adapter. It measures the processor seconds of the locator (coarse pass and
-its adapter) and of a window, and prints the ratio to the whole scan; a window takes the same time everywhere. Random
-weights compute as long as trained ones. One processor core: set OMP_NUM_THREADS=1.
+at random places in the body, for each kind of adapter. It measures the processor seconds of the locator (coarse pass
+and its adapter) and of a window, and prints the ratio to the whole scan; a window takes the same time everywhere.
+Random weights compute as long as trained ones. One processor core: set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
