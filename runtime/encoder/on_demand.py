@@ -42,13 +42,18 @@ from fseft_edge.runtime.encoder.window_encoder import WindowEncoder, first_batch
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.volume import Volume
-from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, GB, Budget
+from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, GB, Budget, memory_explained
 from fseft_edge.runtime.system.progress import ProgressTask
 
 _log = logging.getLogger(__name__)
 
 KEPT_BYTES: Final = 4 << 30
 """Largest size of the temporary files with features of windows, apart from windows that the current call needs."""
+
+_WHOLE_SHARE: Final = 0.9
+"""If more than this share of the windows is needed, the scan is encoded as a whole, which takes less disk space."""
+
+_NO_MEMORY: Final = "Memory ran out while windows of a scan were encoded."
 
 _Index = tuple[int, int, int]
 """Position of a window or of a cell along x, y and z."""
@@ -72,8 +77,9 @@ class _Scan:
 class FeaturesOnDemand:
     """A feature map that encodes windows when they are needed; created by :func:`encode_on_demand`.
 
-    All boxes are half-open ranges ``(x, y, z)`` in voxels of level 0. What lies outside the padded grid is ignored.
-    Several threads may use the object; their calls run one after the other. A forked process must not encode windows.
+    All boxes are half-open ranges ``(x, y, z)`` in voxels of level 0. What lies outside the padded grid is ignored; a
+    box of which nothing lies inside is a :class:`ValueError`. Several threads may use the object; their calls run one
+    after the other. A forked process must not encode windows.
 
     Attributes:
         meta: metadata of the map, equal to those of the map of the whole scan.
@@ -210,17 +216,19 @@ class FeaturesOnDemand:
                 return
             scan = self._scan
             self._use_whole(scan.store.get(scan.key))
-            if self._whole is None and not self._final.any() and self._cover.windows_over(wanted).all():
+            needed = self.need(*boxes)
+            if self._whole is None and needed > _WHOLE_SHARE * self.windows:
                 self._use_whole(_encoded_whole(scan))
                 if progress is not None:
-                    progress.advance(self.windows)
+                    progress.advance(needed)
             if self._whole is not None:
                 return
             with scan.store.lock(scan.key):
                 self._find_parts()
                 missing = wanted & ~self._final
                 if missing.any():
-                    self._encode_windows(missing, progress)
+                    with memory_explained(_NO_MEMORY, remedy="Give a smaller --memory, or close other programs."):
+                        self._encode_windows(missing, progress)
             if self._final.all():
                 _log.info("all windows of the scan are encoded, and its parts are joined")
                 self._use_whole(scan.store.build(scan.key, self.meta, self._sections()))
@@ -321,6 +329,7 @@ class FeaturesOnDemand:
                     if index not in self._kept:
                         self._kept[index] = _KeptWindow(pyramid)
                         self._seen.add(index)
+                del pyramids, pyramid  # freed before the next windows are encoded, because memory peaks there
                 if progress is not None:
                     progress.advance(len(new))
             del windows[: len(first)]
@@ -541,7 +550,7 @@ def _one_window(meta: FeatureMapMeta, lattice: int) -> WindowLayout:
 
 
 def _encoded_whole(scan: _Scan) -> Features:
-    """Return the map of the whole scan, which takes less disk space than single windows if all are needed."""
+    """Return the map of the whole scan."""
     return encode_scan(
         scan.volume,
         bundle=scan.bundle,
