@@ -14,7 +14,7 @@ from fseft_edge.runtime.encoder.engine_files import EngineLibrary, engine_for_gp
 from fseft_edge.runtime.encoder.networks import ARCHITECTURES, IMPORTED
 from fseft_edge.runtime.encoder.remembered_speed import remembered_order
 from fseft_edge.runtime.errors import EngineError
-from fseft_edge.runtime.system.libraries import import_library, import_problem
+from fseft_edge.runtime.system.libraries import NOT_INSTALLED, import_library, import_problem, is_installed
 
 BackendName = Literal["torch", "onnxruntime", "openvino", "tensorrt_rtx", "tensorrt"]
 
@@ -152,23 +152,30 @@ def _obstacle(backend: BackendName, precision: Precision, bundle: EncoderBundle,
         return _NO_NETWORK if bundle.graph_only else None
     if backend != "torch" and bundle.graph_in(precision) is None:
         return "the bundle was exported without an ONNX graph in this precision"
-    problem = _library_obstacle(backend, precision, device)
-    if problem is not None:
-        return problem
     if backend in ("tensorrt_rtx", "tensorrt"):
-        return _engine_obstacle(backend, precision, bundle, device)
+        return import_problem(backend) or _engine_obstacle(backend, precision, bundle, device)
+    return _graph_obstacle(backend, precision, bundle, device)
+
+
+def _graph_obstacle(
+    backend: BackendName, precision: Precision, bundle: EncoderBundle, device: torch.device
+) -> str | None:
+    """Return the reason why ``auto`` does not use a backend that reads the graph, or PyTorch in mixed precision.
+
+    The library is imported last, because the import takes time.
+    """
+    if not is_installed(backend):
+        return NOT_INSTALLED
+    if precision == "bfloat16" and not has_bfloat16(device):
+        return "this CPU has no bfloat16 instructions"
     report = bundle.parity(backend, precision)
-    return NO_PARITY_REPORT if report is None else report.shortcoming
-
-
-def _library_obstacle(backend: BackendName, precision: Precision, device: torch.device) -> str | None:
+    if report is not None and report.shortcoming is not None:
+        return report.shortcoming
     problem = import_problem(backend)
     if problem is None and backend == "onnxruntime" and device.type == "cuda":
         providers = import_library(backend).get_available_providers()
-        return None if "CUDAExecutionProvider" in providers else "the installed ONNX Runtime does not support GPUs"
-    if problem is None and precision == "bfloat16" and not has_bfloat16(device):
-        return "this CPU has no bfloat16 instructions"
-    return problem
+        problem = None if "CUDAExecutionProvider" in providers else "the installed ONNX Runtime does not support GPUs"
+    return problem or (NO_PARITY_REPORT if report is None else None)
 
 
 def _engine_obstacle(

@@ -124,15 +124,20 @@ def openvino_core() -> Any:  # noqa: ANN401 - the type belongs to an optional li
     return import_library("openvino").Core()
 
 
+def is_installed(module: str) -> bool:
+    """Return whether a module can be found. Nothing is imported, so the module may still be broken."""
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # ValueError: a module in memory has no import specification
+        return False
+
+
 def import_problem(module: str) -> str | None:
     """Return the reason why a module cannot be used, or None if it can. This function imports the module.
 
     The backend choice ``auto`` calls this function first, so that it skips a broken library and uses a slower backend.
     """
-    try:
-        if find_spec(module) is None:
-            return NOT_INSTALLED
-    except (ImportError, ValueError):  # ValueError: a module in memory has no import specification
+    if not is_installed(module):
         return NOT_INSTALLED
     try:
         import_library(module)
