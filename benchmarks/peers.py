@@ -4,8 +4,10 @@
 
 Every program runs in a process of its own, on the same number of cores: `fseft-edge segment` without an adapter and
 without a cache, MONAI (`monai_peer.py`) and the predictor of nnU-Net (`nnunet_peer.py`, which says how to install it;
-left out without `--nnunet-python`). The script also measures `segment` of a scan whose features are in the cache, and
-`encode_scan` of the same network in one pass over the whole scan and in windows.
+left out without `--nnunet-python`). The script also measures `segment` of a scan whose features are in the cache, and,
+without the start of Python and reading the scan, its encoding by the same network in one pass and in windows. Other
+parts of the table of speeds come from `way_back.py` (adapters, way back, measuring), `on_demand.py` and `located.py`
+(SwinUNETR-48), and `memory.py` and `speed.py` (memory against slices).
 
 Rounds alternate between the programs, and the table has the medians. Wall time contains the load from other programs
 on the machine; processor time hardly does. The peak is that of the largest single process. `--ours NAME=PATH` compares
@@ -62,7 +64,7 @@ class Program:
         measure: what is measured.
         name: name in the table.
         command: returns the command for an empty output folder.
-        own_seconds: whether the program itself reports its processor time, without the start of Python.
+        own_seconds: whether the program itself reports its time, without the start of Python and reading the scan.
     """
 
     measure: str
@@ -149,7 +151,7 @@ def measured(program: Program) -> Sample:
         done = checked(program.command(Path(folder)))
     if program.own_seconds:
         (own,) = done.json_lines()
-        return Sample(own["seconds"], own["processor_s"], own["peak_mib"])
+        return Sample(own["encoding_s"], own["encoding_processor_s"], own["peak_mib"])
     return Sample(done.wall_s, done.processor_s, done.peak_mib)
 
 
