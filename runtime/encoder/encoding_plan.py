@@ -180,17 +180,22 @@ def encoding_of(
     The memory of the process before encoding is measured when this function is called.
     """
     on_gpu = session.device.type == "cuda"
-    factor = _ENGINE_FACTOR.get(session.backend, _OTHER_ENGINES) * (_GPU_WORKSPACE_FACTOR if on_gpu else 1.0)
     return Encoding(
         layout=layout,
         levels=tuple((level.stride, level.channels) for level in session.levels),
-        activations=int(factor * _activations(bundle, session)),
+        activations=int(engine_factor(session) * _activations(bundle, session)),
         max_batch=session.max_batch,
         on_gpu=on_gpu,
         stored=stored_bytes,
         held_ram=session.held_before + FIRST_USE,
         held_vram=torch.cuda.memory_allocated(session.device) if on_gpu else 0,
     )
+
+
+def engine_factor(session: EncoderSession) -> float:
+    """Return the bytes that an engine takes per byte of the network's tensors."""
+    on_gpu = session.device.type == "cuda"
+    return _ENGINE_FACTOR.get(session.backend, _OTHER_ENGINES) * (_GPU_WORKSPACE_FACTOR if on_gpu else 1.0)
 
 
 def held_after_encoding(bundle: EncoderBundle, session: EncoderSession) -> int:

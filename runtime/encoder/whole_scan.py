@@ -4,6 +4,8 @@ The features of a network whose normalisations are folded depend on the surround
 through such a network plane by plane, so that every voxel is computed once
 (:mod:`fseft_edge.runtime.encoder.networks.rolling`). Some planes of each level wait for deeper stages. If memory is
 scarce, they wait in temporary files, which does not change the features.
+
+Backends without such a network compute large chunks of the grid (:mod:`fseft_edge.runtime.encoder.chunks`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
+from fseft_edge.runtime.encoder.chunks import chunk_bytes, encoded_in_chunks
 from fseft_edge.runtime.encoder.encoding_plan import FIRST_USE, FRAME_FACTOR
-from fseft_edge.runtime.encoder.networks.rolling import STEP
+from fseft_edge.runtime.encoder.networks.rolling import STEP, PlaneMemory
 from fseft_edge.runtime.encoder.streaming import SECTION_SLICES, FeatureSection
 from fseft_edge.runtime.encoder.window_encoder import out_of_memory
 from fseft_edge.runtime.system.memory import Budget, Footprint, first_that_fits, is_out_of_memory
@@ -66,18 +69,18 @@ def whole_scan_plans(shape: Shape, session: EncoderSession, *, stored_bytes: int
     """Yield all plans with their predicted memory, the fastest first (arguments as in :func:`plan_whole_scan`)."""
     on_gpu = session.device.type == "cuda"
     rolling = session.rolling
-    assert rolling is not None  # noqa: S101 - narrows the type for the checker
-    memory = rolling.memory(shape)
+    memory = PlaneMemory(0, chunk_bytes(session, shape)) if rolling is None else rolling.memory(shape)
     x, y, z = shape
     held = session.held_before + FIRST_USE
     lattice = max(level.stride for level in session.levels)
-    for on_disk in (False,) if on_gpu else (False, True):
+    image_planes = z if rolling is None else STEP
+    for on_disk in (False,) if on_gpu or rolling is None else (False, True):
         for thickness in sorted({SECTION_SLICES, lattice}, reverse=True):
             section = [_FLOAT * level.channels * x * y * thickness // level.stride**3 for level in session.levels]
             # One level of the section in the stored format, in both memory orders, and its compressed data.
             handing_on = sum(section) + int((2 + FRAME_FACTOR) * stored_bytes * section[0] / _FLOAT)
             waiting = 0 if on_disk else memory.waiting
-            image = _FLOAT * x * y * min(STEP, z)
+            image = _FLOAT * x * y * min(image_planes, z)
             if on_gpu:
                 vram = torch.cuda.memory_allocated(session.device) + waiting + max(memory.computing, 2 * sum(section))
                 yield WholeScanPlan(on_disk, thickness, Footprint(held + image + handing_on, vram))
@@ -110,7 +113,8 @@ def stream_whole_scan(
         OutOfSpaceError: there is not enough free disk space for a temporary file.
     """
     done = 0
-    for on_disk in (False, True) if not plan.on_disk else (True,):
+    places = (plan.on_disk,) if plan.on_disk or session.rolling is None else (False, True)
+    for on_disk in places:
         sections = _sections(read_section, shape, session, on_disk=on_disk, thickness=plan.section_slices)
         try:
             for section in sections:
@@ -120,7 +124,7 @@ def stream_whole_scan(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if on_disk:
+            if on_disk is places[-1]:
                 raise out_of_memory() from error
         else:
             if on_disk and not plan.on_disk:
@@ -139,7 +143,10 @@ def _sections(
     def read(start: int, stop: int) -> Tensor:
         return torch.from_numpy(read_section(start, stop))
 
-    assert session.rolling is not None  # noqa: S101 - narrows the type for the checker
     with session.computing():
-        for (start, stop), levels in session.rolling.features(read, shape, section=thickness, on_disk=on_disk):
+        if session.rolling is None:
+            features = encoded_in_chunks(session, read, shape, section=thickness)
+        else:
+            features = session.rolling.features(read, shape, section=thickness, on_disk=on_disk)
+        for (start, stop), levels in features:
             yield FeatureSection(start, stop, levels)
