@@ -126,7 +126,7 @@ def plans(grid: Grid, adapters: Sequence[Adapter], held: int, *, probabilities: 
         # A piece with all probabilities; and one organ of it: rescaled, as whole numbers, and mapped from its file.
         piece = max(PIECE_BYTES, _FLOAT * classes * plane)
         deciding += piece + piece * (_FLOAT + 2 * _KEPT) // (_FLOAT * classes)
-    # Writing the probabilities maps the file of one organ (two bytes for each voxel), before the measurements.
+    # Writing the probabilities maps the files of two organs (two bytes for each voxel), before the measurements.
     measuring = voxels * _MEASURING_BYTES_PER_VOXEL
     on_gpu = adapters[0].device.type == "cuda"
     for tile, slab in _SIZES:

@@ -18,9 +18,13 @@ from fseft_edge.adapters.network import Adapter
 from fseft_edge.runtime.scans.nifti import write_ct
 from fseft_edge.runtime.scans.source_pieces import SourcePiece
 from fseft_edge.runtime.scans.volume import Volume
+from fseft_edge.runtime.system.threads import side_by_side
 
 STEPS: Final = 65535
 """A probability is stored as a whole number of steps of 1/65535 in uint16; ``scl_slope`` of the file is the step."""
+
+MOST_FILES_AT_A_TIME: Final = 2
+"""Number of files of organs that are compressed side by side; each needs up to two bytes for each voxel of the scan."""
 
 
 class ProbabilityFiles:
@@ -76,9 +80,13 @@ class ProbabilityFiles:
         Raises:
             OutOfSpaceError: the disk is full, or the folder is not writable.
         """
-        for path, file in zip(paths, self._files, strict=True):
-            step = float(np.float32(1 / STEPS))
+        step = float(np.float32(1 / STEPS))
+
+        def write(named: tuple[Path, IO[bytes]]) -> None:
+            path, file = named
             write_ct(path, replace(scan, array=self._mapped(file), slope=step, intercept=0.0, source=None, warnings=()))
+
+        side_by_side(write, zip(paths, self._files, strict=True), MOST_FILES_AT_A_TIME)
 
     def _mapped(self, file: IO[bytes]) -> NDArray[Any]:
         return np.memmap(file, np.uint16, "r+", shape=self._shape, order="F")

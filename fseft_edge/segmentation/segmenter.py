@@ -26,7 +26,7 @@ from fseft_edge.masks.mask_image import Mask
 from fseft_edge.masks.memory_plan import MemoryPlan, in_smaller_pieces, plan_segmentation
 from fseft_edge.masks.post_processing import post_process
 from fseft_edge.masks.prediction import DecidedScan, decide_encoded
-from fseft_edge.masks.probabilities import ProbabilityFiles, organ_channels
+from fseft_edge.masks.probabilities import MOST_FILES_AT_A_TIME, ProbabilityFiles, organ_channels
 from fseft_edge.masks.quality import quality_flags
 from fseft_edge.masks.region import decide_region
 from fseft_edge.masks.result import SegmentedCase, SegmentedOrgan
@@ -52,6 +52,7 @@ from fseft_edge.runtime.scans.volume import LabelMap, Volume
 from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.memory import Budget, is_out_of_memory
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
+from fseft_edge.runtime.system.threads import side_by_side
 from fseft_edge.segmentation.case_files import CaseFiles
 from fseft_edge.segmentation.failures import in_words
 from fseft_edge.segmentation.label_values import (
@@ -329,9 +330,14 @@ class Segmenter:
             encoded.resources.close()
             labels, organs = self._measured(read.volume, found, outcomes)
             write_label_map(folder / files.mask, labels, {organ.label: organ.name for organ in organs})
-            for organ, name in zip(organs, outputs.get("split", ()), strict=False):  # no names without --split
-                mask = read.volume.label_map((labels.array == organ.label).astype(np.uint8))
+
+            def write_one(named: tuple[SegmentedOrgan, str]) -> None:
+                organ, name = named
+                mask = read.volume.label_map((labels.array == organ.label).view(np.uint8))
                 write_label_map(folder / name, mask, {1: organ.name})
+
+            split = zip(organs, outputs.get("split", ()), strict=False)  # no names without --split
+            side_by_side(write_one, split, MOST_FILES_AT_A_TIME)
             problems = self._write_extras(files, folder, read, labels, organs)
             warnings = (*read.warnings, *encoded.warnings, *problems.sentences)
             case = SegmentedCase(files.case, output / files.mask, organs, warnings, tuple(problems.not_written))
