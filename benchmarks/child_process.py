@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,11 @@ class Finished:
         return found
 
 
+def end_with_children() -> None:
+    """Let SIGTERM end this process by SystemExit, so that :func:`run` also ends the command."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def run(
     command: Sequence[str | Path],
     *,
@@ -94,7 +100,7 @@ def run(
                     timed_out = True
                     os.killpg(process.pid, signal.SIGKILL)
                 time.sleep(_POLL_SECONDS)
-        except BaseException:  # Ctrl-C reaches only this process, because the child has a session of its own
+        except BaseException:  # Ctrl-C and SIGTERM reach only this process: the child has a session of its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from child_process import Finished, run
+from child_process import Finished, end_with_children, run
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES)
     parser.add_argument("--only", metavar="TEXT", help="run only parts whose name contains this text")
     arguments = parser.parse_args()
+    end_with_children()
     ends = time.monotonic() + 60 * arguments.minutes
     arguments.output.mkdir(parents=True, exist_ok=True)
     outcomes: list[Outcome] = []

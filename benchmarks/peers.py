@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from child_process import Finished, run
+from child_process import Finished, end_with_children, run
 
 HERE = Path(__file__).parent
 FILE_TO_MASK, CACHED, ENCODING = "file to mask", "cached features to mask", "encoding"
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=HERE / "results" / "peers.csv", help="CSV file")
     arguments = parser.parse_args()
+    end_with_children()
     arguments.ours = arguments.ours or [f"fseft-edge={Path(sys.executable).with_name('fseft-edge')}"]
     if not arguments.scan.is_file():
         parser.error(f"{arguments.scan} is not a file: name a CT with --scan, or set FSEFT_EDGE_DATA")
