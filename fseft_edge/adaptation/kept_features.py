@@ -110,16 +110,16 @@ def kept_in_memory(support: Sequence[SupportScan]) -> list[SupportScan]:
                 if size <= left:
                     left -= size
                     levels.append(level)
-    maps = [
-        KeptFeatures(scan.features, levels) if isinstance(scan.features, FeatureMap) and levels else scan.features
-        for scan, levels in zip(scans, kept, strict=True)
-    ]
-    of_variations = iter(maps[len(support) :])
-    return [
-        replace(
-            scan,
-            features=features,
-            variations=tuple(replace(variation, features=next(of_variations)) for variation in scan.variations),
-        )
-        for scan, features in zip(support, maps, strict=False)
-    ]
+    of_variations = iter(zip(scans[len(support) :], kept[len(support) :], strict=True))
+    result = []
+    for scan, levels in zip(support, kept, strict=False):
+        variations = tuple(_kept(*next(of_variations)) for _ in scan.variations)
+        changed = any(new is not old for new, old in zip(variations, scan.variations, strict=True))
+        result.append(_kept(replace(scan, variations=variations) if changed else scan, levels))
+    return result
+
+
+def _kept(scan: SupportScan, levels: Sequence[int]) -> SupportScan:
+    if isinstance(scan.features, FeatureMap) and levels:
+        return replace(scan, features=KeptFeatures(scan.features, levels))
+    return scan
