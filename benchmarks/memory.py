@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scan", type=Path, action="append", help="may be repeated")
     parser.add_argument("--encoder", type=Path)
-    parser.add_argument("--backend", nargs="+", default=["torch"])
+    parser.add_argument("--backend", nargs="+", default=["torch", "onnxruntime"])
     parser.add_argument("--limit", type=float, default=3.0, help="hard limit in GiB")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
