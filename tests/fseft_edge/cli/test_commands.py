@@ -217,6 +217,38 @@ print(*sys.modules, file=sys.stderr)
     assert not helped & HEAVY
 
 
+UNNEEDED = {
+    *("monai", "pandas", "matplotlib", "sklearn", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt_rtx"),
+    *("pydicom", "highdicom", "jinja2", "httpx", "sympy", "torch.onnx", "torch._dynamo", "torch._inductor"),
+    *("scipy.ndimage", "scipy.stats", "scipy.special"),
+}
+
+
+def test_a_cached_scan_is_segmented_without_libraries_that_it_does_not_need(
+    site: Site, tmp_path: Path, run: Run
+) -> None:
+    """The command runs again in another process, because this process has loaded everything."""
+    command = site.segment(site / "images" / "case_1.nii.gz", output=tmp_path)
+    assert run(*command).code == 0  # the features are in the cache now
+    script = """
+import sys
+from fseft_edge.cli.main import run
+code = run()
+print(*sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+    done = subprocess.run(  # noqa: S603 - a fixed script
+        [sys.executable, "-c", script, *map(str, command), "--quiet"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    loaded = set(done.stderr.split())
+    assert {"torch", "blosc2", "nibabel", "fseft_edge.segmentation.segment"} <= loaded
+    assert not loaded & UNNEEDED
+
+
 def test_every_command_and_option_is_documented() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md")))
     wanted = {f"fseft-edge {name}" for name in commands()}
