@@ -82,10 +82,11 @@ def whole_scan_plans(shape: Shape, session: EncoderSession, *, stored_bytes: int
             waiting = 0 if on_disk else memory.waiting
             image = _FLOAT * x * y * min(image_planes, z)
             if on_gpu:
-                vram = torch.cuda.memory_allocated(session.device) + waiting + max(memory.computing, 2 * sum(section))
+                network = waiting + memory.kept + max(memory.computing, 2 * sum(section))
+                vram = torch.cuda.memory_allocated(session.device) + network
                 yield WholeScanPlan(on_disk, thickness, Footprint(held + image + handing_on, vram))
             else:
-                ram = held + image + waiting + max(memory.computing, handing_on)
+                ram = held + image + waiting + memory.kept + max(memory.computing, handing_on)
                 yield WholeScanPlan(on_disk, thickness, Footprint(ram))
 
 

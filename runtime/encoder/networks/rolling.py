@@ -20,10 +20,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fseft_edge.runtime.encoder.blend import FileTensor
+from fseft_edge.runtime.encoder.file_tensor import FileTensor
 from fseft_edge.runtime.encoder.networks.residual_unet import ConvolutionNorm, ResidualBlock, ResidualUNet
 
-STEP = 32
+STEP = 16
 """Planes of the grid in a step, a multiple of the stride of the deepest stage. The sizes of all computations follow
 from it, so that a memory budget has no effect on the features."""
 
@@ -112,10 +112,12 @@ class PlaneMemory:
 
     Attributes:
         waiting: planes that wait for deeper stages, or for the finest level; they can be in temporary files.
-        computing: other tensors of the network.
+        kept: other tensors that are kept during the pass.
+        computing: tensors that exist while a block is computed.
     """
 
     waiting: int
+    kept: int
     computing: int
 
 
@@ -160,7 +162,7 @@ class RollingResidualUNet(nn.Module):
                 stage = max(stage, (slab + 2) * outputs * plane + coarser + eighths + 2 * slab * outputs * plane)
             transient = max(transient, stage)
         size = parameter.dtype.itemsize
-        return PlaneMemory(size * waiting, size * (inner + transient))
+        return PlaneMemory(size * waiting, size * inner, size * transient)
 
     @torch.no_grad()
     def features(

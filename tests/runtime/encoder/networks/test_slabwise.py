@@ -4,26 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from doubles.models import random_network
 
-from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.encoder.networks.slabwise import SlabwiseResidualUNet
-
-
-def network_of(channels: tuple[int, ...]) -> ResidualUNet:
-    """Return a network whose normalisations are not the identity and whose biases are not zero."""
-    torch.manual_seed(7)
-    network = ResidualUNet(channels).eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm3d):
-            for values in (module.running_mean, module.weight, module.bias):
-                assert values is not None
-                nn.init.normal_(values, std=0.5)
-            assert module.running_var is not None
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-        elif isinstance(module, nn.ConvTranspose3d) and module.bias is not None:
-            nn.init.normal_(module.bias)
-    return network
 
 
 @pytest.mark.parametrize(
@@ -39,7 +22,7 @@ def network_of(channels: tuple[int, ...]) -> ResidualUNet:
 @pytest.mark.parametrize("count", [1, 2])
 @torch.no_grad()
 def test_equals_the_whole_network(channels: tuple[int, ...], window: tuple[int, int, int], count: int) -> None:
-    network = network_of(channels)
+    network = random_network(channels)
     windows = torch.rand(count, 1, *window).to(memory_format=torch.channels_last_3d)
     slabwise = SlabwiseResidualUNet(network.folded()).eval()
     assert slabwise.levels == network.levels
@@ -49,7 +32,7 @@ def test_equals_the_whole_network(channels: tuple[int, ...], window: tuple[int, 
 
 @torch.no_grad()
 def test_features_of_a_window_do_not_depend_on_other_windows() -> None:
-    slabwise = SlabwiseResidualUNet(network_of((4, 8, 8)).folded()).eval()
+    slabwise = SlabwiseResidualUNet(random_network((4, 8, 8)).folded()).eval()
     windows = torch.rand(3, 1, 16, 16, 16)
     together = slabwise(windows)
     for number in range(3):
@@ -59,7 +42,7 @@ def test_features_of_a_window_do_not_depend_on_other_windows() -> None:
 
 @torch.no_grad()
 def test_returned_features_are_not_overwritten_by_the_next_window() -> None:
-    slabwise = SlabwiseResidualUNet(network_of((4, 8, 8)).folded()).eval()
+    slabwise = SlabwiseResidualUNet(random_network((4, 8, 8)).folded()).eval()
     first = slabwise(torch.rand(1, 1, 16, 16, 16))
     copies = [level.clone() for level in first]
     slabwise(torch.rand(1, 1, 16, 16, 16))
