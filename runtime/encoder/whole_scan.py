@@ -69,7 +69,7 @@ def whole_scan_plans(shape: Shape, session: EncoderSession, *, stored_bytes: int
     """Yield all plans with their predicted memory, the fastest first (arguments as in :func:`plan_whole_scan`)."""
     on_gpu = session.device.type == "cuda"
     rolling = session.rolling
-    memory = PlaneMemory(0, chunk_bytes(session, shape)) if rolling is None else rolling.memory(shape)
+    memory = PlaneMemory(0, 0, chunk_bytes(session, shape)) if rolling is None else rolling.memory(shape)
     x, y, z = shape
     held = session.held_before + FIRST_USE
     lattice = max(level.stride for level in session.levels)
