@@ -19,6 +19,7 @@ from on_demand import places, processor_seconds, write_random_swin_unetr
 
 from fseft_edge.adaptation.adapt import WINDOWS_ELSEWHERE
 from fseft_edge.adaptation.locator import open_coarse_encoder, windows_over
+from fseft_edge.adaptation.partial_encoding import AROUND_ORGAN
 from fseft_edge.adapters.blocks import Box
 from fseft_edge.adapters.network import Adapter, AdapterSettings, zero_shot
 from fseft_edge.masks.prediction import predict_sections
@@ -37,8 +38,6 @@ KINDS = [
     AdapterSettings("pointwise", "all"),
     AdapterSettings("spatial", "all"),
 ]
-AROUND_BLOCKS = 16
-"""Voxels around the organ that `adapt` covers with blocks."""
 
 
 def main() -> None:
@@ -86,7 +85,7 @@ def main() -> None:
                 for organ in organs
             ]
             here = np.mean([windows_over(layout, [read_by([adapter], clipped(box, limit))]) for box in grown])
-            blocks = [read_by([adapter], clipped(organ.grown(AROUND_BLOCKS), limit)) for organ in organs]
+            blocks = [read_by([adapter], clipped(organ.grown(AROUND_ORGAN), limit)) for organ in organs]
             learned = np.mean([windows_over(layout, [box]) for box in blocks]) + WINDOWS_ELSEWHERE
             whole = layout.windows * window
             context = organs[0].x[0] - read_by([adapter], organs[0]).x[0]

@@ -27,12 +27,12 @@ from fseft_edge.adaptation.locator import (
     open_coarse_encoder,
     train_locator,
 )
+from fseft_edge.adaptation.partial_encoding import PartialEncoding
 from fseft_edge.adaptation.patients import Grouping, GroupRule, SupportIdentity, grouped
 from fseft_edge.adaptation.support_set import (
     AnnotatedScan,
     GivenAnnotations,
     GivenScans,
-    PartialEncoding,
     find_annotated,
     identity_of,
     load_support,

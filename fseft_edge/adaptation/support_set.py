@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -14,20 +14,19 @@ from numpy.typing import NDArray
 
 from fseft_edge.adaptation.augmentation import default_variations, vary
 from fseft_edge.adaptation.block_sampling import SupportScan
+from fseft_edge.adaptation.partial_encoding import PartialEncoding
 from fseft_edge.adaptation.patients import GroupRule, SupportIdentity, groups_of
 from fseft_edge.adaptation.soft_labels import Occupancy
-from fseft_edge.adapters.blocks import Box
-from fseft_edge.adapters.network import Adapter, AdapterSettings
-from fseft_edge.masks.region import clipped, hull, read_by, separate
+from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.outbox.accepted_masks import ReviewedBatch, accepted_annotations
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
-from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
+from fseft_edge.runtime.encoder.on_demand import encode_on_demand
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
-from fseft_edge.runtime.scans.components import BoxedMask, components
+from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.content import annotation_sha256, found_label_values, scan_sha256
 from fseft_edge.runtime.scans.given import GivenLabels, GivenScan, given_labels, given_scan
 from fseft_edge.runtime.scans.grid import Grid
@@ -40,12 +39,6 @@ from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
-
-_AROUND_ORGAN = 16
-"""Voxels around an organ that blocks of training cover."""
-_BLOCK_REACH = 24
-"""Half the edge of a block, plus half the stride of the coarsest level, to which a block is aligned."""
-_PLACES_TO_TRY = 64
 
 GivenScans: TypeAlias = str | Path | Sequence[GivenScan]
 """CTs for training: a folder of NIfTI files, one NIfTI file, or a list of CTs."""
@@ -418,81 +411,6 @@ def load_support(
 def _masks(labels: LabelMap, organs: Sequence[OrganLabel]) -> Iterator[NDArray[np.bool_]]:
     """Yield the mask of each organ. Only one mask is in memory at a time, because masks of large scans are large."""
     return (labels.array == organ.label for organ in organs)
-
-
-@dataclass(frozen=True, eq=False)
-class PartialEncoding:
-    """Which windows of the support scans are encoded for training.
-
-    Attributes:
-        adapter: an adapter of the kind that will be trained; its context voxels are needed, too.
-        elsewhere: largest number of windows that are encoded in addition to those around the organs.
-        located: for each scan, the boxes in which it is segmented if it is left out; None segments the whole scan.
-    """
-
-    adapter: Adapter
-    elsewhere: int
-    located: Sequence[tuple[Box, ...] | None]
-
-    def encode(self, scan: SupportScan, random: np.random.Generator) -> tuple[Box, ...]:
-        """Encode windows of a scan; return the boxes in which the centres of blocks may lie.
-
-        The first boxes contain the organs. Then random places follow, as long as the blocks there need at most the
-        remaining number of windows.
-        """
-        features = scan.features
-        assert isinstance(features, FeaturesOnDemand)  # noqa: S101 - the caller encodes on demand
-        cores = separate([_with_block(box.grown(_AROUND_ORGAN)) for box in _organ_boxes(scan)])
-        region = [self._centres(core, features, scan) for core in cores]
-        left = self.elsewhere
-        for _ in range(_PLACES_TO_TRY):
-            centre = random.integers(0, scan.shape)
-            core = Box(*((int(c) - _BLOCK_REACH, int(c) + _BLOCK_REACH) for c in centre))
-            needed = features.need(read_by([self.adapter], core).ranges)
-            if 0 < needed <= left:
-                region.append(self._centres(core, features, scan))
-                left -= needed
-        features.release()
-        return tuple(region)
-
-    def _centres(self, core: Box, features: FeaturesOnDemand, scan: SupportScan) -> Box:
-        """Encode the windows that blocks in a box need; return the centres of all blocks that need no other windows."""
-        read = read_by([self.adapter], core)
-        features.encode([read.ranges])
-        centres = []
-        ends = zip(core.ranges, read.ranges, features.grown(read.ranges), scan.shape, strict=True)
-        for (low, high), (read_low, read_high), (free_low, free_high), length in ends:
-            # At the border of the scan, the map continues by repeating its edge.
-            first = 0 if free_low <= 0 else low - max(0, read_low - free_low) + _BLOCK_REACH
-            last = length if free_high >= length else high + max(0, free_high - read_high) - _BLOCK_REACH
-            middle = min(max((low + high) // 2, 0), length - 1)
-            centres.append((first, last) if first < last else (middle, middle + 1))
-        return clipped(Box(*centres), Box(*((0, length) for length in scan.shape)))
-
-
-def _with_block(box: Box) -> Box:
-    """Return a box around the same centre that is large enough for a block."""
-    centres = [(low + high) // 2 for low, high in box.ranges]
-    return hull([box, Box(*((centre - _BLOCK_REACH, centre + _BLOCK_REACH) for centre in centres))])
-
-
-def _organ_boxes(scan: SupportScan) -> list[Box]:
-    """Return the bounding box of each connected part of each annotated organ."""
-    from scipy.ndimage import find_objects  # noqa: PLC0415 - slow to import
-
-    boxes: list[Box] = []
-    for organ in np.flatnonzero(scan.annotated):
-        positions = scan.occupancy.positions(int(organ))
-        if len(positions):
-            start = positions.min(0)
-            mask = np.zeros(positions.max(0) - start + 1, np.bool_)
-            mask[tuple((positions - start).T)] = True
-            numbered, _ = components(mask)
-            for part in find_objects(numbered):
-                boxes.append(
-                    Box(*((along.start + int(s), along.stop + int(s)) for along, s in zip(part, start, strict=True)))
-                )
-    return boxes
 
 
 def support_scan(
