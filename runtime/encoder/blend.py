@@ -10,18 +10,14 @@ operations are applied to the same numbers in the same order.
 from __future__ import annotations
 
 import itertools
-import math
-import mmap
-import os
-import tempfile
 from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fseft_edge.runtime.encoder.file_tensor import FileTensor
 from fseft_edge.runtime.encoder.windows import WindowLayout, gaussian_importance
-from fseft_edge.runtime.errors import OutOfSpaceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,38 +30,6 @@ PLACES: Final[tuple[Place, ...]] = ("device", "memory", "disk")
 """Places for the sums, fastest first: the session's device, main memory, or a temporary file."""
 
 _CPU = torch.device("cpu")
-
-
-class FileTensor:
-    """A float32 tensor of zeros in a memory-mapped, unnamed temporary file in ``TMPDIR``.
-
-    The file disappears with the object.
-
-    Attributes:
-        tensor: values of the tensor, contiguous.
-
-    Raises:
-        OutOfSpaceError: there is not enough free disk space for the file.
-    """
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        count = math.prod(shape)
-        try:
-            with tempfile.TemporaryFile() as file:
-                # Disk blocks are allocated now, because a full disk during a write to a mapping would end the process.
-                os.posix_fallocate(file.fileno(), 0, 4 * count)
-                self._mapping = mmap.mmap(file.fileno(), 4 * count)
-        except OSError as error:
-            raise OutOfSpaceError(
-                f"The temporary folder {tempfile.gettempdir()} has not enough free disk space for a file of "
-                f"{4 * count >> 20} MiB.",
-                remedy="Free disk space, set TMPDIR to a folder on another disk, or increase --memory.",
-            ) from error
-        self.tensor = torch.frombuffer(self._mapping, dtype=torch.float32, count=count).reshape(*shape)
-
-    def release(self) -> None:
-        """Release the memory pages of the mapping; the values stay in the file and are read again when needed."""
-        self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 class Blend:

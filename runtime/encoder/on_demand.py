@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
-from fseft_edge.runtime.encoder.blend import CellBlend, FileTensor, shift_down
+from fseft_edge.runtime.encoder.blend import CellBlend, shift_down
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import OVERLAP, EncodedScan, encode_scan, layout_of
 from fseft_edge.runtime.encoder.encoding_plan import plan_on_demand
@@ -36,6 +36,7 @@ from fseft_edge.runtime.encoder.feature_frames import StorageType
 from fseft_edge.runtime.encoder.feature_map import FeatureMapMeta, Features, Range, Ranges
 from fseft_edge.runtime.encoder.feature_parts import CellSection, FeatureParts
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.file_tensor import FileTensor
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 from fseft_edge.runtime.encoder.streaming import SECTION_SLICES, FeatureSection
 from fseft_edge.runtime.encoder.window_encoder import WindowEncoder, first_batch, row_of_windows

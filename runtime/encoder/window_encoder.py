@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fseft_edge.runtime.encoder.blend import FileTensor
+from fseft_edge.runtime.encoder.file_tensor import FileTensor
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.errors import OutOfMemoryError
 from fseft_edge.runtime.system.memory import is_out_of_memory
