@@ -100,10 +100,13 @@ class AxisMap:
         """
         matrix = _interpolation(self.grid_positions(), self.length, 1.0)
         first, last = matrix.indptr[:-1], matrix.indptr[1:] - 1
-        weights = np.stack([matrix.data[first], np.where(last > first, matrix.data[last], np.float32(0))])
-        weights[:, : self.start] = weights[:, self.stop :] = 0
+        lower_weight = matrix.data[first]
+        upper_weight = np.where(last > first, matrix.data[last], np.float32(0))
+        for weight in (lower_weight, upper_weight):
+            weight[: self.start] = weight[self.stop :] = 0
         lower, upper = matrix.indices[first], matrix.indices[last]
-        found = Neighbours(lower, upper, *weights, self.length, slice(self.start, self.stop), flipped=False)
+        covered = slice(self.start, self.stop)
+        found = Neighbours(lower, upper, lower_weight, upper_weight, self.length, covered, flipped=False)
         return found.flip() if stored and self.flipped else found
 
 
@@ -132,9 +135,15 @@ class Neighbours:
 
     def flip(self) -> Neighbours:
         """Return the same neighbours with the scan voxels in the opposite direction."""
-        arrays = (self.lower, self.upper, self.lower_weight, self.upper_weight)
-        covered = slice(len(self) - self.covered.stop, len(self) - self.covered.start)
-        return Neighbours(*(np.ascontiguousarray(x[::-1]) for x in arrays), self.columns, covered, not self.flipped)
+        return Neighbours(
+            self.lower[::-1].copy(),
+            self.upper[::-1].copy(),
+            self.lower_weight[::-1].copy(),
+            self.upper_weight[::-1].copy(),
+            self.columns,
+            slice(len(self) - self.covered.stop, len(self) - self.covered.start),
+            not self.flipped,
+        )
 
     @cached_property
     def _reach(self) -> tuple[list[int], list[int]]:

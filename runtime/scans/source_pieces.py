@@ -135,8 +135,9 @@ class BackResampler:
         for channel, decisive in enumerate(self._decisive(section) if self._decisive else ()):
             if decisive is None:
                 continue
-            for first, filled in ((0, decisive.any(axis=1)), (2, decisive.any(axis=0))):
-                some = filled.any(axis=0)
+            for first, other in ((0, 1), (2, 0)):
+                filled: NDArray[np.bool_] = np.any(decisive, axis=other)
+                some = np.any(filled, axis=0)
                 boxes[first, channel, some] = filled.argmax(axis=0)[some]
                 boxes[first + 1, channel, some] = len(filled) - filled[::-1].argmax(axis=0)[some]
         return boxes
@@ -201,7 +202,7 @@ class _Window:
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return self._boxes.shape[1]
+        return int(self._boxes.shape[1])
 
     def followed_by(self, section: NDArray[np.float32], boxes: NDArray[np.int64]) -> _Window:
         """Return these slices and those of the next section."""
