@@ -13,6 +13,7 @@ from fseft_edge.adaptation.augmentation import Variation, default_variations, va
 from fseft_edge.adaptation.block_sampling import SupportScan, with_variations
 from fseft_edge.adaptation.cross_validation import Candidate, cross_validate
 from fseft_edge.adaptation.support_set import load_support
+from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adaptation.training import TrainingSettings, train_adapter
 from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
@@ -141,16 +142,17 @@ def test_variations_are_used_in_training(support: list[SupportScan]) -> None:
 def test_a_left_out_scan_is_left_out_with_its_variations(
     support: list[SupportScan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained_on: list[list[SupportScan]] = []
+    trained_on: list[list[Occupancy]] = []
 
     def recorded(settings: object, scans: list[SupportScan], **more: object) -> object:
-        trained_on.append(with_variations(scans))
+        trained_on.append([scan.occupancy for scan in with_variations(scans)])
         return train_adapter(settings, scans, **more)  # type: ignore[arg-type]  # passed on unchanged
 
     monkeypatch.setattr("fseft_edge.adaptation.cross_validation.train_adapter", recorded)
     training = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1)
     cross_validate(Candidate("", AdapterSettings(method="spatial", width=4), training), support, [None, None])
-    assert trained_on == [[support[1], *support[1].variations], [support[0], *support[0].variations]]
+    first, second = ([scan.occupancy for scan in with_variations([one])] for one in support)
+    assert trained_on == [second, first]
 
 
 def test_only_a_single_scan_with_few_windows_has_variations_by_default() -> None:
