@@ -12,8 +12,8 @@ from doubles.encoder import label_of, write_case, write_tiny_encoder
 from fseft_edge.adaptation.augmentation import Variation, default_variations, vary
 from fseft_edge.adaptation.block_sampling import SupportScan, with_variations
 from fseft_edge.adaptation.cross_validation import Candidate, cross_validate
-from fseft_edge.adaptation.support_set import load_support
 from fseft_edge.adaptation.soft_labels import Occupancy
+from fseft_edge.adaptation.support_set import load_support
 from fseft_edge.adaptation.training import TrainingSettings, train_adapter
 from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
