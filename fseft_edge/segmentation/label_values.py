@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +60,7 @@ def with_label_values(
         return positions
     dtype = np.uint8 if max(values) <= np.iinfo(np.uint8).max else np.uint16
     table = np.array([0, *values], dtype)
-    mask = positions if positions.dtype == dtype else np.empty_like(positions, dtype)
+    mask: NDArray[Any] = positions if positions.dtype == dtype else np.empty_like(positions, dtype)
     slowest = int(np.argmax(positions.strides))
     planes = zip(np.moveaxis(mask, slowest, 0), np.moveaxis(positions, slowest, 0), strict=True)
     for plane, numbers in planes:  # a copy of one plane at a time
