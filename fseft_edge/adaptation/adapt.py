@@ -73,7 +73,7 @@ _LOG = logging.getLogger(__name__)
 # With a lower mean DSC on left-out scans, an adapter did not learn an organ.
 _NOT_LEARNED = 0.1
 
-WINDOWS_ELSEWHERE: Final = 4
+WINDOWS_ELSEWHERE: Final = 2
 """Default number of windows of a support scan that are encoded in addition to those around the organs."""
 
 

@@ -15,7 +15,7 @@ from fseft_edge.masks.region import clipped, hull, read_by, separate
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand
 from fseft_edge.runtime.scans.components import components
 
-AROUND_ORGAN: Final = 16
+AROUND_ORGAN: Final = 8
 """Voxels around an organ that blocks of training cover."""
 
 _BLOCK_REACH = 24

@@ -59,10 +59,10 @@ if TYPE_CHECKING:
 @click.option(
     "--windows-elsewhere",
     type=click.IntRange(min=0),
-    default=4,
+    default=2,
     show_default=True,
-    help="Number of windows of each scan to encode at random places, in addition to those around the organs. Only for "
-    "encoders with windows.",
+    help="Largest number of windows of each scan to encode at random places, in addition to those around the organs. "
+    "Only for encoders with windows.",
 )
 @common_options
 def adapt(

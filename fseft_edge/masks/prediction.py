@@ -96,13 +96,14 @@ def predict_sections(
             core = Box(tile.x, tile.y, (start, start + depth))
             first = 0
             for adapter, count in zip(adapters, classes, strict=True):
-                probabilities = _predict_block(adapter, encoded, core)
+                probabilities = predict_block(adapter, encoded, core)
                 slab[first : first + count, slice(*tile.x), slice(*tile.y)] = probabilities
                 first += count
         yield start, slab
 
 
-def _predict_block(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
+def predict_block(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
+    """Return the probabilities of an adapter in a box of the grid, float32 ``[classes, *core.shape]``."""
     with torch.inference_mode():
         features = read_block(encoded.features, adapter.boxes(core), adapter.device)
         probabilities: NDArray[np.float32] = adapter.probabilities(adapter(features, core))[0].cpu().numpy()

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fseft_edge.adapters.blocks import Box, read_block, tiles
+from fseft_edge.adapters.blocks import Box, tiles
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.masks.memory_plan import AMPLE, MemoryPlan
-from fseft_edge.masks.prediction import DecidedScan, decide_sections
+from fseft_edge.masks.prediction import DecidedScan, decide_sections, predict_block
 from fseft_edge.runtime.encoder.encoding import EncodedScan
 from fseft_edge.runtime.encoder.feature_map import Range
 from fseft_edge.runtime.scans.axis_map import rows_using
@@ -151,16 +150,9 @@ def _sections(
                 first = 0
                 for adapter in adapters:
                     part = slab[first : first + adapter.classes, slice(*core.x), slice(*core.y)]
-                    part[..., low - start : high - start] = _probabilities(adapter, encoded, core)
+                    part[..., low - start : high - start] = predict_block(adapter, encoded, core)
                     first += adapter.classes
         yield start, slab
-
-
-def _probabilities(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        features = read_block(encoded.features, adapter.boxes(core), adapter.device)
-        probabilities: NDArray[np.float32] = adapter.probabilities(adapter(features, core))[0].cpu().numpy()
-    return probabilities
 
 
 def _moved(along: Range, offset: int) -> Range:
