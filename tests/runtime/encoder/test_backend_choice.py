@@ -21,6 +21,7 @@ from fseft_edge.runtime.encoder.backends.tensorrt_library import import_library
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, ParityReport, Precision
 from fseft_edge.runtime.encoder.engine_files import EngineDescription, engine_path, write_description
 from fseft_edge.runtime.encoder.networks import ARCHITECTURES
+from fseft_edge.runtime.encoder.networks.base import WholeScan
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import EngineError, MissingBackendError, UsageError
 
@@ -105,6 +106,17 @@ def test_a_known_architecture_without_an_order_has_the_default_order(
     assert [(choice.backend, choice.precision) for choice in choices] == list(backend_choice._DEFAULT_ON_CPU)
     assert [choice.backend for choice in choices if choice.usable] == ["torch"]  # the bundle has no parity reports
     assert not any("architecture" in str(choice.obstacle) for choice in choices)
+
+
+def test_whole_scans_are_computed_plane_by_plane_unless_another_backend_is_requested(
+    bundle: EncoderBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_choice, "has_bfloat16", lambda device: True)
+    passed = {"openvino-bfloat16": PASSED.model_copy(update={"backend": "openvino", "precision": "bfloat16"})}
+    windows = replace(bundle, manifest=bundle.manifest.model_copy(update={"parity": passed}))
+    whole = replace(windows, manifest=windows.manifest.model_copy(update={"whole_scan": WholeScan(4, 20)}))
+    assert [next(backend_choices(tiled, CPU)).backend for tiled in (windows, whole)] == ["openvino", "torch"]
+    assert [choice.precision for choice in backend_choices(whole, CPU, "openvino") if choice.usable] == ["bfloat16"]
 
 
 def test_orders_are_those_of_known_architectures() -> None:
