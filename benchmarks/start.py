@@ -24,14 +24,14 @@ _EXPORTS = 2
 RUN = "from fseft_edge.cli.main import main; main()"
 
 
-def processor_seconds(command: list[str], environment: dict[str, str]) -> float:
-    """Return the processor time of a command and of its child processes.
+def processor_seconds(command: list[str], environment: dict[str, str], folder: Path) -> float:
+    """Return the processor time of a command and of its child processes, which run in a folder without modules.
 
     Raises:
         SystemExit: the command failed; its messages are printed.
     """
     before = os.times()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - see below
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)  # noqa: S603 - fixed commands
     after = os.times()
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--without-export", action="store_true", help="do not measure the export, which takes longest")
     parser.add_argument("--other", help="Python of another installation to measure in the same rounds")
     options = parser.parse_args()
+    scans = [scan.resolve() for scan in options.scans]
+    encoder = str(Path(options.encoder).resolve()) if Path(options.encoder).exists() else options.encoder
     # Modules are compiled once, as after an installation, and one thread computes.
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": f"{scratch}/compiled"}
@@ -73,10 +75,11 @@ def main() -> None:
         for turn in range(options.rounds + 1):
             for version, python in pythons.items():
                 folder = Path(scratch, version)
-                for name, command in commands(python, options.scans, options.encoder, folder).items():
+                folder.mkdir(exist_ok=True)
+                for name, command in commands(python, scans, encoder, folder).items():
                     if name == "export" and (options.without_export or turn > _EXPORTS):
                         continue
-                    measured = processor_seconds(command, environment)
+                    measured = processor_seconds(command, environment, folder)
                     if turn:  # the first round compiles modules and fills the cache
                         seconds.setdefault((version, name), []).append(measured)
     print("| installation | command | fastest, s | middle, s |\n|---|---|---|---|")
