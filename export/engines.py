@@ -22,6 +22,7 @@ from fseft_edge.export.parity import Classifier, Engine, head_of, parity_reports
 from fseft_edge.runtime.encoder.backends.tensorrt import EngineRunner
 from fseft_edge.runtime.encoder.backends.tensorrt_library import LIBRARIES, fresh_logger, import_library, last_error
 from fseft_edge.runtime.encoder.bundle import EncoderBundle, ParityReport, Precision
+from fseft_edge.runtime.encoder.chunks import CORE
 from fseft_edge.runtime.encoder.engine_files import (
     PORTABLE,
     PORTABLE_FROM,
@@ -39,6 +40,11 @@ from fseft_edge.runtime.system.atomic import atomic_path
 
 _TARGET = re.compile(r"sm_\d{2,3}|portable")
 _MAX_BATCH = 2  # the attention of SwinUNETR-48 takes 1.5 GB per window of 96^3 voxels in float32
+
+# An engine reserves GPU memory for the largest size: 4.5 GB for a chunk of 256x256x384 voxels in mixed precision
+# (edge_base, predicted). At a voxel size of 3 mm, 256 voxels are 768 mm, more than the largest field of view of a CT.
+_LARGEST_SIDES = (256, 256)
+_TYPICAL_SIDES = (160, 128, 160)  # the engine is optimised for this size
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +71,8 @@ def build_engines(
         library: library that builds the engines; ``None`` means TensorRT-RTX if it is installed, else TensorRT.
         precision: precision of the graph; ``None`` means ``mixed`` if the bundle contains a mixed-precision graph,
             else ``float32``.
-        max_batch: largest number of windows that an engine accepts at once.
+        max_batch: largest number of windows that an engine accepts at once; 1 for an encoder that computes whole
+            scans.
         parity_volumes: CTs used for the comparison. Without CTs, seeded noise is used; ``auto`` does not accept a
             comparison on noise below float32.
         classify: classifier whose masks are compared; None means the encoder's head.
@@ -89,6 +96,8 @@ def build_engines(
     name = library or installed_library()
     check_targets(wanted, name)
     classify = classify or head_of(opened.head_weight(), opened.head_bias())
+    if opened.whole_scan is not None:
+        max_batch = 1  # a chunk of a scan is much larger than a window
     job = _Job(opened, graph, name, import_library(name), precision, max_batch, classify)
     return [_with_parity(_current_or_built(job, target), job, parity_volumes) for target in wanted]
 
@@ -173,7 +182,9 @@ def _current_or_built(job: _Job, target: str) -> EngineFile:
 
 
 def _built(job: _Job, target: str, path: Path) -> EngineFile:
-    content, tensors = compile_graph(job.library, job.graph, target, job.max_batch)
+    whole_scan = job.bundle.whole_scan
+    largest = None if whole_scan is None else (*_LARGEST_SIDES, CORE + 2 * whole_scan.context)
+    content, tensors = compile_graph(job.library, job.graph, target, job.max_batch, largest=largest)
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
     description = EngineDescription(
@@ -183,6 +194,7 @@ def _built(job: _Job, target: str, path: Path) -> EngineFile:
         precision=job.precision,
         graph_sha256=job.bundle.manifest.files[job.graph.name],
         max_batch=job.max_batch,
+        largest=largest,
         tensors=tensors,
         engine_sha256=hashlib.sha256(content).hexdigest(),
     )
@@ -190,7 +202,7 @@ def _built(job: _Job, target: str, path: Path) -> EngineFile:
 
 
 def compile_graph(
-    library: ModuleType, graph: Path, target: str, max_batch: int
+    library: ModuleType, graph: Path, target: str, max_batch: int, *, largest: tuple[int, int, int] | None = None
 ) -> tuple[bytes, tuple[EngineTensor, ...]]:
     """Return the bytes of an engine, and its inputs and outputs.
 
@@ -199,11 +211,13 @@ def compile_graph(
         graph: ONNX file; the engine computes in the number formats of this graph.
         target: ``sm_NN`` or ``portable``.
         max_batch: largest number of windows that the engine accepts; the engine is optimised for this number.
+        largest: largest size, ``[X, Y, Z]`` in voxels, for a graph that accepts windows of any size; None for a graph
+            that accepts one size.
 
     Raises:
         EngineError: the library cannot read the graph, or cannot build for the target.
     """
-    build = prepare_build(library, graph, target, max_batch)
+    build = prepare_build(library, graph, target, max_batch, largest=largest)
     content = build.builder.build_serialized_network(build.network, build.config)
     if content is None:
         raise EngineError(
@@ -225,7 +239,9 @@ class Build:
     tensors: tuple[EngineTensor, ...]
 
 
-def prepare_build(library: ModuleType, graph: Path, target: str, max_batch: int) -> Build:
+def prepare_build(
+    library: ModuleType, graph: Path, target: str, max_batch: int, *, largest: tuple[int, int, int] | None = None
+) -> Build:
     """Parse a graph and return the objects for a build; the arguments are those of :func:`compile_graph`.
 
     Raises:
@@ -247,7 +263,11 @@ def prepare_build(library: ModuleType, graph: Path, target: str, max_batch: int)
     windows = network.get_input(0)
     profile = builder.create_optimization_profile()
     size = tuple(windows.shape)[1:]
-    profile.set_shape(windows.name, (1, *size), (max_batch, *size), (max_batch, *size))
+    if largest is None:
+        sizes = (1, *size), (max_batch, *size), (max_batch, *size)
+    else:
+        sizes = (1, 1, 1, 1, 1), (1, 1, *map(min, largest, _TYPICAL_SIDES)), (max_batch, 1, *largest)
+    profile.set_shape(windows.name, *sizes)
     config.add_optimization_profile(profile)
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     tensors = tuple(

@@ -42,7 +42,7 @@ class EngineTensor(BaseModel):
     Attributes:
         name: name of the tensor in the graph.
         number_format: number format of the tensor, e.g. ``float32``.
-        shape: shape of the tensor, with -1 for the number of windows.
+        shape: shape of the tensor, with -1 for the number of windows and for other sizes that are not fixed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +63,8 @@ class EngineDescription(BaseModel):
         precision: precision of the bundle's graph from which the engine was built.
         graph_sha256: sha256 of the graph's file.
         max_batch: largest number of windows that the engine accepts at once.
+        largest: largest size of a window, ``[X, Y, Z]`` in voxels, if the engine accepts windows of any smaller size;
+            None if it accepts one size.
         tensors: inputs, followed by outputs.
         engine_sha256: sha256 of the engine's file.
         parity: result of the comparison with PyTorch on a GPU of the machine that built or checked the engine; None if
@@ -71,13 +73,14 @@ class EngineDescription(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     library: EngineLibrary
     version: str
     target: str = Field(pattern=r"^(sm_\d{2,3}|portable)$")
     precision: Precision
     graph_sha256: str
     max_batch: int = Field(ge=1)
+    largest: tuple[int, int, int] | None = None
     tensors: tuple[EngineTensor, ...]
     engine_sha256: str
     parity: ParityReport | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import logging
 import shutil
 import sys
@@ -16,7 +17,7 @@ import torch
 from click.testing import CliRunner, Result
 from doubles.encoder import write_random_adapter, write_tiny_encoder
 from doubles.errors import refused
-from doubles.models import CHANNELS, WINDOW, small_contents, small_model
+from doubles.models import CHANNELS, WINDOW, small_contents, small_model, small_network
 from doubles.releases import FEATURE_SIZE
 
 from fseft_edge.cli.main import cli
@@ -30,6 +31,7 @@ from fseft_edge.export.zoo import load_model
 from fseft_edge.runtime.encoder.backends.tensorrt import check_validity
 from fseft_edge.runtime.encoder.backends.tensorrt_library import fresh_logger, import_library
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.chunks import CORE
 from fseft_edge.runtime.encoder.engine_files import (
     EngineDescription,
     EngineFile,
@@ -137,6 +139,39 @@ def test_build_is_strongly_typed_without_tf32_and_for_any_batch(
     assert {layer.get_input(0).dtype for layer in convolutions} == {rtx.float16}
 
 
+def test_engine_of_a_whole_scan_encoder_accepts_all_sizes_up_to_the_largest_chunk(
+    rtx: ModuleType, small_whole_graph: Path, small_whole_mixed_graph: Path, tmp_path: Path
+) -> None:
+    whole_scan = small_network().whole_scan
+    assert whole_scan is not None
+    largest = (256, 256, CORE + 2 * whole_scan.context)
+    profile = prepare_build(rtx, small_whole_mixed_graph, "portable", 1, largest=largest).profile
+    least, typical, most = (tuple(shape) for shape in profile.get_shape("windows"))
+    assert (least, most) == ((1, 1, 1, 1, 1), (1, 1, *largest))
+    assert all(side <= limit for side, limit in zip(typical, most, strict=True))
+    bundle = EncoderBundle.write(
+        tmp_path / "whole.encoder",
+        small_contents(graph=small_whole_graph, mixed_graph=small_whole_mixed_graph, whole_scan=whole_scan),
+    )
+    (made,) = build_engines(bundle.path, ["portable"])
+    assert read(bundle, "portable") == made.path
+    assert (made.description.largest, made.description.max_batch) == (largest, 1)
+    assert [tensor.shape for tensor in made.description.tensors] == [
+        (-1, channels, -1, -1, -1) for channels in (1, *CHANNELS[:2])
+    ]
+    before = made.path.stat().st_mtime_ns
+    build_engines(bundle.path, ["portable"])
+    assert made.path.stat().st_mtime_ns == before
+
+
+def test_a_description_of_an_earlier_version_is_read(bundle: EncoderBundle) -> None:
+    sidecar = engine(bundle, suffix="json")
+    entries = json.loads(sidecar.read_bytes())
+    assert entries.pop("largest") is None
+    sidecar.write_text(json.dumps({**entries, "schema_version": 1}))
+    assert read(bundle) == engine(bundle)
+
+
 def test_engine_of_the_float32_graph_computes_in_float32(rtx: ModuleType, small_graph: Path) -> None:
     build = prepare_build(rtx, small_graph, "sm_86", max_batch=2)
     layers = [build.network.get_layer(index) for index in range(build.network.num_layers)]
@@ -231,7 +266,7 @@ STALE = [
     (lambda bundle: engine(bundle).unlink(), "sm_86.engine"),
     (lambda bundle: describe(bundle, version="0.9"), "0.9"),
     (lambda bundle: describe(bundle, graph_sha256="0" * 64), "copy.encoder"),
-    (lambda bundle: describe(bundle, schema_version=2), "sm_86.json"),
+    (lambda bundle: describe(bundle, schema_version=3), "sm_86.json"),
     (replace_by_the_engine_of_another_gpu, "sm_86.engine"),
 ]
 

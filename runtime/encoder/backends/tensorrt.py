@@ -78,7 +78,7 @@ class EngineRunner:
         # Python frees attributes in the order of their creation. The context must be freed first, because it uses the
         # other objects without keeping a reference.
         self._context: Any = None
-        self._device, self._path = device, engine.path
+        self._device, self._path, self._largest = device, engine.path, engine.description.largest
         self._names = [tensor.name for tensor in engine.description.tensors]
         content = engine.path.read_bytes()
         with torch.cuda.device(device):
@@ -100,7 +100,18 @@ class EngineRunner:
         self._logger, self._loaded = logger, (loaded, runtime)
 
     def __call__(self, windows: Tensor) -> list[Tensor]:
-        """Return the feature pyramid of 1 to ``max_batch`` windows, float32 on the device."""
+        """Return the feature pyramid of 1 to ``max_batch`` windows, float32 on the device.
+
+        Raises:
+            EngineError: the windows are larger than the largest size of the engine, or the engine fails.
+        """
+        size, largest = tuple(windows.shape[2:]), self._largest
+        if largest is not None and any(side > limit for side, limit in zip(size, largest, strict=True)):
+            raise EngineError(
+                f"{self._path} computes at most {_product(largest)} voxels at once, but a part of this scan has "
+                f"{_product(size)} voxels.",
+                remedy="Use --backend torch.",
+            )
         with torch.cuda.device(self._device):
             source = windows.to(self._device).contiguous()
             if not self._context.set_input_shape(self._names[0], tuple(source.shape)):
@@ -187,6 +198,10 @@ def check_validity(
         known = library.EngineInvalidityDiagnostics.__members__
         named = [name.lower().replace("_", " ") for name, flag in known.items() if reasons & int(flag)]
         raise _unusable(path, ", ".join(named) or "no usable NVIDIA driver")
+
+
+def _product(size: tuple[int, ...]) -> str:
+    return " x ".join(map(str, size))
 
 
 def _unusable(path: Path, reason: str) -> EngineError:

@@ -123,6 +123,13 @@ def test_an_engine_that_fails_is_an_error_with_a_remedy(engine: EngineFile) -> N
         runner(Library(fails=True), engine)(torch.zeros(1, 1, 4))
 
 
+def test_a_part_of_a_scan_that_is_too_large_for_the_engine_is_refused(engine: EngineFile) -> None:
+    limited = EngineFile(engine.path, engine.description.model_copy(update={"largest": (8, 8, 16)}))
+    with refused(EngineError, engine.path, "8 x 8 x 16", "8 x 9 x 16") as caught:
+        runner(Library(), limited)(torch.zeros(1, 1, 8, 9, 16))
+    assert "--backend torch" in caught.value.remedy
+
+
 def test_an_engine_with_other_outputs_is_refused(engine: EngineFile) -> None:
     with refused(EngineError, engine.path, "windows, logits"):
         runner(Library(names=("windows", "logits")), engine)
