@@ -14,9 +14,12 @@ from doubles.models import ORGANS, small_model, small_network, windows
 
 from fseft_edge.export import export
 from fseft_edge.export.checkpoints import read_model_file, write_model_file
-from fseft_edge.export.export import export_encoder
+from fseft_edge.export.export import Tiling, export_encoder
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
 from fseft_edge.runtime.errors import CheckpointError, UsageError
+
+TILINGS: tuple[Tiling | None, ...] = (None, "whole", "windows")
 
 
 @pytest.fixture
@@ -55,7 +58,8 @@ def copied_graph(small_graph: Path, small_mixed_graph: Path, monkeypatch: pytest
     """Replace the exporter, which takes seconds, by a copy of existing graphs."""
     graphs = {"float32": small_graph, "mixed": small_mixed_graph}
 
-    def copy(network: object, window: object, path: Path, precision: str = "float32") -> None:
+    def copy(network: object, window: object, path: Path, precision: str = "float32", *, whole_scan: object) -> None:
+        assert whole_scan == small_network().whole_scan
         shutil.copyfile(graphs[precision], path)
 
     monkeypatch.setattr(export, "write_graph", copy)
@@ -87,6 +91,27 @@ def test_export_without_installed_engines_writes_no_parity_reports(
     bundle = export_encoder(model_file, model="custom", output=tmp_path / "s.encoder")
     assert bundle.graph is not None
     assert bundle.manifest.parity == {}
+
+
+def test_tiling_is_part_of_the_encoder(model_file: Path, tmp_path: Path) -> None:
+    default, whole, windowed = (
+        export_encoder(model_file, model="custom", output=tmp_path / f"{tiling}.encoder", onnx=False, tiling=tiling)
+        for tiling in TILINGS
+    )
+    assert default.whole_scan == whole.whole_scan == small_network().whole_scan
+    assert windowed.whole_scan is None
+    assert default.encoder_id == whole.encoder_id != windowed.encoder_id
+
+
+def test_network_that_needs_windows_cannot_compute_a_whole_scan(
+    model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResidualUNet, "whole_scan", None)
+    bundle = export_encoder(model_file, model="custom", output=tmp_path / "a.encoder", onnx=False)
+    assert bundle.whole_scan is None
+    with refused(UsageError, "small", "one pass"):
+        export_encoder(model_file, model="custom", output=tmp_path / "b.encoder", onnx=False, tiling="whole")
+    assert not (tmp_path / "b.encoder").exists()
 
 
 def test_existing_output_is_refused_and_kept(model_file: Path, tmp_path: Path) -> None:

@@ -43,7 +43,12 @@ def scan(seed: int) -> Phantom:
 
 
 def write_tiny_encoder(
-    path: Path, *, seed: int = 0, graph: Path | None = None, architecture: str = "residual_unet"
+    path: Path,
+    *,
+    seed: int = 0,
+    graph: Path | None = None,
+    architecture: str = "residual_unet",
+    whole_scan: bool = False,
 ) -> EncoderBundle:
     """Write an encoder bundle. Another seed gives another encoder."""
     network, _ = _calibrated(seed)
@@ -62,6 +67,7 @@ def write_tiny_encoder(
         head_weight=torch.randn(len(HEAD_ORGANS), CHANNELS[0], generator=generator),
         head_bias=torch.tensor([-0.25, 0.125]),
         graph=graph,
+        whole_scan=network.whole_scan if whole_scan else None,
     )
     return EncoderBundle.write(path, contents)
 
