@@ -361,5 +361,6 @@ def _report(engine: EngineFile, job: _Job, volumes: Sequence[Path]) -> ParityRep
         window=bundle.window,
         preprocessing=bundle.preprocessing,
         volumes=volumes,
+        whole_scan=bundle.whole_scan is not None,
     )
     return report

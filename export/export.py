@@ -146,6 +146,7 @@ def write_encoder(
                 window=described.window,
                 preprocessing=described.preprocessing,
                 volumes=parity_volumes,
+                whole_scan=whole_scan is not None,
             ):
                 parity[parity_key(report.backend, report.precision)] = report
                 _log_parity(report)

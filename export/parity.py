@@ -108,6 +108,7 @@ def parity_reports(
     window: tuple[int, int, int],
     preprocessing: Preprocessing,
     volumes: Sequence[Path],
+    whole_scan: bool = False,
 ) -> list[ParityReport]:
     """Return one report per engine on the difference from PyTorch's plain forward pass on the CPU.
 
@@ -119,6 +120,8 @@ def parity_reports(
         preprocessing: conversion of a CT into windows.
         volumes: CTs used for the comparison, two windows each. Without CTs, a window of seeded noise is used; on
             noise, masks are not compared.
+        whole_scan: whether the engines compute windows of any size. They are then also compared on a larger window of
+            noise with sides of different, odd lengths.
 
     Raises:
         InputError: a CT cannot be read.
@@ -132,7 +135,19 @@ def parity_reports(
             logits = classify(expected) if volumes else None
         for comparison in comparisons:
             comparison.add(windows, expected, logits)
+    if whole_scan:
+        windows = noise_window(_odd_size(window))
+        with torch.no_grad():
+            expected = network(windows)
+        for comparison in comparisons:
+            comparison.add(windows, expected, None)
     return [comparison.report("ct" if volumes else "noise") for comparison in comparisons]
+
+
+def _odd_size(window: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return a size that is larger than the window, and no multiple of the strides."""
+    x, y, z = window
+    return x + 5, y + 1, z + 11
 
 
 class _Comparison:

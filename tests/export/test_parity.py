@@ -131,3 +131,27 @@ def test_graph_passes_on_real_cts_also_if_they_are_smaller_than_the_window(
         assert found[name].source == "ct"
         assert found[name].windows == 4
         assert found[name].shortcoming is None
+
+
+def test_graphs_of_a_whole_scan_encoder_are_also_compared_on_a_larger_window(
+    small_whole_graph: Path, small_whole_mixed_graph: Path
+) -> None:
+    seen: set[tuple[int, ...]] = set()
+
+    def watched(windows: torch.Tensor) -> list[torch.Tensor]:
+        seen.add(tuple(windows.shape[2:]))
+        with torch.no_grad():
+            return list(small_network()(windows))
+
+    found = parity_reports(
+        small_network(),
+        [*cpu_engines(small_whole_graph, small_whole_mixed_graph), Engine("torch", "float32", "1", lambda: watched)],
+        classify=head_of(*HEAD),
+        window=WINDOW,
+        preprocessing=Preprocessing(spacing=(6.0,) * 3),
+        volumes=(),
+        whole_scan=True,
+    )
+    assert seen == {WINDOW, (21, 17, 27)}
+    assert {report.windows for report in found} == {2}
+    assert all(max(report.relative_error) < report.gate for report in found)
