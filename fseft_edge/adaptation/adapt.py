@@ -161,12 +161,13 @@ def adapt(
     with ExitStack() as stack:
         store = stack.enter_context(open_store(None if cache is None else Path(cache), cache_gb))
         located = None
+        reading = Adapter(settings, bundle.levels, len(organs))
         if not whole_scan and bundle.whole_scan is None:
             located = _located(
                 annotated,
                 organs,
                 bundle=bundle,
-                reading=Adapter(settings, bundle.levels, len(organs)),
+                reading=reading,
                 device=device,
                 store=store,
                 budget=budget,
@@ -185,8 +186,7 @@ def adapt(
             budget=budget,
             variations=training.variations,
             seed=training.seed,
-            part=located
-            and PartialEncoding(Adapter(settings, bundle.levels, len(organs)), windows_elsewhere, located.left_out),
+            part=None if located is None else PartialEncoding(reading, windows_elsewhere, located.left_out),
             progress=progress,
         )
         if located:
@@ -220,8 +220,8 @@ def adapt(
             seed=training.seed,
             validated=validated,
             grouping=grouping,
-            locator=located and located.locator,
-            windows_elsewhere=windows_elsewhere if located else None,
+            locator=None if located is None else located.locator,
+            windows_elsewhere=None if located is None else windows_elsewhere,
         )
     if output is not None:
         write_adapter(Path(output), file)
@@ -375,7 +375,7 @@ def describe(
         bfloat16=trained.bfloat16,
         losses=tuple(round(loss, 6) for loss in trained.losses),
         windows_elsewhere=windows_elsewhere,
-        locator=locator and locator.description,
+        locator=None if locator is None else locator.description,
     )
     return AdapterFile(description, trained.adapter, locator=locator)
 

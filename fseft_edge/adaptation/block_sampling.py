@@ -160,7 +160,7 @@ def draw_centre(positions: Positions, random: np.random.Generator, *, positive: 
         sizes = np.array([np.prod(box.shape) for box in positions.region], float)
         box = positions.region[random.choice(len(sizes), p=sizes / sizes.sum())]
         low, high = np.array(box.ranges).T
-        return random.integers(low, high)
+        return np.asarray(random.integers(low, high), np.int64)
     return random.integers(0, positions.shape)
 
 

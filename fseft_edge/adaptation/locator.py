@@ -59,6 +59,11 @@ _MARGIN_MM = 6.0
 _MORE_WINDOWS = 1.1
 """A lower threshold is chosen if it needs at most this many times the windows: it finds an organ more surely."""
 
+_LEAST_RECALL = 0.5
+"""A locator that finds less of an organ in a left-out scan is not used."""
+_MOST_SELECTED = 0.8
+"""A locator that selects a larger share of the windows gains nothing."""
+
 _FEWEST_WINDOWS = 3
 _LEAST_GAIN = 24
 _COARSE_COST = 96**3 * 15.3e6
@@ -214,8 +219,8 @@ def train_locator(
         progress: receiver of progress reports; None reports nothing.
 
     Returns:
-        The locator; None if no organ-by-organ choice is possible: an organ is not annotated in two groups, or was not
-        found at all in a left-out scan.
+        The locator; None, with a warning, if an organ is not annotated in two groups, if an organ was not found at all
+        or for the most part missed in a left-out scan, or if nearly all windows would be encoded.
     """
     of_organs = ([scan.scan.annotated[k : k + 1] for scan in support] for k in range(len(organs)))
     if not all(can_validate(annotated, groups) for annotated in of_organs):
@@ -252,10 +257,26 @@ def train_locator(
                 share = views[index].recall(organ, choice)
                 if share is not None:
                     recall[organ].append(round(share, 4))
+    missed = [name for name, found in zip(organs, recall, strict=True) if min(found, default=1.0) < _LEAST_RECALL]
+    if missed:
+        _LOG.warning(
+            "the adapter gets no locator, because it looked for %s in the wrong place of a left-out scan; whole scans "
+            "are encoded",
+            ", ".join(missed),
+        )
+        return None
     selected = [
         1.0 if boxes is None else windows_over(view.layout, [reach(box) for box in boxes]) / view.layout.windows
         for boxes, view in zip(left_out, views, strict=True)
     ]
+    mean_selected = sum(selected) / len(selected)
+    if mean_selected > _MOST_SELECTED:
+        _LOG.warning(
+            "the adapter gets no locator: %.0f %% of the windows would be encoded; an adapter that reads less context "
+            "needs fewer windows (--levels finest, or --method pointwise)",
+            100 * mean_selected,
+        )
+        return None
     description = LocatorDescription(
         encoder_id=coarse.encoder_id,
         encoder_name=coarse.manifest.name,
@@ -334,11 +355,14 @@ class _View:
         return None if distances is None else float(distances.max(initial=0.0))
 
     def recall(self, organ: int, choice: _Choice | None) -> float | None:
-        """Return the share of the voxels of an organ inside its places; None if it is not annotated."""
+        """Return the share of the voxels of an organ inside its places; None if it is not annotated.
+
+        Without a place, the share is 1, because the whole scan is encoded.
+        """
         distances = None if choice is None else self._distances(organ, _THRESHOLDS.index(choice.threshold))
         if choice is None or distances is None or not distances.size:
             return None
-        return float((distances <= choice.margin_mm).mean())
+        return 1.0 if np.isinf(distances).all() else float((distances <= choice.margin_mm).mean())
 
     def boxes(self, organ: int, choice: _Choice) -> list[Box]:
         """Return the places of an organ on the grid of the adapter's encoder."""

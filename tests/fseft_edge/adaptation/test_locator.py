@@ -124,14 +124,15 @@ def test_the_same_scans_give_the_same_locator(four: TrainedLocator, coarse: Enco
         assert torch.equal(one, other)
 
 
-def test_an_organ_that_a_left_out_scan_does_not_show_lowers_its_recall(coarse: EncoderBundle) -> None:
+def test_a_locator_that_misses_an_organ_in_a_left_out_scan_is_not_used(
+    coarse: EncoderBundle, caplog: pytest.LogCaptureFixture
+) -> None:
     """The annotation of one scan lies elsewhere than the organ that its features show."""
     wrong = coarse_scan(3, occupancy=Occupancy([np.roll(ball(3), (-18, -12, 20), (0, 1, 2))]))
-    found = trained(coarse, [*(coarse_scan(seed) for seed in range(3)), wrong])
-    assert found is not None
-    recall = found.locator.description.organs[0].recall
-    assert min(recall[:3]) == 1.0
-    assert recall[3] < 0.5
+    with caplog.at_level(logging.WARNING):
+        assert trained(coarse, [*(coarse_scan(seed) for seed in range(3)), wrong]) is None
+    assert "ball" in caplog.text
+    assert "wrong place" in caplog.text
 
 
 def test_an_organ_without_a_place_is_named(four: TrainedLocator) -> None:
@@ -142,6 +143,15 @@ def test_an_organ_without_a_place_is_named(four: TrainedLocator) -> None:
     found = locate(four.locator, EncodedScan(new.scan.grid, cast("SupportScan", nothing)), new.grid)  # type: ignore[arg-type]  # a double
     assert found.missing == ("ball",)
     assert found.boxes == ()
+
+
+def test_a_locator_that_selects_nearly_all_windows_is_dropped(
+    coarse: EncoderBundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(under_test, "_MOST_SELECTED", 0.01)
+    with caplog.at_level(logging.WARNING):
+        assert trained(coarse, [coarse_scan(seed) for seed in range(2)]) is None
+    assert "of the windows" in caplog.text
 
 
 def test_a_locator_needs_two_groups_for_each_organ(coarse: EncoderBundle, caplog: pytest.LogCaptureFixture) -> None:

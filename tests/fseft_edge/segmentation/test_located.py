@@ -61,6 +61,7 @@ def small_locator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EncoderB
     coarse = write_tiny_encoder(tmp_path_factory.mktemp("coarse") / "coarse.encoder", seed=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(locator, "_LEAST_GAIN", 0)
+        patch.setattr(locator, "_MOST_SELECTED", 1.0)
         patch.setattr(locator, "open_encoder", lambda _: coarse)
         yield coarse
 
