@@ -643,7 +643,7 @@ def test_the_reported_budget_is_enough_for_encoding_and_segmentation(
         return planned
 
     write_random_adapter(tmp_path / "a.adapter", site.bundle)
-    monkeypatch.setattr("fseft_edge.segmentation.segmenter.plan_encoding", needs(encoding))
+    monkeypatch.setattr("fseft_edge.segmentation.segmenter.planned_encoding", needs(encoding))
     monkeypatch.setattr("fseft_edge.segmentation.segmenter.plan_segmentation", needs(segmenting))
     with refused(OutOfMemoryError, f"{least} GB"):
         site.segment([site.image("case_1")], [tmp_path / "a.adapter"], tmp_path / "out", memory_gb=1.0)
