@@ -57,8 +57,8 @@ _DEFAULT_ON_CPU = _ON_CPU["residual_unet"]
 """Order for architectures without an order in the table."""
 
 # PyTorch computes a whole scan plane by plane, each voxel once. The other backends compute chunks of up to 384 planes,
-# with planes around each chunk, and take four times the memory of PyTorch for a thorax. For a single chunk, OpenVINO
-# takes half the time of PyTorch in bfloat16, as much time in float32, and ONNX Runtime takes 1.4 times as much.
+# with planes around each chunk, and take about three times the memory of PyTorch for a thorax. For a single chunk, OpenVINO
+# takes half the time of PyTorch in bfloat16, about as much time in float32, and ONNX Runtime takes 1.6 times as much.
 _WHOLE_SCANS_ON_CPU: tuple[tuple[BackendName, Precision], ...] = (
     ("torch", "float32"),
     ("openvino", "bfloat16"),
