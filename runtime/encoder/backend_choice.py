@@ -56,9 +56,10 @@ _ON_CPU: dict[str, tuple[tuple[BackendName, Precision], ...]] = {
 _DEFAULT_ON_CPU = _ON_CPU["residual_unet"]
 """Order for architectures without an order in the table."""
 
-# PyTorch computes a whole scan plane by plane, each voxel once. The other backends compute chunks of up to 384 planes,
-# with planes around each chunk, and take about three times the memory of PyTorch for a thorax. For a single chunk, OpenVINO
-# takes half the time of PyTorch in bfloat16, about as much time in float32, and ONNX Runtime takes 1.6 times as much.
+# PyTorch computes a whole scan plane by plane, each voxel once. The other backends compute chunks of up to 192 planes,
+# with up to 96 planes around each side, and take two to three times the memory of PyTorch. For a thorax, which is a
+# single chunk, OpenVINO takes half the time of PyTorch in bfloat16 and as much time in float32; ONNX Runtime takes 1.6
+# times as much.
 _WHOLE_SCANS_ON_CPU: tuple[tuple[BackendName, Precision], ...] = (
     ("torch", "float32"),
     ("openvino", "bfloat16"),
