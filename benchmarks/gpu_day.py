@@ -35,7 +35,7 @@ SCAN = DATA / "ct" / "hn_164.nii.gz"
 MINUTES = 12.0
 _CPU_TIMES = 4  # a part may take this many times its limit on a CPU
 _LEAST_S = 5.0  # no part starts with less time than this
-_LAST_LINES = 4
+_LAST_LINES = 8
 _CLI = "import sys; from fseft_edge.cli.main import main; sys.exit(main())"
 
 NETWORK: tuple[str, ...] = ("torch", "numpy", "lazy_loader")
@@ -113,7 +113,7 @@ class Outcome:
     Attributes:
         part: name of the part.
         state: ``done``, ``failed`` or ``skipped``.
-        detail: why the part was skipped, or the last lines of its output.
+        detail: why the part was skipped, or the last lines of its output; one line if it did not fail.
         wall_s, processor_s, peak_mib: time in seconds and peak memory of the largest process; None if skipped.
         result: JSON objects that the part reported.
     """
@@ -221,7 +221,7 @@ def linked_package(folder: Path) -> Path:
 
 def outcome(name: str, done: Finished, written: dict[str, Any] | None = None) -> Outcome:
     """Return the outcome of a part that ran."""
-    lines = done.last_lines(_LAST_LINES)
+    lines = done.last_lines(_LAST_LINES if done.code else 1)
     if done.timed_out:
         lines.append(f"ended after its time limit, {done.wall_s:.0f} s")
     elif done.code:
@@ -327,6 +327,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
         work, packages = Path(folder) / "work", Path(folder) / "packages"
         work.mkdir()
+        scan = work / f"scan.nii{'.gz' if arguments.scan.suffix == '.gz' else ''}"
+        scan.symlink_to(arguments.scan.resolve())  # the name of the file does not reach the report
         if arguments.wheels:
             outcomes += install(arguments.wheels, packages)
         paths = [linked_package(Path(folder) / "links"), packages, os.environ.get("PYTHONPATH", "")]
@@ -339,7 +341,7 @@ def main() -> None:
         machine = describe_machine(arguments.device, environment)
         planned = [
             part
-            for part in parts(work, arguments.device, arguments.scan.resolve())
+            for part in parts(work, arguments.device, scan)
             if arguments.only is None or arguments.only in part.name
         ]
         names = sorted({name for part in planned for name in part.needs})
