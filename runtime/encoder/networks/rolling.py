@@ -270,6 +270,13 @@ class _Ring:
         """Write planes ``[1, C, n, X, Y]`` from the plane ``start`` on."""
         self._each_part(start, planes, lambda part, values: part.copy_(values))
 
+    def write_rectified(self, start: int, planes: Tensor) -> None:
+        """Write ``ReLU(planes)`` from the plane ``start`` on."""
+        if self._file is None:
+            self._each_part(start, planes, lambda part, values: torch.clamp_min(values, 0, out=part))
+        else:  # the file may have another number format
+            self.write(start, planes.clamp_min_(0))
+
     def planes(self, start: int, stop: int) -> Tensor:
         """Return the planes ``start:stop``, as a view if possible; planes outside the tensor are 0."""
         first = start % self._capacity
@@ -335,7 +342,7 @@ class _Block:
             inner[:, :, 2 + new : 2 + count] = 0  # outside the grid
             result = self._weights.second(inner[:, :, : count + 2])
             self._add_shortcut(start, end, result)
-            self._output.write(start, result.clamp_min_(0))
+            self._output.write_rectified(start, result)
             self._position, self._last = end, count
 
     def _first(self, start: int, stop: int) -> Tensor:

@@ -27,7 +27,7 @@ from fseft_edge.adapters.file import write_adapter as save_adapter
 from fseft_edge.adapters.network import Activation, Adapter, AdapterSettings, Levels, Method
 from fseft_edge.adapters.onnx_export import GATE, export_adapter
 from fseft_edge.evaluation.metrics import dice
-from fseft_edge.export.export import export_encoder
+from fseft_edge.export.export import Tiling, export_encoder
 from fseft_edge.export.onnx_graph import OPSET
 from fseft_edge.masks.prediction import predict_sections, segment_encoded
 from fseft_edge.phantom import phantom
@@ -290,9 +290,16 @@ def test_the_documented_example_gives_the_mask_of_the_toolkit_for_an_anisotropic
 
 
 @pytest.mark.real_ct
-def test_the_documented_example_gives_the_mask_of_the_toolkit_for_a_real_ct(real_ct: Path, tmp_path: Path) -> None:
-    """The built-in encoder crops air and resamples with a wider triangle kernel; the axes of the scan are P-L-I."""
-    bundle = export_encoder(None, model="edge_base", output=tmp_path / "edge_base.encoder", onnx=False)
+@pytest.mark.parametrize(("tiling", "least"), [("windows", 0.9999), ("whole", 0.97)])
+def test_the_documented_example_gives_the_mask_of_the_toolkit_for_a_real_ct(
+    real_ct: Path, tmp_path: Path, tiling: Tiling, least: float
+) -> None:
+    """The built-in encoder crops air and resamples with a wider triangle kernel; the axes of the scan are P-L-I.
+
+    A window that is larger than the grid contains air beyond the grid, which an encoder of whole scans does not see.
+    """
+    output = tmp_path / "edge_base.encoder"
+    bundle = export_encoder(None, model="edge_base", output=output, onnx=False, tiling=tiling)
     organs = [OrganLabel("brainstem", 1), OrganLabel("spinal_cord", 2), OrganLabel("mandible", 7)]
     adapter = Adapter(AdapterSettings(), bundle.levels, len(organs))
     adapter.start_from_head(head_rows(bundle, organs))
@@ -312,5 +319,5 @@ def test_the_documented_example_gives_the_mask_of_the_toolkit_for_a_real_ct(real
     for label in range(1, len(organs) + 1):
         score = dice(mask == label, expected == label)
         assert score is not None
-        assert score >= 0.9999
+        assert score >= least
         assert np.count_nonzero(expected == label) > 100
