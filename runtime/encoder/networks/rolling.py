@@ -132,10 +132,12 @@ class RollingResidualUNet(nn.Module):
     def __init__(self, network: ResidualUNet, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.levels = network.levels
-        self.down = nn.ModuleList(_DownWeights(_residual_block(block)) for block in network.down)
-        self.merge = nn.ModuleList(
+        # Tuples keep the types of the modules; the lists register the modules.
+        self.down = tuple(_DownWeights(_residual_block(block)) for block in network.down)
+        self.merge = tuple(
             _MergeWeights(up, _residual_block(block)) for up, block in zip(network.up, network.merge, strict=True)
         )
+        self._modules_of_down, self._modules_of_merge = nn.ModuleList(self.down), nn.ModuleList(self.merge)
         self.to(dtype)
 
     def memory(self, shape: tuple[int, int, int]) -> PlaneMemory:
@@ -347,7 +349,8 @@ class _Block:
 
     def _first(self, start: int, stop: int) -> Tensor:
         """Return the first convolution of the planes ``start:stop`` of the inner tensor."""
-        return self._weights.first(self._source.planes(start - 1, stop + 1))
+        convolved: Tensor = self._weights.first(self._source.planes(start - 1, stop + 1))
+        return convolved
 
     def _add_shortcut(self, start: int, stop: int, result: Tensor) -> None:
         """Add the shortcut of the planes ``start:stop``."""
@@ -358,7 +361,8 @@ class _StridedBlock(_Block):
     """A residual block of stride 2 that computes its planes in order, from planes of twice the resolution."""
 
     def _first(self, start: int, stop: int) -> Tensor:
-        return self._weights.first(self._source.planes(2 * start - 1, 2 * stop))
+        convolved: Tensor = self._weights.first(self._source.planes(2 * start - 1, 2 * stop))
+        return convolved
 
     def _add_shortcut(self, start: int, stop: int, result: Tensor) -> None:
         even = self._source.planes(2 * start, 2 * stop - 1)[:, :, ::2, ::2, ::2]
@@ -412,7 +416,9 @@ class _MergeBlock(_Block):
             columns: range of the box along y, in voxels of this level.
             shape: number of voxels of this level along z, x and y.
         """
-        coarse, kept, padding = [], [], []
+        coarse: list[Range] = []
+        kept: list[slice] = []
+        padding: list[int] = []
         for (low, high), length in zip((planes, rows, columns), shape, strict=True):
             first, last = max(low - 1, 0), min(high + 1, length)
             coarse.append((first // 2, -(-last // 2)))
@@ -420,7 +426,8 @@ class _MergeBlock(_Block):
             padding = [first - (low - 1), high + 1 - last, *padding]
         source = self._coarser.planes(*coarse[0])[:, :, :, slice(*coarse[1]), slice(*coarse[2])]
         upsampled = nn.functional.conv_transpose3d(source, self._merge_weights.upsampling, stride=2)[:, :, *kept]
-        return self._merge_weights.of_upsampled(nn.functional.pad(upsampled, padding))
+        convolved: Tensor = self._merge_weights.of_upsampled(nn.functional.pad(upsampled, padding))
+        return convolved
 
     def _add_shortcut(self, start: int, stop: int, result: Tensor) -> None:
         super()._add_shortcut(start, stop, result)
@@ -520,7 +527,7 @@ class _MergeWeights(_DownWeights):
         self.register_buffer("coarse_shortcut", eighths.reshape(up.in_channels, -1).float().contiguous())
         self.shortcut = shortcut[:, channels:].T.float().contiguous()
         with torch.no_grad():
-            self.second.bias += (shortcut[:, :channels] @ bias).float()
+            self.second.bias.add_((shortcut[:, :channels] @ bias).float())
         self._of_bias = torch.einsum("oczxy,c->ozxy", first[:, :channels], bias)
         self._bias_inside = _bias(block.first)
 
@@ -541,23 +548,24 @@ class _MergeWeights(_DownWeights):
 def _of_coarser(upsampling: Tensor, kernel: Tensor) -> Tensor:
     """Return the kernel ``[8 C', C_coarse, 2, 2, 2]`` that a convolution of upsampled features is of coarser features.
 
-    Along an axis, position p is between the coarser voxels p - 1 and p. Its two finer voxels are the second half of
-    voxel p - 1, which reads the first half, itself and the first half of voxel p, and the first half of voxel p.
+    Along an axis, position p is between the coarser voxels p - 1 and p. It gives two finer voxels: the second half of
+    voxel p - 1 and the first half of voxel p.
 
     Args:
         upsampling: weight of the transposed convolution, ``[C_coarse, C, 2, 2, 2]``.
         kernel: weight of the convolution, ``[C', C, 3, 3, 3]``.
     """
-    # taps[half of the result, tap of the kernel] = (coarser voxel, half of that voxel)
-    taps = {(0, 0): (0, 0), (0, 1): (0, 1), (0, 2): (1, 0), (1, 0): (0, 1), (1, 1): (1, 0), (1, 2): (1, 1)}
+    # taps[half of the result, tap of the kernel, coarser voxel, half of that voxel]
+    taps = kernel.new_zeros(2, 3, 2, 2)
+    for half, tap in itertools.product(range(2), range(3)):
+        finer = half + tap  # counted from the first half of the coarser voxel p - 1
+        taps[half, tap, finer // 2, finer % 2] = 1
     outputs, inputs = kernel.shape[0], upsampling.shape[0]
-    composed = kernel.new_zeros(2, 2, 2, outputs, inputs, 2, 2, 2)
-    for halves in itertools.product(range(2), repeat=3):
-        for offsets in itertools.product(range(3), repeat=3):
-            (z, of_z), (x, of_x), (y, of_y) = (taps[pair] for pair in zip(halves, offsets, strict=True))
-            products = kernel[:, :, *offsets] @ upsampling[:, :, of_z, of_x, of_y].T
-            composed[*halves, :, :, z, x, y] += products
-    return composed.reshape(8 * outputs, inputs, 2, 2, 2)
+    products = torch.einsum("ocklm,icuvw->oiklmuvw", kernel, upsampling)
+    products = torch.einsum("akzu,oiklmuvw->aoizlmvw", taps, products)
+    products = torch.einsum("blxv,aoizlmvw->aboizxmw", taps, products)
+    products = torch.einsum("dmyw,aboizxmw->abdoizxy", taps, products)
+    return products.reshape(8 * outputs, inputs, 2, 2, 2)
 
 
 def _planes_first(layer: nn.Module) -> Tensor:
@@ -595,7 +603,10 @@ class _PlaneConvolution(nn.Module):
         """Return the convolution of ``x``."""
         if x.device.type == "cpu" and torch.backends.mkldnn.is_available():
             # PyTorch would compute a few channels or voxels without oneDNN, which is slower.
-            return torch.mkldnn_convolution(x, self.weight, self.bias, self._padding, self._stride, [1] * 3, 1)
+            convolved: Tensor = torch.mkldnn_convolution(
+                x, self.weight, self.bias, self._padding, self._stride, [1] * 3, 1
+            )
+            return convolved
         return nn.functional.conv3d(x, self.weight, self.bias, self._stride, self._padding)
 
 
