@@ -15,7 +15,13 @@ from fseft_edge.export.checkpoints import load_weights
 from fseft_edge.export.engines import build_engines, check_targets, installed_library
 from fseft_edge.export.imported import graph_settings, import_model, write_imported_graph
 from fseft_edge.export.onnx_graph import write_graph
-from fseft_edge.export.parity import Classifier, cpu_engines, gpu_engines, head_of, parity_reports
+from fseft_edge.export.parity import (
+    Classifier,
+    cpu_engines,
+    head_of,
+    parity_reports,
+    torch_engines,
+)
 from fseft_edge.export.zoo import CUSTOM, LoadedModel, load_model
 from fseft_edge.runtime.encoder.bundle import BundleContents, EncoderBundle, ParityReport, parity_key, sha256_of_file
 from fseft_edge.runtime.encoder.networks import build_network
@@ -138,7 +144,10 @@ def write_encoder(
             else:
                 write_graph(network, described.window, graph, whole_scan=whole_scan)
                 write_graph(network, described.window, mixed_graph, "mixed", whole_scan=whole_scan)
-                engines = [*cpu_engines(graph, mixed_graph), *gpu_engines(network)]
+                engines = [
+                    *cpu_engines(graph, mixed_graph),
+                    *torch_engines(network, whole_scan=whole_scan is not None),
+                ]
             for report in parity_reports(
                 network,
                 engines,

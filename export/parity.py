@@ -21,6 +21,8 @@ from fseft_edge.runtime.encoder.backends.pytorch import inference_network
 from fseft_edge.runtime.encoder.bundle import ParityReport, Precision
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork
 from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
+from fseft_edge.runtime.encoder.networks.residual_unet import ResidualUNet
+from fseft_edge.runtime.encoder.networks.rolling import RollingResidualUNet
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.nifti import read_ct
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
@@ -88,16 +90,30 @@ def cpu_engines(graph: Path, mixed_graph: Path | None) -> list[Engine]:
     return found
 
 
-def gpu_engines(network: FeatureNetwork) -> list[Engine]:
-    """Return PyTorch in mixed precision if there is a GPU, else an empty list. Not yet run on a GPU."""
-    if not torch.cuda.is_available():
-        return []
+def torch_engines(network: FeatureNetwork, *, whole_scan: bool) -> list[Engine]:
+    """Return PyTorch in each lower precision that this machine supports: in bfloat16 on a CPU, mixed on a GPU.
 
-    def load() -> Callable[[Tensor], list[Tensor]]:
-        mixed = MixedPrecision(inference_network(network)).cuda()
+    Only networks that compute whole scans have bfloat16. The code for a GPU has not been run yet.
+
+    Args:
+        network: network in evaluation mode.
+        whole_scan: whether the encoder computes whole scans in one pass.
+    """
+    folded = inference_network(network)
+    plane_by_plane = folded if whole_scan and isinstance(folded, ResidualUNet) else None
+
+    def on_gpu() -> Callable[[Tensor], list[Tensor]]:
+        mixed = MixedPrecision(folded) if plane_by_plane is None else RollingResidualUNet(plane_by_plane, torch.float16)
+        mixed.cuda()
         return lambda windows: list(mixed(windows.cuda()))
 
-    return [Engine("torch", "mixed", torch.__version__, load)]
+    found = []
+    if plane_by_plane is not None and has_bfloat16(_CPU):
+        rolling = RollingResidualUNet(plane_by_plane, torch.bfloat16)
+        found.append(Engine("torch", "bfloat16", torch.__version__, lambda: rolling))
+    if torch.cuda.is_available():
+        found.append(Engine("torch", "mixed", torch.__version__, on_gpu))
+    return found
 
 
 def parity_reports(

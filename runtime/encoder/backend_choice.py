@@ -61,6 +61,7 @@ _DEFAULT_ON_CPU = _ON_CPU["residual_unet"]
 # single chunk, OpenVINO takes half the time of PyTorch in bfloat16 and as much time in float32; ONNX Runtime takes 1.6
 # times as much.
 _WHOLE_SCANS_ON_CPU: tuple[tuple[BackendName, Precision], ...] = (
+    ("torch", "bfloat16"),
     ("torch", "float32"),
     ("openvino", "bfloat16"),
     ("openvino", "float32"),

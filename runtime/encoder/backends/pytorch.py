@@ -29,6 +29,8 @@ _MAX_BATCH_CUDA = 2  # the attention of SwinUNETR-48 takes 1.5 GB per window of 
 class TorchSession(EncoderSession):
     """Session that computes features with PyTorch, in float32 or, on a GPU, also in mixed precision.
 
+    An encoder that computes whole scans also computes in bfloat16 on a CPU.
+
     On a GPU, an open session keeps TF32 off, and results are reproducible.
     """
 
@@ -41,17 +43,19 @@ class TorchSession(EncoderSession):
         super().__init__(bundle, device, _MAX_BATCH_CPU if on_cpu else _MAX_BATCH_CUDA, precision)
         self._threads = threads
         self._order = torch.contiguous_format
+        self._network: nn.Module | None
         network = inference_network(bundle.network())
         if self.whole_scan is not None and isinstance(network, ResidualUNet):
-            self.rolling = RollingResidualUNet(network, _FORMATS[precision]).to(device)
+            self._network = self.rolling = RollingResidualUNet(network, _FORMATS[precision]).to(device)
+            return
         if precision == "mixed":
             network = MixedPrecision(network)
-        if on_cpu and self.whole_scan is None and isinstance(network, ResidualUNet):
+        if on_cpu and isinstance(network, ResidualUNet):
             network = SlabwiseResidualUNet(network)
         if on_cpu and torch.backends.mkldnn.is_available() and not _normalises_each_window(network):
             _use_onednn(network)
             self._order = torch.channels_last_3d
-        self._network: FeatureNetwork | None = network.to(device)
+        self._network = network.to(device)
 
     def _encode_batch(self, windows: Tensor) -> list[Tensor]:
         assert self._network is not None  # noqa: S101 - encode() refuses a closed session

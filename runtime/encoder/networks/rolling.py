@@ -140,6 +140,24 @@ class RollingResidualUNet(nn.Module):
         self._modules_of_down, self._modules_of_merge = nn.ModuleList(self.down), nn.ModuleList(self.merge)
         self.to(dtype)
 
+    def forward(self, windows: Tensor) -> list[Tensor]:
+        """Return the feature pyramid of grids of any size in memory, finest level first.
+
+        Args:
+            windows: grids, ``[n, 1, X, Y, Z]``.
+
+        Returns:
+            One tensor per level, float32 ``[n, C_l, X / s, Y / s, Z / s]``, sizes rounded up.
+        """
+        return [torch.cat(level) for level in zip(*map(self._pyramid, windows[:, 0]), strict=True)]
+
+    def _pyramid(self, image: Tensor) -> list[Tensor]:
+        """Return the features ``[1, C_l, X / s, Y / s, Z / s]`` of a grid ``[X, Y, Z]``."""
+        x, y, z = image.shape
+        results = self.features(lambda start, stop: image[..., start:stop], (x, y, z))
+        parts = [[level.clone() for level in levels] for _, levels in results]
+        return [torch.cat(level, -1)[None] for level in zip(*parts, strict=True)]
+
     def memory(self, shape: tuple[int, int, int]) -> PlaneMemory:
         """Return the predicted memory of a pass over a grid of this shape."""
         parameter = next(self.parameters())
