@@ -139,6 +139,6 @@ class ResidualUNet(FeatureNetwork):
 def _merged(up: nn.Module, merge: nn.Module, deeper: Tensor, skip: Tensor) -> Tensor:
     """Return the features of a decoder level, from the next deeper level and the skip of the same resolution."""
     x, y, z = skip.shape[2:]
-    upsampled = up(deeper)[:, :, :x, :y, :z]  # longer by one voxel along an odd axis
-    merged: Tensor = merge(torch.cat([upsampled, skip], dim=1))
+    # The upsampled features are longer by one voxel along an odd axis.
+    merged: Tensor = merge(torch.cat([up(deeper)[:, :, :x, :y, :z], skip], dim=1))
     return merged
