@@ -310,6 +310,14 @@ class EncoderBundle:
     @cached_property
     def encoder_id(self) -> str:
         """The sha256 of everything that determines the features; equal for all backends."""
+        return self._id(self.manifest.whole_scan)
+
+    @property
+    def id_with_windows(self) -> str:
+        """The id of the same encoder with windows, which earlier versions wrote."""
+        return self._id(None)
+
+    def _id(self, whole_scan: WholeScan | None) -> str:
         manifest = self.manifest
         identity = {
             "architecture": manifest.architecture,
@@ -320,8 +328,8 @@ class EncoderBundle:
             "window": manifest.window,
             "levels": [asdict(level) for level in manifest.levels],
         }
-        if manifest.whole_scan is not None:  # ids of encoders with windows are those of earlier versions
-            identity["whole_scan"] = asdict(manifest.whole_scan)
+        if whole_scan is not None:  # ids of encoders with windows are those of earlier versions
+            identity["whole_scan"] = asdict(whole_scan)
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def network(self) -> FeatureNetwork:

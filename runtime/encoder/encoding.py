@@ -160,6 +160,15 @@ def encode_scan(
     key = store.key(volume, bundle.preprocessing, bundle.encoder_id, OVERLAP, storage, precision=session.precision)
     features: Features | None = store.get(key)
     if features is None:
+        if bundle.whole_scan is not None and not store.is_empty():
+            before = bundle.id_with_windows
+            if store.contains(
+                store.key(volume, bundle.preprocessing, before, OVERLAP, storage, precision=session.precision)
+            ):
+                _log.warning(
+                    "the cached features of this scan are from windows, which this encoder does not use: the scan is "
+                    "encoded again, in one pass"
+                )
         plan = planned_encoding(grid, bundle, session, budget, storage)
         padded_shape = grid.shape if isinstance(plan, WholeScanPlan) else layout_of(grid, bundle).padded_shape
         meta = FeatureMapMeta(

@@ -129,6 +129,14 @@ class FeatureStore:
             digest.update(chunk.data)
         return digest.hexdigest()
 
+    def is_empty(self) -> bool:
+        """Return whether the store contains no complete feature map."""
+        return next(self._root.glob("*/entry"), None) is None
+
+    def contains(self, key: str) -> bool:
+        """Return whether the store contains a feature map, without opening it."""
+        return self._entry(key).exists()
+
     def get(self, key: str) -> FeatureMap | None:
         """Return the stored feature map, or ``None`` if the store does not contain the key.
 

@@ -153,7 +153,13 @@ def _provider(
         return "CPUExecutionProvider", {}
     if "CUDAExecutionProvider" not in library.get_available_providers():
         raise _cannot_use_gpu()
-    settings = {"device_id": device.index or 0, "use_tf32": 0, "user_compute_stream": str(stream.cuda_stream)}
+    settings = {
+        "device_id": device.index or 0,
+        "use_tf32": 0,
+        "user_compute_stream": str(stream.cuda_stream),
+        # The default, an exhaustive search, would search again for the size of every scan.
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
     return "CUDAExecutionProvider", settings
 
 

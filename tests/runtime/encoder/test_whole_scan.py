@@ -81,6 +81,23 @@ def test_a_budget_that_is_too_small_states_what_is_needed(bundle: EncoderBundle)
         planned_encoding(grid, bundle, session, enough)
 
 
+def test_cached_features_from_windows_are_not_used_and_this_is_said(
+    bundle: EncoderBundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    windowed = write_tiny_encoder(tmp_path / "windows.encoder")
+    assert bundle.id_with_windows == windowed.encoder_id != bundle.encoder_id
+    store = tmp_path / "store"
+    encoded(windowed, store)
+    with caplog.at_level(logging.WARNING):
+        encoded(bundle, store)
+        assert "from windows" in caplog.text
+        caplog.clear()
+        encoded(bundle, store)
+        encoded(windowed, store)
+    assert caplog.text == ""
+    assert len(list(store.glob("*/entry"))) == 2
+
+
 def failing_convolution(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> None:
     """Make the last convolutions of a pass fail."""
     convolution, left = rolling._PlaneConvolution.forward, [60, times]
