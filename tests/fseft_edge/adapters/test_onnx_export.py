@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -257,12 +256,9 @@ def test_wrong_outputs_adapters_and_encoders_are_refused_by_name(exported: Path,
     assert not (tmp_path / "a.onnx").exists()
 
 
-def documented_caller(folder: Path) -> Callable[[Path, Path, Path], None]:
+def documented_caller() -> Callable[[Path, Path, Path], None]:
     """Return the function ``segment(graph, scan, output)`` of the example in the documentation."""
-    page = (ROOT / "docs" / "export-adapter.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (folder / "segment_onnx.py").write_text(code)
-    caller: Callable[[Path, Path, Path], None] = runpy.run_path(str(folder / "segment_onnx.py"))["segment"]
+    caller: Callable[[Path, Path, Path], None] = runpy.run_path(str(ROOT / "docs" / "segment_onnx.py"))["segment"]
     return caller
 
 
@@ -280,7 +276,7 @@ def test_the_documented_example_gives_the_mask_of_the_toolkit_for_an_anisotropic
     volume = phantom(1, shape=(36, 24, 28), spacing=(5.0, 7.0, 6.5)).volume
     reoriented = nib.Nifti1Image(volume.array, volume.affine).as_reoriented([[2, -1], [0, 1], [1, -1]])
     nib.save(reoriented, tmp_path / "scan.nii.gz")
-    documented_caller(tmp_path)(exported / "a.onnx", tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz")
+    documented_caller()(exported / "a.onnx", tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz")
     mask = read_label_map(tmp_path / "mask.nii.gz")
     volume = read_ct(tmp_path / "scan.nii.gz")
     np.testing.assert_array_equal(mask.affine, volume.affine)
@@ -312,7 +308,7 @@ def test_the_documented_example_gives_the_mask_of_the_toolkit_for_a_real_ct(
 
     image = nib.load(real_ct / "headneck" / "ct" / "hn_002.nii.gz")
     nib.save(image.slicer[30:90, 34:94, 10:100], tmp_path / "scan.nii.gz")
-    documented_caller(tmp_path)(tmp_path / "a.onnx", tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz")
+    documented_caller()(tmp_path / "a.onnx", tmp_path / "scan.nii.gz", tmp_path / "mask.nii.gz")
     mask = read_label_map(tmp_path / "mask.nii.gz").array
     file = AdapterFile(description, adapter)
     expected = labels_of_toolkit(read_ct(tmp_path / "scan.nii.gz"), bundle, file, tmp_path / "cache")
