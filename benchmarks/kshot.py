@@ -229,7 +229,7 @@ def _make(run: Run, encoder: Path) -> Made:
         started = time.process_time()
         if run.method.endswith(TRANSDUCED) and path.exists():
             file = read_adapter(path)
-            file.check_encoder(bundle.encoder_id, path=path)
+            file.check_encoder(bundle, path=path)
             adapter = file.adapter
         else:
             trained = bench.train(support, ADAPTERS[name], TrainingSettings(seed=run.draw))

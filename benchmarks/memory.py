@@ -36,8 +36,8 @@ from fseft_edge.export.zoo import MODELS
 from fseft_edge.masks.memory_plan import plans as segmentation_plans
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
-from fseft_edge.runtime.encoder.encoding import OVERLAP, encode_scan
-from fseft_edge.runtime.encoder.encoding_plan import encoding_of, held_after_encoding
+from fseft_edge.runtime.encoder.encoding import OVERLAP, encode_scan, held_after_encoding
+from fseft_edge.runtime.encoder.encoding_plan import encoding_of
 from fseft_edge.runtime.encoder.feature_map import FeatureMap
 from fseft_edge.runtime.encoder.feature_store import open_store
 from fseft_edge.runtime.encoder.session import open_session
@@ -119,7 +119,7 @@ def segment_from_cache(bundle: EncoderBundle, scan: Path, adapter: Path, cache: 
     """Return the predicted memory and the time of segmenting from a cached feature map with one of the memory plans."""
     grid = Grid.of(read_ct(scan), bundle.preprocessing)
     with open_session(bundle) as session:
-        held = held_after_encoding(bundle, session)
+        held = held_after_encoding(grid, bundle, session)
     plan = list(segmentation_plans(grid, [spatial_adapter(bundle)], held))[which]
     budget = plan.footprint.ram / 1e9 if which else None
     result = segment_within(bundle, scan, adapter, budget, 0, cache=cache)

@@ -17,6 +17,7 @@ from fseft_edge.export.imported import graph_settings, import_model, write_impor
 from fseft_edge.export.onnx_graph import write_graph
 from fseft_edge.export.parity import (
     Classifier,
+    Engine,
     cpu_engines,
     head_of,
     parity_reports,
@@ -31,6 +32,7 @@ from fseft_edge.runtime.errors import CheckpointError, EnvironmentProblemError, 
 Tiling = Literal["whole", "windows"]
 
 _TOOLS = ("fseft-edge", "torch", "onnx", "onnxscript")
+_LONGEST_REASON = 300  # characters of the message of an engine that failed
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +158,7 @@ def write_encoder(
                 preprocessing=described.preprocessing,
                 volumes=parity_volumes,
                 whole_scan=whole_scan is not None,
+                on_failure=_log_failure,
             ):
                 parity[parity_key(report.backend, report.precision)] = report
                 _log_parity(report)
@@ -241,6 +244,16 @@ def _build_for_this_gpu(bundle: EncoderBundle, parity_volumes: Sequence[Path], c
         build_engines(bundle.path, parity_volumes=parity_volumes, classify=classify)
     except EnvironmentProblemError as error:
         _log.info("no engine for this machine's GPU: %s", error)
+
+
+def _log_failure(engine: Engine, error: Exception) -> None:
+    reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
+    _log.warning(
+        "%s in %s does not compute this encoder on this machine, so --backend auto will not use it: %s",
+        engine.backend,
+        engine.precision,
+        reason,
+    )
 
 
 def _log_parity(report: ParityReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -125,6 +126,7 @@ def parity_reports(
     preprocessing: Preprocessing,
     volumes: Sequence[Path],
     whole_scan: bool = False,
+    on_failure: Callable[[Engine, Exception], None] | None = None,
 ) -> list[ParityReport]:
     """Return one report per engine on the difference from PyTorch's plain forward pass on the CPU.
 
@@ -138,25 +140,38 @@ def parity_reports(
             noise, masks are not compared.
         whole_scan: whether the engines compute windows of any size. They are then also compared on a larger window of
             noise with sides of different, odd lengths.
+        on_failure: is called with an engine that fails on this machine, which then has no report. None raises the
+            engine's error instead.
 
     Raises:
         InputError: a CT cannot be read.
     """
-    comparisons = [_Comparison(engine, engine.load(), classify, len(network.levels)) for engine in engines]
-    if not comparisons:
-        return []
+
+    def works(engine: Engine, attempt: Callable[[], object]) -> bool:
+        try:
+            attempt()
+        except Exception as error:  # libraries of engines raise errors of any class
+            if on_failure is None:
+                raise
+            on_failure(engine, error)
+            return False
+        return True
+
+    comparisons = [_Comparison(engine, classify, len(network.levels)) for engine in engines]
+    comparisons = [one for one in comparisons if works(one.engine, one.load)]
+
+    def compare(windows: Tensor, *, masks: bool) -> None:
+        if not comparisons:
+            return
+        with torch.no_grad():
+            expected = network(windows)
+            logits = classify(expected) if masks else None
+        comparisons[:] = [one for one in comparisons if works(one.engine, partial(one.add, windows, expected, logits))]
+
     for windows in _ct_windows(volumes, preprocessing, window) if volumes else [noise_window(window)]:
-        with torch.no_grad():
-            expected = network(windows)
-            logits = classify(expected) if volumes else None
-        for comparison in comparisons:
-            comparison.add(windows, expected, logits)
+        compare(windows, masks=bool(volumes))
     if whole_scan:
-        windows = noise_window(_odd_size(window))
-        with torch.no_grad():
-            expected = network(windows)
-        for comparison in comparisons:
-            comparison.add(windows, expected, None)
+        compare(noise_window(_odd_size(window)), masks=False)
     return [comparison.report("ct" if volumes else "noise") for comparison in comparisons]
 
 
@@ -169,10 +184,9 @@ def _odd_size(window: tuple[int, int, int]) -> tuple[int, int, int]:
 class _Comparison:
     """Comparison of one engine with the reference, window by window."""
 
-    def __init__(
-        self, engine: Engine, run: Callable[[Tensor], Sequence[Tensor]], classify: Classifier, levels: int
-    ) -> None:
-        self._engine, self._run, self._classify = engine, run, classify
+    def __init__(self, engine: Engine, classify: Classifier, levels: int) -> None:
+        self.engine, self._classify = engine, classify
+        self._run: Callable[[Tensor], Sequence[Tensor]] | None = None
         self._windows = 0
         self._errors = [0.0] * levels
         # Voxel counts. The first addition broadcasts them to one count per organ.
@@ -180,8 +194,13 @@ class _Comparison:
             4, 1, dtype=torch.int64
         )
 
+    def load(self) -> None:
+        """Load the graph into the engine."""
+        self._run = self.engine.load()
+
     def add(self, windows: Tensor, expected: Sequence[Tensor], logits: Tensor | None) -> None:
         """Compare the features of windows and, with the logits of the reference, the masks."""
+        assert self._run is not None  # noqa: S101 - load() comes first
         with torch.no_grad():
             features = [level.cpu() for level in self._run(windows)]
             self._errors = [max(pair) for pair in zip(self._errors, relative_errors(expected, features), strict=True)]
@@ -200,12 +219,12 @@ class _Comparison:
         )
         dsc = 2 * self._common_voxels[compared] / (self._engine_voxels[compared] + self._reference_voxels[compared])
         return ParityReport(
-            backend=self._engine.backend,
-            precision=self._engine.precision,
-            version=self._engine.version,
+            backend=self.engine.backend,
+            precision=self.engine.precision,
+            version=self.engine.version,
             source=source,
             windows=self._windows,
-            gate=GATES[self._engine.precision],
+            gate=GATES[self.engine.precision],
             relative_error=tuple(self._errors),
             mask_dsc=float(dsc.min()) if source == "ct" and len(dsc) else None,
         )

@@ -28,7 +28,7 @@ from fseft_edge.adapters.described_tensors import (
     write_described,
 )
 from fseft_edge.adapters.network import Adapter, AdapterSettings, Levels
-from fseft_edge.runtime.encoder.bundle import sha256_of_file
+from fseft_edge.runtime.encoder.bundle import EncoderBundle, sha256_of_file
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.scans.intensities import HuPercentiles
@@ -236,18 +236,19 @@ class AdapterFile:
     sha256: str | None = None
     locator: Locator | None = None
 
-    def check_encoder(self, encoder_id: str, *, path: Path | None) -> None:
+    def check_encoder(self, bundle: EncoderBundle, *, path: Path | None) -> None:
         """Raise AdapterError if the adapter was trained on the features of another encoder.
 
         Args:
-            encoder_id: id of the given encoder.
+            bundle: the given encoder.
             path: file of the adapter, for the message; None for an adapter in memory.
         """
-        if encoder_id != self.description.encoder_id:
+        if bundle.encoder_id != self.description.encoder_id:
             raise AdapterError(
                 f"{path or 'The adapter in memory'} was trained with the encoder {self.description.encoder_name} "
-                f"(id {self.description.encoder_id[:12]}), but the given encoder has the id {encoder_id[:12]}.",
-                remedy="Give the encoder of the adapter with --encoder, or run `fseft-edge adapt` with this encoder.",
+                f"(id {self.description.encoder_id[:12]}), but the given encoder has the id {bundle.encoder_id[:12]}.",
+                remedy=bundle.tiling_explained(self.description.encoder_id)
+                + "Give the encoder of the adapter with --encoder, or run `fseft-edge adapt` with this encoder.",
             )
 
 

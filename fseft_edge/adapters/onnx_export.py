@@ -82,7 +82,7 @@ def export_adapter(adapter: str | Path, output: str | Path, *, encoder: str | Pa
         )
     file = read_adapter(adapter)
     bundle = open_encoder(encoder or find_encoder(adapter, file.description.encoder_id, file.description.encoder_name))
-    file.check_encoder(bundle.encoder_id, path=adapter)
+    file.check_encoder(bundle, path=adapter)
     if bundle.path.resolve() in output.resolve().parents:
         raise UsageError(
             f"The output {output} is inside the encoder bundle {bundle.path}.",

@@ -33,7 +33,7 @@ def _classifier(bundle: Path, adapter: Path | None) -> Classifier | None:
     if adapter is None:
         return None
     file = read_adapter(adapter)
-    file.check_encoder(EncoderBundle.open(bundle).encoder_id, path=adapter)
+    file.check_encoder(EncoderBundle.open(bundle), path=adapter)
     return file.adapter.log_odds
 
 
@@ -67,8 +67,8 @@ def _listed(values: tuple[str, ...]) -> list[str]:
 @click.option(
     "--tiling",
     type=click.Choice(["whole", "windows"]),
-    help="How the encoder computes a scan: the whole scan in one pass, or windows whose features are blended. Adapters "
-    "belong to one of both.  [default: whole if the network allows it]",
+    help="How the encoder computes a scan: the whole scan in one pass, or windows whose features are blended. "
+    "An adapter belongs to one of the two.  [default: whole if the network allows it]",
 )
 @logging_options
 def export(

@@ -174,7 +174,7 @@ def _read_adapter(
         AdapterError: the adapter cannot be read, or was trained with another encoder.
     """
     file = read_adapter(adapter)
-    file.check_encoder(bundle.encoder_id, path=adapter)
+    file.check_encoder(bundle, path=adapter)
     found = {organ.name: organ for organ in file.description.organs}
     if found.keys() != {organ.name for organ in organs}:
         raise UsageError(

@@ -91,7 +91,8 @@ class TuningFile:
             raise AdapterError(
                 f"{path} belongs to the encoder {self.description.encoder_name} (id "
                 f"{self.description.encoder_id[:12]}), but {bundle.path} has the id {bundle.encoder_id[:12]}.",
-                remedy="Set --encoder to the encoder that was fine-tuned.",
+                remedy=bundle.tiling_explained(self.description.encoder_id)
+                + "Set --encoder to the encoder that was fine-tuned.",
             )
 
 

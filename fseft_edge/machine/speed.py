@@ -96,7 +96,7 @@ def benchmark(
         check_writable(remembered_speed.speeds_file())
     adapter = None if adapter is None else Path(adapter)
     if adapter is not None:
-        read_adapter(adapter).check_encoder(bundle.encoder_id, path=adapter)
+        read_adapter(adapter).check_encoder(bundle, path=adapter)
     flop = flop_of(bundle.network(), bundle.window)
     with ExitStack() as stack:
         paths = [path for scan in scans for path in list_cases(Path(scan))]
@@ -115,7 +115,11 @@ def benchmark(
         raise EnvironmentProblemError(first.message, remedy=first.remedy)
     ceilings = {precision: max(found) for precision, found in samples.ceilings.items()}
     speeds = tuple(_encoder_speeds(samples, flop, ceilings))
-    file = remembered_speed.remember(bundle, target, _seconds_a_window(speeds)) if remember else None
+    scan_speeds = tuple(_scan_speeds(samples))
+    seconds = _seconds_a_window(speeds)
+    if bundle.whole_scan is not None:
+        seconds = _seconds_for_scans(scan_speeds, len(paths)) or seconds
+    file = remembered_speed.remember(bundle, target, seconds) if remember else None
     return SpeedReport(
         version=__version__,
         machine=machine,
@@ -129,7 +133,7 @@ def benchmark(
         ceilings=ceilings,
         rounds=rounds,
         encoder=speeds,
-        scans=tuple(_scan_speeds(samples)),
+        scans=scan_speeds,
         failures=tuple(samples.failures),
         remembered=str(file) if file else None,
     )
@@ -271,6 +275,14 @@ def _seconds_a_window(speeds: Sequence[EncoderSpeed]) -> dict[tuple[str, str], f
         configuration = (speed.backend, speed.precision)
         rates[configuration] = max(speed.windows_a_second, rates.get(configuration, 0.0))
     return {configuration: 1 / rate for configuration, rate in rates.items()}
+
+
+def _seconds_for_scans(speeds: Sequence[ScanSpeed], scans: int) -> dict[tuple[str, str], float]:
+    """Return the median seconds of the stage ``encode``, added for all scans; without configurations that failed."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for speed in speeds:
+        found.setdefault((speed.backend, speed.precision), []).append(speed.stages["encode"])
+    return {configuration: sum(seconds) for configuration, seconds in found.items() if len(seconds) == scans}
 
 
 def _largest_ram(turns: Iterator[Peaks]) -> int:

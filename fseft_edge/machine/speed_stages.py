@@ -23,6 +23,7 @@ from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.encoder.streaming import stream_features
+from fseft_edge.runtime.encoder.whole_scan import stream_whole_scan
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.nifti import write_label_map
 from fseft_edge.runtime.scans.sources import Scan, find_scan, read_scan
@@ -78,15 +79,17 @@ def stage_times(work: Callable[[], object]) -> StageTimes:
         """Return the seconds in functions, including the functions they call; none of them may call another."""
         return sum(entries.get(cast("FunctionType", function).__code__, 0.0) for function in functions)
 
-    section, encode, stream = inside(Grid.section), inside(EncoderSession.encode), inside(stream_features)
+    section, windows, blended = inside(Grid.section), inside(EncoderSession.encode), inside(stream_features)
+    in_one_pass = inside(stream_whole_scan)
+    encode = in_one_pass - section if in_one_pass else windows
     adapter = inside(predict_sections)
     opening = inside(EncoderBundle.open, open_session)
     seconds = {
         "read": inside(find_scan, Scan.read),
         "grid": inside(Grid.of) + section,
         "encode": encode,
-        "blend": stream - section - encode,
-        "store": inside(FeatureStore.key, FeatureStore.get, FeatureStore.build) - stream,
+        "blend": 0.0 if in_one_pass else blended - section - windows,
+        "store": inside(FeatureStore.key, FeatureStore.get, FeatureStore.build) - blended - in_one_pass,
         "adapter": adapter,
         "back": inside(Grid.to_source) - adapter,
         "write": inside(write_label_map),

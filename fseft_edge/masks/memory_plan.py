@@ -71,7 +71,7 @@ def plan_segmentation(
         adapters: adapters that segment the scan.
         budget: memory that may be used.
         held: bytes that the process uses before the segmentation
-            (:func:`fseft_edge.runtime.encoder.encoding_plan.held_after_encoding`).
+            (:func:`fseft_edge.runtime.encoder.encoding.held_after_encoding`).
         probabilities: the probabilities are also written to files.
 
     Raises:

@@ -49,7 +49,7 @@ def load_models(settings: SegmentationSettings, in_memory: Sequence[AdapterFile]
     encoder = settings.encoder or find_encoder(first, of_first.encoder_id, of_first.encoder_name)
     bundle = open_encoder(encoder)
     for path, file in zip((*settings.adapters, *[None] * len(in_memory)), files, strict=True):
-        file.check_encoder(bundle.encoder_id, path=path)
+        file.check_encoder(bundle, path=path)
     check_organs(files)
     if settings.transduction is not None:
         settings.transduction.check(files)

@@ -253,7 +253,7 @@ class OrganSegmenter:
                 whole_scan=self.whole_scan,
             )
             bundle = open_encoder(self.encoder)
-            file.check_encoder(bundle.encoder_id, path=None)
+            file.check_encoder(bundle, path=None)
             with ExitStack() as stack:
                 opened = open_segmenter(settings, self.progress, models=LoadedModels((file,), bundle))
                 segmenter = stack.enter_context(opened)
@@ -293,7 +293,7 @@ def load(
     path = Path(adapter)
     file = read_adapter(path)
     found = encoder or find_encoder(path, file.description.encoder_id, file.description.encoder_name)
-    file.check_encoder(open_encoder(found).encoder_id, path=path)
+    file.check_encoder(open_encoder(found), path=path)
     model = OrganSegmenter(
         {organ.name: organ.label for organ in file.description.organs},
         found,

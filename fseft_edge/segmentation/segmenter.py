@@ -35,8 +35,13 @@ from fseft_edge.outbox.records import printable
 from fseft_edge.report.pictures import three_plane_picture
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
-from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of, planned_encoding
-from fseft_edge.runtime.encoder.encoding_plan import held_after_encoding
+from fseft_edge.runtime.encoder.encoding import (
+    EncodedScan,
+    encode_scan,
+    held_after_encoding,
+    layout_of,
+    planned_encoding,
+)
 from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
 from fseft_edge.runtime.encoder.session import open_session
@@ -219,7 +224,7 @@ class Segmenter:
             _LOG.warning("%s: %s", printable(scan.name), warning)
         grid = Grid.of(volume, self.bundle.preprocessing)
         # A budget that is too small is reported before the long computation.
-        held = held_after_encoding(self.bundle, self.session)
+        held = held_after_encoding(grid, self.bundle, self.session)
         adapters = [file.adapter for file in self.adapters]
         try:
             plan = plan_segmentation(

@@ -317,6 +317,12 @@ class EncoderBundle:
         """The id of the same encoder with windows, which earlier versions wrote."""
         return self._id(None)
 
+    def tiling_explained(self, encoder_id: str) -> str:
+        """Return a sentence for a remedy if an id is that of this encoder with windows; else an empty text."""
+        if self.manifest.whole_scan is None or encoder_id != self.id_with_windows:
+            return ""
+        return "The other encoder is the same network with windows: `fseft-edge export --tiling windows` writes it. "
+
     def _id(self, whole_scan: WholeScan | None) -> str:
         manifest = self.manifest
         identity = {

@@ -26,6 +26,8 @@ CORE = 192
 # Measured for a head and neck in one chunk; the factors of a window are smaller. ONNX Runtime copies upsampled features
 # to cut them. OpenVINO keeps the memory of all tensors, and copies the features.
 _ENGINE_FACTOR = {"onnxruntime": 1.65, "openvino": 1.55}
+# Part of this memory that an open session keeps, measured.
+_KEPT_BY_ENGINE = {"openvino": 0.75}
 
 Range = tuple[int, int]
 
@@ -103,3 +105,9 @@ def chunk_bytes(session: EncoderSession, shape: tuple[int, int, int]) -> int:
     chunk = (shape[0], shape[1], longest)
     factor = _ENGINE_FACTOR.get(session.backend, engine_factor(session))
     return int(factor * activation_bytes("residual_unet", settings, chunk, slabwise=False))
+
+
+def kept_after_chunks(session: EncoderSession, shape: tuple[int, int, int]) -> int:
+    """Return the bytes that an open session keeps after it has encoded a grid (arguments: :func:`chunk_bytes`)."""
+    kept = 0 if session.device.type == "cuda" else _KEPT_BY_ENGINE.get(session.backend, 0.0)
+    return int(kept * chunk_bytes(session, shape)) if kept else 0

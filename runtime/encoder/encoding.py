@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
-from fseft_edge.runtime.encoder.encoding_plan import EncodingPlan, plan_encoding
+from fseft_edge.runtime.encoder.chunks import kept_after_chunks
+from fseft_edge.runtime.encoder.encoding_plan import FIRST_USE, EncodingPlan, kept_after_windows, plan_encoding
 from fseft_edge.runtime.encoder.feature_map import FeatureMapMeta, Features
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
@@ -103,6 +104,19 @@ def planned_encoding(
     if bundle.whole_scan is not None:
         return plan_whole_scan(grid.shape, session, budget, stored_bytes=stored_bytes)
     return plan_encoding(layout_of(grid, bundle), bundle, session, budget, stored_bytes=stored_bytes)
+
+
+def held_after_encoding(grid: Grid, bundle: EncoderBundle, session: EncoderSession) -> int:
+    """Return the predicted memory of the process after encoding a scan, with the session still open, in bytes.
+
+    Args:
+        grid: grid of the scan.
+        bundle: encoder bundle.
+        session: open session of the same encoder.
+    """
+    if bundle.whole_scan is not None:
+        return session.held_before + FIRST_USE + kept_after_chunks(session, grid.shape)
+    return session.held_before + FIRST_USE + kept_after_windows(bundle, session)
 
 
 def _sections(

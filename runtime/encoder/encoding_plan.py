@@ -198,10 +198,10 @@ def engine_factor(session: EncoderSession) -> float:
     return _ENGINE_FACTOR.get(session.backend, _OTHER_ENGINES) * (_GPU_WORKSPACE_FACTOR if on_gpu else 1.0)
 
 
-def held_after_encoding(bundle: EncoderBundle, session: EncoderSession) -> int:
-    """Return the predicted memory of the process after encoding a scan, with the session still open, in bytes."""
+def kept_after_windows(bundle: EncoderBundle, session: EncoderSession) -> int:
+    """Return the bytes that an open session keeps after it has encoded windows."""
     kept = 0 if session.device.type == "cuda" else _KEPT_BY_ENGINE.get(session.backend, 0.0)
-    return session.held_before + FIRST_USE + int(kept * _activations(bundle, session))
+    return int(kept * _activations(bundle, session))
 
 
 def _activations(bundle: EncoderBundle, session: EncoderSession) -> int:

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Record(BaseModel):
-    """Seconds per window for each ``BACKEND PRECISION`` that was measured."""
+    """Seconds for each ``BACKEND PRECISION`` that was measured (:func:`remember`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,6 +85,12 @@ def remembered_order(bundle: EncoderBundle, device: torch.device) -> list[tuple[
 
 def remember(bundle: EncoderBundle, device: torch.device, seconds_a_window: Mapping[tuple[str, str], float]) -> Path:
     """Store measured speeds, and return the path of the file. An earlier record of the encoder and device is replaced.
+
+    Args:
+        bundle: encoder that was measured.
+        device: device on which it was measured.
+        seconds_a_window: seconds of each backend and precision. Only their order matters. For an encoder that computes
+            whole scans, they are the seconds for the scans of the benchmark.
 
     Raises:
         OutOfSpaceError: the file cannot be written.

@@ -210,15 +210,15 @@ def test_engines_of_the_built_in_encoder_are_built_for_every_target(rtx: ModuleT
 
 
 def test_export_builds_the_requested_engines(
-    small_graph: Path,
-    small_mixed_graph: Path,
+    small_whole_graph: Path,
+    small_whole_mixed_graph: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: Callable[..., Result],
 ) -> None:
-    graphs = {"float32": small_graph, "mixed": small_mixed_graph}
+    graphs = {"float32": small_whole_graph, "mixed": small_whole_mixed_graph}
 
-    def copy(network: object, window: object, path: Path, precision: str = "float32") -> None:
+    def copy(network: object, window: object, path: Path, precision: str = "float32", *, whole_scan: object) -> None:
         shutil.copyfile(graphs[precision], path)
 
     monkeypatch.setattr(export, "write_graph", copy)  # the exporter takes seconds

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -67,6 +69,30 @@ def test_comparison_on_noise_is_not_sufficient_for_a_lower_precision() -> None:
 
 def test_reports_are_reproducible(engines: list[Engine]) -> None:
     assert reports(engines) == reports(engines)
+
+
+def test_an_engine_that_fails_has_no_report_and_the_others_have_one(engines: list[Engine]) -> None:
+    def refuses() -> NoReturn:
+        raise RuntimeError("unsupported instruction")
+
+    def crashes() -> Callable[[torch.Tensor], NoReturn]:
+        return lambda _: refuses()
+
+    failing = [Engine("openvino", "bfloat16", "1", refuses), Engine("tensorrt", "mixed", "1", crashes)]
+    failed: list[tuple[str, str]] = []
+    found = parity_reports(
+        small_network(),
+        [*failing, *engines],
+        classify=head_of(*HEAD),
+        window=WINDOW,
+        preprocessing=Preprocessing(),
+        volumes=(),
+        on_failure=lambda engine, error: failed.append((engine.backend, str(error))),
+    )
+    assert failed == [("openvino", "unsupported instruction"), ("tensorrt", "unsupported instruction")]
+    assert [(report.backend, report.precision) for report in found] == [(one.backend, one.precision) for one in engines]
+    with pytest.raises(RuntimeError, match="unsupported instruction"):
+        reports([failing[1]])
 
 
 def test_mixed_graph_has_its_own_gate(engines: list[Engine]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doubles.encoder import write_random_adapter, write_tiny_encoder
 from doubles.errors import refused
 from doubles.features import random_features
 from safetensors import safe_open
@@ -181,12 +182,20 @@ def test_a_file_of_an_older_version_without_hu_is_read_and_keeps_its_checksum(tm
     assert (tmp_path / "again.adapter").read_bytes() == (tmp_path / "old.adapter").read_bytes()
 
 
-def test_another_encoder_is_refused_by_a_message_that_names_the_file_and_both_encoders() -> None:
+def test_another_encoder_is_refused_by_a_message_that_names_the_file_and_both_encoders(tmp_path: Path) -> None:
+    windows = write_tiny_encoder(tmp_path / "windows.encoder")
+    whole = write_tiny_encoder(tmp_path / "whole.encoder", whole_scan=True)
     file = random_adapter()
-    file.check_encoder("ab" * 32, path=Path("site.adapter"))
-    with refused(AdapterError, "site.adapter", "tiny", "ab" * 6, "cd" * 6) as caught:
-        file.check_encoder("cd" * 32, path=Path("site.adapter"))
+    with refused(AdapterError, "site.adapter", "tiny", "ab" * 6, windows.encoder_id[:12]) as caught:
+        file.check_encoder(windows, path=Path("site.adapter"))
     assert "--encoder" in caught.value.remedy
+    assert "--tiling" not in caught.value.remedy
+
+    of_windows = write_random_adapter(tmp_path / "site.adapter", windows)
+    of_windows.check_encoder(windows, path=Path("site.adapter"))
+    with refused(AdapterError, "site.adapter") as caught:
+        of_windows.check_encoder(whole, path=Path("site.adapter"))
+    assert "--tiling windows" in caught.value.remedy
 
 
 def test_a_changed_byte_at_any_position_is_detected(tmp_path: Path) -> None:

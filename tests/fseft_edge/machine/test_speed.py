@@ -45,6 +45,7 @@ from fseft_edge.machine.speed_tables import speed_tables
 from fseft_edge.runtime.encoder import feature_store
 from fseft_edge.runtime.encoder.backends.pytorch import TorchSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
+from fseft_edge.runtime.encoder.networks import rolling
 from fseft_edge.runtime.encoder.remembered_speed import remembered_order, speeds_file
 from fseft_edge.runtime.errors import (
     EncoderBundleError,
@@ -155,7 +156,7 @@ def test_every_stage_has_the_time_spent_in_it(
         (Grid, "_interpolated", 5),
         (TorchSession, "_encode_batch", 7),
         (feature_store, "write_feature_map", 11),
-        (fseft_edge.masks.prediction, "_predict_block", 13),
+        (fseft_edge.masks.prediction, "predict_block", 13),
         (Grid, "_piece", 17),
         (nifti, "_write", 19),
         (fseft_edge.masks.prediction, "decide", 23),
@@ -169,12 +170,12 @@ def test_every_stage_has_the_time_spent_in_it(
         "grid": 5 * calls.count("_interpolated"),
         "encode": 7 * calls.count("_encode_batch"),
         "store": 11,
-        "adapter": 13 * calls.count("_predict_block"),
+        "adapter": 13 * calls.count("predict_block"),
         "back": 17 * calls.count("_piece"),
         "write": 19,
         "other": 23 * calls.count("decide"),
     }
-    assert min(map(calls.count, ("_interpolated", "_encode_batch", "_predict_block", "_piece", "decide"))) > 0
+    assert min(map(calls.count, ("_interpolated", "_encode_batch", "predict_block", "_piece", "decide"))) > 0
 
 
 def test_without_an_adapter_the_last_stage_stores_the_features(bundle: EncoderBundle, scan: Path) -> None:
@@ -182,6 +183,19 @@ def test_without_an_adapter_the_last_stage_stores_the_features(bundle: EncoderBu
     assert list(times.stages) == ["read", "grid", "encode", "blend", "store", "other"]
     assert set(times.stages) < set(STAGES)
     assert times.opening > 0
+
+
+def test_a_whole_scan_has_no_blend_and_its_network_is_the_stage_encode(
+    tmp_path: Path, clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_tiny_encoder(tmp_path / "tiny.encoder", whole_scan=True)
+    image, _ = write_case(tmp_path, "case_1", 1)
+    calls: list[str] = []
+    for owner, name, ticks in ((Grid, "_interpolated", 5), (rolling._Ring, "planes", 7)):
+        clock.slow(monkeypatch, owner, name, ticks, calls)
+    how = {"encoder": bundle.path, "backend": "torch", "precision": "float32", "device": "cpu"}
+    times = stage_times(lambda: encoded(image, **how))
+    assert times.stages == {"grid": 5 * calls.count("_interpolated"), "encode": 7 * calls.count("planes")}
 
 
 def use_worker(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
@@ -265,7 +279,8 @@ class FakeProcesses:
         if failure is not None:
             raise failure
         if isinstance(job, ScanJob):
-            return ScanSample(open_seconds=1.0, stages={"read": 1.0, "encode": 3.0}, peaks=NO_VRAM)
+            encoding = {"torch": 3.0, "onnxruntime": 5.0}[job.backend]
+            return ScanSample(open_seconds=1.0, stages={"read": 1.0, "encode": encoding}, peaks=NO_VRAM)
         seconds = {"torch": 2.0, "onnxruntime": 1.0}[job.backend] * job.batch
         return EncoderSample(open_seconds=0.5, first_seconds=9.0, seconds=(seconds,) * 3, peaks=NO_VRAM)
 
@@ -372,6 +387,17 @@ def test_the_order_is_stored_on_request(bundle: EncoderBundle, scan: Path, proce
     report = benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1, remember=True)
     assert report.remembered == str(speeds_file())
     assert remembered_order(bundle, CPU) == [("onnxruntime", "float32"), ("torch", "float32")]
+
+
+def test_backends_for_whole_scans_are_remembered_in_the_order_of_their_time_for_the_scans(
+    tmp_path: Path, scan: Path, processes: FakeProcesses
+) -> None:
+    bundle = write_tiny_encoder(tmp_path / "tiny.encoder", whole_scan=True)
+    benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1, remember=True)
+    assert remembered_order(bundle, CPU) == [("torch", "float32"), ("onnxruntime", "float32")]
+    processes.failing[("torch", scan.name)] = OutOfMemoryError("Out of memory.", remedy="Close programs.")
+    benchmark(bundle.path, scans=[scan], backends=BOTH, device="cpu", rounds=1, remember=True)
+    assert remembered_order(bundle, CPU) == [("onnxruntime", "float32")]
 
 
 def test_tables_fit_100_columns(bundle: EncoderBundle, scan: Path, processes: FakeProcesses) -> None:

@@ -24,7 +24,9 @@ from fseft_edge.runtime.scans.organs import OrganLabel
 def test_zero_shot_probabilities_of_a_real_ct_equal_those_of_monai(
     real_ct: Path, tmp_path: Path, storage: str, tolerance: float
 ) -> None:
-    bundle = export_encoder(None, model="edge_base", output=tmp_path / "edge_base.encoder", onnx=False)
+    bundle = export_encoder(
+        None, model="edge_base", output=tmp_path / "edge_base.encoder", onnx=False, tiling="windows"
+    )
     organs = [OrganLabel("mandible", 7), OrganLabel("spinal_cord", 2)]
     zero_shot = zero_shot_adapter(bundle, organs)
     volume = read_ct(real_ct / "headneck" / "ct" / "hn_004.nii.gz")  # four windows, side by side along two axes

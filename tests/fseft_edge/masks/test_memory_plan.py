@@ -110,14 +110,14 @@ def test_segmentation_repeats_with_smaller_pieces_if_memory_is_exhausted(
     write_random_adapter(tmp_path / "a.adapter", bundle)
     where: Any = {"device": "cpu", "backend": "torch", "cache": tmp_path / "cache"}
     (expected,) = segment([image], [tmp_path / "a.adapter"], tmp_path / "ample", **where)
-    predict = prediction._predict_block
+    predict = prediction.predict_block
 
     def scarce(adapter: Adapter, encoded: EncodedScan, core: Box) -> NDArray[np.float32]:
         if max(core.shape) > largest_block:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return predict(adapter, encoded, core)
 
-    monkeypatch.setattr(prediction, "_predict_block", scarce)
+    monkeypatch.setattr(prediction, "predict_block", scarce)
     caplog.clear()
     if not is_enough:
         with refused(OutOfMemoryError, LEAST.tile, LEAST.slab) as caught:

@@ -56,6 +56,11 @@ class Tab:
     def text(self, selector: str) -> str:
         return str(self.page.inner_text(selector))
 
+    def add_console_line(self, line: Any) -> None:
+        """Keep an error or a warning of the browser's console, with the address that it concerns."""
+        if line.type in ("error", "warning"):
+            self.problems.append(f"{line.text} ({line.location['url']})")
+
     def canvas(self) -> NDArray[np.int64]:
         """Return the displayed colours of the canvas, ``[height, width, 3]``."""
         picture = Image.open(io.BytesIO(self.page.locator("#canvas").screenshot()))
@@ -93,7 +98,7 @@ def tab(chromium: Any) -> Iterator[Tab]:
     tab = Tab(page)
     page.on("request", lambda request: tab.requested.append(request.url))
     page.on("pageerror", lambda error: tab.problems.append(str(error)))
-    page.on("console", lambda line: tab.problems.append(line.text) if line.type in ("error", "warning") else None)
+    page.on("console", tab.add_console_line)
     yield tab
     context.close()
 

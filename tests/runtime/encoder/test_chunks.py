@@ -15,7 +15,7 @@ from torch import Tensor
 from fseft_edge.runtime.encoder import chunks
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
-from fseft_edge.runtime.encoder.chunks import chunk_bytes, chunks_of, encoded_in_chunks
+from fseft_edge.runtime.encoder.chunks import chunk_bytes, chunks_of, encoded_in_chunks, kept_after_chunks
 from fseft_edge.runtime.encoder.networks.base import WholeScan
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.encoder.whole_scan import plan_whole_scan, stream_whole_scan
@@ -113,3 +113,12 @@ def test_a_budget_that_is_too_small_for_a_chunk_is_refused(session: EncoderSessi
 
 def test_longer_scans_need_no_more_memory_than_the_largest_chunk(session: EncoderSession) -> None:
     assert chunk_bytes(session, (64, 64, 5000)) <= chunk_bytes(session, (64, 64, 3 * chunks.CORE))
+
+
+def test_only_openvino_keeps_the_memory_of_a_chunk(session: EncoderSession) -> None:
+    shape = (64, 64, 100)
+    kept = kept_after_chunks(session, shape)
+    if session.backend == "openvino":
+        assert chunk_bytes(session, shape) / 2 < kept <= chunk_bytes(session, shape)
+    else:
+        assert kept == 0

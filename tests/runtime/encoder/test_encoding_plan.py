@@ -14,12 +14,13 @@ from doubles.errors import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fseft_edge.runtime.encoder.encoding import encode_scan
-from fseft_edge.runtime.encoder.encoding_plan import Encoding, encoding_of, held_after_encoding
+from fseft_edge.runtime.encoder.encoding import encode_scan, held_after_encoding
+from fseft_edge.runtime.encoder.encoding_plan import Encoding, encoding_of
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.encoder.windows import WindowLayout
 from fseft_edge.runtime.errors import OutOfMemoryError
+from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.system.memory import GB, Budget, first_that_fits
 
 SIDES = st.tuples(*[st.integers(1, 700)] * 3)
@@ -119,10 +120,11 @@ def test_running_out_of_memory_while_storing_is_an_error_with_a_remedy(
 def test_a_second_scan_does_not_need_a_larger_budget(tmp_path: Path) -> None:
     """Engines keep memory of the first scan's windows and use this memory again, so it must not count twice."""
     bundle = write_tiny_encoder(tmp_path / "tiny.encoder")
+    grid = Grid.of(scan(1).volume, bundle.preprocessing)
     with open_session(bundle, device="cpu", backend="torch") as session:
         layout = WindowLayout.plan((64, 48, 56), bundle.window, 8)
         first = list(encoding_of(layout, bundle, session).plans())
         kept = torch.ones(1 << 25)  # 128 MiB that represent memory kept by an engine
         assert list(encoding_of(layout, bundle, session).plans()) == first
-        assert held_after_encoding(bundle, session) <= session.held_before + (64 << 20)
+        assert held_after_encoding(grid, bundle, session) <= session.held_before + (64 << 20)
     assert kept[0] == 1
