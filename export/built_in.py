@@ -54,10 +54,14 @@ def open_encoder(encoder: str | Path) -> EncoderBundle:
 
 
 def exported_built_in_encoders() -> list[Path]:
-    """Return the bundles of built-in models that this user and version of the toolkit have exported."""
+    """Return the bundles of built-in models that were exported for this user, those of this version first.
+
+    Bundles of earlier versions remain for the adapters that were trained with them.
+    """
     built_in = [name for name, spec in MODELS.items() if spec.built_in is not None]
-    bundles = [_folder() / f"{_bundle_name(name)}.encoder" for name in built_in]
-    return [bundle for bundle in bundles if bundle.exists()]
+    current = [_folder() / f"{_bundle_name(name)}.encoder" for name in built_in]
+    found = {path for name in built_in for path in _folder().glob(f"{name}-*.encoder")}
+    return [path for path in current if path in found] + sorted(found.difference(current))
 
 
 def _folder() -> Path:

@@ -124,9 +124,13 @@ def write_encoder(
     network = loaded.network or _built(loaded)
     whole_scan = None if tiling == "windows" else network.whole_scan
     if tiling == "whole" and whole_scan is None:
+        reason = (
+            "networks of your own are computed in windows"
+            if loaded.network is not None
+            else "its features depend on the window, which it normalises by itself or attends to as a whole"
+        )
         raise UsageError(
-            f"The encoder {loaded.model.description.name} cannot compute a whole scan in one pass: its features depend "
-            "on the window, because it normalises each window by itself or attends to all of it.",
+            f"The encoder {loaded.model.description.name} cannot compute a whole scan in one pass: {reason}.",
             remedy="Leave out --tiling.",
         )
     described, source = loaded.model.description, loaded.source

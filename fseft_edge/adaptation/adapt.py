@@ -270,11 +270,11 @@ def _located(
 
 
 def _log_windows(support: Sequence[SupportScan]) -> None:
-    """Log how many windows of the support scans were encoded before the training."""
+    """Log how many windows of the support scans the training uses."""
     maps = [scan.features for scan in support if isinstance(scan.features, FeaturesOnDemand)]
     _LOG.info(
-        "%d of %d windows of the support scans were encoded, those around the organs and some elsewhere",
-        sum(features.encoded for features in maps),
+        "training uses %d of %d windows of the support scans, those around the organs and some elsewhere",
+        sum(features.asked for features in maps),
         sum(features.windows for features in maps),
     )
 

@@ -285,6 +285,7 @@ class _Scores:
             encoded = EncodedScan(scan.grid, scan.features)
             if scan.located is not None and isinstance(scan.features, FeaturesOnDemand):
                 labels = decide_region(encoded, [adapter], scan.located, cuts=scan.features.edges).found.labels
+                scan.features.release()
             else:
                 labels = segment_encoded(encoded, [adapter])
             self._scores.add(labels, *scan.reference, scan.annotated & known)

@@ -51,12 +51,12 @@ class PartialEncoding:
         for _ in range(_PLACES_TO_TRY):
             centre = random.integers(0, scan.shape)
             core = Box(*((int(c) - _BLOCK_REACH, int(c) + _BLOCK_REACH) for c in centre))
-            needed = features.need(read_by([self.adapter], core).ranges)
+            needed = features.not_asked(read_by([self.adapter], core).ranges)
             if 0 < needed <= left:
                 region.append(self._centres(core, features, scan))
                 left -= needed
         features.release()
-        return tuple(region) if features.encoded < features.windows else ()
+        return tuple(region) if features.asked < features.windows else ()
 
     def _centres(self, core: Box, features: FeaturesOnDemand, scan: SupportScan) -> Box:
         """Encode the windows that blocks in a box need; return the centres of all blocks that need no other windows."""

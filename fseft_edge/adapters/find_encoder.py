@@ -28,17 +28,21 @@ def find_encoder(adapter: Path | None, encoder_id: str, encoder_name: str) -> Pa
     Raises:
         InputError: none of these places contains the encoder.
     """
+    explained = ""
     for path in _candidates(adapter):
         try:
-            if EncoderBundle.open(path).encoder_id == encoder_id:
-                return path
+            bundle = EncoderBundle.open(path)
         except EncoderBundleError as error:
             _LOG.warning("%s is skipped: %s", path, error)
+            continue
+        if bundle.encoder_id == encoder_id:
+            return path
+        explained = explained or bundle.tiling_explained(encoder_id)
     raise InputError(
         f"{encoder_name} (id {encoder_id[:12]}), the encoder of {adapter or 'the adapter in memory'}, is not in the "
-        "folder of the adapter and not in the working folder.",
-        remedy="Give the encoder bundle with --encoder. If the adapter was trained with the built-in encoder, write "
-        "--encoder edge_base.",
+        "folder of the adapter, in the working folder, or among the built-in encoders that were exported.",
+        remedy=explained + "Give the encoder bundle with --encoder. If the adapter was trained with the built-in "
+        "encoder, write --encoder edge_base.",
     )
 
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0, max=64),
     help="Number of variations (rotated, zoomed, restyled) of each scan.  [default: depends on the number of scans]",
 )
-@click.option("--whole-scan", is_flag=True, help="Encode whole scans, and train no locator.")
+@click.option("--whole-scan", is_flag=True, help="Encode all windows of the scans, and train no locator.")
 @click.option(
     "--windows-elsewhere",
     type=click.IntRange(min=0),

@@ -99,7 +99,7 @@ def export(
     )
     if not quiet:
         organs = counted(len(bundle.manifest.organs), "organ")
-        click.echo(f"{output}: {bundle.manifest.name}, {organs}, id {bundle.encoder_id[:12]}")
+        click.echo(f"{output}: {bundle.manifest.name}, {organs}, {bundle.tiling}, id {bundle.encoder_id[:12]}")
 
 
 @click.command()

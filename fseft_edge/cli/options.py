@@ -141,8 +141,8 @@ def whole_scan_option(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--whole-scan",
         is_flag=True,
-        help="Encode and segment whole scans. Without this option, an adapter with a locator segments only the part of "
-        "a scan where its organs are located.",
+        help="Encode all windows of a scan. Without this option, an adapter with a locator encodes and segments only "
+        "the part of a scan where its organs are located. No effect if the encoder computes whole scans in one pass.",
     )
     @functools.wraps(command)
     def wrapped(**options: object) -> None:

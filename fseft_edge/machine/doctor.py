@@ -64,6 +64,7 @@ class EncoderDiagnosis:
     path: str
     name: str
     encoder_id: str
+    tiling: str
     backends: tuple[BackendOnDevice, ...]
 
 
@@ -148,7 +149,7 @@ def _encoder(path: Path, machine: Machine) -> EncoderDiagnosis:
             )
             for choice in choices
         ]
-    return EncoderDiagnosis(str(path), bundle.manifest.name, bundle.encoder_id, tuple(rows))
+    return EncoderDiagnosis(str(path), bundle.manifest.name, bundle.encoder_id, bundle.tiling, tuple(rows))
 
 
 def _choice_remedy(choice: BackendChoice, has_graph: bool, machine: Machine) -> str | None:

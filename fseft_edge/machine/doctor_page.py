@@ -76,7 +76,7 @@ def _libraries(diagnosis: Diagnosis) -> Table:
 
 
 def _encoder(encoder: EncoderDiagnosis) -> Table:
-    title = f"{encoder.path}: {encoder.name}, id {encoder.encoder_id[:12]}"
+    title = f"{encoder.path}: {encoder.name}, {encoder.tiling}, id {encoder.encoder_id[:12]}"
     table = _table(title, "backend", "device", "precision", "usable", "remedy")
     for row in encoder.backends:
         table.add_row(*map(_escaped, (row.backend, row.device, row.precision, _verdict(row), row.remedy or "")))

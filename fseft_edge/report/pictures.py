@@ -49,7 +49,9 @@ def three_plane_picture(
     *,
     labels: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Write a PNG with three planes of the scan, the outlines of the masks, and a legend with the DSC of each organ.
+    """Write a PNG with three planes of the scan, the outlines of the masks, and a legend.
+
+    The legend has the DSC of each organ with a reference, and says which masks are empty.
 
     The planes are those of :func:`fseft_edge.report.planes.three_cuts`, in radiological convention and with the same
     scale in mm. If there are several organs, they have numbers: their label values. The same arguments and version of
@@ -89,6 +91,8 @@ def _legend(masks: Mapping[str, tuple[Mask, Mask | None]], numbers: Sequence[int
     for position, (name, (prediction, reference)) in enumerate(masks.items()):
         score = None if reference is None else dice(prediction, reference)
         text = name if score is None else f"{name}  DSC {score:.3f}"
+        if not prediction.any():
+            text += "  (empty)"
         entries.append(_LegendEntry(f"{numbers[position]}  {text}" if numbers else text))
     return entries
 

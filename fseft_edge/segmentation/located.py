@@ -36,15 +36,26 @@ class EncodedWindows:
     """What was encoded of a scan, for an encoder with windows.
 
     Attributes:
-        windows: number of windows that were encoded.
+        windows: number of windows that the result needed, encoded now or by an earlier run that used the same cache.
         of: number of windows of the whole scan.
         why: ``located``: only the windows around the organs; ``whole scan``; ``nothing located``: the whole scan,
-            because an organ was not located.
+            because an organ was not located, or has no voxel where it was located.
     """
 
     windows: int
     of: int
     why: str
+
+
+@dataclass(frozen=True)
+class WholeScan:
+    """Whole scans are encoded.
+
+    Attributes:
+        warning: a sentence that the results state, if the locator should have been used; else empty.
+    """
+
+    warning: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +66,17 @@ class OrganFinder:
     coarse: CoarseEncoder
     locators: Sequence[Locator]
 
-    def find(self, volume: Volume, grid: Grid, store: FeatureStore, settings: SegmentationSettings) -> Located | None:
-        """Return the places of all organs; None if the whole scan has too few windows, or cannot be located."""
+    def find(
+        self, volume: Volume, grid: Grid, store: FeatureStore, settings: SegmentationSettings
+    ) -> Located | WholeScan:
+        """Return the places of all organs, or why the whole scan is encoded."""
         if not is_worthwhile(self.bundle, layout_of(grid, self.bundle).windows):
-            return None
+            return WholeScan()
         try:
             encoded = self.coarse.encode(volume, store, settings.budget)
             places = [locate(locator, encoded, grid) for locator in self.locators]
         except FseftEdgeError as error:
-            _LOG.warning("the organs are not located, and the whole scan is encoded: %s", error.message)
-            return None
+            return WholeScan(f"The whole scan was encoded, because the organs could not be located: {error.message}")
         boxes: list[Box] = [box for found in places for box in found.boxes]
         return Located(tuple(separate(boxes)), tuple(name for found in places for name in found.missing))
 
@@ -72,35 +84,36 @@ class OrganFinder:
 @contextmanager
 def open_finder(
     settings: SegmentationSettings, files: Sequence[AdapterFile], bundle: EncoderBundle
-) -> Iterator[OrganFinder | None]:
-    """Open the encoder of the coarse pass; yield None if whole scans are encoded."""
-    if bundle.whole_scan is not None or not needs_no_whole_scan(settings):
-        yield None
-        return
+) -> Iterator[OrganFinder | WholeScan]:
+    """Open the encoder of the coarse pass, or yield why whole scans are encoded."""
     locators = [file.locator for file in files if file.locator is not None]
-    if len(locators) < len(files):
-        if locators:
-            _LOG.warning("whole scans are encoded, because an adapter has no locator")
-        yield None
+    if bundle.whole_scan is not None or not locators or settings.whole_scan:
+        yield WholeScan()
+        return
+    reason = needs_whole_scan(settings)
+    if reason:
+        _LOG.warning("whole scans are encoded, because %s", reason)
+        yield WholeScan()
+        return
+    without = [organ.name for file in files if file.locator is None for organ in file.description.organs]
+    if without:
+        yield WholeScan(f"The whole scan was encoded, because the adapter of {', '.join(without)} has no locator.")
         return
     try:
         opened = open_coarse_encoder(settings.device)
         coarse = opened.__enter__()
     except FseftEdgeError as error:
-        _LOG.warning("whole scans are encoded, because the locator cannot be opened: %s", error.message)
-        yield None
+        yield WholeScan(f"The whole scan was encoded, because the locator cannot be opened: {error.message}")
         return
     try:
         others = [locator for locator in locators if locator.description.encoder_id != coarse.bundle.encoder_id]
         if others:
-            _LOG.warning(
-                "whole scans are encoded, because the locator was trained with another version of the encoder %s (id "
-                "%s, now %s); train the adapter again with `fseft-edge adapt`",
-                others[0].description.encoder_name,
-                others[0].description.encoder_id[:12],
-                coarse.bundle.encoder_id[:12],
+            of = others[0].description
+            yield WholeScan(
+                "The whole scan was encoded, because the locator was trained with another version of the encoder "
+                f"{of.encoder_name} (id {of.encoder_id[:12]}, now {coarse.bundle.encoder_id[:12]}): train the adapter "
+                "again with `fseft-edge adapt`."
             )
-            yield None
             return
         for locator in locators:
             locator.adapter.to(coarse.session.device)
@@ -109,16 +122,13 @@ def open_finder(
         opened.__exit__(None, None, None)
 
 
-def needs_no_whole_scan(settings: SegmentationSettings) -> bool:
-    """Return whether the settings allow to encode only a part of a scan; say why not."""
-    reasons = {
-        "--transductive needs the sizes of the organs in the whole scan": settings.transduction is not None,
-        "--save-probabilities writes the probabilities of the whole scan": settings.save_probabilities,
-    }
-    for reason, given in reasons.items():
-        if given:
-            _LOG.info("whole scans are encoded, because %s", reason)
-    return not settings.whole_scan and not any(reasons.values())
+def needs_whole_scan(settings: SegmentationSettings) -> str | None:
+    """Return why settings other than ``whole_scan`` need the whole scan; None if they do not need it."""
+    if settings.transduction is not None:
+        return "--transductive needs the sizes of the organs in the whole scan"
+    if settings.save_probabilities:
+        return "--save-probabilities writes the probabilities of the whole scan"
+    return None
 
 
 def windows_entry(encoded: EncodedWindows | None) -> dict[str, Any]:

@@ -72,6 +72,8 @@ from fseft_edge.segmentation.located import (
     WHOLE_SCAN,
     EncodedWindows,
     OrganFinder,
+    WholeScan,
+    needs_whole_scan,
     open_finder,
     windows_entry,
 )
@@ -117,7 +119,7 @@ class EncodedCase:
         case: the scan.
         scan: the scan with its feature map; a map on demand contains only the windows around the organs.
         resources: closing it closes the feature store that contains the map.
-        windows: number of windows that were encoded, and why; None for an encoder without windows.
+        windows: number of windows that the result needed, and why; None for an encoder without windows.
         decided: the labels of all voxels, if only a part of the scan was encoded; else None.
         warnings: warnings about the encoding.
     """
@@ -211,7 +213,7 @@ class Segmenter:
     bundle: EncoderBundle
     session: EncoderSession
     _refit: _Refit
-    _finder: OrganFinder | None = None
+    _finder: OrganFinder | WholeScan
 
     def read(self, scan: Path | Scan) -> ReadCase:
         """Read a scan, check what its results need from its headers, and plan the memory use of its segmentation."""
@@ -259,10 +261,19 @@ class Segmenter:
         """
         with ExitStack() as stack:
             store = stack.enter_context(open_store(self.settings.cache, self.settings.cache_gb))
-            finder = None if whole else self._finder
-            located = finder and finder.find(case.volume, case.grid, store, self.settings)
-            if located and not located.missing:
-                return replace(self._part(case, located, store), resources=stack.pop_all())
+            found = WholeScan() if whole else self._finder
+            if isinstance(found, OrganFinder):
+                found = found.find(case.volume, case.grid, store, self.settings)
+            if isinstance(found, WholeScan):
+                warning, why = found.warning, WHOLE_SCAN
+            elif found.missing:
+                warning, why = _whole_scan_because(found.missing, "not located"), NOTHING_LOCATED
+            else:
+                part = self._part(case, found, store)
+                empty = self._empty(part)
+                if not empty:
+                    return replace(part, resources=stack.pop_all())
+                warning, why = _whole_scan_because(empty, "not found where they were located"), NOTHING_LOCATED
             scan = encode_scan(
                 case.volume,
                 bundle=self.bundle,
@@ -271,18 +282,19 @@ class Segmenter:
                 grid=case.grid,
                 budget=self.settings.budget,
             )
-            warnings = []
-            if located:
-                warnings.append(
-                    f"The whole scan was encoded, because {', '.join(located.missing)} "
-                    f"{'was' if len(located.missing) == 1 else 'were'} not located."
-                )
-                _LOG.warning("%s: %s", printable(case.scan.name), warnings[0])
+            if warning:
+                _LOG.warning("%s: %s", printable(case.scan.name), warning)
             windows = None
             if self.bundle.whole_scan is None:
                 count = layout_of(case.grid, self.bundle).windows
-                windows = EncodedWindows(count, count, NOTHING_LOCATED if located else WHOLE_SCAN)
-            return EncodedCase(case, scan, stack.pop_all(), windows, warnings=tuple(warnings))
+                windows = EncodedWindows(count, count, why)
+            return EncodedCase(case, scan, stack.pop_all(), windows, warnings=(warning,) if warning else ())
+
+    def _empty(self, part: EncodedCase) -> list[str]:
+        """Return the organs that have no voxel in a part of a scan."""
+        assert part.decided is not None  # noqa: S101 - narrows the type
+        names = [organ.name for file in self.adapters for organ in file.description.organs]
+        return [name for name, known in zip(names, part.decided.confidence, strict=True) if known is None]
 
     def _part(self, case: ReadCase, located: Located, store: FeatureStore) -> EncodedCase:
         """Encode the windows around the organs, and label all voxels."""
@@ -309,9 +321,9 @@ class Segmenter:
             ),
         )
         features.release()
-        windows = EncodedWindows(features.encoded, features.windows, LOCATED)
+        windows = EncodedWindows(features.asked, features.windows, LOCATED)
         _LOG.info(
-            "%s: %d of %d windows were encoded, those around the organs",
+            "%s: %d of %d windows were needed, those around the organs",
             printable(case.scan.name),
             windows.windows,
             windows.of,
@@ -422,6 +434,7 @@ class Segmenter:
         """
         inputs = self.settings.transduction
         located = any(file.locator is not None for file in self.adapters)
+        whole_scan = self.settings.whole_scan or needs_whole_scan(self.settings) is not None
         return {
             "source_sha256": sha256,
             "encoder": {"name": self.bundle.manifest.name, "id": self.bundle.encoder_id},
@@ -434,7 +447,7 @@ class Segmenter:
                 "largest_component": self.settings.largest_component,
                 "fill_holes": self.settings.fill_holes,
                 "labels": list(label_values(self.adapters)),
-                **({"whole_scan": self.settings.whole_scan} if located else {}),
+                **({"whole_scan": whole_scan} if located else {}),
                 "transduction": inputs
                 and {
                     "priors": {name: asdict(prior) for name, prior in inputs.priors.items()},
@@ -588,6 +601,10 @@ def source_sha256(path: Path) -> str | None:
         return content_sha256(path)
     except UnreadableFileError:
         return None
+
+
+def _whole_scan_because(organs: Sequence[str], reason: str) -> str:
+    return f"The whole scan was encoded, because these organs were {reason}: {', '.join(organs)}."
 
 
 def _transduction_summary(organs: Sequence[SegmentedOrgan], outcomes: Sequence[OrganOutcome]) -> dict[str, Any]:

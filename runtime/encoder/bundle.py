@@ -321,7 +321,12 @@ class EncoderBundle:
         """Return a sentence for a remedy if an id is that of this encoder with windows; else an empty text."""
         if self.manifest.whole_scan is None or encoder_id != self.id_with_windows:
             return ""
-        return "The other encoder is the same network with windows: `fseft-edge export --tiling windows` writes it. "
+        return f"That encoder is {self.manifest.name} with windows: `fseft-edge export --tiling windows` writes it. "
+
+    @property
+    def tiling(self) -> str:
+        """How the encoder computes a scan, for people: ``whole scans`` or ``windows of X x Y x Z voxels``."""
+        return "whole scans" if self.manifest.whole_scan else f"windows of {' x '.join(map(str, self.window))} voxels"
 
     def _id(self, whole_scan: WholeScan | None) -> str:
         manifest = self.manifest

@@ -129,8 +129,10 @@ def _sections(
 
     predicted = plan.footprint.ram / GB
     if isinstance(plan, WholeScanPlan):
-        place = "temporary files" if plan.on_disk else "memory"
-        _log.info("encoding the whole scan in one pass, with planes in %s, predicted memory: %.2f GB", place, predicted)
+        place = ""
+        if session.rolling is not None:
+            place = f", with planes in {'temporary files' if plan.on_disk else 'memory'}"
+        _log.info("encoding the whole scan in one pass%s, predicted memory: %.2f GB", place, predicted)
         return stream_whole_scan(read, grid.shape, session, plan)
     _log.info(
         "encoding %d window%s at a time, place of the sums: %s, predicted memory: %.2f GB",

@@ -240,7 +240,7 @@ class FeatureStore:
         """Hold the key's lock; wait if another process holds it. A thread must not take the same lock twice."""
         folder = self._root / key
         with _writing(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / "lock")
             try:
                 lock.acquire(blocking=False)

@@ -98,10 +98,10 @@ class FeaturesOnDemand:
         self.edges: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = (cuts[0], cuts[1], cuts[2])
         self._cover = _Cover(scan.layout, self.edges)
         self._final = np.full([len(along) - 1 for along in self.edges], whole is not None)
+        self._asked = np.zeros_like(self._final)
         self._parts: FeatureParts | None = None
         self._kept: dict[_Index, _KeptWindow] = {}
         self._air: set[_Index] = set()
-        self._seen: set[_Index] = set()
         self._encoder: WindowEncoder | None = None
         self._lock = threading.RLock()
         if whole is None:
@@ -129,13 +129,16 @@ class FeaturesOnDemand:
         return self._scan.layout.windows
 
     @property
-    def encoded(self) -> int:
-        """Number of windows whose features are known or were computed so far, including air and earlier runs."""
+    def asked(self) -> int:
+        """Number of windows over all boxes that were read or encoded so far, whatever earlier runs have stored."""
         with self._lock:
-            known = self._cover.windows_over(self._final)
-            for index in self._seen | self._air:
-                known[index] = True
-            return int(known.sum())
+            return int(self._cover.windows_over(self._asked).sum())
+
+    def not_asked(self, box: Ranges) -> int:
+        """Return the number of windows over a box that :attr:`asked` does not count yet."""
+        with self._lock:
+            asked = self._cover.windows_over(self._asked)
+            return int((self._cover.windows_over(self._cells([box])) & ~asked).sum())
 
     def read(self, level: int, x: Range, y: Range, z: Range) -> torch.Tensor:
         """Return the features of a box of a level; encode the windows that are missing.
@@ -213,6 +216,7 @@ class FeaturesOnDemand:
         """
         with self._lock:
             wanted = self._cells(boxes)
+            self._asked |= wanted
             if not (wanted & ~self._final).any():
                 return
             scan = self._scan
@@ -329,7 +333,6 @@ class FeaturesOnDemand:
                 for (index, _), pyramid in zip(full, pyramids, strict=True):
                     if index not in self._kept:
                         self._kept[index] = _KeptWindow(pyramid)
-                        self._seen.add(index)
                 del pyramids, pyramid  # freed before the next windows are encoded, because memory peaks there
                 if progress is not None:
                     progress.advance(len(new))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ def first_that_fits(plans: Sequence[_Plan], budget: Budget, device: torch.device
 
 
 def _too_small(work: str, option: str, budget: int, least: int) -> OutOfMemoryError:
-    enough = -(-least // (GB // 100)) / 100  # rounded up, so that the printed number is sufficient
+    # The memory of a process before its work differs by about one percent between runs.
+    enough = math.ceil(1.02 * least / (GB / 100)) / 100
     return OutOfMemoryError(
         f"The {option} budget of {budget / GB:.2f} GB is too small for {work}, which needs {enough:.2f} GB.",
         remedy=f"Give --{option} {enough:.2f} or more.",

@@ -8,10 +8,11 @@ import pytest
 from doubles.encoder import write_tiny_encoder
 from doubles.errors import refused
 
+from fseft_edge.adapters.find_encoder import find_encoder
 from fseft_edge.export import built_in
 from fseft_edge.export.built_in import exported_built_in_encoders, open_encoder
 from fseft_edge.export.export import export_encoder
-from fseft_edge.runtime.errors import EncoderBundleError, OutOfSpaceError, UsageError
+from fseft_edge.runtime.errors import EncoderBundleError, InputError, OutOfSpaceError, UsageError
 
 
 @pytest.fixture
@@ -31,6 +32,21 @@ def test_a_built_in_encoder_is_exported_once(cache: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(built_in, "_export", None)  # a second export would fail
     assert open_encoder(Path("edge_base")).encoder_id == first.encoder_id
     assert sorted(cache.iterdir()) == [first.path]
+
+
+def test_bundles_of_earlier_versions_are_found_after_those_of_this_version(cache: Path) -> None:
+    earlier = cache / "edge_base-0.0.9-0123456789ab.encoder"
+    windows = export_encoder(None, model="edge_base", output=earlier, onnx=False, tiling="windows")
+    current = open_encoder("edge_base")
+    assert exported_built_in_encoders() == [current.path, earlier]
+    assert find_encoder(None, windows.encoder_id, "edge_base") == earlier
+
+
+def test_an_adapter_of_windows_is_refused_with_the_command_that_writes_its_encoder(cache: Path) -> None:
+    current = open_encoder("edge_base")
+    with refused(InputError, "edge_base", current.id_with_windows[:12]) as caught:
+        find_encoder(None, current.id_with_windows, "edge_base")
+    assert "fseft-edge export --tiling windows" in caught.value.remedy
 
 
 def test_the_bundle_of_a_faster_process_is_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,11 +67,11 @@ def test_blocks_need_no_window_beyond_those_that_were_encoded(
     features = scan.features
     assert isinstance(features, FeaturesOnDemand)
     region = PartialEncoding(adapter, 2, [None]).encode(scan, np.random.default_rng(0))
-    encoded = features.encoded
+    encoded = features.asked
     assert 0 < encoded < features.windows
     sampler = BlockSampler(adapter, [replace(scan, region=region)], block=32, batch=4, random=np.random.default_rng(2))
     shown = sum(float(sampler.draw().targets.sum()) for _ in range(12))
-    assert features.encoded == encoded
+    assert features.asked == encoded
     assert shown > 0
 
 
@@ -83,7 +83,7 @@ def test_windows_elsewhere_are_at_most_the_stated_number_and_drawn_by_the_seed(
         part = PartialEncoding(adapter_for(encoder[0], levels="finest"), elsewhere, [None])
         region = part.encode(scan, np.random.default_rng(seed))
         assert isinstance(scan.features, FeaturesOnDemand)
-        return scan.features.encoded, region
+        return scan.features.asked, region
 
     around, (organ,) = encoded(0)
     for (low, high), (first, last) in zip(organ.ranges, ORGAN.ranges, strict=True):

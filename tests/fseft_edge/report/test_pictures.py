@@ -153,6 +153,15 @@ def test_legend_numbers_organs_and_states_the_dsc_if_there_is_a_reference() -> N
     assert [entry.text for entry in _legend({"liver": (PREDICTION, None)}, [])] == ["prediction", "liver"]
 
 
+def test_legend_names_empty_masks() -> None:
+    organs: dict[str, tuple[Mask, Mask | None]] = {
+        "liver": (PREDICTION, None),
+        "spleen": (np.zeros_like(PREDICTION), REFERENCE),
+    }
+    texts = [entry.text for entry in _legend(organs, [1, 2])]
+    assert texts[2:] == ["1  liver", "2  spleen  DSC 0.000  (empty)"]
+
+
 def test_the_numbers_in_the_picture_are_the_label_values(tmp_path: Path) -> None:
     volume = Volume(scan(), AFFINE)
     organs: dict[str, tuple[Mask, Mask | None]] = {"a": (PREDICTION, None), "b": (REFERENCE, None)}

@@ -155,6 +155,33 @@ def test_an_organ_that_is_not_located_means_the_whole_scan_and_a_warning(
     np.testing.assert_array_equal(mask, site.segment(tmp_path / "whole", whole_scan=True)[1])
 
 
+def test_an_organ_that_is_not_found_where_it_was_located_means_the_whole_scan_and_a_warning(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = site.segment(tmp_path / "whole", whole_scan=True)[1]
+    assert whole.any()
+    outside = np.argwhere(whole == 0)[0]
+    at(monkeypatch, Box(*((int(place), int(place) + 1) for place in outside)))
+    described, mask = site.segment(tmp_path / "missing")
+    assert described["encoded"]["why"] == "nothing located"
+    assert described["encoded"]["windows"] == described["encoded"]["of"]
+    (warning,) = described["warnings"]
+    assert ORGAN in warning
+    np.testing.assert_array_equal(mask, whole)
+
+
+def test_the_number_of_windows_does_not_depend_on_the_cache(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, **options: Any) -> dict[str, Any]:
+        return site.segment(tmp_path / name, cache=tmp_path / "cache", **options)[0]["encoded"]
+
+    first = run("first")
+    assert run("second") == first
+    run("whole", whole_scan=True)
+    assert run("third") == first
+
+
 def test_probabilities_are_those_of_the_whole_scan(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at(monkeypatch, Box((0, 8), (0, 8), (0, 8)))
     described, mask = site.segment(tmp_path / "probabilities", save_probabilities=True)
@@ -174,6 +201,7 @@ def test_an_adapter_without_a_locator_beside_it_means_the_whole_scan(
     with caplog.at_level(logging.WARNING):
         described, _ = site.segment(tmp_path / "out", site.adapter, tmp_path / "spleen.adapter")
     assert described["encoded"]["why"] == "whole scan"
+    assert any("spleen has no locator" in warning for warning in described["warnings"])
     assert "no locator" in caplog.text
 
 
@@ -198,6 +226,12 @@ def test_a_result_of_the_whole_scan_is_not_taken_for_one_of_a_part(site: Site, t
     assert not other.existing
 
 
+def test_a_result_with_probabilities_is_not_taken_for_one_of_a_part(site: Site, tmp_path: Path) -> None:
+    segment(site.scan, site.adapter, tmp_path / "out", encoder=site.bundle.path, save_probabilities=True)
+    (other,) = segment(site.scan, site.adapter, tmp_path / "out", encoder=site.bundle.path, skip_existing=True)
+    assert not other.existing
+
+
 def test_a_locator_that_runs_out_of_memory_means_the_whole_scan(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -209,6 +243,7 @@ def test_a_locator_that_runs_out_of_memory_means_the_whole_scan(
         described, _ = site.segment(tmp_path / "out")
     assert described["encoded"]["why"] == "whole scan"
     assert "The memory is too small." in caplog.text
+    assert "The memory is too small." in described["warnings"][0]
 
 
 def test_whole_scans_are_encoded_if_they_have_few_windows(

@@ -169,9 +169,9 @@ def test_boxes_in_any_order_equal_the_whole_scan(
         assert features.need(finest) == 0
         if max_batch == 1:
             assert session.windows - before <= needed + 1  # the window of zeros
-    assert 0 < features.encoded < features.windows
+    assert 0 < features.asked < features.windows
     assert_same(features, whole)
-    assert features.encoded == features.windows
+    assert features.asked == features.windows
 
 
 def test_windows_of_air_are_never_encoded(site: Site, tmp_path: Path) -> None:
@@ -259,6 +259,23 @@ def real_network(folder: Path, architecture: str) -> EncoderBundle:
     return EncoderBundle.write(folder / "small.encoder", contents)
 
 
+def test_the_number_of_windows_that_were_asked_for_does_not_depend_on_earlier_runs(site: Site, tmp_path: Path) -> None:
+    other: Ranges = ((60, 70), (40, 50), (60, 70))
+
+    def asked() -> tuple[int, int, int]:
+        features = site.on_demand(ShiftySession(site.bundle, 1), FeatureStore(tmp_path))
+        features.encode([SMALL])
+        return features.asked, features.not_asked(SMALL), features.not_asked(other)
+
+    first = asked()
+    assert first[0] > 0
+    assert first[1] == 0
+    assert first[2] > 0
+    assert asked() == first
+    site.on_demand(ShiftySession(site.bundle, 1), FeatureStore(tmp_path)).encode([EVERYTHING])
+    assert asked() == first
+
+
 @pytest.mark.parametrize("architecture", ["residual_unet", "swin_unetr"])
 def test_networks_compute_on_demand_what_they_compute_for_the_whole_scan(tmp_path: Path, architecture: str) -> None:
     bundle = real_network(tmp_path, architecture)
@@ -270,7 +287,7 @@ def test_networks_compute_on_demand_what_they_compute_for_the_whole_scan(tmp_pat
         assert isinstance(features, FeaturesOnDemand)
         box: Ranges = ((2, 5), (2, 5), (2, 5))
         features.encode([box])
-        assert features.encoded < features.windows
+        assert features.asked < features.windows
         assert_same(features, whole, box)
         assert_same(features, whole)
 
@@ -285,7 +302,7 @@ def test_an_encoder_of_whole_scans_encodes_the_scan_at_once(tmp_path: Path) -> N
         whole = encode_scan(**scan, session=session, store=FeatureStore(tmp_path / "whole")).features
         features = encode_on_demand(**scan, session=session, store=FeatureStore(tmp_path / "other")).features
     assert isinstance(features, FeaturesOnDemand)
-    assert (features.windows, features.encoded, features.need(EVERYTHING)) == (1, 1, 0)
+    assert (features.windows, features.need(EVERYTHING)) == (1, 0)
     assert features.final().all()
     assert features.grown(((5, 12), (4, 9), (0, 1))) == tuple((0, size) for size in whole.padded_shape)
     assert_same(features, whole)
@@ -347,7 +364,7 @@ def test_parts_are_used_by_later_runs(site: Site, tmp_path: Path) -> None:
     site.on_demand(session, FeatureStore(tmp_path)).encode([SMALL])
     before, (part,) = session.windows, part_files(tmp_path)
     features = site.on_demand(session, FeatureStore(tmp_path))
-    assert features.encoded == before
+    assert features.need(SMALL) == 0
     assert features.is_final(SMALL)
     assert_same(features, site.whole(), SMALL)
     assert session.windows == before
@@ -366,7 +383,7 @@ def test_the_store_contains_only_numbered_parts_until_the_map_is_complete(site: 
     assert_same(features, site.whole())
     again = site.on_demand(session, FeatureStore(tmp_path))
     before = session.windows
-    assert (again.encoded, again.need(EVERYTHING)) == (again.windows, 0)
+    assert again.need(EVERYTHING) == 0
     assert_same(again, site.whole())
     assert session.windows == before
 
