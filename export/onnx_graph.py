@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from fseft_edge.runtime.encoder.backends.pytorch import inference_network
 from fseft_edge.runtime.encoder.networks.base import FeatureNetwork, WholeScan
 from fseft_edge.runtime.encoder.networks.mixed_precision import MixedPrecision
+from fseft_edge.runtime.encoder.networks.residual_unet import AirRectifier
 
 OPSET = 20
 INPUT = "windows"
 
 # Operators of networks whose features depend on the surroundings of a voxel alone. Nothing in these operators depends
 # on the size of a window.
-_OF_ANY_SIZE = {"Conv", "ConvTranspose", "Relu", "Add", "Concat", "Cast"}
+_OF_ANY_SIZE = {"Conv", "ConvTranspose", "Max", "Add", "Sub", "Concat", "Cast"}
 
 
 def write_graph(
@@ -53,7 +54,7 @@ def write_graph(
         whole_scan: how the encoder computes a whole scan; None for an encoder that computes a scan in windows.
     """
     outputs = [f"level_{level}" for level in range(len(network.levels))]
-    prepared = inference_network(network)
+    prepared = inference_network(network, whole_scan=whole_scan is not None)
     computed = MixedPrecision(prepared) if precision == "mixed" else prepared
     write_model(graph_of(computed, window, outputs, whole_scan=whole_scan), path)
 
@@ -70,9 +71,10 @@ def graph_of(
         whole_scan: how the network computes a whole scan; None if the graph only accepts the window.
     """
     example = torch.zeros(2, 1, *window)  # the exporter would treat a batch size of 1 as a constant
+    network, periods = _with_constant_surroundings(_with_staged_statistics(network))
     with torch.no_grad(), _quiet_exporter():
         program = torch.onnx.export(
-            _with_staged_statistics(network),
+            network,
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -86,6 +88,7 @@ def graph_of(
     _drop_notes(model)
     if whole_scan is not None:
         _accept_all_sizes(model, window)
+    _repeat_periods(model.graph, periods)
     return model
 
 
@@ -144,6 +147,74 @@ def _with_staged_statistics(network: nn.Module) -> nn.Module:
         assert isinstance(norm, nn.InstanceNorm3d)  # noqa: S101 - narrows the type for the checker
         network.set_submodule(name, _StagedInstanceNorm(norm))
     return network
+
+
+def _with_constant_surroundings(network: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a copy with one voxel instead of each period of a rectifier in air, and these periods by name.
+
+    The exporter would write periods repeated to the size of the window, which is large and fits no other size.
+    :func:`_repeat_periods` restores the periods in the graph.
+    """
+    network = copy.deepcopy(network)
+    periods: dict[str, Tensor] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, AirRectifier) and module.bias.shape[-1] > 1:
+            for kind in ("bias", "floor"):
+                period = getattr(module, kind)
+                periods[f"{name}.{kind}"] = period
+                setattr(module, kind, period.mean((1, 2, 3), keepdim=True))
+    return network, periods
+
+
+def _repeat_periods(graph: onnx.GraphProto, periods: Mapping[str, Tensor]) -> None:
+    """Repeat each period to the size of the tensor with which an operator combines it, in place."""
+    if not periods:
+        return
+    spatial = onnx.numpy_helper.from_array(np.arange(1, 4), "axes_of_periods")
+    first = onnx.numpy_helper.from_array(np.zeros(3, np.int64), "first_of_periods")
+    one = onnx.numpy_helper.from_array(np.ones(1, np.int64), "one_channel")
+    new: dict[str, onnx.TensorProto] = {one.name: one, spatial.name: spatial, first.name: first}
+    nodes: list[onnx.NodeProto] = []
+    done: set[str] = set()
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name not in periods:
+                continue
+            (other,) = (tensor for tensor in node.input if tensor != name)
+            if name not in done:
+                nodes += _repeating(name, other, periods[name], new)
+                done.add(name)
+            node.input[place] = f"{name}_repeated"
+        nodes.append(node)
+    if done != periods.keys():
+        raise ValueError(f"the graph does not contain {sorted(periods.keys() - done)}")
+    for replaced, added in ((graph.initializer, new.values()), (graph.value_info, ())):
+        kept = [tensor for tensor in replaced if tensor.name not in periods]
+        del replaced[:]
+        replaced.extend([*kept, *added])
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _repeating(name: str, like: str, period: Tensor, new: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
+    """Return the nodes that repeat a period ``[C, p, p, p]`` to the size of ``like``; add constants to ``new``."""
+    length = period.shape[-1]
+    more, divisor = f"{length - 1}_more", f"length_{length}"
+    for constant, value in ((more, length - 1), (divisor, length)):
+        new.setdefault(constant, onnx.numpy_helper.from_array(np.full(3, value, np.int64), constant))
+    new[name] = onnx.numpy_helper.from_array(period.numpy(), name)
+    steps = (
+        ("Shape", [like], "size", {"start": 2}),
+        ("Add", [f"{name}_size", more], "longer", {}),
+        ("Div", [f"{name}_longer", divisor], "times", {}),
+        ("Concat", ["one_channel", f"{name}_times"], "repeats", {"axis": 0}),
+        ("Tile", [name, f"{name}_repeats"], "tiled", {}),
+        ("Slice", [f"{name}_tiled", "first_of_periods", f"{name}_size", "axes_of_periods"], "repeated", {}),
+    )
+    return [
+        onnx.helper.make_node(operator, inputs, [f"{name}_{output}"], f"node_{name}_{output}", **attributes)
+        for operator, inputs, output, attributes in steps
+    ]
 
 
 def _drop_notes(model: onnx.ModelProto) -> None:

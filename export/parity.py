@@ -100,7 +100,7 @@ def torch_engines(network: FeatureNetwork, *, whole_scan: bool) -> list[Engine]:
         network: network in evaluation mode.
         whole_scan: whether the encoder computes whole scans in one pass.
     """
-    folded = inference_network(network)
+    folded = inference_network(network, whole_scan=whole_scan)
     plane_by_plane = folded if whole_scan and isinstance(folded, ResidualUNet) else None
 
     def on_gpu() -> Callable[[Tensor], list[Tensor]]:
@@ -159,6 +159,9 @@ def parity_reports(
 
     comparisons = [_Comparison(engine, classify, len(network.levels)) for engine in engines]
     comparisons = [one for one in comparisons if works(one.engine, one.load)]
+
+    if whole_scan:
+        network = inference_network(network, whole_scan=True)
 
     def compare(windows: Tensor, *, masks: bool) -> None:
         if not comparisons:

@@ -89,7 +89,9 @@ def export_adapter(adapter: str | Path, output: str | Path, *, encoder: str | Pa
             remedy="Choose an output in another folder.",
         )
     check_writable(output)
-    fused = FusedNetwork(inference_network(bundle.network()), file.adapter.folded()).eval()
+    fused = FusedNetwork(
+        inference_network(bundle.network(), whole_scan=bundle.whole_scan is not None), file.adapter.folded()
+    ).eval()
     graph = graph_of(fused, bundle.window, [OUTPUT])
     onnx.helper.set_model_props(graph, _metadata(file, bundle))
     difference: float | None = None

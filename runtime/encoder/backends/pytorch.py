@@ -44,7 +44,7 @@ class TorchSession(EncoderSession):
         self._threads = threads
         self._order = torch.contiguous_format
         self._network: nn.Module | None
-        network = inference_network(bundle.network())
+        network = inference_network(bundle.network(), whole_scan=self.whole_scan is not None)
         if self.whole_scan is not None and isinstance(network, ResidualUNet):
             self._network = self.rolling = RollingResidualUNet(network, _FORMATS[precision]).to(device)
             return
@@ -80,8 +80,17 @@ class _Foldable(Protocol):
     def folded(self) -> FeatureNetwork: ...
 
 
-def inference_network(network: FeatureNetwork) -> FeatureNetwork:
-    """Return a network that computes the same features, in evaluation mode and with batch normalisations folded."""
+def inference_network(network: FeatureNetwork, *, whole_scan: bool) -> FeatureNetwork:
+    """Return a network that computes the encoder's features, in evaluation mode and with batch normalisations folded.
+
+    Args:
+        network: network of the encoder.
+        whole_scan: whether the encoder computes whole scans, which are surrounded by air
+            (:meth:`ResidualUNet.in_air`).
+    """
+    if whole_scan:
+        assert isinstance(network, ResidualUNet)  # noqa: S101 - no other network computes whole scans
+        return network.in_air()
     return (network.folded() if isinstance(network, _Foldable) else network).eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +31,20 @@ class WholeScan:
     """Properties of an encoder that computes a whole scan in one pass, without windows.
 
     The features of such an encoder depend on the surroundings of a voxel alone. The network computes grids of any size.
-    A level with stride ``s`` has ``ceil(X / s)`` voxels along an axis of ``X`` voxels. Outside the grid, the input and
-    all inner tensors are 0.
+    A level with stride ``s`` has ``ceil(X / s)`` voxels along an axis of ``X`` voxels.
 
     Attributes:
         multiple: stride of the network's coarsest inner level. The features of a part of the grid equal those of the
             grid only if the part begins at a multiple of this number of voxels.
         context: a feature depends on no voxel of the grid that is further away than this number of voxels along an
             axis; a multiple of ``multiple``.
+        outside: what the network assumes outside the grid: air, so that features do not tell the distance from the
+            border of a scan.
     """
 
     multiple: int
     context: int
+    outside: Literal["air"] = "air"
 
 
 class FeatureNetwork(nn.Module):

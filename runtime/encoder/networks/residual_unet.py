@@ -41,6 +41,44 @@ class ConvolutionNorm(nn.Module):
             self.norm = nn.Identity()
 
 
+class AirRectifier(nn.Module):
+    """A rectifier ``max(x + bias, floor)`` of tensors that are shifted so that they are 0 far outside a scan.
+
+    Let ``P`` be what the convolutions before the rectifier give far outside, in air without an end. The shifted tensors
+    are ``x = y - P`` before and ``ReLU(y) - ReLU(P)`` after the rectifier. ``P`` is periodic, because the upsampled
+    features of a coarser voxel differ between its eight finer voxels.
+
+    Attributes:
+        bias: ``min(P, 0)``, one period ``[C, p, p, p]``.
+        floor: ``-max(P, 0)``, one period ``[C, p, p, p]``.
+    """
+
+    bias: Tensor
+    floor: Tensor
+
+    def __init__(self, outside: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("bias", outside.clamp(max=0).float())
+        self.register_buffer("floor", -outside.clamp(min=0).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rectified ``x`` ``[n, C, X, Y, Z]``."""
+        return torch.maximum(x + repeated(self.bias, x), repeated(self.floor, x))
+
+    def unshifted(self, x: Tensor) -> Tensor:
+        """Return a rectified tensor without the shift."""
+        return x - repeated(self.floor, x)
+
+
+def repeated(period: Tensor, like: Tensor) -> Tensor:
+    """Return a period ``[C, p, p, p]`` repeated to the size of ``like`` ``[n, C, X, Y, Z]``."""
+    length = period.shape[-1]
+    if length == 1:
+        return period
+    x, y, z = like.shape[2:]
+    return period.repeat(1, *(-(-side // length) for side in (x, y, z)))[:, :x, :y, :z]
+
+
 class ResidualBlock(nn.Module):
     """Residual block ``ReLU(shortcut(x) + N(C3(ReLU(N(C3(x))))))``.
 
@@ -56,12 +94,46 @@ class ResidualBlock(nn.Module):
             if inputs == outputs and stride == 1
             else ConvolutionNorm(inputs, outputs, kernel=1, stride=stride)
         )
+        self.inner_rectifier: nn.Module = nn.ReLU(inplace=True)
+        self.rectifier: nn.Module = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's features ``[n, outputs, X / stride, Y / stride, Z / stride]``."""
-        inner: Tensor = self.second(torch.relu_(self.first(x)))
+        inner: Tensor = self.second(self.inner_rectifier(self.first(x)))
         inner += self.shortcut(x)
-        return torch.relu_(inner)
+        rectified: Tensor = self.rectifier(inner)
+        return rectified
+
+    def surround(self, outside: Tensor) -> Tensor:
+        """Change a folded block so that its input continues beyond the grid as given, in place.
+
+        The block then computes with shifted tensors (:class:`AirRectifier`), in which this continuation is 0, and its
+        convolutions need no bias.
+
+        Args:
+            outside: one period of the continuation of the unshifted input, float64 ``[C, p, p, p]``.
+
+        Returns:
+            One period of the continuation of the unshifted result, float64 ``[C', p, p, p]``.
+        """
+        inner = _periodic(self.first.convolution, outside)
+        result = _periodic(self.second.convolution, inner.relu())
+        if isinstance(self.shortcut, ConvolutionNorm):
+            result += _periodic(self.shortcut.convolution, outside)
+            self.shortcut.convolution.bias = None
+        else:
+            result += outside
+        self.first.convolution.bias = self.second.convolution.bias = None
+        self.inner_rectifier, self.rectifier = AirRectifier(inner), AirRectifier(result)
+        return result.relu()
+
+
+def _periodic(convolution: nn.Conv3d, period: Tensor) -> Tensor:
+    """Return one period of the convolution of a periodic tensor, float64; a stride needs a period of one voxel."""
+    side = convolution.kernel_size[0] // 2
+    padded = nn.functional.pad(period[None], [side] * 6, mode="circular")
+    bias = None if convolution.bias is None else convolution.bias.detach().double()
+    return nn.functional.conv3d(padded, convolution.weight.detach().double(), bias, convolution.stride)[0]
 
 
 class ResidualUNet(FeatureNetwork):
@@ -105,7 +177,8 @@ class ResidualUNet(FeatureNetwork):
         pyramid: list[Tensor] = []
         for level in reversed(range(len(self.merge))):
             x = self._part(partial(_merged, self.up[level], self.merge[level]), x, skips[level])
-            pyramid.append(x)
+            rectifier = cast(ResidualBlock, self.merge[level]).rectifier
+            pyramid.append(rectifier.unshifted(x) if isinstance(rectifier, AirRectifier) else x)
         return pyramid[::-1]
 
     @property
@@ -126,6 +199,28 @@ class ResidualUNet(FeatureNetwork):
     def stage_widths(self) -> list[int]:
         """Return the number of channels at the end of each encoder stage, where inserts are added."""
         return [cast(ResidualBlock, block).second.convolution.out_channels for block in self.down]
+
+    def in_air(self) -> ResidualUNet:
+        """Return a folded copy that computes a scan as if air without an end surrounded it.
+
+        Convolutions that are padded with zeros tell a voxel how far away the border of the scan is. Classifiers learn
+        this from a few scans, and then miss organs in a scan that is cut elsewhere. The copy has no such border: its
+        features are those inside a much larger grid of air (input 0), but for rounding, without computing more.
+        """
+        network = self.folded()
+        outside = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        skips: list[Tensor] = []
+        with torch.no_grad():
+            for block in network.down:
+                outside = cast(ResidualBlock, block).surround(outside)
+                skips.append(outside)
+            for level in reversed(range(len(network.merge))):
+                up, merge = cast(nn.ConvTranspose3d, network.up[level]), cast(ResidualBlock, network.merge[level])
+                bias = None if up.bias is None else up.bias.double()
+                upsampled = nn.functional.conv_transpose3d(outside[None], up.weight.double(), bias, stride=2)[0]
+                up.bias = None
+                outside = merge.surround(torch.cat([upsampled, skips[level].expand(-1, *upsampled.shape[1:])]))
+        return network
 
     def folded(self) -> ResidualUNet:
         """Return a copy for inference with all batch normalisations folded; the copy computes the same features."""

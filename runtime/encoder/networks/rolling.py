@@ -1,9 +1,10 @@
 """Forward pass of the compact encoder over a whole scan: one pass along z, with some planes of each level in memory.
 
-The features of a :class:`ResidualUNet` with folded normalisations depend on the surroundings of a voxel alone. The
-network therefore needs no windows: every convolution runs once over the whole grid. The planes of the grid stream
-through the network. Each block computes its next planes when its input contains them, and keeps the two planes of its
-inner tensor that these planes need. Nothing is computed twice, and no value depends on the available memory.
+The features of a :class:`ResidualUNet` with folded normalisations depend on the surroundings of a voxel alone, and air
+without an end surrounds the scan (:meth:`ResidualUNet.in_air`). The network therefore needs no windows: every
+convolution runs once over the whole grid. The planes of the grid stream through the network. Each block computes its
+next planes when its input contains them, and keeps the two planes of its inner tensor that these planes need. Nothing
+is computed twice, and no value depends on the available memory.
 
 A decoder level needs the features of the deepest stage, which are some 75 planes of the grid ahead. Skip features wait
 for that time in ring buffers, so the memory depends on the size of the planes and not on their number.
@@ -21,7 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from fseft_edge.runtime.encoder.file_tensor import FileTensor
-from fseft_edge.runtime.encoder.networks.residual_unet import ConvolutionNorm, ResidualBlock, ResidualUNet
+from fseft_edge.runtime.encoder.networks.residual_unet import (
+    AirRectifier,
+    ConvolutionNorm,
+    ResidualBlock,
+    ResidualUNet,
+)
 
 STEP = 16
 """Planes of the grid in a step, a multiple of the stride of the deepest stage. The sizes of all computations follow
@@ -122,10 +128,10 @@ class PlaneMemory:
 
 
 class RollingResidualUNet(nn.Module):
-    """Network for inference that computes the features of a folded :class:`ResidualUNet`, except for rounding.
+    """Network for inference that computes the features of a :class:`ResidualUNet` in air, except for rounding.
 
     Args:
-        network: network with folded normalisations and without inserted modules.
+        network: result of :meth:`ResidualUNet.in_air`, without inserted modules.
         dtype: number format of the computation.
     """
 
@@ -167,7 +173,8 @@ class RollingResidualUNet(nn.Module):
             math.prod(sizes) for sizes in zip(*(level_lengths(side, len(self.down)) for side in shape[:2]), strict=True)
         ]
         waiting = held.image * planes[0]
-        inner = transient = 0
+        columns = level_lengths(shape[1], len(self.down))
+        inner = transient = periods = 0
         for level, (inputs, outputs) in enumerate(pairwise(channels)):
             plane, finer = planes[level], planes[max(level - 1, 0)]
             waiting += (held.down[level] + (held.merge[level] if level < len(self.merge) else 0)) * outputs * plane
@@ -180,9 +187,13 @@ class RollingResidualUNet(nn.Module):
                 coarser = (slab // 2 + 2) * channels[level + 2] * planes[level + 1]
                 eighths = 8 * outputs * (slab // 2 + 1) * planes[level + 1]
                 stage = max(stage, (slab + 2) * outputs * plane + coarser + eighths + 2 * slab * outputs * plane)
+                # Biases and floors of both rectifiers, and one of them for the planes of a result.
+                period = 2 ** (len(self.merge) - level)
+                periods += 4 * period**2 * columns[level] * outputs
+                stage += slab * period * columns[level] * outputs
             transient = max(transient, stage)
         size = parameter.dtype.itemsize
-        return PlaneMemory(size * waiting, size * inner, size * transient)
+        return PlaneMemory(size * waiting, size * (inner + periods), size * transient)
 
     @torch.no_grad()
     def features(
@@ -262,8 +273,9 @@ class _Pass:
 
     def _final(self, level: int, start: int, stop: int) -> Tensor:
         """Return the features of a level for planes of the grid, ``[C, X, Y, n]``."""
-        planes = self._features[level].planes(-(-start >> level), -(-stop >> level))
-        return planes.float().movedim(2, -1)[0]
+        first = -(-start >> level)
+        planes = self._features[level].planes(first, -(-stop >> level)).float()
+        return self._merge[level].rectifier.unshifted(planes, first).movedim(2, -1)[0]
 
 
 class _Ring:
@@ -277,7 +289,7 @@ class _Ring:
     """
 
     def __init__(self, shape: tuple[int, int, int, int], length: int, like: Tensor, *, on_disk: bool) -> None:
-        self.length = length
+        self.length, self.columns = length, shape[2]
         self._capacity = shape[0]
         self._like = like
         self._file: FileTensor | None = FileTensor(shape) if on_disk else None
@@ -290,12 +302,10 @@ class _Ring:
         """Write planes ``[1, C, n, X, Y]`` from the plane ``start`` on."""
         self._each_part(start, planes, lambda part, values: part.copy_(values))
 
-    def write_rectified(self, start: int, planes: Tensor) -> None:
-        """Write ``ReLU(planes)`` from the plane ``start`` on."""
-        if self._file is None:
-            self._each_part(start, planes, lambda part, values: torch.clamp_min(values, 0, out=part))
-        else:  # the file may have another number format
-            self.write(start, planes.clamp_min_(0))
+    def write_rectified(self, start: int, planes: Tensor, rectifier: _Rectifier) -> None:
+        """Rectify planes ``[1, C, n, X, Y]``, and write them from the plane ``start`` on."""
+        rectifier.rectify(planes, start, planes)
+        self.write(start, planes)
 
     def planes(self, start: int, stop: int) -> Tensor:
         """Return the planes ``start:stop``, as a view if possible; planes outside the tensor are 0."""
@@ -336,10 +346,15 @@ class _Block:
         source: input of the block.
         output: receiver of the features.
         slab: number of planes to compute at a time; even.
+
+    Attributes:
+        rectifier: rectifier of the output.
     """
 
     def __init__(self, weights: _DownWeights, source: _Ring, output: _Ring, slab: int) -> None:
         self._weights, self._source, self._output, self._slab = weights, source, output, slab
+        self._inner_rectifier = weights.inner_rectifier.for_columns(output.columns)
+        self.rectifier = weights.rectifier.for_columns(output.columns)
         self._position = 0
         self._last = slab
         # For planes from `position` on, `inner` contains the inner tensor from `position - 1` on.
@@ -351,18 +366,19 @@ class _Block:
         if self._inner is None:
             self._inner = self._output.empty(self._slab + 2)
             self._inner[:, :, self._slab] = 0
-            self._inner[:, :, self._slab + 1 :] = self._first(0, 1).clamp_min_(0)
+            self._inner_rectifier.rectify(self._first(0, 1), 0, self._inner[:, :, self._slab + 1 :])
         inner = self._inner
         while self._position < stop:
             start, end = self._position, min(self._position + self._slab, stop)
             count, new = end - start, min(end + 1, length) - (start + 1)
             inner[:, :, :2] = inner[:, :, self._last : self._last + 2].clone()
             if new:
-                torch.clamp_min(self._first(start + 1, start + 1 + new), 0, out=inner[:, :, 2 : 2 + new])
+                first = self._first(start + 1, start + 1 + new)
+                self._inner_rectifier.rectify(first, start + 1, inner[:, :, 2 : 2 + new])
             inner[:, :, 2 + new : 2 + count] = 0  # outside the grid
             result = self._weights.second(inner[:, :, : count + 2])
             self._add_shortcut(start, end, result)
-            self._output.write_rectified(start, result)
+            self._output.write_rectified(start, result, self.rectifier)
             self._position, self._last = end, count
 
     def _first(self, start: int, stop: int) -> Tensor:
@@ -399,7 +415,6 @@ class _MergeBlock(_Block):
     def __init__(self, weights: _MergeWeights, coarser: _Ring, skip: _Ring, output: _Ring, slab: int) -> None:
         super().__init__(weights, skip, output, slab)
         self._merge_weights, self._coarser = weights, coarser
-        self._bias_planes: list[Tensor] | None = None
 
     def _first(self, start: int, stop: int) -> Tensor:
         result = super()._first(start, stop)
@@ -422,7 +437,6 @@ class _MergeBlock(_Block):
             if planes[0] < planes[1] and rows[0] < rows[1] and columns[0] < columns[1]:
                 part = result[:, :, slice(planes[0] - start, planes[1] - start), slice(*rows), slice(*columns)]
                 part += self._of_upsampled(planes, rows, columns, (length, x, y))
-        self._add_bias(start, result)
         return result
 
     def _of_upsampled(self, planes: Range, rows: Range, columns: Range, shape: tuple[int, int, int]) -> Tensor:
@@ -453,17 +467,6 @@ class _MergeBlock(_Block):
         rows = coarse.movedim(1, -1).reshape(-1, coarse.shape[1])
         eighths = (rows @ self._merge_weights.coarse_shortcut).reshape(*coarse.movedim(1, -1).shape[:-1], -1)
         _add_eighths(eighths.movedim(-1, 1), result, [0, 0, 0])
-
-    def _add_bias(self, start: int, result: Tensor) -> None:
-        """Add the bias of both convolutions. At the border of the grid, the kernel contains fewer upsampled voxels."""
-        if self._bias_planes is None:
-            self._bias_planes = self._merge_weights.bias_planes(result[:, :, :1])
-        before, within, after = self._bias_planes
-        count = result.shape[2]
-        result += within
-        first, last = int(start == 0), int(start + count == self._output.length)
-        result[:, :, first:] += before
-        result[:, :, : count - last] += after
 
 
 def _add_product(source: Tensor, weight: Tensor | None, result: Tensor) -> None:
@@ -497,8 +500,84 @@ def _add_eighths(eighths: Tensor, result: Tensor, offset: list[int]) -> None:
         result[:, :, to_z, to_x, to_y] += values
 
 
+class _PeriodicRectifier(nn.Module):
+    """An :class:`AirRectifier` for planes ``[1, C, n, X, Y]``.
+
+    Attributes:
+        bias: one period, ``[p, p, p, C]`` along z, x, y; None if the convolution before the rectifier adds it.
+        floor: one period, ``[p, p, p, C]``.
+    """
+
+    bias: Tensor | None
+    floor: Tensor
+
+    def __init__(self, rectifier: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(rectifier, AirRectifier)  # noqa: S101 - narrows the type for the checker
+        constant = rectifier.bias.shape[-1] == 1
+        self.constant_bias = rectifier.bias[:, 0, 0, 0] if constant else None
+        self.register_buffer("bias", None if constant else rectifier.bias.permute(3, 1, 2, 0).contiguous())
+        self.register_buffer("floor", rectifier.floor.permute(3, 1, 2, 0).contiguous())
+
+    def for_columns(self, columns: int) -> _Rectifier:
+        """Return the rectifier for planes with this number of voxels along y."""
+        return _Rectifier(None if self.bias is None else _rows(self.bias, columns), _rows(self.floor, columns))
+
+
+def _rows(period: Tensor, columns: int) -> Tensor:
+    """Return a period ``[p, p, p, C]`` repeated along y, ``[p, p, columns, C]``."""
+    length = period.shape[2]
+    return period.repeat(1, 1, -(-columns // length), 1)[:, :, :columns].contiguous()
+
+
+class _Rectifier:
+    """A rectifier for planes of a known size (:class:`AirRectifier`).
+
+    Args:
+        bias: one period along z and x, ``[p, p, Y, C]``; None if it is added already.
+        floor: one period along z and x, ``[p, p, Y, C]``.
+    """
+
+    def __init__(self, bias: Tensor | None, floor: Tensor) -> None:
+        self._bias, self._floor = bias, floor
+
+    def rectify(self, values: Tensor, start: int, result: Tensor) -> None:
+        """Rectify planes ``[1, C, n, X, Y]``, channels last, from the plane ``start`` on; ``values`` is changed."""
+        if self._bias is not None:
+            bias = self._from(self._bias, start, values)
+            for part in self._parts(values):
+                part.add_(bias[:, :, : part.shape[2]])
+            del bias
+        floor = self._from(self._floor, start, values)
+        for part, written in zip(self._parts(values), self._parts(result), strict=True):
+            torch.maximum(part, floor[:, :, : part.shape[2]], out=written)
+
+    def unshifted(self, planes: Tensor, start: int) -> Tensor:
+        """Return rectified planes ``[1, C, n, X, Y]`` without the shift."""
+        result = torch.empty_like(planes)
+        floor = self._from(self._floor, start, planes)
+        for part, written in zip(self._parts(planes), self._parts(result), strict=True):
+            torch.sub(part, floor[:, :, : part.shape[2]], out=written)
+        return result
+
+    @staticmethod
+    def _from(rows: Tensor, start: int, planes: Tensor) -> Tensor:
+        """Return the rows of a period for planes from ``start`` on, ``[n, 1, p, Y, C]``."""
+        length = rows.shape[0]
+        if length == 1:
+            return rows[:, None]
+        return rows[torch.arange(start, start + planes.shape[2], device=rows.device) % length][:, None]
+
+    def _parts(self, planes: Tensor) -> list[Tensor]:
+        """Return views of planes, cut at whole periods along x: ``[n, k, p, Y, C]``, and the rest with k = 1."""
+        length, last = self._floor.shape[1], planes.movedim(1, -1)[0]
+        whole = last.shape[1] - last.shape[1] % length
+        parts = [last[:, :whole].unflatten(1, (-1, length))] if whole else []
+        return parts if whole == last.shape[1] else [*parts, last[:, None, whole:]]
+
+
 class _DownWeights(nn.Module):
-    """The convolutions of a folded residual block, for planes along z and without padding along z.
+    """The convolutions and rectifiers of a residual block in air, for planes along z and without padding along z.
 
     Attributes:
         shortcut: weight ``[C, C']`` of the shortcut; None if the block has no convolution there.
@@ -508,15 +587,15 @@ class _DownWeights(nn.Module):
 
     def __init__(self, block: ResidualBlock) -> None:
         super().__init__()
-        first, second = _planes_first(block.first), _planes_first(block.second)
-        first_bias, second_bias = _bias(block.first), _bias(block.second)
         shortcut: Tensor | None = None
         if isinstance(block.shortcut, ConvolutionNorm):
             shortcut = _planes_first(block.shortcut)[:, :, 0, 0, 0].T
-            second_bias = second_bias + _bias(block.shortcut)
         self.register_buffer("shortcut", shortcut if shortcut is None else shortcut.float().contiguous())
-        self.first = _PlaneConvolution(first, first_bias, stride=int(block.first.convolution.stride[0]))
-        self.second = _PlaneConvolution(second, second_bias)
+        self.inner_rectifier = _PeriodicRectifier(block.inner_rectifier)
+        self.rectifier = _PeriodicRectifier(block.rectifier)
+        stride = int(block.first.convolution.stride[0])
+        self.first = _PlaneConvolution(_planes_first(block.first), self.inner_rectifier.constant_bias, stride=stride)
+        self.second = _PlaneConvolution(_planes_first(block.second), self.rectifier.constant_bias)
 
 
 class _MergeWeights(_DownWeights):
@@ -537,30 +616,12 @@ class _MergeWeights(_DownWeights):
         first, shortcut = _planes_first(block.first), _planes_first(block.shortcut)[:, :, 0, 0, 0]
         self.first = _PlaneConvolution(first[:, channels:], None)
         upsampling = up.weight.detach().double().permute(0, 1, 4, 2, 3)  # [C_coarse, C, z, x, y]
-        bias = torch.zeros(channels, dtype=torch.float64) if up.bias is None else up.bias.detach().double()
         self.coarse = _PlaneConvolution(_of_coarser(upsampling, first[:, :channels]), None, padding=1)
         eighths = torch.einsum("icabd,oc->iabdo", upsampling, shortcut[:, :channels])
         self.register_buffer("upsampling", upsampling.float())
         self.of_upsampled = _PlaneConvolution(first[:, :channels], None, padding=0)
         self.register_buffer("coarse_shortcut", eighths.reshape(up.in_channels, -1).float().contiguous())
         self.shortcut = shortcut[:, channels:].T.float().contiguous()
-        with torch.no_grad():
-            self.second.bias.add_((shortcut[:, :channels] @ bias).float())
-        self._of_bias = torch.einsum("oczxy,c->ozxy", first[:, :channels], bias)
-        self._bias_inside = _bias(block.first)
-
-    def bias_planes(self, like: Tensor) -> list[Tensor]:
-        """Return the parts of the bias of the first convolution, ``[1, C, 1, X, Y]`` each.
-
-        The parts are those of the upsampled features of the plane before, of the plane itself with the bias of the
-        convolution, and of the plane after.
-        """
-        inside = torch.ones(1, 1, *like.shape[3:], dtype=torch.float64)
-        planes = [
-            nn.functional.conv2d(inside, self._of_bias[:, None, plane], padding=1)[:, :, None] for plane in range(3)
-        ]
-        planes[1] += self._bias_inside[None, :, None, None, None]
-        return [plane.to(like).contiguous(memory_format=torch.channels_last_3d) for plane in planes]
 
 
 def _of_coarser(upsampling: Tensor, kernel: Tensor) -> Tensor:
@@ -590,13 +651,6 @@ def _planes_first(layer: nn.Module) -> Tensor:
     """Return the weight of a folded convolution for the axes z, x, y instead of x, y, z, in float64."""
     assert isinstance(layer, ConvolutionNorm)  # noqa: S101 - narrows the type for the checker
     return layer.convolution.weight.detach().double().permute(0, 1, 4, 2, 3)
-
-
-def _bias(layer: ConvolutionNorm) -> Tensor:
-    """Return the bias of a folded convolution, in float64."""
-    bias = layer.convolution.bias
-    assert bias is not None  # noqa: S101 - folding a normalisation gives a bias
-    return bias.detach().double()
 
 
 class _PlaneConvolution(nn.Module):

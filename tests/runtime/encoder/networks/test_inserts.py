@@ -221,7 +221,7 @@ def test_slabwise_computation_equals_the_whole_network(channels: tuple[int, ...]
     for name, parameter in network.named_parameters():
         if name in insert_parameters(network):
             nn.init.normal_(parameter, std=0.3)
-    folded = inference_network(network)
+    folded = inference_network(network, whole_scan=False)
     assert isinstance(folded, ResidualUNet)
     x = torch.rand(2, 1, *window).to(memory_format=torch.channels_last_3d)
     assert difference(network(x), SlabwiseResidualUNet(folded)(x)) < 1e-5
@@ -229,7 +229,7 @@ def test_slabwise_computation_equals_the_whole_network(channels: tuple[int, ...]
 
 @torch.no_grad()
 def test_mixed_precision_is_close_to_float32_and_filters_stay_float32() -> None:
-    network = inference_network(network_with("residual_unet", "med-adapter", trained=True))
+    network = inference_network(network_with("residual_unet", "med-adapter", trained=True), whole_scan=False)
     mixed = MixedPrecision(network)
     types = {parameter.dtype for name, parameter in mixed.named_parameters() if name.endswith("gain")}
     assert types == {torch.float32}

@@ -59,7 +59,7 @@ def test_compact_encoder_with_adapters_within_one_percent(
     channels: tuple[int, ...], window: Window, slabwise: bool
 ) -> None:
     settings = {"channels": channels, "inserts": "med-adapter"}
-    network = inference_network(build_network("residual_unet", **settings))
+    network = inference_network(build_network("residual_unet", **settings), whole_scan=False)
     # Views of parameters, and the slab-wise network's views of the input, count as if the forward pass had allocated
     # these tensors.
     views = sum(4 * values.numel() for name, values in network.named_parameters() if name.endswith("gain"))

@@ -53,8 +53,8 @@ def rolled(rolling: RollingResidualUNet, image: Tensor, *, section: int = STEP, 
 )
 @torch.no_grad()
 def test_equals_the_network_on_the_whole_grid(channels: tuple[int, ...], shape: tuple[int, int, int]) -> None:
-    network = random_network(channels)
-    rolling = RollingResidualUNet(network.folded())
+    network = random_network(channels).in_air()
+    rolling = RollingResidualUNet(network)
     assert rolling.levels == network.levels
     image = torch.rand(shape)
     for expected, features in zip(network(image[None, None]), rolled(rolling, image), strict=True):
@@ -63,7 +63,7 @@ def test_equals_the_network_on_the_whole_grid(channels: tuple[int, ...], shape: 
 
 @torch.no_grad()
 def test_temporary_files_and_thinner_sections_change_no_bit() -> None:
-    rolling = RollingResidualUNet(random_network(EDGE).folded())
+    rolling = RollingResidualUNet(random_network(EDGE).in_air())
     image = torch.rand(20, 19, 70)
     expected = rolled(rolling, image)
     for features in (rolled(rolling, image, section=8), rolled(rolling, image, on_disk=True)):
@@ -72,7 +72,7 @@ def test_temporary_files_and_thinner_sections_change_no_bit() -> None:
 
 @torch.no_grad()
 def test_bfloat16_is_close_to_float32() -> None:
-    network = random_network(EDGE).folded()
+    network = random_network(EDGE).in_air()
     image = torch.rand(16, 24, 40)
     exact = rolled(RollingResidualUNet(network), image)
     for expected, features in zip(exact, rolled(RollingResidualUNet(network, torch.bfloat16), image), strict=True):
@@ -86,7 +86,7 @@ def test_features_far_from_a_change_do_not_change() -> None:
     """The context of the network is the largest distance from which a voxel has an effect."""
     network = random_network((3, 4, 5))
     assert network.whole_scan is not None
-    rolling, context = RollingResidualUNet(network.folded()), network.whole_scan.context
+    rolling, context = RollingResidualUNet(network.in_air()), network.whole_scan.context
     image = torch.rand(8, 8, 4 * context)
     changed = image.clone()
     changed[..., : 2 * context] = torch.rand(8, 8, 2 * context)
@@ -124,7 +124,7 @@ def test_the_number_of_planes_in_memory_does_not_grow_with_the_scan(stages: int)
 def test_predicted_memory_is_enough_and_not_far_too_much(
     channels: tuple[int, ...], shape: tuple[int, int, int], on_disk: bool
 ) -> None:
-    rolling = RollingResidualUNet(random_network(channels).folded())
+    rolling = RollingResidualUNet(random_network(channels).in_air())
     planes = torch.rand(*shape[:2], 1)
     memory = rolling.memory(shape)
     with LiveStorage() as live:  # counts temporary files, too
