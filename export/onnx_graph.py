@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -203,14 +203,14 @@ def _repeating(name: str, like: str, period: Tensor, new: dict[str, onnx.TensorP
     for constant, value in ((more, length - 1), (divisor, length)):
         new.setdefault(constant, onnx.numpy_helper.from_array(np.full(3, value, np.int64), constant))
     new[name] = onnx.numpy_helper.from_array(period.numpy(), name)
-    steps = (
+    steps: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Shape", [like], "size", {"start": 2}),
         ("Add", [f"{name}_size", more], "longer", {}),
         ("Div", [f"{name}_longer", divisor], "times", {}),
         ("Concat", ["one_channel", f"{name}_times"], "repeats", {"axis": 0}),
         ("Tile", [name, f"{name}_repeats"], "tiled", {}),
         ("Slice", [f"{name}_tiled", "first_of_periods", f"{name}_size", "axes_of_periods"], "repeated", {}),
-    )
+    ]
     return [
         onnx.helper.make_node(operator, inputs, [f"{name}_{output}"], f"node_{name}_{output}", **attributes)
         for operator, inputs, output, attributes in steps

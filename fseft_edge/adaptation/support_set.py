@@ -402,9 +402,16 @@ def load_support(
                 whole = Grid.of(variation.volume, bundle.preprocessing.model_copy(update={"crop_below_hu": None}))
                 features = encoded(variation.volume, whole).features
                 occupancy = Occupancy(share / np.float32(255) for share in variation.shares)
-                part_of_scan = {"region": (), "located": None}  # boxes on the grid of the scan, not of its variation
                 varied.append(
-                    replace(scan, features=features, shape=whole.shape, occupancy=occupancy, grid=whole, **part_of_scan)
+                    replace(
+                        scan,
+                        features=features,
+                        shape=whole.shape,
+                        occupancy=occupancy,
+                        grid=whole,
+                        region=(),  # the boxes of the scan are not on the grid of its variation
+                        located=None,
+                    )
                 )
             support.append(replace(scan, variations=tuple(varied)))
             task.advance(1)

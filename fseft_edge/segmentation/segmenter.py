@@ -261,9 +261,10 @@ class Segmenter:
         """
         with ExitStack() as stack:
             store = stack.enter_context(open_store(self.settings.cache, self.settings.cache_gb))
-            found = WholeScan() if whole else self._finder
-            if isinstance(found, OrganFinder):
-                found = found.find(case.volume, case.grid, store, self.settings)
+            finder = WholeScan() if whole else self._finder
+            found = (
+                finder if isinstance(finder, WholeScan) else finder.find(case.volume, case.grid, store, self.settings)
+            )
             if isinstance(found, WholeScan):
                 warning, why = found.warning, WHOLE_SCAN
             elif found.missing:
