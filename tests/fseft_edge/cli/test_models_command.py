@@ -80,7 +80,7 @@ def test_a_network_of_the_user_is_exported(command: Command, tmp_path: Path) -> 
         "export", tmp_path / "own.pt", "--description", tmp_path / "own.toml", "--output", tmp_path / "own.encoder"
     )
     assert done.exit_code == 0
-    assert "own.encoder: own, 2 organs, id " in done.stdout
+    assert "own.encoder: own, 2 organs, windows of 16 x 16 x 16 voxels, id " in done.stdout
 
 
 def unknown(folder: Path) -> list[object]:
