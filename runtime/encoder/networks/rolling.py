@@ -141,7 +141,8 @@ class RollingResidualUNet(nn.Module):
         # Tuples keep the types of the modules; the lists register the modules.
         self.down = tuple(_DownWeights(_residual_block(block)) for block in network.down)
         self.merge = tuple(
-            _MergeWeights(up, _residual_block(block)) for up, block in zip(network.up, network.merge, strict=True)
+            _MergeWeights(up, _residual_block(block), finest=level == 0)
+            for level, (up, block) in enumerate(zip(network.up, network.merge, strict=True))
         )
         self._modules_of_down, self._modules_of_merge = nn.ModuleList(self.down), nn.ModuleList(self.merge)
         self.to(dtype)
@@ -173,8 +174,7 @@ class RollingResidualUNet(nn.Module):
             math.prod(sizes) for sizes in zip(*(level_lengths(side, len(self.down)) for side in shape[:2]), strict=True)
         ]
         waiting = held.image * planes[0]
-        columns = level_lengths(shape[1], len(self.down))
-        inner = transient = periods = 0
+        inner = transient = 0
         for level, (inputs, outputs) in enumerate(pairwise(channels)):
             plane, finer = planes[level], planes[max(level - 1, 0)]
             waiting += (held.down[level] + (held.merge[level] if level < len(self.merge) else 0)) * outputs * plane
@@ -187,13 +187,9 @@ class RollingResidualUNet(nn.Module):
                 coarser = (slab // 2 + 2) * channels[level + 2] * planes[level + 1]
                 eighths = 8 * outputs * (slab // 2 + 1) * planes[level + 1]
                 stage = max(stage, (slab + 2) * outputs * plane + coarser + eighths + 2 * slab * outputs * plane)
-                # Biases and floors of both rectifiers, and one of them for the planes of a result.
-                period = 2 ** (len(self.merge) - level)
-                periods += 4 * period**2 * columns[level] * outputs
-                stage += slab * period * columns[level] * outputs
             transient = max(transient, stage)
         size = parameter.dtype.itemsize
-        return PlaneMemory(size * waiting, size * (inner + periods), size * transient)
+        return PlaneMemory(size * waiting, size * inner, size * transient)
 
     @torch.no_grad()
     def features(
@@ -289,7 +285,7 @@ class _Ring:
     """
 
     def __init__(self, shape: tuple[int, int, int, int], length: int, like: Tensor, *, on_disk: bool) -> None:
-        self.length, self.columns = length, shape[2]
+        self.length = length
         self._capacity = shape[0]
         self._like = like
         self._file: FileTensor | None = FileTensor(shape) if on_disk else None
@@ -302,7 +298,7 @@ class _Ring:
         """Write planes ``[1, C, n, X, Y]`` from the plane ``start`` on."""
         self._each_part(start, planes, lambda part, values: part.copy_(values))
 
-    def write_rectified(self, start: int, planes: Tensor, rectifier: _Rectifier) -> None:
+    def write_rectified(self, start: int, planes: Tensor, rectifier: _PeriodicRectifier) -> None:
         """Rectify planes ``[1, C, n, X, Y]``, and write them from the plane ``start`` on."""
         rectifier.rectify(planes, start, planes)
         self.write(start, planes)
@@ -353,8 +349,7 @@ class _Block:
 
     def __init__(self, weights: _DownWeights, source: _Ring, output: _Ring, slab: int) -> None:
         self._weights, self._source, self._output, self._slab = weights, source, output, slab
-        self._inner_rectifier = weights.inner_rectifier.for_columns(output.columns)
-        self.rectifier = weights.rectifier.for_columns(output.columns)
+        self._inner_rectifier, self.rectifier = weights.inner_rectifier, weights.rectifier
         self._position = 0
         self._last = slab
         # For planes from `position` on, `inner` contains the inner tensor from `position - 1` on.
@@ -505,75 +500,69 @@ class _PeriodicRectifier(nn.Module):
 
     Attributes:
         bias: one period, ``[p, p, p, C]`` along z, x, y; None if the convolution before the rectifier adds it.
-        floor: one period, ``[p, p, p, C]``.
+        floor: one period, ``[p, p, p, C]``; None means 0.
+
+    Args:
+        rectifier: the rectifier in air.
+        shifted: whether the result is shifted. The finest features are not, because no convolution reads them.
     """
 
     bias: Tensor | None
-    floor: Tensor
+    floor: Tensor | None
 
-    def __init__(self, rectifier: nn.Module) -> None:
+    def __init__(self, rectifier: nn.Module, *, shifted: bool = True) -> None:
         super().__init__()
         assert isinstance(rectifier, AirRectifier)  # noqa: S101 - narrows the type for the checker
-        constant = rectifier.bias.shape[-1] == 1
-        self.constant_bias = rectifier.bias[:, 0, 0, 0] if constant else None
-        self.register_buffer("bias", None if constant else rectifier.bias.permute(3, 1, 2, 0).contiguous())
-        self.register_buffer("floor", rectifier.floor.permute(3, 1, 2, 0).contiguous())
-
-    def for_columns(self, columns: int) -> _Rectifier:
-        """Return the rectifier for planes with this number of voxels along y."""
-        return _Rectifier(None if self.bias is None else _rows(self.bias, columns), _rows(self.floor, columns))
-
-
-def _rows(period: Tensor, columns: int) -> Tensor:
-    """Return a period ``[p, p, p, C]`` repeated along y, ``[p, p, columns, C]``."""
-    length = period.shape[2]
-    return period.repeat(1, 1, -(-columns // length), 1)[:, :, :columns].contiguous()
-
-
-class _Rectifier:
-    """A rectifier for planes of a known size (:class:`AirRectifier`).
-
-    Args:
-        bias: one period along z and x, ``[p, p, Y, C]``; None if it is added already.
-        floor: one period along z and x, ``[p, p, Y, C]``.
-    """
-
-    def __init__(self, bias: Tensor | None, floor: Tensor) -> None:
-        self._bias, self._floor = bias, floor
+        bias = (rectifier.bias if shifted else rectifier.bias - rectifier.floor).permute(3, 1, 2, 0).contiguous()
+        constant = len(bias) == 1
+        self.constant_bias = bias[0, 0, 0] if constant else None
+        self.register_buffer("bias", None if constant else bias)
+        self.register_buffer("floor", rectifier.floor.permute(3, 1, 2, 0).contiguous() if shifted else None)
 
     def rectify(self, values: Tensor, start: int, result: Tensor) -> None:
         """Rectify planes ``[1, C, n, X, Y]``, channels last, from the plane ``start`` on; ``values`` is changed."""
-        if self._bias is not None:
-            bias = self._from(self._bias, start, values)
-            for part in self._parts(values):
-                part.add_(bias[:, :, : part.shape[2]])
-            del bias
-        floor = self._from(self._floor, start, values)
-        for part, written in zip(self._parts(values), self._parts(result), strict=True):
-            torch.maximum(part, floor[:, :, : part.shape[2]], out=written)
+        if self.bias is not None:
+            for part, bias in _parts(values, start, self.bias):
+                part.add_(bias)
+        if self.floor is None:
+            torch.clamp_min(values, 0, out=result)
+            return
+        written = (part for part, _ in _parts(result, start, self.floor))
+        for (part, floor), out in zip(_parts(values, start, self.floor), written, strict=True):
+            torch.maximum(part, floor, out=out)
 
     def unshifted(self, planes: Tensor, start: int) -> Tensor:
         """Return rectified planes ``[1, C, n, X, Y]`` without the shift."""
-        result = torch.empty_like(planes)
-        floor = self._from(self._floor, start, planes)
-        for part, written in zip(self._parts(planes), self._parts(result), strict=True):
-            torch.sub(part, floor[:, :, : part.shape[2]], out=written)
+        if self.floor is None:
+            return planes
+        result = planes.clone()
+        for part, floor in _parts(result, start, self.floor):
+            part.sub_(floor)
         return result
 
-    @staticmethod
-    def _from(rows: Tensor, start: int, planes: Tensor) -> Tensor:
-        """Return the rows of a period for planes from ``start`` on, ``[n, 1, p, Y, C]``."""
-        length = rows.shape[0]
-        if length == 1:
-            return rows[:, None]
-        return rows[torch.arange(start, start + planes.shape[2], device=rows.device) % length][:, None]
 
-    def _parts(self, planes: Tensor) -> list[Tensor]:
-        """Return views of planes, cut at whole periods along x: ``[n, k, p, Y, C]``, and the rest with k = 1."""
-        length, last = self._floor.shape[1], planes.movedim(1, -1)[0]
-        whole = last.shape[1] - last.shape[1] % length
-        parts = [last[:, :whole].unflatten(1, (-1, length))] if whole else []
-        return parts if whole == last.shape[1] else [*parts, last[:, None, whole:]]
+def _parts(planes: Tensor, start: int, period: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield views of planes with whole periods along x and y, or with a rest, each with the period that belongs to it.
+
+    Args:
+        planes: planes ``[1, C, n, X, Y]``, channels last.
+        start: position of the first plane.
+        period: one period, ``[p, p, p, C]`` along z, x, y.
+
+    Yields:
+        A view ``[n, k, x, k', y, C]``, and a part of the period, ``[n, 1, x, 1, y, C]``.
+    """
+    last, length = planes.movedim(1, -1)[0], len(period)
+    if length > 1:
+        period = period[torch.arange(start, start + len(last), device=period.device) % length]
+    whole_x, whole_y = (side - side % length for side in last.shape[1:3])
+    for rows in (last[:, :whole_x].unflatten(1, (-1, length)) if whole_x else None, last[:, None, whole_x:]):
+        if rows is None or not rows.shape[2]:
+            continue
+        whole = rows[:, :, :, :whole_y].unflatten(3, (-1, length)) if whole_y else None
+        for part in (whole, rows[:, :, :, None, whole_y:]):
+            if part is not None and part.shape[4]:
+                yield part, period[:, None, : part.shape[2], None, : part.shape[4]]
 
 
 class _DownWeights(nn.Module):
@@ -609,9 +598,10 @@ class _MergeWeights(_DownWeights):
     coarse_shortcut: Tensor
     upsampling: Tensor
 
-    def __init__(self, up: nn.Module, block: ResidualBlock) -> None:
+    def __init__(self, up: nn.Module, block: ResidualBlock, *, finest: bool) -> None:
         assert isinstance(up, nn.ConvTranspose3d)  # noqa: S101 - narrows the type for the checker
         super().__init__(block)
+        self.rectifier = _PeriodicRectifier(block.rectifier, shifted=not finest)
         channels = up.out_channels
         first, shortcut = _planes_first(block.first), _planes_first(block.shortcut)[:, :, 0, 0, 0]
         self.first = _PlaneConvolution(first[:, channels:], None)
