@@ -36,7 +36,8 @@ _DECISION: Final = re.compile(r"/cases/(?P<key>[A-Za-z0-9_-]{1,64})/decision")
 _BINARY: Final = "application/octet-stream"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _WELCOME: Final = (
-    b'<!doctype html><html lang="en"><title>fseft-edge review</title><meta http-equiv="refresh" content="0; url=/">'
+    b'<!doctype html><html lang="en"><title>fseft-edge review</title><link rel="icon" href="data:,">'
+    b'<meta http-equiv="refresh" content="0; url=/">'
     b'<p><a href="/">Open the review</a></p></html>\n'
 )
 _PIECE_BYTES: Final = 1 << 20
