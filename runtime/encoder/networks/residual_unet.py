@@ -204,8 +204,12 @@ class ResidualUNet(FeatureNetwork):
         """Return a folded copy that computes a scan as if air without an end surrounded it.
 
         Convolutions that are padded with zeros tell a voxel how far away the border of the scan is. Classifiers learn
-        this from a few scans, and then miss organs in a scan that is cut elsewhere. The copy has no such border: its
-        features are those inside a much larger grid of air (input 0), but for rounding, without computing more.
+        this from a few scans, and then miss organs in a scan that is cut elsewhere. The copy pads every convolution
+        with what air (input 0) gives far outside the scan, at no cost.
+
+        If the outer voxels of the scan are air, as many as the stride of the deepest stage, its features are those
+        inside a much larger grid of air, but for rounding. If the body reaches the border, they are close to these:
+        the air beside the scan then has the features of air far outside.
         """
         network = self.folded()
         outside = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
