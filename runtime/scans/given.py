@@ -9,16 +9,16 @@ from typing import TypeAlias
 import nibabel as nib
 
 from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.scans.image_files import read_label_map
 from fseft_edge.runtime.scans.images import label_map_of_image, volume_of_image
-from fseft_edge.runtime.scans.nifti import read_label_map
 from fseft_edge.runtime.scans.sources import Scan, find_scan, list_scans
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
 GivenScan: TypeAlias = str | Path | nib.nifti1.Nifti1Pair | Volume
-"""A CT: path of a NIfTI file or DICOM series, NIfTI image in memory, or ``Volume``."""
+"""A CT: path of a NIfTI, NRRD or MetaImage file or of a DICOM series, NIfTI image in memory, or ``Volume``."""
 
 GivenLabels: TypeAlias = str | Path | nib.nifti1.Nifti1Pair | LabelMap
-"""A label map: path of a NIfTI file, NIfTI image in memory, or ``LabelMap``."""
+"""A label map: path of a NIfTI, NRRD or MetaImage file, NIfTI image in memory, or ``LabelMap``."""
 
 
 def given_scan(given: GivenScan, series: str | None = None, *, name: str = "scan") -> Scan:

@@ -15,7 +15,7 @@ import os
 import struct
 import unicodedata
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,7 @@ from fseft_edge.runtime.errors import (
     UsageError,
 )
 from fseft_edge.runtime.scans.hounsfield import check_hounsfield
+from fseft_edge.runtime.scans.image_names import is_metaimage_file, is_nrrd_file, is_segmentation_file, other_ending_of
 from fseft_edge.runtime.scans.label_names import BadLabelTableError, extensions_of, names_in, packed
 from fseft_edge.runtime.scans.nifti_forms import Geometry, NiftiForms, geometry_of
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, slabs
@@ -263,40 +264,59 @@ def _whole_hu(stored: NDArray[Any], volume: Volume) -> bytes:
 
 
 def list_cases(path: Path) -> list[Path]:
-    """Return the NIfTI image at a path, or all NIfTI images in a folder sorted by name, without hidden files.
+    """Return the image at a path, or all images in a folder sorted by name, without hidden files.
 
-    A pair of header and voxels is one image, named by its header.
+    Images are NIfTI, NRRD and MetaImage files. A pair of header and voxels is one image, named by its header. A
+    segmentation of 3D Slicer (``.seg.nrrd``) is no image.
 
     Raises:
-        UnreadableFileError: the path does not exist, is not a NIfTI file, or is a folder without NIfTI files.
+        UnreadableFileError: the path does not exist, is not an image, or is a folder without images.
     """
     if path.is_dir():
-        cases = sorted(file for file in path.iterdir() if not file.name.startswith(".") and stands_for_image(file))
+        cases = sorted(file for file in path.iterdir() if not file.name.startswith(".") and _is_image(file))
         if not cases:
             raise UnreadableFileError(
-                f"The folder {path} contains no .nii or .nii.gz file and no pair of .hdr and .img files.",
+                f"The folder {path} contains no .nii or .nii.gz file, no pair of .hdr and .img files, and no .nrrd, "
+                ".nhdr, .mha or .mhd file.",
                 remedy="Give the folder of the scans.",
             )
         return cases
     if not path.exists():
         raise UnreadableFileError(f"{path} does not exist.", remedy="Check the path.")
-    if not is_nifti_file(path):
+    if is_segmentation_file(path):
         raise UnreadableFileError(
-            f"{path} is not a .nii or .nii.gz file, and not a pair of .hdr and .img files.",
+            f"{path} is a segmentation of 3D Slicer, not an image.", remedy="Give the image that was segmented."
+        )
+    if not (is_nifti_file(path) or _is_image(path)):
+        raise UnreadableFileError(
+            f"{path} is not a .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd file, and not a pair of .hdr and .img files.",
             remedy="Convert the image to NIfTI.",
         )
     return [files_of(path)[0]]
 
 
+def _is_image(file: Path) -> bool:
+    return stands_for_image(file) or (file.is_file() and (is_nrrd_file(file) or is_metaimage_file(file)))
+
+
 def cases_by_name(path: Path) -> dict[str, Path]:
-    """Return the NIfTI images that :func:`list_cases` returns, as a dictionary with the case names as keys.
+    """Return the images that :func:`list_cases` returns, as a dictionary with the case names as keys.
 
     Raises:
-        UnreadableFileError: the path does not exist, is not a NIfTI file, or is a folder without NIfTI files.
+        UnreadableFileError: the path does not exist, is not an image, or is a folder without images.
         InputError: two files have the same case name, such as ``a.nii`` and ``a.nii.gz``.
     """
+    return named_cases(list_cases(path))
+
+
+def named_cases(files: Iterable[Path]) -> dict[str, Path]:
+    """Return files as a dictionary with the case names as keys.
+
+    Raises:
+        InputError: two files have the same case name.
+    """
     cases: dict[str, Path] = {}
-    for file in list_cases(path):
+    for file in files:
         # macOS stores an umlaut as two characters: names that look the same are the same.
         earlier = cases.setdefault(unicodedata.normalize("NFC", case_name(file)), file)
         if earlier != file:
@@ -307,8 +327,8 @@ def cases_by_name(path: Path) -> dict[str, Path]:
 
 
 def case_name(path: Path) -> str:
-    """Return the file name without the ending of NIfTI. Scan, annotation and results of a case share this name."""
-    return path.name.removesuffix(ending_of(path))
+    """Return the file name without the ending of its format. Scan, annotation and results of a case share this name."""
+    return path.name.removesuffix(ending_of(path) or other_ending_of(path))
 
 
 def ending_of(path: Path) -> str:

@@ -284,7 +284,7 @@ def _check_both(
     Raises:
         GeometryError: the forms place a voxel differently by more than rounding.
     """
-    straight = _without_shear(affine)
+    straight = without_shear(affine)
     apart = deviation(straight, _qform(forms), shape)
     if not apart.is_rounding:
         apart = min(apart, deviation(straight, _qform_nearest(forms, straight), shape), key=lambda found: found.voxels)
@@ -309,7 +309,7 @@ def _check_both(
     )
 
 
-def _without_shear(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+def without_shear(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the affine with the nearest perpendicular axes, and with the same voxel spacing and offset."""
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     left, _, right = np.linalg.svd(affine[:3, :3] / steps)

@@ -1,4 +1,4 @@
-"""Scans on disk: a NIfTI file, or a DICOM series in a folder, a zip archive or a single file."""
+"""Scans on disk: a NIfTI, NRRD or MetaImage file, or a DICOM series in a folder, a zip archive or a single file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fseft_edge.runtime.errors import UnreadableFileError, UsageError
-from fseft_edge.runtime.scans.nifti import case_name, is_nifti_file, list_cases, read_ct
+from fseft_edge.runtime.scans.image_files import is_image_file, read_ct
+from fseft_edge.runtime.scans.image_names import is_segmentation_file
+from fseft_edge.runtime.scans.nifti import case_name, list_cases
 from fseft_edge.runtime.scans.volume import Volume
 
 if TYPE_CHECKING:
@@ -17,12 +19,12 @@ _DICOM_SUFFIXES = (".zip", ".dcm")
 
 
 def is_nifti(path: Path) -> bool:
-    """Return True if a path is not a folder and has the name of a NIfTI file. All other paths are read as DICOM."""
-    return is_nifti_file(path)
+    """Return True if a path has the name of a NIfTI, NRRD or MetaImage file. All other paths are read as DICOM."""
+    return is_image_file(path)
 
 
 def read_scan(path: Path, series: str | None = None) -> Volume:
-    """Read a CT from a NIfTI file, or from a DICOM series in a folder, a zip archive or a single file.
+    """Read a CT from a NIfTI, NRRD or MetaImage file, or a DICOM series in a folder, a zip archive or a single file.
 
     Args:
         path: path of one scan, as returned by :func:`list_scans`.
@@ -30,8 +32,8 @@ def read_scan(path: Path, series: str | None = None) -> Volume:
             :func:`fseft_edge.runtime.scans.dicom.choose_series`); None selects the series automatically.
 
     Raises:
-        UsageError: ``series`` is given for a NIfTI file.
-        InputError: the scan is not a readable CT (see :func:`fseft_edge.runtime.scans.nifti.read_ct` and
+        UsageError: ``series`` is given for a file that is not DICOM.
+        InputError: the scan is not a readable CT (see :func:`fseft_edge.runtime.scans.image_files.read_ct` and
             :func:`fseft_edge.runtime.scans.dicom.find_series`, ``choose_series`` and ``read_series``).
         OutOfSpaceError: the temporary folder has too little disk space for the unpacked scan.
     """
@@ -79,13 +81,13 @@ def find_scan(path: Path, series: str | None = None) -> Scan:
         series: number, UID or end of the UID of the DICOM series; None selects the series automatically.
 
     Raises:
-        UsageError: ``series`` is given for a NIfTI file.
+        UsageError: ``series`` is given for a file that is not DICOM.
         InputError: no DICOM series can be selected, or the selected series is not a readable CT.
     """
     if is_nifti(path):
         if series is not None:
             raise UsageError(
-                f"{path} is a NIfTI file, but --series can only be used with DICOM.", remedy="Leave --series out."
+                f"{path} is a single image, but --series can only be used with DICOM.", remedy="Leave --series out."
             )
         return Scan(scan_name(path), path)
     from fseft_edge.runtime.scans import dicom  # noqa: PLC0415 - loads pydicom
@@ -96,34 +98,36 @@ def find_scan(path: Path, series: str | None = None) -> Scan:
 def list_scans(path: Path) -> list[Path]:
     """Return the paths of all scans in a file or folder.
 
-    A file is one scan. In a folder with NIfTI files, each NIfTI file is one scan; these are sorted by name. Any other
-    folder is one scan if the folder or its subfolders contain DICOM files.
+    A file is one scan. In a folder with NIfTI, NRRD or MetaImage files, each of these files is one scan; they are
+    sorted by name. Any other folder is one scan if the folder or its subfolders contain DICOM files. A segmentation of
+    3D Slicer (``.seg.nrrd``) is no scan.
 
     Raises:
-        UnreadableFileError: the path does not exist, or contains no NIfTI and no DICOM file.
+        UnreadableFileError: the path does not exist, or contains no image and no DICOM file.
         ArchiveError: a zip archive is encrypted, damaged or too large.
     """
-    if is_nifti(path) or not path.exists():
+    if is_nifti(path) or is_segmentation_file(path) or not path.exists():
         return list_cases(path)
     if path.is_dir():
         try:
             return list_cases(path)
-        except UnreadableFileError as no_nifti:
+        except UnreadableFileError as no_image:
             if not _contains_dicom(path):
                 raise UnreadableFileError(
-                    f"The folder {path} contains no NIfTI file, and no DICOM file in it or its subfolders.",
-                    remedy=no_nifti.remedy,
+                    f"The folder {path} contains no NIfTI, NRRD or MetaImage file, and no DICOM file in it or its "
+                    "subfolders.",
+                    remedy=no_image.remedy,
                 ) from None
     elif not _contains_dicom(path):
         raise UnreadableFileError(
-            f"{path} is not a NIfTI file, not a DICOM file, and not a zip archive with DICOM files.",
-            remedy="Give a .nii or .nii.gz file, or the folder or zip archive of a DICOM series.",
+            f"{path} is not a NIfTI, NRRD, MetaImage or DICOM file, and not a zip archive with DICOM files.",
+            remedy="Give a .nii, .nii.gz, .nrrd or .mha file, or the folder or zip archive of a DICOM series.",
         )
     return [path]
 
 
 def scan_name(path: Path) -> str:
-    """Return the name of a scan: the name of its file or folder without ``.nii.gz``, ``.nii``, ``.zip`` or ``.dcm``."""
+    """Return the name of a scan: the name of its file or folder without the ending of its format."""
     if is_nifti(path):
         return case_name(path)
     name = path.name or path.resolve().name
