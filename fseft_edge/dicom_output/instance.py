@@ -45,18 +45,31 @@ class SegmentationAlgorithm:
         adapters: sha256 of the adapter file of each organ, by organ name.
         transductive: whether the adapters were refitted to the scan.
         version: version of the toolkit.
+        corrected: whether a person corrected the mask afterwards.
     """
 
     encoder_id: str
     adapters: Mapping[str, str] = field(default_factory=dict)
     transductive: bool = False
     version: str = __version__
+    corrected: bool = False
 
     @classmethod
     def of(cls, encoder_id: str, files: Sequence[AdapterFile], *, transductive: bool = False) -> SegmentationAlgorithm:
         """Return the description of these adapters on this encoder."""
         adapters = {organ.name: file.sha256 or "" for file in files for organ in file.description.organs}
         return cls(encoder_id, adapters, transductive)
+
+    @property
+    def kind(self) -> str:
+        """SegmentAlgorithmType (PS3.3 section C.8.20.2) and ROIGenerationAlgorithm (C.8.8.5), which share terms."""
+        # The annotations that an adapter learned from belong to other scans, so they are no contribution of a person.
+        return "SEMIAUTOMATIC" if self.corrected else "AUTOMATIC"
+
+    @property
+    def origin(self) -> str:
+        """What made the mask, in words for the description of an object."""
+        return "segmented automatically" + (", then corrected by a person" if self.corrected else "")
 
     def item(self, organ: str) -> Dataset:
         """Return the item of the Algorithm Identification Macro (PS3.3 section 10.16) for one organ."""

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from fseft_edge.runtime.scans.organ_names import organ_words
+
 PRIVATE_SCHEME: Final = "99FSEFTEDGE"
 """Coding scheme of names that are in no table below; "99" marks a private coding scheme (PS3.16 section 8.2)."""
-
-Side = Literal["Left", "Right"]
 
 _PAIRED: Final = {
     "adrenal": "AdrenalGland",
@@ -92,12 +92,6 @@ _SINGLE: Final = {
 
 _ABNORMAL: Final = {"lesion": "Lesion", "neoplasm": "Neoplasm", "tumor": "Neoplasm", "tumour": "Neoplasm"}
 
-_SIDES: Final[dict[str, Side]] = {
-    **dict.fromkeys(("left", "l", "lt"), "Left"),
-    **dict.fromkeys(("right", "r", "rt"), "Right"),
-}
-_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-
 
 @dataclass(frozen=True)
 class OrganCode:
@@ -126,9 +120,7 @@ def organ_code(name: str) -> OrganCode:
     ``left_kidney``, ``kidney_left``, ``Kidney_L`` and ``Left Kidney`` get the same code. A name with further words
     (``liver_segment_4``) gets a private code, whose meaning is the name.
     """
-    words = [word.lower() for word in _WORDS.findall(name)]
-    sides = [_SIDES[word] for word in words if word in _SIDES]
-    organ = "".join(word for word in words if word not in _SIDES)
+    organ, sides = organ_words(name)
     anatomical = codes.CID7150.AnatomicalStructure
     for key in (organ, organ.removesuffix("s")):
         if len(sides) <= 1 and key in _PAIRED:

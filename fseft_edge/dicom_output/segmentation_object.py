@@ -121,7 +121,7 @@ def _segmentation(
         device_serial_number="none",  # must not be empty (PS3.3 section C.7.5.2), but software has no serial number
         transfer_syntax_uid=ExplicitVRLittleEndian,
         content_label="ORGANS",
-        content_description="Organs, segmented automatically",
+        content_description=f"Organs, {algorithm.origin}",
         omit_empty_frames=True,
         series_description="Organs (fseft-edge)",
         content_date=date,
@@ -181,8 +181,7 @@ def _description(organ: NumberedOrgan, algorithm: SegmentationAlgorithm) -> Segm
         segment_label=organ.name,
         segmented_property_category=organ.code.category,
         segmented_property_type=organ.code.kind,
-        # No person contributed to the segmentation of this scan: the annotations belong to other scans.
-        algorithm_type="AUTOMATIC",
+        algorithm_type=algorithm.kind,
         algorithm_identification=AlgorithmIdentificationSequence.from_sequence(
             DicomSequence([algorithm.item(organ.name)])
         ),

@@ -104,7 +104,7 @@ def _structure_set(series: SourceSeries, organs: Sequence[NumberedOrgan], algori
     dataset.FrameOfReferenceUID = series.first.FrameOfReferenceUID
     dataset.PositionReferenceIndicator = series.first.get("PositionReferenceIndicator", "")
     dataset.StructureSetLabel = "ORGANS"
-    dataset.StructureSetDescription = "Organs, segmented automatically; to be checked before use"
+    dataset.StructureSetDescription = f"Organs, {algorithm.origin}; to be checked before use"
     # May be empty; the time of writing would make the bytes of every run different.
     dataset.StructureSetDate = ""
     dataset.StructureSetTime = ""
@@ -144,7 +144,7 @@ def _region(organ: NumberedOrgan, series: SourceSeries, algorithm: SegmentationA
     region.ROINumber = organ.number
     region.ReferencedFrameOfReferenceUID = series.first.FrameOfReferenceUID
     region.ROIName = organ.name
-    region.ROIGenerationAlgorithm = "AUTOMATIC"
+    region.ROIGenerationAlgorithm = algorithm.kind
     region.ROIDerivationAlgorithmIdentificationSequence = [algorithm.item(organ.name)]
     return region
 

@@ -12,6 +12,7 @@ import numpy as np
 from fseft_edge.masks.result import organ_labels
 from fseft_edge.outbox.content_key import content_key
 from fseft_edge.outbox.records import CaseRecord, Decision
+from fseft_edge.outbox.result_files import MASK_SUFFIX, mask_suffix
 from fseft_edge.outbox.sources import check_source
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.runtime.encoder.bundle import sha256_of_file
@@ -30,9 +31,9 @@ class ReviewedBatch:
     Attributes:
         outbox: outbox of the batch.
         state: state file of the batch; None means the state file in the outbox.
-        corrected: folder of corrected mask files ``<key>.nii.gz``, which replace the masks of the batch. They have the
+        corrected: folder of corrected mask files ``<key>.nii.gz``, which replace the masks in the outbox. They have the
             same label values as the masks of the batch, and were accepted in a review that displayed them. None means
-            that no mask was corrected.
+            that there is no such folder.
     """
 
     outbox: Path
@@ -44,6 +45,9 @@ def accepted_annotations(
     batch: ReviewedBatch, organs: Sequence[OrganLabel], annotated: Iterable[Path] = ()
 ) -> list[tuple[Path, LabelMap]]:
     """Return the CT file and the mask of every accepted case. Organs in the mask have the label values of ``organs``.
+
+    The mask of a case is the file in the folder of corrected masks if there is one, else the correction in the outbox
+    if there is one, else the mask of the batch.
 
     A batch gives its organs new label values, so organs are matched by name: ``<key>.json`` states the label value of
     each organ in the mask. Voxels of organs that are not in ``organs`` become background. An organ that a mask does not
@@ -85,10 +89,11 @@ def accepted_annotations(
             _LOG.warning("%s also has an annotation in --labels: its mask from the batch is not used", case.key)
             continue
         check_source(case)
-        own = batch.outbox / case.key / f"{case.key}.nii.gz"
-        values = organ_labels(own.with_name(f"{case.key}.json"), None if case.key in corrected else own)
-        mask = read_label_map(corrected.get(case.key, own))
-        _check_accepted(case, batch, corrected.get(case.key), own)
+        own = batch.outbox / case.key / f"{case.key}{MASK_SUFFIX}"
+        present = corrected.get(case.key, own.with_name(f"{case.key}{mask_suffix(batch.outbox, case.key)}"))
+        values = organ_labels(own.with_name(f"{case.key}.json"), own if present == own else None)
+        mask = read_label_map(present)
+        _check_accepted(case, batch, corrected.get(case.key), present)
         pairs.append((case.source, _renumbered(mask, values, organs)))
     return pairs
 
@@ -122,7 +127,7 @@ def corrected_masks(folder: Path | None, keys: Iterable[str], outbox: Path) -> M
     return masks
 
 
-def _check_accepted(case: CaseRecord, batch: ReviewedBatch, corrected: Path | None, own: Path) -> None:
+def _check_accepted(case: CaseRecord, batch: ReviewedBatch, corrected: Path | None, present: Path) -> None:
     """Raise InputError if a mask is not the one that the reviewer accepted."""
     accepted = case.review
     assert accepted is not None  # noqa: S101 - narrows the type; the caller gives an accepted case
@@ -131,7 +136,7 @@ def _check_accepted(case: CaseRecord, batch: ReviewedBatch, corrected: Path | No
             "%s was accepted in a version that did not record which mask was accepted; the present mask is used",
             case.key,
         )
-    elif sha256_of_file(corrected or own) != accepted.mask_sha256:
+    elif sha256_of_file(present) != accepted.mask_sha256:
         if corrected:
             raise InputError(
                 f"The corrected mask of {case.key} is not the mask that was accepted at {accepted.when}.",

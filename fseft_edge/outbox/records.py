@@ -1,4 +1,4 @@
-"""Records of a case of a batch: its state, its outcome, its review."""
+"""Records of a case of a batch: its state, its outcome, its review, its corrections."""
 
 from __future__ import annotations
 
@@ -87,7 +87,63 @@ class Review:
     @property
     def when(self) -> str:
         """Time of the decision in ISO 8601, in UTC and with its offset."""
-        return datetime.fromtimestamp(self.at, UTC).isoformat(timespec="seconds")
+        return _when(self.at)
+
+
+class Origin(StrEnum):
+    """Where a correction was made."""
+
+    PAGE = "page"  # drawn in the review page
+    FILE = "file"  # made by another program
+
+
+@dataclass(frozen=True)
+class CorrectedOrgan:
+    """One organ of a corrected mask, compared with the mask that the batch made.
+
+    :mod:`fseft_edge.outbox.correction_measures` defines the three measures.
+
+    Attributes:
+        name: name of the organ.
+        label: label value of the organ.
+        volume_ml: volume of the organ in the corrected mask in ml.
+        mean_distance_mm: mean surface distance in mm; None if one of the two masks lacks the organ.
+        hd95_mm: 95th percentile of the surface distance in mm; None if one of the two masks lacks the organ.
+        added_path_mm: added path length in mm.
+    """
+
+    name: str
+    label: int
+    volume_ml: float
+    mean_distance_mm: float | None
+    hd95_mm: float | None
+    added_path_mm: float
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A mask that a person corrected.
+
+    Attributes:
+        at: time of the correction in seconds since the epoch.
+        reviewer: name of the person who corrected the mask.
+        origin: where the mask was corrected.
+        mask_sha256: sha256 of the corrected mask file, as hexadecimal digits.
+        based_on: sha256 of the mask file that was corrected, as hexadecimal digits.
+        organs: every organ of the mask, compared with the mask that the batch made.
+    """
+
+    at: float
+    reviewer: str
+    origin: Origin
+    mask_sha256: str
+    based_on: str
+    organs: tuple[CorrectedOrgan, ...]
+
+    @property
+    def when(self) -> str:
+        """Time of the correction in ISO 8601, in UTC and with its offset."""
+        return _when(self.at)
 
 
 @dataclass(frozen=True)
@@ -110,6 +166,7 @@ class CaseRecord:
         organs: organs as returned by ``segment``, if the case is done; else empty.
         seconds: wall time of each stage, if the case is done; else None.
         decisions: decisions of reviewers, the earliest first.
+        corrections: corrections of the mask, the earliest first. The corrected mask in the outbox is the latest one.
         warnings: sentences on what the reader of the scan left out, corrected or assumed, and on what happened to the
             scan in the inbox. A person has to read them before the mask is used.
         superseded_by: key of the case that takes the place of this case; empty if there is none. The mask of a
@@ -130,6 +187,7 @@ class CaseRecord:
     organs: tuple[SegmentedOrgan, ...]
     seconds: StageSeconds | None
     decisions: tuple[Review, ...] = ()
+    corrections: tuple[Correction, ...] = ()
     warnings: tuple[str, ...] = ()
     superseded_by: str = ""
     series: str = ""
@@ -138,6 +196,14 @@ class CaseRecord:
     def review(self) -> Review | None:
         """The decision that counts, the latest one; None if there is none."""
         return self.decisions[-1] if self.decisions else None
+
+    def correction(self, mask_sha256: str) -> Correction | None:
+        """Return the latest correction that gave this mask file; None if no correction did."""
+        return next((one for one in reversed(self.corrections) if one.mask_sha256 == mask_sha256), None)
+
+    def without_name(self, text: str) -> str:
+        """Return a text in which the key takes the place of the path and the name of the source."""
+        return text.replace(str(self.source), self.key).replace(self.source.name, self.key)
 
     @property
     def source_name(self) -> str:
@@ -156,3 +222,7 @@ class Duplicate:
 def printable(name: str) -> str:
     """Return a file name for display. Undecodable bytes, line breaks and control characters are replaced."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+
+
+def _when(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")

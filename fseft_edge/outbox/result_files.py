@@ -6,14 +6,19 @@ import json
 import os
 import re
 import stat
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
 from fseft_edge.masks.result import describes
 from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+from fseft_edge.runtime.scans.nifti import read_label_map
+from fseft_edge.runtime.scans.volume import LabelMap
 
 MASK_SUFFIX: Final = ".nii.gz"
+CORRECTED_SUFFIX: Final = ".corrected.nii.gz"
+"""Suffix of the mask that a person corrected, beside the mask of the batch."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -28,7 +33,7 @@ def open_result(outbox: Path, key: str, suffix: str) -> BufferedReader:
     Args:
         outbox: outbox of the batch.
         key: key of a case in the state of the batch.
-        suffix: ``.nii.gz``, ``.json`` or ``.png``.
+        suffix: ``.nii.gz``, ``.corrected.nii.gz``, ``.json`` or ``.png``.
 
     Raises:
         UnreadableFileError: the file does not exist, is not a regular file, or cannot be opened.
@@ -50,6 +55,22 @@ def open_result(outbox: Path, key: str, suffix: str) -> BufferedReader:
             )
         result.seek(0)
     return result
+
+
+def mask_suffix(outbox: Path, key: str) -> str:
+    """Return the suffix of the mask of a case that counts: the corrected mask if there is one, else the batch's."""
+    return CORRECTED_SUFFIX if os.path.lexists(outbox / key / f"{key}{CORRECTED_SUFFIX}") else MASK_SUFFIX
+
+
+def read_mask(outbox: Path, key: str) -> LabelMap:
+    """Read the mask that the batch made of a case, with the care of :func:`open_result`.
+
+    Raises:
+        InputError: the mask cannot be read, is not a label map, or was changed after it was made.
+    """
+    with open_result(outbox, key, MASK_SUFFIX) as mask:
+        labels = read_label_map(Path(f"/proc/self/fd/{mask.fileno()}"))  # the file that was checked
+    return replace(labels, source=outbox / key / f"{key}{MASK_SUFFIX}")
 
 
 def _fields(description: BufferedReader) -> dict[str, Any]:

@@ -21,11 +21,22 @@ from typing import Any, Final, Self
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 from fseft_edge.masks.result import SegmentedOrgan
-from fseft_edge.outbox.records import CaseRecord, CaseState, Decision, Duplicate, Outcome, Review, StageSeconds
+from fseft_edge.outbox.records import (
+    CaseRecord,
+    CaseState,
+    CorrectedOrgan,
+    Correction,
+    Decision,
+    Duplicate,
+    Origin,
+    Outcome,
+    Review,
+    StageSeconds,
+)
 from fseft_edge.runtime.errors import BatchStateError, OutOfSpaceError, UsageError
 from fseft_edge.runtime.system.json_text import parse_json
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 STATE_FOLDER: Final = ".fseft-edge"
 STATE_FILE: Final = "state.sqlite"
 
@@ -72,6 +83,21 @@ CREATE VIEW records AS SELECT cases.*, (
     SELECT json_group_array(json_array(number, decision, note, at, reviewer, mask_sha256))
     FROM decisions WHERE decisions.key = cases.key
 ) AS decisions FROM cases;
+""",
+    4: """
+CREATE TABLE corrections (
+    number INTEGER PRIMARY KEY, key TEXT NOT NULL REFERENCES cases (key), at REAL NOT NULL, reviewer TEXT NOT NULL,
+    origin TEXT NOT NULL, mask_sha256 TEXT NOT NULL, based_on TEXT NOT NULL, organs TEXT NOT NULL
+) STRICT;
+CREATE INDEX corrections_of_case ON corrections (key);
+DROP VIEW records;
+CREATE VIEW records AS SELECT cases.*, (
+    SELECT json_group_array(json_array(number, decision, note, at, reviewer, mask_sha256))
+    FROM decisions WHERE decisions.key = cases.key
+) AS decisions, (
+    SELECT json_group_array(json_array(number, at, reviewer, origin, mask_sha256, based_on, json(organs)))
+    FROM corrections WHERE corrections.key = cases.key
+) AS corrections FROM cases;
 """,
 }
 """What each later version of the schema adds. A file of an earlier version gets it when it is opened."""
@@ -503,6 +529,32 @@ class BatchStore:
         Raises:
             UsageError: there is no case with this key, or the case is not done.
         """
+        self.reviewable(key)
+        self._execute(
+            "INSERT INTO decisions (key, decision, note, at, reviewer, mask_sha256) VALUES (?, ?, ?, ?, ?, ?)",
+            *(key, decision, note, time.time(), reviewer, mask_sha256),
+        )
+
+    def correct(self, key: str, correction: Correction) -> None:
+        """Record a correction of a mask. Earlier corrections are kept.
+
+        Raises:
+            UsageError: there is no case with this key, or the case is not done.
+        """
+        self.reviewable(key)
+        self._execute(
+            "INSERT INTO corrections (key, at, reviewer, origin, mask_sha256, based_on, organs)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            *(key, correction.at, correction.reviewer, correction.origin, correction.mask_sha256, correction.based_on),
+            json.dumps([asdict(organ) for organ in correction.organs]),
+        )
+
+    def reviewable(self, key: str) -> CaseRecord:
+        """Return a case whose mask a person can correct, accept or reject.
+
+        Raises:
+            UsageError: there is no case with this key, or the case is not done.
+        """
         case = self.case(key)
         if case.state == CaseState.SUPERSEDED:
             raise UsageError(
@@ -513,10 +565,7 @@ class BatchStore:
             raise UsageError(
                 f"{key} has no mask that can be reviewed.", remedy="Review only cases in the state `done`."
             )
-        self._execute(
-            "INSERT INTO decisions (key, decision, note, at, reviewer, mask_sha256) VALUES (?, ?, ?, ?, ?, ?)",
-            *(key, decision, note, time.time(), reviewer, mask_sha256),
-        )
+        return case
 
     def _named(self, keys: Sequence[str]) -> list[CaseRecord]:
         return [self.case(key) for key in keys] if keys else self.cases()
@@ -604,10 +653,17 @@ def _record(row: sqlite3.Row) -> CaseRecord:
         decisions=tuple(
             Review(Decision(decision), *rest) for _, decision, *rest in sorted(parse_json(row["decisions"]))
         ),
+        corrections=tuple(_correction(fields) for _, *fields in sorted(parse_json(row["corrections"]))),
         warnings=tuple(map(str, parse_json(row["warnings"]))),
         superseded_by=row["superseded_by"],
         series=row["series"],
     )
+
+
+def _correction(fields: Sequence[Any]) -> Correction:
+    at, reviewer, origin, mask_sha256, based_on, organs = fields
+    compared = tuple(CorrectedOrgan(**organ) for organ in organs)
+    return Correction(at, reviewer, Origin(origin), mask_sha256, based_on, compared)
 
 
 def _as_text(path: Path) -> str:

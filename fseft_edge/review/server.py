@@ -19,7 +19,7 @@ from fseft_edge.outbox.accepted_masks import corrected_masks
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.review.access import HOST, Access
 from fseft_edge.review.cases import ReviewCases, ReviewCount, review_count
-from fseft_edge.review.routes import LARGEST_BODY, Reply, Routes, text_reply, welcome_reply
+from fseft_edge.review.routes import Reply, Routes, text_reply, welcome_reply
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 
 _LOG = logging.getLogger(__name__)
@@ -47,13 +47,14 @@ _HEADERS: Final = (
 _ACCESS_DENIED: Final = "Access denied. Open the complete address that `fseft-edge review` printed."
 _IDLE_SECONDS: Final = 60.0
 _LONGEST_NAME: Final = 100
+_LONGEST_LENGTH: Final = 10  # digits of a Content-Length
 
 
 class ReviewServer(ThreadingHTTPServer):
     """The server of one outbox, created by :func:`open_review`."""
 
     daemon_threads = True
-    allow_reuse_address = False  # no other program can take over the address of an open page
+    allow_reuse_address = True  # a review can be started again at once on the port of a page with unsaved strokes
 
     def __init__(self, port: int, cases: ReviewCases) -> None:
         self._replying = threading.Lock()  # http.server closes the server if the port cannot be used
@@ -118,8 +119,8 @@ def open_review(
     Args:
         outbox: outbox of the batch.
         state: state file of the batch; None means the state file in the outbox.
-        corrected: folder of corrected masks ``<key>.nii.gz``, which are displayed instead of the masks of the batch;
-            None means that no mask was corrected.
+        corrected: folder of corrected masks ``<key>.nii.gz``, which are displayed instead of the masks in the outbox;
+            None means that there is no such folder.
         reviewer: name of the person who decides, at most 100 characters; None means the name of this account.
         port: port of this machine on which to listen; 0 means any free port.
         show_ids: also show the file names of the scans, which may contain patients' names.
@@ -222,13 +223,15 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             return text_reply(HTTPStatus.LENGTH_REQUIRED, "The request has no valid Content-Length.")
-        if len(length) > 9 or int(length) > LARGEST_BODY:
+        with self.server.reply_before_close():
+            expected = self.server.routes.body_of(path)
+        if len(length) > _LONGEST_LENGTH or int(length) > expected.largest:
             return text_reply(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too long.")
-        if self.headers.get_content_type() != "application/json":
-            return text_reply(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "The body must be JSON.")
+        if self.headers.get_content_type() != expected.content_type:
+            return text_reply(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"The body must be {expected.content_type}.")
         body = self.rfile.read(int(length))
         with self.server.reply_before_close():
-            return self.server.routes.post(path, body)
+            return self.server.routes.post(path, body, self.headers.get("If-Match"))
 
     def _send(self, reply: Reply) -> None:
         self.send_response(reply.status)

@@ -47,7 +47,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_files(target: Path, *, first: str, last: str, outdated: Iterable[str] = ()) -> Iterator[Path]:
+def atomic_files(target: Path, *, first: str | None = None, last: str, outdated: Iterable[str] = ()) -> Iterator[Path]:
     """Yield a new temporary folder in the folder ``target``; after the body succeeds, move its files to ``target``.
 
     Several files cannot be renamed in one step. All of them are therefore complete and on the disk before the first is
@@ -57,7 +57,7 @@ def atomic_files(target: Path, *, first: str, last: str, outdated: Iterable[str]
 
     Args:
         target: folder of the files; created if it does not exist.
-        first: name of the file that is renamed first.
+        first: name of the file that is renamed first; None if no file has to be.
         last: name of the file that is renamed last.
         outdated: files of an earlier result, relative to ``target``. Those that the body does not write again are
             deleted, because they do not belong to the new result.
@@ -177,10 +177,10 @@ def _temporary_sibling(target: Path) -> Path:
     return target.with_name(f".{secrets.token_hex(8)}.partial{suffix}")
 
 
-def _ordered(folder: Path, first: str, last: str) -> list[str]:
+def _ordered(folder: Path, first: str | None, last: str) -> list[str]:
     """Return the names of all files below a folder, relative to it, with ``first`` and ``last`` at the ends."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    return [first, *sorted(names - {first, last}), last]
+    return [*([first] if first else []), *sorted(names - {first, last}), last]
 
 
 def _move(temporary: Path, target: Path) -> None:

@@ -1,4 +1,5 @@
-// The page: list of cases, description of the current case, decisions. All text is set with textContent, never as HTML.
+// The page: list of cases, description of the current case, corrections, decisions. All text is set with textContent,
+// never as HTML. Nothing is kept in the storage of the browser: strokes that are not saved are in this page only.
 
 import { canDraw, colourOf, Viewer, WINDOWS } from "/viewer.js";
 
@@ -32,7 +33,9 @@ async function ask(path, options) {
   if (response.ok) return response;
   const type = response.headers.get("Content-Type") ?? "";
   const reason = type.startsWith("application/json") ? (await response.json()).error : (await response.text()).trim();
-  throw new Error(reason || `The server replied with status ${response.status}.`);
+  const error = new Error(reason || `The server replied with status ${response.status}.`);
+  error.status = response.status;
+  throw error;
 }
 
 async function download(path, signal, onProgress) {
@@ -111,8 +114,9 @@ function showDescription(item) {
   element("warnings").replaceChildren(...warnings.map((warning) => make("li", warning)));
   element("decision").hidden = !hasMask(item);
   element("note").value = notes.get(item.key) ?? reviewOf(item)?.note ?? "";
-  element("history").replaceChildren(...item.decisions.map(decisionRow).reverse());
+  element("history").replaceChildren(...historyOf(item).map(historyRow));
   element("organs").replaceChildren(...item.organs.map(organRow));
+  showPens(item);
 }
 
 function showDecided(item) {
@@ -122,9 +126,18 @@ function showDecided(item) {
   element("decided").textContent = decided ?? (hasMask(item) ? "undecided" : "");
 }
 
-function decisionRow({ decision, at, reviewer, note }) {
+// Corrections and decisions, the latest first.
+function historyOf({ corrections, decisions }) {
+  const entries = [
+    ...corrections.map((one) => ({ ...one, what: one.origin === "file" ? "corrected by a file" : "corrected" })),
+    ...decisions.map((one) => ({ ...one, what: one.decision })),
+  ];
+  return entries.sort((a, b) => (a.at < b.at ? -1 : 1)).reverse();
+}
+
+function historyRow({ what, at, reviewer, note }) {
   const when = `${at.slice(0, 16).replace("T", " ")} UTC`;
-  return make("li", `${decision} ${when}${reviewer && ` by ${reviewer}`}${note && `: ${note}`}`);
+  return make("li", `${what} ${when}${reviewer && ` by ${reviewer}`}${note ? `: ${note}` : ""}`);
 }
 
 function organRow(organ) {
@@ -150,9 +163,15 @@ function organRow(organ) {
 
 function allowDecision() {
   for (const id of ["accept", "reject"]) element(id).disabled = seen !== current || !hasMask(caseOf(current));
+  showDrawing();
 }
 
 async function open(key) {
+  if (keepsStrokes("select another case")) return;
+  await show(key);
+}
+
+async function show(key) {
   loading.abort();
   loading = new AbortController();
   const { signal } = loading;
@@ -161,6 +180,8 @@ async function open(key) {
   seen = null;
   seenMask = null;
   viewer?.clear();
+  setTool("look");
+  element("redraw").hidden = true;
   element("picture").hidden = true;
   element("position").textContent = "";
   showDescription(item);
@@ -215,11 +236,128 @@ async function showPicture(item, signal) {
   return sha256Of(mask);
 }
 
+// Corrections
+
+let tool = "look";
+let saving = false;
+
+// Whether there are strokes that are not saved; a message then says why the wanted action is not possible.
+function keepsStrokes(action) {
+  if (!viewer?.unsaved) return false;
+  showMessage(`${current} has strokes that are not saved. Save or discard them before you ${action}.`);
+  return true;
+}
+
+const canCorrect = () => viewer && seen === current && !caseOf(current).no_drawing;
+
+function showPens({ organs, no_drawing: reason }) {
+  element("correct").hidden = !viewer || !hasMask(caseOf(current)) || Boolean(reason);
+  for (const row of document.querySelectorAll("#keys .drawing")) row.hidden = element("correct").hidden;
+  const pen = element("pen");
+  const chosen = Math.max(pen.selectedIndex, 0);
+  pen.replaceChildren(...organs.map(({ name }) => make("option", name)));
+  if (organs.length) choosePen(Math.min(chosen, organs.length - 1));
+}
+
+function choosePen(at) {
+  const organ = caseOf(current).organs[at];
+  if (!organ) return;
+  element("pen").selectedIndex = at;
+  element("pen-colour").style.backgroundColor = `rgb(${colourOf(organ.label).join()})`;
+  for (const [row, one] of [...element("organs").children].entries()) one.setAttribute("aria-current", String(row === at));
+  viewer?.setPen({ number: at + 1 });
+}
+
+function setTool(name) {
+  if (name !== "look" && !canCorrect()) return;
+  tool = name;
+  viewer?.setTool(name);
+  for (const button of document.querySelectorAll("#tools button")) {
+    button.setAttribute("aria-pressed", String(button.dataset.tool === name));
+  }
+  element("canvas").classList.toggle("draws", name !== "look");
+  // Invisible, not removed: the canvas must not change its size between two strokes.
+  for (const option of element("options").children) option.classList.toggle("off", !option.dataset.for.includes(name));
+}
+
+function setRadius(radius) {
+  const slider = element("radius");
+  slider.value = radius;
+  element("radius-mm").textContent = `${slider.value} mm`;
+  viewer?.setPen({ radius: Number(slider.value) });
+}
+
+function showDrawing() {
+  const unsaved = Boolean(viewer?.unsaved);
+  for (const button of document.querySelectorAll("#tools button")) button.disabled = !canCorrect();
+  element("undo").disabled = !viewer?.canUndo;
+  element("redo").disabled = !viewer?.canRedo;
+  element("between").disabled = tool === "look" || !canCorrect();
+  element("save").disabled = !unsaved || saving;
+  element("discard").disabled = !unsaved || saving;
+  element("unsaved").textContent = saving ? "Saving …" : unsaved ? "Strokes are not saved." : "";
+}
+
+const NO_SERVER = () =>
+  `Your strokes are still in this page. If the review has ended, start it again with --port ${location.port}, open its`
+  + " address in another tab, and save here once more.";
+
+async function save() {
+  if (!viewer?.unsaved || saving) return;
+  const key = current;
+  saving = true;
+  showDrawing();
+  try {
+    const { stored, saved } = viewer.snapshot();
+    const packed = new Blob([stored]).stream().pipeThrough(new CompressionStream("gzip"));
+    const response = await ask(`/cases/${key}/correction`, {
+      method: "POST",
+      headers: { "Content-Type": "application/gzip", "If-Match": `"${seenMask}"` },
+      body: await new Response(packed).blob(),
+    });
+    const { mask_sha256: sha256, problems } = await response.json();
+    saved();
+    seenMask = sha256;
+    element("redraw").hidden = true;
+    showMessage(problems.join("\n"));
+  } catch (error) {
+    const reached = error.status && error.status !== 403;
+    showMessage(`The correction of ${key} was not saved. ${error.message}\n${reached ? "Your strokes are still in this page." : NO_SERVER()}`);
+    element("redraw").hidden = error.status !== 409;
+    return;
+  } finally {
+    saving = false;
+    showDrawing();
+  }
+  await refresh();
+  showDescription(caseOf(key));
+}
+
+// After another person changed the mask: show the changed mask with the strokes of this page on it.
+async function redraw() {
+  const key = current;
+  try {
+    const mask = await ask(`/cases/${key}/mask.nii.gz`);
+    await viewer.redrawOn(await mask.arrayBuffer());
+    seenMask = sha256Of(mask);
+    element("redraw").hidden = true;
+    await refresh();
+    showDescription(caseOf(key));
+    showMessage("Your strokes are on the changed mask now. Check it, then save.");
+  } catch (error) {
+    showMessage(`The changed mask of ${key} cannot be displayed. ${error.message}`);
+  }
+}
+
+async function discard() {
+  if (viewer?.unsaved && !saving && window.confirm("Discard the strokes that are not saved?")) await show(current);
+}
+
 // Decisions
 
 async function decide(decision) {
   const key = current;
-  if (seen !== key || !hasMask(caseOf(key))) return;
+  if (seen !== key || !hasMask(caseOf(key)) || keepsStrokes("decide")) return;
   const note = element("note").value;
   try {
     await ask(`/cases/${key}/decision`, {
@@ -249,7 +387,26 @@ function toggleOrgans() {
   for (const box of boxes) if (box.checked !== show) box.click();
 }
 
+function fillBetween() {
+  if (tool !== "look") showMessage(viewer.interpolate());
+}
+
+const WITH_CONTROL = { z: () => viewer?.undo(), y: () => viewer?.redo(), Z: () => viewer?.redo(), s: () => save() };
+
 const KEYS = {
+  z: () => viewer?.undo(),
+  y: () => viewer?.redo(),
+  s: () => save(),
+  v: () => setTool("look"),
+  b: () => setTool("brush"),
+  e: () => setTool("eraser"),
+  f: () => setTool("outline"),
+  c: () => setTool("cut"),
+  g: () => setTool("grow"),
+  i: () => fillBetween(),
+  "[": () => setRadius(Number(element("radius").value) - 0.5),
+  "]": () => setRadius(Number(element("radius").value) + 0.5),
+  ...Object.fromEntries([...Array(9).keys()].map((at) => [at + 1, () => choosePen(at)])),
   a: () => decide("accepted"),
   r: () => decide("rejected"),
   n: () => step(1),
@@ -265,13 +422,16 @@ const KEYS = {
   ArrowRight: (shift) => viewer?.move(shift ? 0 : -1, shift ? 1 : 0, 0),
 };
 
+const REPEATED = ["ArrowUp", "ArrowDown", "ArrowLeft", "ArrowRight", "[", "]"];
+
 function onKey(event) {
-  if (event.ctrlKey || event.altKey || event.metaKey || event.repeat && !event.key.startsWith("Arrow")) return;
-  if (event.target.matches("textarea, select, input[type=range]")) {
+  const control = event.ctrlKey || event.metaKey;
+  if (event.altKey || event.repeat && !REPEATED.includes(event.key)) return;
+  if (event.target.matches("textarea, select, input:not([type=checkbox])")) {
     if (event.key === "Escape") event.target.blur();
     return;
   }
-  const action = KEYS[event.key];
+  const action = control ? WITH_CONTROL[event.key] : KEYS[event.key];
   if (!action) return;
   event.preventDefault();
   event.stopPropagation();
@@ -286,13 +446,32 @@ function showPosition({ slice, hu, organ }) {
 
 async function start() {
   if (DRAWS) {
-    viewer = new Viewer(showPosition);
+    viewer = new Viewer(showPosition, showDrawing);
     await viewer.attach(element("canvas"));
   }
   for (const id of ["planes", "window", "fill"]) element(id).disabled = !viewer;
   element("planes").addEventListener("change", ({ target }) => viewer.setPlanes(target.value));
   element("window").addEventListener("change", ({ target }) => viewer.setWindow(WINDOWS[target.value]));
   element("fill").addEventListener("input", ({ target }) => viewer.setFill(target.value / 100));
+  for (const button of document.querySelectorAll("#tools button")) {
+    button.addEventListener("click", () => setTool(button.dataset.tool));
+  }
+  element("pen").addEventListener("change", ({ target }) => choosePen(target.selectedIndex));
+  element("radius").addEventListener("input", ({ target }) => setRadius(target.value));
+  for (const id of ["tolerance", "reach"]) {
+    element(id).addEventListener("change", ({ target }) => viewer.setPen({ [id]: target.valueAsNumber || 1 }));
+  }
+  for (const input of document.querySelectorAll("#bar select, #bar input, #correct select, #correct input")) {
+    input.addEventListener("change", () => input.blur()); // so that keys are shortcuts again
+  }
+  for (const [id, action] of Object.entries({
+    undo: () => viewer.undo(), redo: () => viewer.redo(), between: fillBetween, save, discard, redraw,
+  })) element(id).addEventListener("click", action);
+  window.addEventListener("beforeunload", (event) => {
+    if (viewer?.unsaved) event.preventDefault();
+  });
+  setRadius(element("radius").value);
+  setTool("look");
   element("accept").addEventListener("click", () => decide("accepted"));
   element("reject").addEventListener("click", () => decide("rejected"));
   element("note").addEventListener("input", ({ target }) => notes.set(current, target.value));

@@ -1,4 +1,6 @@
-// Display of scan and mask on a canvas with NiiVue, in radiological convention.
+// Display of scan and mask on a canvas with NiiVue, in radiological convention, and drawing on the mask.
+
+import { Drawing, eachVoxel, ERASING } from "/drawing.js";
 
 const { DRAG_MODE, Niivue, NVImage, SHOW_RENDER, SLICE_TYPE } = globalThis.niivue ?? {};
 
@@ -27,16 +29,62 @@ export function canDraw() {
   return Boolean(Niivue && document.createElement("canvas").getContext("webgl2"));
 }
 
+const FILLED = ["outline", "cut"]; // tools with which NiiVue fills what an outline encloses
+const LEAST_FILL = 0.01; // NiiVue draws no outline of a drawing that is quite transparent
+
+// NiiVue with another brush, other steps of undo, and an upload of changed slices only. NiiVue's own brush is a square in
+// voxels, its undo fails beyond eight steps, and it uploads the whole drawing at every movement of the pen.
+function drawingNiivue(options, pen) {
+  return new (class extends Niivue {
+    drawPt(x, y, z) {
+      pen.start([x, y, z], 2 - this.drawPenAxCorSag);
+    }
+
+    drawPenLine(to, from) {
+      pen.move([...from], [...to], 2 - this.drawPenAxCorSag);
+    }
+
+    drawAddUndoBitmap() {
+      pen.end();
+    }
+
+    refreshDrawing(redraw = true) {
+      pen.upload();
+      if (redraw) this.drawScene();
+    }
+
+    mouseLeaveListener() {
+      if (this.opts.drawingEnabled && this.uiData.mousedown) this.mouseUpListener(); // ends the stroke
+      super.mouseLeaveListener();
+    }
+  })(options);
+}
+
 export class Viewer {
   #niivue;
+  #drawing = null; // see Drawing; null until the first tool is chosen
+  #tool = "look";
+  #pen = { number: 1, radius: 3, tolerance: 40, reach: 20 }; // number of the organ; mm; HU; mm
+  #edited = { slices: new Set() }; // slices that were drawn on, for the interpolation
+  #dirty = null; // range of slices that NiiVue's texture lacks
+  #onDrawn;
   #mask = null;
   #places = new Map(); // label value → position of the organ, see placesOf
   #hidden = new Set();
   #organs = [];
   #zoom = 1;
+  #fill = 0.25;
 
-  constructor(onPosition) {
-    this.#niivue = new Niivue({
+  // onPosition: called with the position of the cross; onDrawn: called when the drawing has changed.
+  constructor(onPosition, onDrawn) {
+    this.#onDrawn = onDrawn;
+    const pen = {
+      start: (at, axis) => this.#startStroke(at, axis),
+      move: (from, to, axis) => this.#moveStroke(from, to, axis),
+      end: () => this.#endStroke(),
+      upload: () => this.#upload(),
+    };
+    const options = {
       backColor: [16 / 255, 16 / 255, 18 / 255, 1],
       clipPlaneHotKey: "",
       crosshairColor: CROSS,
@@ -53,9 +101,12 @@ export class Viewer {
       sagittalNoseLeft: true,
       showAllOrientationMarkers: true,
       viewModeHotKey: "",
-    });
+    };
+    this.#niivue = drawingNiivue(options, pen);
+    this.#niivue.drawRimOpacity = 1;
     this.#niivue.onLocationChange = ({ vox, values }) => {
-      const organ = this.#organs.find(({ label }) => label === values[1]?.value);
+      const number = this.#drawing?.voxels[this.#drawing.indexOf(vox.map(Math.round))];
+      const organ = this.#drawing ? this.#organs[number - 1] : this.#organs.find(({ label }) => label === values[1]?.value);
       onPosition({ slice: vox, hu: values[0]?.value, organ: organ?.name });
     };
   }
@@ -76,6 +127,7 @@ export class Viewer {
     this.#organs = organs;
     this.#hidden = new Set();
     this.#mask = overlay;
+    this.#fill = fill;
     this.#places = placesOf(overlay);
     overlay.hdr.intent_code = 1002; // NIFTI_INTENT_LABEL: NiiVue draws outlines only for label maps
     overlay.setColormapLabel(this.#colours());
@@ -89,6 +141,9 @@ export class Viewer {
 
   clear() {
     if (!this.#mask) return;
+    this.setTool("look");
+    if (this.#drawing) this.#niivue.closeDrawing();
+    this.#drawing = null;
     this.#niivue.volumes = [];
     this.#niivue.updateGLVolume();
     this.#mask = null;
@@ -123,7 +178,9 @@ export class Viewer {
   }
 
   setFill(share) {
-    if (this.#mask) this.#niivue.setOpacity(1, share);
+    this.#fill = share;
+    if (this.#drawing) this.#niivue.setDrawOpacity(Math.max(share, LEAST_FILL));
+    else if (this.#mask) this.#niivue.setOpacity(1, share);
   }
 
   setPlanes(name) {
@@ -141,7 +198,182 @@ export class Viewer {
     else this.#hidden.add(label);
     if (!this.#mask) return;
     this.#mask.setColormapLabel(this.#colours());
+    if (this.#drawing) this.#niivue.setDrawColormap(this.#drawnColours());
     this.#niivue.updateGLVolume();
+  }
+
+  // Drawing
+
+  get unsaved() {
+    return Boolean(this.#drawing?.unsaved);
+  }
+
+  get canUndo() {
+    return Boolean(this.#drawing?.canUndo);
+  }
+
+  get canRedo() {
+    return Boolean(this.#drawing?.canRedo);
+  }
+
+  // name: "look", "brush", "eraser", "outline", "cut" or "grow". The first tool that draws begins the drawing.
+  setTool(name) {
+    this.#tool = name;
+    if (name !== "look" && !this.#drawing) this.#draw(new Drawing(this.#drawnMask(this.#mask), ...this.#lattice()));
+    if (this.#drawing) this.#niivue.setDrawingEnabled(name !== "look");
+    this.#niivue.opts.isFilledPen = FILLED.includes(name);
+    this.#niivue.opts.penValue = ERASING.includes(name) ? 0 : this.#pen.number;
+  }
+
+  // change: number of the organ from 1, radius in mm of the brush, tolerance in HU and reach in mm of the growing.
+  setPen(change) {
+    if (change.number && change.number !== this.#pen.number) this.#edited = { slices: new Set() };
+    Object.assign(this.#pen, change);
+    this.setTool(this.#tool);
+  }
+
+  undo() {
+    this.#step(this.#drawing?.undo());
+  }
+
+  redo() {
+    this.#step(this.#drawing?.redo());
+  }
+
+  // Interpolate the selected organ between the slices that were drawn on. Return what was done, or why nothing was.
+  interpolate() {
+    const { axis, slices } = this.#edited;
+    const drawn = [...slices].sort((a, b) => a - b);
+    const gaps = drawn.slice(1).map((high, at) => [drawn[at], high]).filter(([low, high]) => high - low > 1);
+    if (!gaps.length) return "Draw the organ on two slices of one plane that are not neighbours, then fill between them.";
+    const { number } = this.#pen;
+    const filled = gaps.filter(([low, high]) => this.#drawing.interpolate(axis, low, high, number));
+    this.#step(this.#drawing.record(this.#drawing.voxels));
+    this.#edited = { axis, slices: new Set([drawn.at(-1)]) };
+    if (filled.length < gaps.length) return "A slice on which the organ was erased cannot be used to fill between slices.";
+    return `Filled between slices ${filled.map(([low, high]) => `${low + 1} and ${high + 1}`).join(", ")}.`;
+  }
+
+  // Return the drawing as the server expects it, in the order of the mask file, and a function to call when it is saved.
+  snapshot() {
+    const { voxels, saved } = this.#drawing.snapshot();
+    const stored = new Uint8Array(voxels.length);
+    const { img2RASstart, img2RASstep } = this.#mask;
+    eachVoxel(this.#drawing.lengths, img2RASstart, img2RASstep, (drawn, at) => {
+      stored[at] = voxels[drawn];
+    });
+    return { stored, saved };
+  }
+
+  // Put what was drawn since the last time it was saved on another mask of the case, a NIfTI file as bytes.
+  async redrawOn(mask) {
+    const other = await NVImage.loadFromUrl({ url: mask, name: "mask.nii.gz" });
+    this.#draw(this.#drawing.on(this.#drawnMask(other)));
+  }
+
+  #draw(drawing) {
+    this.#drawing = null; // while NiiVue makes its empty drawing
+    this.#niivue.createEmptyDrawing();
+    this.#drawing = drawing;
+    this.#niivue.drawBitmap = drawing.voxels;
+    this.#niivue.setDrawColormap(this.#drawnColours());
+    this.#niivue.setOpacity(1, 0); // the drawing shows the mask from now on
+    this.setFill(this.#fill);
+    this.#niivue.updateGLVolume(); // for the colours
+    this.#addDirty({ first: 0, last: drawing.lengths[2] - 1 });
+    this.#niivue.refreshDrawing();
+    this.#onDrawn();
+  }
+
+  // Number of the organ of each voxel of a mask, in the order of a drawing.
+  #drawnMask(mask) {
+    const numbers = new Map(this.#organs.map(({ label }, at) => [label, at + 1]));
+    const voxels = new Uint8Array(mask.img.length);
+    eachVoxel(mask.dimsRAS.slice(1, 4), mask.img2RASstart, mask.img2RASstep, (drawn, at) => {
+      const label = mask.img[at];
+      if (label) voxels[drawn] = numbers.get(label) ?? 0;
+    });
+    return voxels;
+  }
+
+  #lattice() {
+    return [this.#mask.dimsRAS.slice(1, 4), this.#mask.pixDimsRAS.slice(1, 4)];
+  }
+
+  // Whether the tool may change a voxel that has this value. An eraser takes from the selected organ only; what grows and
+  // what is filled between slices takes nothing from other organs.
+  #allowed = (before) => {
+    if (ERASING.includes(this.#tool)) return before === this.#pen.number;
+    return this.#tool !== "grow" || before === 0;
+  };
+
+  #startStroke(at, axis) {
+    if (axis !== this.#edited.axis) this.#edited = { axis, slices: new Set() };
+    if (this.#tool === "grow") {
+      const [volume] = this.#niivue.volumes;
+      const { img, img2RASstart: start, img2RASstep: steps } = volume;
+      const first = start[0] + start[1] + start[2];
+      const hu = (x, y, z) => img[first + x * steps[0] + y * steps[1] + z * steps[2]];
+      const { number, reach, tolerance } = this.#pen;
+      this.#drawing.grow(at, number, { hu, radius: reach, tolerance });
+      return;
+    }
+    this.#edited.slices.add(at[axis]);
+    this.#moveStroke(at, at, axis);
+  }
+
+  #moveStroke(from, to, axis) {
+    if (this.#tool === "grow") return;
+    const radius = FILLED.includes(this.#tool) ? 0 : this.#pen.radius;
+    this.#drawing.line(from, to, axis, radius, this.#niivue.opts.penValue, this.#allowed);
+    this.#addDirty(this.#around(to[2], axis === 2 ? 0 : radius), this.#around(from[2], axis === 2 ? 0 : radius));
+  }
+
+  #around(slice, radius) {
+    const reach = Math.floor(radius / this.#drawing.spacing[2]);
+    const last = this.#drawing.lengths[2] - 1;
+    return { first: Math.max(slice - reach, 0), last: Math.min(slice + reach, last) };
+  }
+
+  #endStroke() {
+    if (!this.#drawing) return;
+    this.#step(this.#drawing.record(this.#niivue.drawBitmap, this.#allowed));
+  }
+
+  // Show a step of the drawing that has just been made, undone or redone.
+  #step(range) {
+    if (!range) return;
+    this.#addDirty(range);
+    this.#niivue.refreshDrawing();
+    this.#onDrawn();
+  }
+
+  #addDirty(...ranges) {
+    const all = this.#dirty ? [this.#dirty, ...ranges] : ranges;
+    this.#dirty = {
+      first: Math.min(...all.map(({ first }) => first)),
+      last: Math.max(...all.map(({ last }) => last)),
+    };
+  }
+
+  // Copy the changed slices of the drawing to the texture from which NiiVue draws.
+  #upload() {
+    if (!this.#dirty) return;
+    const { gl, drawTexture, drawBitmap } = this.#niivue;
+    const [width, height] = this.#drawing.lengths;
+    const { first, last } = this.#dirty;
+    this.#dirty = null;
+    const slices = drawBitmap.subarray(width * height * first, width * height * (last + 1));
+    gl.activeTexture(gl.TEXTURE7); // NiiVue's unit for the drawing
+    gl.bindTexture(gl.TEXTURE_3D, drawTexture);
+    gl.pixelStorei(gl.UNPACK_ALIGNMENT, 1);
+    gl.texSubImage3D(gl.TEXTURE_3D, 0, 0, 0, first, width, height, last - first + 1, gl.RED, gl.UNSIGNED_BYTE, slices);
+  }
+
+  #drawnColours() {
+    const rows = [[0, 0, 0, 0], ...this.#organs.map(({ label }) => [...colourOf(label), this.#hidden.has(label) ? 0 : 255])];
+    const column = (at) => rows.map((row) => row[at]);
+    return { R: column(0), G: column(1), B: column(2), A: column(3), I: [...rows.keys()] };
   }
 
   #middle() {
