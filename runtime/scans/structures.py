@@ -6,7 +6,7 @@ A reader of such files returns :class:`StructureFile` objects. What a structure 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 
 from fseft_edge.runtime.scans.components import BoxedMask, Slices, bounding_box
 from fseft_edge.runtime.scans.volume import Volume
+
+ROUNDING = 1e-3
+"""A share this much below one half still counts as half. Contours from masks often halve voxels exactly, but for the
+rounding of their coordinates in the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +74,42 @@ class BoxedShare:
         x, y, z = (slice(part.start + first, part.stop + first) for part, first in zip(inner, start, strict=True))
         return cls(shape, (x, y, z), np.clip(shares[inner], 0, 1).astype(np.float32))
 
+    @classmethod
+    def of_slices(
+        cls,
+        slices: Mapping[int, tuple[NDArray[np.floating], tuple[int, int]]],
+        axes: tuple[int, int, int],
+        shape: tuple[int, int, int],
+    ) -> BoxedShare:
+        """Return the shares of some slices as shares of a scan.
+
+        Args:
+            slices: for each slice, shares ``[first, second]`` of a box of pixels within the slice, and the pixel at
+                which the box begins.
+            axes: the two axes of the scan within a slice in ascending order, then the slice axis.
+            shape: shape of the scan.
+        """
+        filled = {index: (shares, at) for index, (shares, at) in slices.items() if shares.size}
+        if not filled:
+            return cls.of(np.zeros((0, 0, 0)), (0, 0, 0), shape)
+        low = [min(at[axis] for _, at in filled.values()) for axis in (0, 1)]
+        high = [max(at[axis] + shares.shape[axis] for shares, at in filled.values()) for axis in (0, 1)]
+        first, last = min(filled), max(filled)
+        stacked = np.zeros((last - first + 1, high[0] - low[0], high[1] - low[1]), np.float32)
+        for index, (shares, at) in filled.items():
+            u, v = at[0] - low[0], at[1] - low[1]
+            stacked[index - first, u : u + shares.shape[0], v : v + shares.shape[1]] = shares
+        start = dict(zip(axes, (*low, first), strict=True))
+        return cls.of(np.moveaxis(stacked, 0, axes[2]), (start[0], start[1], start[2]), shape)
+
     @property
     def voxels(self) -> float:
         """Sum of the shares: the volume of the structure in voxels."""
         return float(self.inside.sum(dtype=np.float64))
 
     def mask(self) -> BoxedMask:
-        """Return the voxels that the structure fills by at least half."""
-        filled = self.inside >= np.float32(0.5)
+        """Return the voxels that the structure fills by at least half, but for the rounding of coordinates."""
+        filled = self.inside >= np.float32(0.5 - ROUNDING)
         if not filled.any():
             return BoxedMask(self.shape, (slice(0, 0),) * 3, np.zeros((0, 0, 0), bool))
         inner = bounding_box(filled)
@@ -94,6 +126,26 @@ class BoxedShare:
         return shares
 
 
+@dataclass(frozen=True)
+class StructureSummary:
+    """What an annotation file says of a structure without the CT.
+
+    Attributes:
+        contours: number of contours; 0 for a segment.
+        planes: number of planes with contours, or of slices with voxels.
+        volume_ml: volume in ml; for contours the area on all planes times the smallest distance between two of them;
+            None if there is no such distance.
+        forms: geometric types of the contours, or the type of the segmentation.
+        warnings: what will be left out, corrected or assumed, as whole sentences without names.
+    """
+
+    contours: int
+    planes: int
+    volume_ml: float | None
+    forms: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
 class Structure(Protocol):
     """One named region of an annotation file."""
 
@@ -108,6 +160,13 @@ class Structure(Protocol):
     @property
     def is_empty(self) -> bool:
         """Whether the file names the structure but contains nothing of it, so that it counts as not annotated."""
+
+    def summary(self) -> StructureSummary:
+        """Return number of contours and planes, volume and warnings, as far as the file tells without the CT.
+
+        Raises:
+            InputError: the structure is damaged.
+        """
 
     def share(self, lattice: Lattice) -> tuple[BoxedShare, tuple[str, ...]]:
         """Return the share of each voxel of a CT, and warnings as whole sentences without names.

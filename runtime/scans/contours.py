@@ -1,0 +1,390 @@
+"""Contours on planes as the share of each voxel that they fill.
+
+A contour is a closed polygon in a plane and stands for a slab around it, half a slice distance to both sides (PS3.3
+section C.8.8.6). The share of a voxel is therefore the share of its pixel, computed exactly.
+
+Which planes belong together: let the step be the smallest distance between neighbouring contoured slices. If all
+distances are equal to it, the contours are complete (step 1), or drawn on every second, third, ... slice and
+interpolated. A larger distance separates two pieces of a structure if it has at least three steps and 10 mm: it is then
+left empty, with a warning. A smaller one is refused, because contours seem to be missing there, and neither an empty
+slice nor an invented one would be what the author of the contours meant. For the same reason nothing is added beyond
+the first and last contoured slice of a piece.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fseft_edge.runtime.errors import GeometryError
+from fseft_edge.runtime.scans.between_planes import interpolated
+from fseft_edge.runtime.scans.lattice import LATTICE_TOLERANCE
+from fseft_edge.runtime.scans.polygons import Region
+from fseft_edge.runtime.scans.structures import BoxedShare, Lattice
+
+APART_STEPS, APART_MM = 3, 10.0
+"""Pieces of a structure are at least this far apart along the slice axis."""
+
+SLIVER_MM, SLIVER_SHARE = 0.05, 0.05
+"""Contours overlap, or one protrudes from another, only if the part has more area than a strip of this width along the
+shorter contour, or more than this share of the smaller contour. Coordinates are often rounded to 0.1 mm."""
+
+NO_AREA_MM2 = 1e-6
+NEGLIGIBLE = 1e-4
+"""A smaller share of a structure outside the scan is not worth a warning."""
+_SAME_PLANE_MM = 0.01
+_REDRAW = "Complete the contours in the program that wrote them, or leave this structure out."
+_OTHER_CT = "Give the CT on which the contours were drawn."
+
+_Shares: TypeAlias = tuple[NDArray[np.float64], tuple[int, int]]
+"""Shares of a box of pixels of a slice, and the pixel at which the box begins."""
+_Outlined: TypeAlias = tuple[NDArray[np.float64], bool]
+"""Vertices of a contour within its plane, float64 ``[n, 2]``, and whether it is exclusive."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contour:
+    """A closed contour.
+
+    Attributes:
+        points: vertices, float64 ``[n, 3]``, RAS+ mm; the last one is joined to the first.
+        exclusive: whether contours of its plane are combined by exclusive or (CLOSEDPLANAR_XOR).
+    """
+
+    points: NDArray[np.float64]
+    exclusive: bool = False
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What contours say of the size of a structure without its CT.
+
+    Attributes:
+        planes: number of planes with contours.
+        spacing_mm: smallest distance between neighbouring planes; None for fewer than two planes.
+        volume_ml: area on all planes times ``spacing_mm``; None where this is None.
+    """
+
+    planes: int
+    spacing_mm: float | None
+    volume_ml: float | None
+
+
+def share_of(
+    contours: Sequence[Contour], lattice: Lattice, name: str = "The structure", *, interpolate: bool = True
+) -> tuple[BoxedShare, tuple[str, ...]]:
+    """Return the share of each voxel that contours fill, and warnings as whole sentences.
+
+    The planes of the contours must be parallel to two axes of the lattice, whatever their order and direction. Within a
+    contour, the even-odd rule holds. Contours of a plane are combined as follows: by exclusive or if they are
+    ``exclusive``; otherwise a contour within another one is a hole, separate contours all count, and contours that
+    partly overlap are united, with a warning.
+
+    Args:
+        contours: the contours of one structure.
+        lattice: lattice of the CT.
+        name: subject of messages, such as ``ROI 3``.
+        interpolate: whether slices between contours on every second (third, ...) slice are filled.
+
+    Raises:
+        GeometryError: the contours are not on the slices, lie outside the scan, or leave out single slices.
+    """
+    notes = _Notes(name)
+    usable = list(_with_area(contours, notes))
+    if not usable:
+        return BoxedShare.of(np.zeros((0, 0, 0)), (0, 0, 0), lattice.shape), notes.sentences()
+    stack = _Stack.of(usable, lattice, name, notes)
+    regions = {index: stack.region(index, notes) for index in sorted(stack.planes)}
+    planes = {index: region.shares(stack.shape) for index, region in regions.items()}
+    _check_within(regions, planes, stack, name, notes)
+    step = _step(sorted(regions), stack.distance, name, notes)
+    if step > 1 and interpolate:
+        planes |= _filled(regions, planes, step, stack)
+        between = len(planes) - len(regions)
+        notes.add(
+            f"has contours on every {_ordinal(step)} slice only: {between} slice{'s' * (between > 1)} between them "
+            "were interpolated"
+        )
+    elif step > 1:
+        notes.add(f"has contours on every {_ordinal(step)} slice only: the slices between them stay empty")
+    return BoxedShare.of_slices(planes, stack.axes, lattice.shape), notes.sentences()
+
+
+def extent_of(contours: Sequence[Contour]) -> Extent:
+    """Return the size of a structure as far as it is known without a CT.
+
+    The planes must be parallel to one another. Contours without area are left out. The areas are combined as in
+    :func:`share_of`.
+    """
+    notes = _Notes("")
+    usable = list(_with_area(contours, notes))
+    if not usable:
+        return Extent(0, None, None)
+    centred = np.concatenate([contour.points - contour.points.mean(axis=0) for contour in usable])
+    axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1]  # the direction with the smallest extent is the last one
+    placed = [contour.points @ axes for contour in usable]
+    heights = np.array([float(points[:, 2].mean()) for points in placed])
+    order = np.argsort(heights, kind="stable")
+    plane = np.empty(len(order), int)
+    plane[order] = np.cumsum(np.diff(heights[order], prepend=heights[order[0]]) > _SAME_PLANE_MM)
+    groups: dict[int, list[_Outlined]] = defaultdict(list)
+    for index, points, contour in zip(plane, placed, usable, strict=True):
+        groups[int(index)].append((points[:, :2], contour.exclusive))
+    area = sum(_combined(group, np.ones(2), notes).area() for group in groups.values())
+    if len(groups) < 2:
+        return Extent(len(groups), None, None)
+    gaps = np.diff(heights[order])
+    spacing = float(gaps[gaps > _SAME_PLANE_MM].min())
+    return Extent(len(groups), spacing, area * spacing / 1000)
+
+
+class _Notes:
+    """What was left out or assumed, counted, as sentences with a common subject."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said: dict[str, int] = defaultdict(int)
+
+    def add(self, text: str) -> None:
+        self._said[text] += 1
+
+    def sentences(self) -> tuple[str, ...]:
+        return tuple(
+            f"{self._name} {text.format(count=count, s='s' * (count > 1))}." for text, count in self._said.items()
+        )
+
+
+def _with_area(contours: Sequence[Contour], notes: _Notes) -> Iterator[Contour]:
+    """Yield the contours that enclose an area."""
+    for contour in contours:
+        away = contour.points - contour.points[:1]
+        across = np.abs(np.cross(away, np.roll(away, -1, axis=0))).sum(axis=0)
+        if len(away) > 2 and Region.excluding(np.delete(away, across.argmax(), axis=1)).area() > NO_AREA_MM2:
+            yield contour
+        else:
+            notes.add("has {count} contour{s} of fewer than three points or on a line, without area")
+
+
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Contours on the slices of a lattice.
+
+    Attributes:
+        lattice: lattice of the CT.
+        axes: the two lattice axes within a slice, then the slice axis.
+        planes: vertices in pixels, float64 ``[n, 2]``, and whether they are exclusive, of the contours on each slice.
+    """
+
+    lattice: Lattice
+    axes: tuple[int, int, int]
+    planes: Mapping[int, list[_Outlined]]
+
+    @classmethod
+    def of(cls, contours: Sequence[Contour], lattice: Lattice, name: str, notes: _Notes) -> _Stack:
+        """Assign contours to the slices of a lattice by their coordinates.
+
+        Raises:
+            GeometryError: a contour is not on a slice, or all are outside the scan.
+        """
+        into = np.linalg.inv(lattice.affine)
+        placed = [contour.points @ into[:3, :3].T + into[:3, 3] for contour in contours]
+        thickness = np.max([np.ptp(points, axis=0) for points in placed], axis=0)
+        axis = int(thickness.argmin())
+        distance = 1 / float(np.linalg.norm(into[axis, :3]))
+        if thickness[axis] > 2 * LATTICE_TOLERANCE:
+            raise GeometryError(
+                f"{name} has a contour that is not parallel to the slices of the scan: its points lie at places that "
+                f"are up to {thickness[axis] * distance:.3g} mm apart along the slice axis.",
+                remedy=_OTHER_CT,
+            )
+        heights = [points[:, axis] for points in placed]
+        slices = [int(np.rint(height.mean())) for height in heights]
+        last = lattice.shape[axis] - 1
+        within = [0 <= index <= last for index in slices]
+        if not any(within):
+            beyond = min(abs(height.mean() - min(max(height.mean(), 0), last)) for height in heights)
+            raise GeometryError(
+                f"{name} is outside the scan: its nearest contour is {beyond * distance:.3g} mm beyond the "
+                f"{'first' if slices[0] < 0 else 'last'} slice along the slice axis.",
+                remedy=_OTHER_CT,
+            )
+        off = max(
+            float(np.abs(height - index).max())
+            for height, index, inside in zip(heights, slices, within, strict=True)
+            if inside
+        )
+        if off > LATTICE_TOLERANCE:
+            raise GeometryError(
+                f"{name} has a contour that is {off * distance:.3g} mm from the nearest slice of the scan, but at most "
+                f"a tenth of the slice distance, {LATTICE_TOLERANCE * distance:.3g} mm, is allowed.",
+                remedy=_OTHER_CT,
+            )
+        if outside := len(within) - sum(within):
+            notes.add(f"has {outside} contour{'s' * (outside > 1)} above or below the scan, which were left out")
+        first, second = (other for other in range(3) if other != axis)
+        planes: dict[int, list[_Outlined]] = defaultdict(list)
+        for contour, points, index, inside in zip(contours, placed, slices, within, strict=True):
+            if inside:
+                planes[index].append((points[:, [first, second]], contour.exclusive))
+        return cls(lattice, (first, second, axis), planes)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of pixels within a slice."""
+        return self.lattice.shape[self.axes[0]], self.lattice.shape[self.axes[1]]
+
+    @property
+    def spacing(self) -> tuple[float, float]:
+        """Pixel spacing within a slice in mm."""
+        first, second = (float(np.linalg.norm(self.lattice.affine[:3, axis])) for axis in self.axes[:2])
+        return first, second
+
+    @property
+    def distance(self) -> float:
+        """Distance between slices in mm."""
+        return 1 / float(np.linalg.norm(np.linalg.inv(self.lattice.affine)[self.axes[2], :3]))
+
+    def region(self, index: int, notes: _Notes) -> Region:
+        """Return the region of the contours on a slice, in pixels."""
+        return _combined(self.planes[index], np.array(self.spacing), notes)
+
+
+def _combined(contours: Sequence[_Outlined], spacing: NDArray[np.float64], notes: _Notes) -> Region:
+    """Return the region of all contours of a plane, in pixels.
+
+    Args:
+        contours: the contours, in pixels.
+        spacing: pixel spacing in mm, float64 ``[2]``.
+        notes: gets warnings.
+    """
+    polygons = [polygon for polygon, _ in contours]
+    exclusive = [flag for _, flag in contours]
+    if len(polygons) == 1 or any(exclusive):
+        if not all(exclusive) and any(exclusive):
+            notes.add("has contours of both closed types on {count} slice{s}, which were combined by exclusive or")
+        return Region.excluding(*polygons)
+    areas = [Region.excluding(polygon).area() * float(spacing.prod()) for polygon in polygons]
+    lengths = [
+        float(np.linalg.norm((np.roll(polygon, -1, axis=0) - polygon) * spacing, axis=1).sum()) for polygon in polygons
+    ]
+    groups, copies = list(range(len(polygons))), set()
+    overlapping = False
+    for a, b in combinations(range(len(polygons)), 2):
+        if copies & {a, b} or not _boxes_meet(polygons[a], polygons[b]):
+            continue
+        apart = Region.excluding(polygons[a], polygons[b]).area() * float(spacing.prod())
+        common = (areas[a] + areas[b] - apart) / 2
+        sliver = min(SLIVER_MM * min(lengths[a], lengths[b]), SLIVER_SHARE * min(areas[a], areas[b]))
+        if apart <= sliver:
+            copies.add(b)
+            notes.add("has {count} contour{s} that repeat another one, which were left out")
+        elif 0 < common < min(areas[a], areas[b]) - sliver:
+            old, new = groups[b], groups[a]
+            groups = [new if group == old else group for group in groups]
+            overlapping |= common > sliver
+    if overlapping:
+        notes.add("has contours that partly overlap on {count} slice{s}: they were united")
+    kept = [index for index in range(len(polygons)) if index not in copies]
+    return Region(tuple(polygons[index] for index in kept), tuple(groups[index] for index in kept))
+
+
+def _boxes_meet(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
+    return bool((a.min(axis=0) < b.max(axis=0)).all() and (b.min(axis=0) < a.max(axis=0)).all())
+
+
+def _check_within(
+    regions: Mapping[int, Region],
+    planes: Mapping[int, _Shares],
+    stack: _Stack,
+    name: str,
+    notes: _Notes,
+) -> None:
+    """Check that the regions are within the slices; a part outside them is a warning."""
+    whole = sum(region.area() for region in regions.values())
+    inside = sum(float(shares.sum()) for shares, _ in planes.values())
+    if inside <= 1e-6 * whole:
+        low, high = (np.array(bound) for bound in zip(*(region.bounds for region in regions.values()), strict=True))
+        beyond = np.maximum(-0.5 - high, low - (np.array(stack.shape) - 0.5)) * stack.spacing
+        raise GeometryError(
+            f"{name} is outside the scan: its contours are at least {beyond.max(axis=1).min():.3g} mm beyond the "
+            "border of the slices.",
+            remedy=_OTHER_CT,
+        )
+    if inside < (1 - NEGLIGIBLE) * whole:
+        notes.add(f"is only partly within the slices: {100 * (1 - inside / whole):.2g} % of its area were left out")
+
+
+def _step(slices: Sequence[int], distance: float, name: str, notes: _Notes) -> int:
+    """Return the distance in slices between neighbouring contours of one piece.
+
+    Args:
+        slices: contoured slices in ascending order.
+        distance: distance between slices in mm.
+        name: subject of messages.
+        notes: gets a warning for empty slices between two pieces.
+
+    Raises:
+        GeometryError: contours are missing on single slices.
+    """
+    gaps = [second - first for first, second in pairwise(slices)]
+    if not gaps:
+        return 1
+    step = min(gaps)
+    if len(gaps) == 1 and step >= APART_STEPS and step * distance >= APART_MM:
+        step = 1  # two contours far apart do not show a regular distance
+    for (first, second), gap in zip(pairwise(slices), gaps, strict=True):
+        if gap == step:
+            continue
+        if gap < APART_STEPS * step or gap * distance < APART_MM:
+            raise GeometryError(
+                f"{name} has contours at irregular distances: from {step} slice{'s' * (step > 1)} between neighbouring "
+                f"ones to {gap} slices between the slices {first + 1} and {second + 1}.",
+                remedy=_REDRAW,
+            )
+        notes.add(
+            f"consists of pieces: the {gap - 1} slices between the slices {first + 1} and {second + 1} have no "
+            "contours and stay empty"
+        )
+    return step
+
+
+def _filled(
+    regions: Mapping[int, Region], planes: Mapping[int, _Shares], step: int, stack: _Stack
+) -> dict[int, _Shares]:
+    """Return the shares of the slices between contours that are one step apart."""
+    from scipy.interpolate import PchipInterpolator  # noqa: PLC0415 - only needed for interpolation
+
+    found: dict[int, _Shares] = {}
+    for piece in _pieces(sorted(regions), step):
+        if len(piece) < 2:
+            continue
+        areas = PchipInterpolator(piece, [float(planes[index][0].sum()) for index in piece])
+        for first, second in pairwise(piece):
+            wanted = list(range(first + 1, second))
+            parts = [(index - first) / step for index in wanted]
+            between = interpolated(
+                (regions[first], regions[second]), parts, areas(wanted).tolist(), stack.spacing, stack.shape
+            )
+            found.update(zip(wanted, between, strict=True))
+    return found
+
+
+def _pieces(slices: Sequence[int], step: int) -> list[list[int]]:
+    """Return contoured slices in pieces whose neighbours are one step apart."""
+    pieces = [[slices[0]]]
+    for first, second in pairwise(slices):
+        if second - first == step:
+            pieces[-1].append(second)
+        else:
+            pieces.append([second])
+    return pieces
+
+
+def _ordinal(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")
