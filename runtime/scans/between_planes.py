@@ -183,8 +183,8 @@ class _Outline:
         if not lines:
             return np.empty((0, 2)), np.empty((0, 2)), np.empty(0, np.intp)
         # contourpy gives column and row; a closed line repeats its first vertex.
-        placed = [(line[:, ::-1] - 1) * self.pitch for line in lines]
-        first = np.cumsum([0, *(len(line) - 1 for line in lines)])
+        placed = [(np.asarray(line)[:, ::-1] - 1) * self.pitch for line in lines]
+        first = np.cumsum([0, *(len(line) - 1 for line in placed)])
         before = [np.roll(np.arange(a, b), 1) for a, b in pairwise(first.tolist())]
         return (
             np.concatenate([line[:-1] for line in placed]),

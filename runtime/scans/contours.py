@@ -273,7 +273,8 @@ def _combined(contours: Sequence[_Outlined], spacing: NDArray[np.float64], notes
     lengths = [
         float(np.linalg.norm((np.roll(polygon, -1, axis=0) - polygon) * spacing, axis=1).sum()) for polygon in polygons
     ]
-    groups, copies = list(range(len(polygons))), set()
+    groups = list(range(len(polygons)))
+    copies: set[int] = set()
     overlapping = False
     for a, b in combinations(range(len(polygons)), 2):
         if copies & {a, b} or not _boxes_meet(polygons[a], polygons[b]):

@@ -175,7 +175,8 @@ def _signs(region: Region, owner: NDArray[np.intp]) -> NDArray[np.int8]:
         members = np.flatnonzero(groups == group)
         if len(members) > 1:
             inside ^= np.any([np.cumsum(owner == member) % 2 == 1 for member in members], axis=0)
-    signs: NDArray[np.int8] = np.diff(inside.astype(np.int8), prepend=np.int8(0))
+    signs = inside.astype(np.int8)
+    signs[1:] -= inside[:-1].astype(np.int8)
     return signs
 
 

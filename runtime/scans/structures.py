@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,13 +161,6 @@ class Structure(Protocol):
     def is_empty(self) -> bool:
         """Whether the file names the structure but contains nothing of it, so that it counts as not annotated."""
 
-    def summary(self) -> StructureSummary:
-        """Return number of contours and planes, volume and warnings, as far as the file tells without the CT.
-
-        Raises:
-            InputError: the structure is damaged.
-        """
-
     def share(self, lattice: Lattice) -> tuple[BoxedShare, tuple[str, ...]]:
         """Return the share of each voxel of a CT, and warnings as whole sentences without names.
 
@@ -176,6 +169,7 @@ class Structure(Protocol):
         """
 
 
+@runtime_checkable
 class StructureFile(Protocol):
     """An annotation file that names its structures."""
 

@@ -7,7 +7,7 @@ frames without voxels may be omitted and segments may be mixed (PS3.3 section C.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -212,7 +212,7 @@ class _Frames:
     largest: float
 
     def slices(self, number: int) -> list[_Slice]:
-        """Return the slices on which a segment has voxels, along the normal of the frames.
+        """Return the smallest boxes that contain a segment on each slice, along the normal of the frames.
 
         Raises:
             InputError: the pixels cannot be decoded.
@@ -225,7 +225,7 @@ class _Frames:
                     shares = np.maximum(shares, found.pop().shares)
                 if shares.any():
                     found.append(_Slice(frame, shares))
-        return found
+        return [slice_.smallest() for slice_ in found]
 
     def _shares(self, frame: _Frame, number: int) -> NDArray[np.float32]:
         """Return the share of each pixel of a frame that a segment fills, float32 ``[rows, columns]``."""
@@ -236,11 +236,11 @@ class _Frames:
                 f"Frame {frame.index + 1} of a segmentation is damaged, or compressed in a way that is not supported.",
                 remedy="Copy the segmentation again from its source, or export it without compression.",
             ) from None
-        if self.form == "LABELMAP":
-            return (stored == number).astype(np.float32)
         if self.form == "FRACTIONAL":
-            return np.clip(stored.astype(np.float32) / np.float32(self.largest), 0, 1)
-        return (stored > 0).astype(np.float32)
+            shares: NDArray[np.float32] = np.clip(stored.astype(np.float32) / np.float32(self.largest), 0, 1)
+            return shares
+        filled: NDArray[np.bool_] = stored == number if self.form == "LABELMAP" else stored > 0
+        return filled.astype(np.float32)
 
     @cached_property
     def affine(self) -> NDArray[np.float64]:
@@ -290,10 +290,17 @@ def _are_multiples(gaps: NDArray[np.float64], distance: float) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Slice:
-    """Shares of a segment on one plane, float32 ``[rows, columns]``."""
+    """Shares of a segment on one plane, float32 ``[rows, columns]``, and the place of the first of these pixels."""
 
     frame: _Frame
     shares: NDArray[np.float32]
+
+    def smallest(self) -> _Slice:
+        """Return the smallest box that contains all shares above 0, of which there is at least one."""
+        rows, columns = (np.flatnonzero(self.shares.any(axis=axis)) for axis in (1, 0))
+        first = self.frame.position + np.array([columns[0], rows[0]]) @ self.frame.steps
+        box = self.shares[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].copy()
+        return _Slice(replace(self.frame, position=first), box)
 
     def placed(self, lattice: Lattice) -> tuple[tuple[int, int, int], int, NDArray[np.float32], tuple[int, int]] | None:
         """Return the slice on the lattice of a CT; None if its pixels are not those of a slice of the lattice.
@@ -354,7 +361,11 @@ class Segment:
         Raises:
             InputError: the pixels cannot be decoded.
         """
-        return not self.frames.slices(self.number)
+        return not self._slices
+
+    @cached_property
+    def _slices(self) -> list[_Slice]:
+        return self.frames.slices(self.number)
 
     def summary(self) -> StructureSummary:
         """Return number of slices and volume as the file states them.
@@ -362,9 +373,9 @@ class Segment:
         Raises:
             InputError: the pixels cannot be decoded.
         """
-        slices = self.frames.slices(self.number)
+        slices = self._slices
         try:
-            volume = _voxels(slices) * abs(float(np.linalg.det(self.frames.affine[:3, :3]))) / 1000
+            volume: float | None = _voxels(slices) * abs(float(np.linalg.det(self.frames.affine[:3, :3]))) / 1000
         except GeometryError:
             volume = None
         warnings = () if slices else (self._said_of_empty(),)
@@ -380,7 +391,7 @@ class Segment:
             InputError: the pixels cannot be decoded.
             GeometryError: the segment is outside the scan, or its frames do not form a lattice.
         """
-        slices = self.frames.slices(self.number)
+        slices = self._slices
         if not slices:
             return BoxedShare.of_slices({}, (0, 1, 2), lattice.shape), (self._said_of_empty(),)
         said = []
@@ -388,7 +399,7 @@ class Segment:
         if share is not None:
             inside = share.voxels / _voxels(slices)
         else:
-            share = self._resampled(slices, lattice)
+            share = self._resampled(lattice)
             before = _voxels(slices) * abs(float(np.linalg.det(self.frames.affine[:3, :3]))) / 1000
             after = share.voxels * lattice.voxel_volume_mm3 / 1000
             inside = after / before
@@ -405,17 +416,23 @@ class Segment:
             )
         return share, tuple(said)
 
-    def _resampled(self, slices: Sequence[_Slice], lattice: Lattice) -> BoxedShare:
+    def _resampled(self, lattice: Lattice) -> BoxedShare:
         affine = self.frames.affine
         into = np.linalg.inv(affine)
-        numbers = [int(np.rint((into[:3, :3] @ slice_.frame.position + into[:3, 3])[2])) for slice_ in slices]
-        rows, columns = slices[0].shares.shape
-        array = np.zeros((columns, rows, max(numbers) - min(numbers) + 1), np.float32)
-        for number, slice_ in zip(numbers, slices, strict=True):
-            array[:, :, number - min(numbers)] = slice_.shares.T
-        first = np.eye(4)
-        first[2, 3] = min(numbers)
-        return resampled(BoxedShare.of(array, (0, 0, 0), array.shape), affine @ first, lattice)
+        starts = np.array([into[:3, :3] @ slice_.frame.position + into[:3, 3] for slice_ in self._slices])
+        starts = np.rint(starts).astype(int)
+        low = starts.min(axis=0)
+        ends = [
+            start + np.array([*slice_.shares.shape[::-1], 1])
+            for start, slice_ in zip(starts, self._slices, strict=True)
+        ]
+        array = np.zeros(np.max(ends, axis=0) - low, np.float32)
+        for (column, row, plane), slice_ in zip(starts - low, self._slices, strict=True):
+            rows, columns = slice_.shares.shape
+            array[column : column + columns, row : row + rows, plane] = slice_.shares.T
+        first = affine.copy()
+        first[:3, 3] += affine[:3, :3] @ low
+        return resampled(array, first, lattice)
 
     def _said_of_empty(self) -> str:
         return f"Segment {self.number} has no voxel and counts as not annotated."

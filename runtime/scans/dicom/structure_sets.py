@@ -171,7 +171,8 @@ class _RawContour:
             return None
         if len(numbers) % 3 or not np.isfinite(numbers).all() or np.abs(numbers).max() > _LARGEST_MM:
             return None
-        return numbers.reshape(-1, 3) * _LPS_TO_RAS
+        points: NDArray[np.float64] = numbers.reshape(-1, 3) * _LPS_TO_RAS
+        return points
 
 
 @dataclass(frozen=True, eq=False)
