@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from fseft_edge.batch.report_corrections import weeks_of_corrections
 from fseft_edge.batch.statistics import BatchStatistics, ReportedCase
 from fseft_edge.masks.quality import MEANINGS, SIZE_MARGIN, in_words
 from fseft_edge.outbox.records import CaseState, Duplicate, printable
@@ -61,6 +62,7 @@ def page(
         unflagged=unflagged,
         superseded=[case for case in cases if case.superseded],
         unfinished=[case for case in cases if not (case.done or case.failed or case.superseded)],
+        weeks=weeks_of_corrections(cases),
         duplicates=duplicates,
         duplicate_lines=_duplicate_lines(duplicates, show_ids=show_ids),
         meanings=MEANINGS,

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from fseft_edge.batch.report_corrections import correction_fields, weeks_of_corrections
 from fseft_edge.batch.statistics import BatchStatistics, ReportedCase
 from fseft_edge.masks.quality import MEANINGS
 from fseft_edge.masks.result import SegmentedOrgan
-from fseft_edge.outbox.records import Duplicate, Review, printable
+from fseft_edge.outbox.records import CorrectedOrgan, Duplicate, Review, printable
 
 SCHEMA_VERSION: Final = 1
 
@@ -47,6 +48,13 @@ COLUMNS: Final[tuple[str, ...]] = (
     "review_at",
     "review_mask_sha256",
     "encoded",
+    "corrected_by",
+    "corrected_at",
+    "corrected_mask_sha256",
+    "corrected_volume_ml",
+    "mean_distance_mm",
+    "hd95_mm",
+    "added_path_mm",
 )
 """Columns of ``report.csv``. Later versions may add columns at the end."""
 
@@ -60,8 +68,11 @@ def csv_text(cases: Sequence[ReportedCase], *, show_ids: bool) -> str:
     writer.writeheader()
     for case in cases:
         of_case = _case_cells(case, show_ids=show_ids)
+        corrected = (
+            {organ.name: organ for organ in case.record.corrections[-1].organs} if case.record.corrections else {}
+        )
         for organ in case.record.organs or (None,):
-            cells = of_case | (_organ_cells(organ) if organ else {})
+            cells = of_case | (_organ_cells(organ, corrected.get(organ.name)) if organ else {})
             writer.writerow({name: _harmless(value) for name, value in cells.items() if value is not None})
     return written.getvalue()
 
@@ -85,6 +96,7 @@ def json_fields(
             "busy_seconds": round(statistics.busy_seconds, 3),
             "cases_per_hour": None if statistics.cases_per_hour is None else round(statistics.cases_per_hour, 2),
         },
+        "corrections_by_week": [week.fields() for week in weeks_of_corrections(cases)],
         "cases": [_case_fields(case, show_ids=show_ids) for case in cases],
         "duplicates": [
             {"case": duplicate.key, "source": printable(duplicate.source.name) if show_ids else None}
@@ -116,6 +128,7 @@ def _case_fields(case: ReportedCase, *, show_ids: bool) -> dict[str, Any]:
         "organs": [asdict(organ) for organ in record.organs],
         "review": _decision_fields(record.review) if record.review else None,
         "decisions": [_decision_fields(review) for review in record.decisions],
+        "corrections": [correction_fields(correction) for correction in record.corrections],
     }
 
 
@@ -131,6 +144,7 @@ def _decision_fields(review: Review) -> dict[str, str | None]:
 
 def _case_cells(case: ReportedCase, *, show_ids: bool) -> dict[str, str | float | None]:
     seconds, review = case.record.seconds, case.record.review
+    correction = case.record.corrections[-1] if case.record.corrections else None
     fields = _case_fields(case, show_ids=show_ids)
     return {name: fields[name] for name in COLUMNS if name in fields} | {
         "complaints": " ".join(case.complaints),
@@ -143,10 +157,13 @@ def _case_cells(case: ReportedCase, *, show_ids: bool) -> dict[str, str | float 
         "review_by": review.reviewer if review else None,
         "review_at": review.when if review else None,
         "review_mask_sha256": review.mask_sha256 if review else None,
+        "corrected_by": correction.reviewer if correction else None,
+        "corrected_at": correction.when if correction else None,
+        "corrected_mask_sha256": correction.mask_sha256 if correction else None,
     }
 
 
-def _organ_cells(organ: SegmentedOrgan) -> dict[str, str | float | None]:
+def _organ_cells(organ: SegmentedOrgan, corrected: CorrectedOrgan | None) -> dict[str, str | float | None]:
     low, high = organ.support_ml or (None, None)
     return {
         "organ": organ.name,
@@ -157,6 +174,10 @@ def _organ_cells(organ: SegmentedOrgan) -> dict[str, str | float | None]:
         "confidence": organ.confidence,
         "median_hu": organ.median_hu,
         "flags": " ".join(organ.flags),
+        "corrected_volume_ml": corrected.volume_ml if corrected else None,
+        "mean_distance_mm": corrected.mean_distance_mm if corrected else None,
+        "hd95_mm": corrected.hd95_mm if corrected else None,
+        "added_path_mm": corrected.added_path_mm if corrected else None,
     }
 
 

@@ -31,6 +31,7 @@ _COMMANDS = {
     "export-adapter": "commands",
     "evaluate": "commands",
     "review": "review_commands",
+    "review-import": "review_commands",
     "pretrain": "encoder_commands",
     "doctor": "machine_commands",
     "benchmark": "machine_commands",

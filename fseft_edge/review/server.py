@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import pwd
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from fseft_edge.outbox.accepted_masks import corrected_masks
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.review.access import HOST, Access
 from fseft_edge.review.cases import ReviewCases, ReviewCount, review_count
+from fseft_edge.review.reviewer import reviewer_name
 from fseft_edge.review.routes import Reply, Routes, text_reply, welcome_reply
 from fseft_edge.runtime.errors import EnvironmentProblemError, UsageError
 
@@ -46,7 +45,6 @@ _HEADERS: Final = (
 )
 _ACCESS_DENIED: Final = "Access denied. Open the complete address that `fseft-edge review` printed."
 _IDLE_SECONDS: Final = 60.0
-_LONGEST_NAME: Final = 100
 _LONGEST_LENGTH: Final = 10  # digits of a Content-Length
 
 
@@ -143,7 +141,7 @@ def open_review(
             f"The folder of corrected masks, {corrected}, does not exist or is not a folder.",
             remedy="Give an existing folder with --corrected.",
         )
-    name = _reviewer(reviewer)
+    name = reviewer_name(reviewer)
     with BatchStore(state_path(outbox, state)) as store:
         corrected_masks(corrected, [case.key for case in store.cases()], outbox)
         cases = ReviewCases(outbox, store, reviewer=name, corrected=corrected, show_ids=show_ids)
@@ -156,29 +154,6 @@ def open_review(
             ) from error
         with server:
             yield server
-
-
-def _reviewer(given: str | None) -> str:
-    """Return the name of the reviewer.
-
-    Raises:
-        UsageError: the name is empty, too long or unknown, or has characters that cannot be displayed.
-    """
-    if given is None:
-        try:
-            return pwd.getpwuid(os.getuid()).pw_name
-        except KeyError as error:
-            raise UsageError(
-                "This account has no user name, so it is not known who reviews the masks.",
-                remedy="Give the name of the reviewer with --reviewer.",
-            ) from error
-    name = given.strip()
-    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
-        raise UsageError(
-            f"--reviewer must be a name of 1 to {_LONGEST_NAME} printable characters.",
-            remedy="Give the name of the reviewer, for example --reviewer 'A. Lovelace'.",
-        )
-    return name
 
 
 class _Handler(BaseHTTPRequestHandler):

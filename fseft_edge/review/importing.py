@@ -1,0 +1,66 @@
+"""Masks of a batch that were corrected in another program, as corrections in the outbox."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fseft_edge.outbox.corrections import SavedCorrection, import_correction
+from fseft_edge.outbox.records import Origin
+from fseft_edge.outbox.store import BatchStore, state_path
+from fseft_edge.review.reviewer import reviewer_name
+from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.scans.image_files import read_label_map
+
+_LOG = logging.getLogger(__name__)
+
+
+def import_corrections(
+    outbox: Path,
+    files: Sequence[Path],
+    *,
+    case: str | None = None,
+    state: Path | None = None,
+    reviewer: str | None = None,
+) -> dict[str, SavedCorrection]:
+    """Make masks that another program wrote the corrections of their cases.
+
+    All files are read and matched before the first is saved.
+
+    Args:
+        outbox: outbox of the batch.
+        files: label maps with the label values of the masks of the batch, on their lattices.
+        case: key of the case, for a single file; None means that the name of each file begins with the key of its case,
+            up to the first dot.
+        state: state file of the batch; None means the state file in the outbox.
+        reviewer: name of the person who corrected the masks; None means the user name of this account.
+
+    Returns:
+        The correction of each case.
+
+    Raises:
+        UsageError: there is no batch, a file belongs to no case or two files to the same, or the case is not done.
+        InputError: a file cannot be read, has another lattice, or a label value that is no organ of its case.
+        OutOfSpaceError: the disk is full or not writable.
+    """
+    name = reviewer_name(reviewer)
+    if case is not None and len(files) != 1:
+        raise UsageError("--case can only be used with one file.", remedy="Name each file after the key of its case.")
+    with BatchStore(state_path(outbox, state)) as store:
+        by_key: dict[str, Path] = {}
+        for file in files:
+            key = case or file.name.partition(".")[0]  # no key contains a dot
+            store.reviewable(key)
+            if key in by_key:
+                raise UsageError(
+                    f"{by_key[key]} and {file} are both corrections of {key}.", remedy="Give one file for each case."
+                )
+            by_key[key] = file
+        masks = {key: read_label_map(file) for key, file in by_key.items()}
+        saved = {}
+        for key, labels in masks.items():
+            saved[key] = import_correction(outbox, store, key, labels, reviewer=name, origin=Origin.FILE)
+            for problem in saved[key].problems:
+                _LOG.warning("%s: %s", key, problem)
+    return saved
