@@ -1,8 +1,10 @@
 """Reading of MetaImage files (``.mha``, and ``.mhd`` with a file of voxels): https://itk.org/Wiki/MetaIO/Documentation.
 
-**Library.** Among kept libraries, only ITK reads MetaImage. SimpleITK would add 260 MB to an installation, reads all
-voxels into memory, and takes an image without ``TransformMatrix``, ``Offset`` or ``ElementSpacing`` as if it had them.
-A header is some ten lines ``key = value``, so it is read here. The tests compare all that is read with SimpleITK.
+**Library.** Among kept libraries, only ITK reads MetaImage. SimpleITK (2.5.7) would add 260 MB to an installation,
+reads all voxels into memory, and takes an image without ``TransformMatrix``, ``Offset`` or ``ElementSpacing`` as if it
+had them; it returns wrong voxels without an error if ``CompressedDataSize`` is missing or wrong, and some changed
+headers end the process. A header is some ten lines ``key = value``, so it is read here, and the tests compare what is
+read with SimpleITK. ``CompressedDataSize`` is not used: the end of the data is known from the data.
 
 **Geometry.** As in ITK, ``Offset`` and ``TransformMatrix`` lead to LPS+ mm, each row of the matrix is the direction of
 one axis, and ``AnatomicalOrientation`` and ``CenterOfRotation`` have no meaning. An image without one of the keys is
@@ -57,7 +59,7 @@ _ALIASES: Final = {
 }
 _LAST: Final = "ElementDataFile"
 _LOCAL: Final = ("LOCAL", "Local", "local")
-_FROM_LPS: Final = np.diag([-1.0, -1.0, 1.0])
+_FROM_LPS: Final = np.array([-1.0, -1.0, 1.0])
 _LARGEST_ROUNDING: Final = 1e-3
 """Largest accepted difference of the length of a direction from 1, for directions that were printed with few digits."""
 
@@ -127,11 +129,14 @@ def _affine(keys: Mapping[str, str], shape: tuple[int, ...], path: Path) -> tupl
     spacing, offset = _numbers(keys, "ElementSpacing", 3, path), _numbers(keys, "Offset", 3, path)
     if not (spacing > 0).all():
         raise GeometryError(f"{path} has the voxel spacing {keys['ElementSpacing']} mm.", remedy=CONVERT)
-    if not (np.abs(np.linalg.norm(directions, axis=1) - 1) <= _LARGEST_ROUNDING).all():
+    with np.errstate(all="ignore"):  # any number may stand in a header
+        lengths = np.linalg.norm(directions, axis=1)
+        axes = _FROM_LPS[:, None] * (directions.T * spacing)
+    if not (np.abs(lengths - 1) <= _LARGEST_ROUNDING).all():
         raise GeometryError(
             f"{path} has a TransformMatrix whose rows are not directions: their lengths are not 1.", remedy=CONVERT
         )
-    return affine_of(_FROM_LPS @ (directions.T * spacing), _FROM_LPS @ offset, shape, path)
+    return affine_of(axes, _FROM_LPS * offset, shape, path)
 
 
 def _block(keys: Mapping[str, str], shape: tuple[int, ...], end: int, path: Path) -> VoxelBlock:

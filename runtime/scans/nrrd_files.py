@@ -2,10 +2,11 @@
 
 **Library.** pynrrd reads the header: it is small, pure Python, and knows nothing but NRRD, so that what the header says
 arrives here as it is stored. SimpleITK would read NRRD and MetaImage, but it reads all voxels into memory, takes an
-image without axes, origin or known space as if it had them, and would be the only reader, so that no other program
-could check this one. The tests compare all that is read here with SimpleITK. Two corrections are made here: the header
-is decoded as UTF-8, of which pynrrd drops all letters that are not ASCII, and escaped characters of values are
-replaced. :mod:`fseft_edge.runtime.scans.stored_image` reads the voxels.
+image without axes, origin or known space as if it had them, ends the process at some damaged headers, and would be the
+only reader, so that no other program could check this one. The tests compare what is read here with SimpleITK. Three
+corrections are made here: the header is decoded as UTF-8, of which pynrrd drops all letters that are not ASCII; escaped
+characters of values are replaced; and sizes with a fraction, which pynrrd cuts off, are refused.
+:mod:`fseft_edge.runtime.scans.stored_image` reads the voxels.
 
 **Geometry.** The spaces RAS, LAS and LPS say where left and right are, and are read. ``scanner-xyz``,
 ``3D-right-handed``, ``3D-left-handed`` and ``space dimension`` say this only together with knowledge about the scanner:
@@ -82,12 +83,12 @@ _ENDIAN: Final[Mapping[str, Literal["<", ">"]]] = {"little": "<", "big": ">"}
 _MILLIMETRES: Final = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "")
 
 _MAGIC: Final = b"NRRD"
-_LONGEST_LINE: Final = 1 << 20
-_LONGEST_HEADER: Final = 16 << 20
+_LONGEST_HEADER: Final = 4 << 20
 _MOST_AXES: Final = 16
 """``NRRD_DIM_MAX`` of teem."""
 
 _ESCAPED: Final = re.compile(r"\\([n\\])")
+_WHOLE_NUMBERS: Final = re.compile(r"(\s*-?[0-9]{1,15})+\s*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +151,10 @@ def _header(path: Path) -> tuple[Mapping[str, Any], Mapping[str, str], int]:
 def _lines(file: IO[bytes], path: Path) -> tuple[list[str], int]:
     """Return the lines of a header, without the empty line that ends it, and the place behind that line."""
     lines: list[str] = []
-    for line in iter(lambda: file.readline(_LONGEST_LINE), b""):
-        if not lines and not line.startswith(_MAGIC):
-            break
-        if not line.strip():
-            break
-        if file.tell() > _LONGEST_HEADER:
+    length = 0
+    while (line := file.readline(_LONGEST_HEADER)).strip() and (lines or line.startswith(_MAGIC)):
+        length += len(line)
+        if length >= _LONGEST_HEADER:
             raise _damaged(path, "its header does not end")
         lines.append(line.decode("utf-8", "replace").rstrip())
     if not lines:
@@ -175,6 +174,8 @@ def _field_lines(lines: list[str]) -> Iterator[str]:
     yield lines[0]
     for line in lines[1:]:
         field, colon, value = line.partition(":")
+        if field.lower() == "sizes" and not _WHOLE_NUMBERS.fullmatch(value):
+            raise ValueError  # pynrrd would cut off what follows the point
         if not _is_pair(line) and not line.startswith("#"):
             yield f"{field.lower()}{colon}{value}"
         if field.lower() in ("data file", "datafile") and value.split(maxsplit=1)[:1] == ["LIST"]:
