@@ -31,6 +31,7 @@ from fseft_edge.runtime.scans.components import Slices
 from fseft_edge.runtime.scans.lattice import LATTICE_TOLERANCE, deviation
 from fseft_edge.runtime.scans.nrrd_files import read_nrrd
 from fseft_edge.runtime.scans.organs import LARGEST_LABEL
+from fseft_edge.runtime.scans.resampled_shares import resampled
 from fseft_edge.runtime.scans.structures import BoxedShare, Lattice
 
 _KEY: Final = re.compile(r"Segment([0-9]{1,6})_([A-Za-z]+)")
@@ -79,27 +80,20 @@ class Segment:
         if self.box is None:
             return BoxedShare.of(np.zeros((0, 0, 0), np.float32), (0, 0, 0), lattice.shape), ()
         order, steps, first = self._place(lattice)
-        filled = (self.layer[self.box] == self.number).transpose(order)
-        low = np.array([self.box[axis].start for axis in order])
+        filled = self.layer[self.box] == self.number
+        start = np.array([part.start for part in self.box])
+        ends = first + steps * np.stack([start, start + filled.shape - 1])[:, order]
+        low, high = ends.min(axis=0), ends.max(axis=0)
         if (np.abs(steps) == 1).all() and (first == np.rint(first)).all():
-            filled = np.flip(filled, tuple(axis for axis in range(3) if steps[axis] < 0))
-            ends = np.stack([first + steps * low, first + steps * (low + np.array(filled.shape) - 1)])
-            x, y, z = (int(start) for start in ends.min(axis=0))
-            self._check_inside(ends.min(axis=0) - 0.5, ends.max(axis=0) + 0.5, lattice, allowed=0.0)
-            return BoxedShare.of(filled.astype(np.float32), (x, y, z), lattice.shape), ()
-        edges = np.stack([first + steps * (low - 0.5), first + steps * (low + np.array(filled.shape) - 0.5)])
-        self._check_inside(edges.min(axis=0), edges.max(axis=0), lattice, allowed=0.5)
-        shares = filled.astype(np.float32)
-        starts = []
-        for axis in range(3):
-            weights, start = _overlaps(
-                first[axis] + steps[axis] * low[axis], steps[axis], filled.shape[axis], lattice.shape[axis]
-            )
-            shares = np.moveaxis(np.tensordot(weights, shares, (1, axis)), 0, axis)
-            starts.append(start)
-        x, y, z = starts
-        # Rounded, so that sums that should be 1/2 are not below it.
-        return BoxedShare.of(np.round(shares, 5), (x, y, z), lattice.shape), (
+            self._check_inside(low, high, lattice, allowed=0.0)
+            shares = np.flip(filled.transpose(order), tuple(axis for axis in range(3) if steps[axis] < 0))
+            x, y, z = (int(end) for end in low)
+            return BoxedShare.of(shares.astype(np.float32), (x, y, z), lattice.shape), ()
+        beyond = (np.abs(steps) - 1) / 2  # from the edge of a voxel of the CT to that of a voxel of the file
+        self._check_inside(low - beyond, high + beyond, lattice, allowed=0.5)
+        affine = self.affine.copy()
+        affine[:3, 3] += affine[:3, :3] @ start
+        return resampled(filled.astype(np.float32), affine, lattice), (
             "The voxels of the segmentation are not those of the scan; the share of each voxel was computed.",
         )
 
@@ -138,8 +132,8 @@ class Segment:
     def _check_inside(
         self, low: NDArray[np.float64], high: NDArray[np.float64], lattice: Lattice, *, allowed: float
     ) -> None:
-        """Raise GeometryError if a box leaves the CT by more than ``allowed`` voxels of the CT."""
-        outside = float(max((-0.5 - low).max(), (high - (np.array(lattice.shape) - 0.5)).max()))
+        """Raise GeometryError if a range of voxels leaves the CT by more than ``allowed`` voxels of the CT."""
+        outside = float(max((-low).max(), (high - np.array(lattice.shape) + 1).max()))
         if outside > allowed + LATTICE_TOLERANCE:
             raise GeometryError(
                 f"A segment of {self.source} is outside the scan by up to {outside:.3g} voxels.",
@@ -277,24 +271,3 @@ def _extent_warnings(headers: Sequence[_Header], boxes: Mapping[tuple[int, int],
     if not any(outside(header) for header in headers):
         return []
     return ["A segment has voxels outside the extent that the header states for it; all of its voxels were read."]
-
-
-def _overlaps(first: float, step: float, count: int, size: int) -> tuple[NDArray[np.float32], int]:
-    """Return the share of each voxel of the CT that each voxel of the file covers along one axis.
-
-    Args:
-        first: centre of the first voxel of the file, in voxels of the CT.
-        step: distance to the next voxel of the file, in voxels of the CT.
-        count: voxels of the file.
-        size: voxels of the CT.
-
-    Returns:
-        Shares ``[n, count]`` of ``n`` voxels of the CT, and the first of these voxels.
-    """
-    low = first + step * np.arange(count) - abs(step) / 2
-    high = low + abs(step)
-    start = max(0, int(np.floor(low.min() + 0.5)))
-    stop = max(start, min(size, int(np.ceil(high.max() + 0.5))))
-    voxels = np.arange(start, stop)[:, None]
-    covered = np.minimum(high, voxels + 0.5) - np.maximum(low, voxels - 0.5)
-    return np.clip(covered, 0, None).astype(np.float32), start
