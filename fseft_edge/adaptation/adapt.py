@@ -60,10 +60,11 @@ from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.scans.annotated import AnnotationSettings
+from fseft_edge.runtime.scans.annotation import annotation_on
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import HuPercentiles
-from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
-from fseft_edge.runtime.scans.volume import labels_on
+from fseft_edge.runtime.scans.organs import GivenOrgans, OrganLabel, organs_of
 from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.memory import Budget
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
@@ -81,7 +82,7 @@ def adapt(
     encoder: str | Path,
     images: GivenScans | None,
     labels: GivenAnnotations | None,
-    organs: Mapping[str, int] | Sequence[OrganLabel],
+    organs: GivenOrgans,
     output: str | Path | None = None,
     *,
     reviewed: ReviewedBatch | None = None,
@@ -91,6 +92,8 @@ def adapt(
     validate: bool = True,
     cases: Sequence[str] | None = None,
     groups: GroupRule | None = None,
+    structure_set: str | None = None,
+    interpolate: bool = True,
     cache: str | Path | None = None,
     cache_gb: float | None = 50.0,
     device: str = "auto",
@@ -106,12 +109,14 @@ def adapt(
 
     Args:
         encoder: encoder bundle, or the name of a built-in encoder.
-        images: folder of CTs, or one CT, as NIfTI files; or a list of CTs: paths of NIfTI files or DICOM series, NIfTI
-            images of nibabel, or ``Volume`` objects. None together with ``labels`` if all scans come from ``reviewed``.
-        labels: folder of annotations, or one annotation; each has the file name and the lattice of its CT. For a list
-            of CTs, a list of their annotations in the same order.
-        organs: organs to train, with their label values in the annotations, such as ``{"liver": 1}``. A scan whose
-            annotation does not contain the label value of an organ is not annotated for that organ.
+        images: folder of CTs, or one CT; or a list of CTs: paths of image files or DICOM series, NIfTI images of
+            nibabel, or ``Volume`` objects. None together with ``labels`` if all scans come from ``reviewed``.
+        labels: folder of annotations, or one annotation (see :mod:`fseft_edge.runtime.scans.annotated`). For a list of
+            CTs, a list of their annotations in the same order.
+        organs: organs to train, with their label values in the annotations, such as ``{"liver": 1}``, or their names
+            there, such as ``{"parotid_left": "Parotid L|PAROTID LT"}`` (see
+            :func:`fseft_edge.runtime.scans.organs.organs_of`). A scan whose annotation does not contain an organ is not
+            annotated for that organ.
         output: adapter file to write, ``NAME.adapter``; None writes no file.
         reviewed: reviewed batch whose accepted masks are used as annotations; organs are matched by name.
         settings: kind of adapter; the default is the method ``spatial`` on all levels.
@@ -126,6 +131,9 @@ def adapt(
             group is the patient in a case name (see :func:`fseft_edge.adaptation.patients.groups_of`). Cross-validation
             leaves out all scans of a patient together. None means that each scan is of another patient. Copies of one
             scan are always left out together.
+        structure_set: which structure set or segmentation of a CT to use, if there are several in DICOM (see
+            :class:`fseft_edge.runtime.scans.annotated.AnnotationSettings`); None selects the newest approved one.
+        interpolate: fill contours on every second or every n-th slice in between. If not, they are an error.
         cache: folder of the feature cache; None keeps no feature maps.
         cache_gb: largest size of the cache in units of 1e9 bytes; the least recently used feature maps are deleted
             first. None sets no limit.
@@ -156,7 +164,15 @@ def adapt(
     if output is not None:
         check_writable(Path(output))
     bundle = open_encoder(encoder)
-    annotated = find_annotated(images, labels, organs, settings, cases=cases, reviewed=reviewed)
+    annotated = find_annotated(
+        images,
+        labels,
+        organs,
+        settings,
+        cases=cases,
+        reviewed=reviewed,
+        reading=AnnotationSettings(structure_set, interpolate),
+    )
     patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
     with ExitStack() as stack:
         store = stack.enter_context(open_store(None if cache is None else Path(cache), cache_gb))
@@ -252,7 +268,7 @@ def _located(
         with progress.task("encode for the locator", len(annotated)) as task:
             for (image, stored), grid, layout in zip(annotated, grids, layouts, strict=True):
                 volume = read_image(image)
-                labels = labels_on(volume, stored)
+                labels = annotation_on(volume, stored)
                 identity = identity_of(image, volume, labels, organs)
                 scan = support_scan(volume, coarse.encode(volume, store, budget), labels, organs, identity)
                 scans.append(CoarseScan(scan, grid, layout))
@@ -413,6 +429,8 @@ def describe_organs(
             left_out_dsc=tuple(round(score, 4) for score in scores),
             post_processing=steps,
             support_hu=percentiles,
+            annotation_names=organ.names,
+            in_label_maps=organ.in_label_maps,
         )
         for organ, volume, percentiles, scores, steps in zip(
             organs, volumes_ml, hu, left_out, post_processing, strict=True

@@ -15,9 +15,9 @@ from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adapters.blocks import Box, read_block, stack_blocks
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.runtime.encoder.feature_map import Features
+from fseft_edge.runtime.scans.annotation import Annotation
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import HuPercentiles
-from fseft_edge.runtime.scans.volume import LabelMap
 
 _MAX_POSITIONS = 4000
 
@@ -52,7 +52,7 @@ class SupportScan:
     annotated: NDArray[np.bool_]
     volumes_mm3: tuple[float, ...]
     grid: Grid | None = None
-    reference: tuple[LabelMap, tuple[int, ...]] | None = None
+    reference: tuple[Annotation, tuple[int, ...]] | None = None
     hu: tuple[HuPercentiles | None, ...] = ()
     variations: tuple[SupportScan, ...] = ()
     identity: SupportIdentity | None = None

@@ -24,8 +24,8 @@ from fseft_edge.masks.prediction import segment_encoded
 from fseft_edge.masks.region import decide_region
 from fseft_edge.runtime.encoder.encoding import EncodedScan
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand
+from fseft_edge.runtime.scans.annotation import Annotation
 from fseft_edge.runtime.scans.components import bounding_box
-from fseft_edge.runtime.scans.volume import LabelMap
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LEVELS: tuple[Levels, ...] = ("finest", "all")
@@ -215,7 +215,7 @@ class OrganScores:
     def add(
         self,
         labels: NDArray[np.uint8] | NDArray[np.uint16],
-        reference: LabelMap,
+        reference: Annotation,
         values: Sequence[int],
         scored: NDArray[np.bool_],
     ) -> None:
@@ -230,11 +230,11 @@ class OrganScores:
         organs = [int(organ) for organ in np.flatnonzero(scored)]
         shown = labels != 0
         for organ in organs:
-            shown |= reference.array == values[organ]
+            shown |= reference.mask(values[organ])
         if not shown.any():
             return  # two empty masks have no DSC
         box = bounding_box(shown)
-        annotated = {organ: reference.array[box] == values[organ] for organ in organs}
+        annotated = {organ: reference.mask(values[organ])[box] for organ in organs}
         for steps in ALL:
             processed = post_process(labels[box], [steps] * len(values))
             for organ in organs:

@@ -25,16 +25,26 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan, layout_of
 from fseft_edge.runtime.encoder.feature_store import FeatureStore
 from fseft_edge.runtime.encoder.on_demand import encode_on_demand
-from fseft_edge.runtime.errors import LabelError, UnreadableFileError, UsageError
+from fseft_edge.runtime.errors import LabelError, UsageError
+from fseft_edge.runtime.scans.annotated import (
+    DEFAULT_ANNOTATION_SETTINGS,
+    AnnotationSettings,
+    FoundPair,
+    find_pairs,
+    names_of_cases,
+    read_pair,
+)
+from fseft_edge.runtime.scans.annotation import Annotation, annotation_on
+from fseft_edge.runtime.scans.annotation_files import contents_of, names_structures
 from fseft_edge.runtime.scans.components import BoxedMask
-from fseft_edge.runtime.scans.content import annotation_sha256, found_label_values, scan_sha256
+from fseft_edge.runtime.scans.content import annotation_sha256, scan_sha256
 from fseft_edge.runtime.scans.given import GivenLabels, GivenScan, given_labels, given_scan
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
-from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_map
+from fseft_edge.runtime.scans.nifti import case_name
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.sources import Scan, read_scan
-from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
+from fseft_edge.runtime.scans.volume import LabelMap, Volume
 from fseft_edge.runtime.system.memory import AS_MUCH_AS_IS_FREE, Budget
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -47,41 +57,8 @@ GivenAnnotations: TypeAlias = str | Path | Sequence[GivenLabels]
 """The annotations of the CTs: a folder of files with the names of their CTs, one file, or a list in the order of the
 CTs."""
 
-AnnotatedScan: TypeAlias = tuple[Path | Scan, LabelMap]
+AnnotatedScan: TypeAlias = tuple[Path | Scan, Annotation]
 """A CT and its annotation."""
-
-
-def find_pairs(images: Path, labels: Path, cases: Sequence[str] | None = None) -> list[tuple[Path, Path]]:
-    """Return pairs of a CT and its annotation.
-
-    Args:
-        images: folder of CTs, or one CT.
-        labels: folder of annotations with the file names of their CTs, or one annotation.
-        cases: names of the cases to return; None returns all cases that have an annotation.
-
-    Raises:
-        UnreadableFileError: there is no pair, or the CT or the annotation of one of the ``cases`` is missing.
-    """
-    annotations, scans = cases_by_name(labels), cases_by_name(images)
-    if images.is_file() and labels.is_file():
-        return [(images, labels)]
-    wanted = list(dict.fromkeys(cases)) if cases is not None else [name for name in scans if name in annotations]
-    missing = [name for name in wanted if name not in scans or name not in annotations]
-    if missing:
-        raise UnreadableFileError(
-            f"For the cases {', '.join(missing)}, the image in {images} or the annotation in {labels} is missing.",
-            remedy="Give each annotation the file name of its image, and check the case names.",
-        )
-    if not wanted:
-        raise UnreadableFileError(
-            f"No annotation in {labels} has the file name of an image in {images}. The first annotation is "
-            f"{next(iter(annotations.values())).name}, the first image is {next(iter(scans.values())).name}.",
-            remedy="Give each annotation the file name of its image.",
-        )
-    skipped = sorted(scans.keys() - annotations.keys())
-    if cases is None and skipped:
-        _LOG.warning("these cases are skipped, because they have no annotation: %s", ", ".join(skipped))
-    return [(scans[name], annotations[name]) for name in wanted]
 
 
 def find_annotated(
@@ -92,8 +69,11 @@ def find_annotated(
     *,
     cases: Sequence[str] | None = None,
     reviewed: ReviewedBatch | None = None,
+    reading: AnnotationSettings = DEFAULT_ANNOTATION_SETTINGS,
 ) -> list[AnnotatedScan]:
-    """Find the CTs for training and read their annotations (see :func:`find_pairs` and :func:`read_annotations`).
+    """Find the CTs for training and read their annotations.
+
+    See :func:`fseft_edge.runtime.scans.annotated.find_pairs` and :func:`read_annotations`.
 
     Args:
         images: folder of CTs, one CT, or a list of CTs; None together with ``labels`` if all scans come from
@@ -103,16 +83,17 @@ def find_annotated(
         settings: settings of the adapter.
         cases: names of the cases of ``images`` to use; None uses all cases that have an annotation.
         reviewed: reviewed batch whose accepted masks are used as annotations.
+        reading: how annotations in DICOM are chosen and read.
 
     Raises:
         UsageError: no annotated scans are given, no mask of ``reviewed`` was accepted, or lists of CTs and annotations
             do not have the same length.
         InputError: an annotation cannot be read, or cannot be used for these organs and settings.
     """
-    pairs: list[tuple[Path, Path]] = []
+    pairs: list[FoundPair] = []
     listed: list[AnnotatedScan] = []
     if isinstance(images, str | Path) and isinstance(labels, str | Path):
-        pairs = find_pairs(Path(images), Path(labels), cases)
+        pairs = find_pairs(Path(images), Path(labels), cases, reading)
     elif not isinstance(images, str | Path | None) and not isinstance(labels, str | Path | None):
         listed = _listed(images, labels, cases)
     elif images is not None or labels is not None or reviewed is None:
@@ -123,7 +104,9 @@ def find_annotated(
             remedy="Give their folders with --images and --labels, or a reviewed batch with --from-reviewed. In "
             "Python, two lists are possible too.",
         )
-    paths = [image for image, _ in pairs] + [scan.path for scan, _ in listed if isinstance(scan, Scan) and scan.path]
+    paths = [pair.scan.path for pair in pairs if pair.scan.path] + [
+        scan.path for scan, _ in listed if isinstance(scan, Scan) and scan.path
+    ]
     accepted = accepted_annotations(reviewed, organs, paths) if reviewed else []
     folder = Path(labels) if isinstance(labels, str | Path) else None
     return read_annotations(pairs, organs, folder, settings, others=[*listed, *accepted])
@@ -158,7 +141,7 @@ def _listed(
 
 
 def read_annotations(
-    pairs: Sequence[tuple[Path, Path]],
+    pairs: Sequence[FoundPair],
     organs: Sequence[OrganLabel],
     labels: Path | None,
     settings: AdapterSettings,
@@ -168,7 +151,7 @@ def read_annotations(
     """Read the annotations, and check that they are sufficient to train the organs.
 
     Args:
-        pairs: pairs of a CT and its annotation file (see :func:`find_pairs`).
+        pairs: pairs of a CT and its annotation (see :func:`fseft_edge.runtime.scans.annotated.find_pairs`).
         organs: organs to train.
         labels: folder of the annotations, for messages; None if there is no such folder.
         settings: settings of the adapter.
@@ -182,28 +165,21 @@ def read_annotations(
         UnreadableFileError: an annotation cannot be read.
         LabelError: no case is annotated for one of the organs; or, with softmax, no case is annotated for all organs.
     """
-    annotated: list[AnnotatedScan] = [*((image, read_label_map(annotation)) for image, annotation in pairs), *others]
-    present = [_labels_in(label_map, organs) for _, label_map in annotated]
+    annotated: list[AnnotatedScan] = [*((pair.scan, read_pair(pair, organs)) for pair in pairs), *others]
+    present = [{organ.label for organ in organs if annotation.contains(organ.label)} for _, annotation in annotated]
     for organ in organs:
         without = [
-            case_of(image, label_map)
-            for (image, label_map), values in zip(annotated, present, strict=True)
+            case_of(image, annotation)
+            for (image, annotation), values in zip(annotated, present, strict=True)
             if organ.label not in values
         ]
         if len(without) == len(annotated):
-            found = found_label_values(label_map for _, label_map in annotated)
-            raise LabelError(
-                f"No annotation{f' in {labels}' if labels else ''} contains the label value {organ.label} of the organ "
-                f"{organ.name}. Label values in the annotations: {found}.",
-                remedy="Check --organ NAME=ID: ID must be a label value of the annotations, and for a reviewed batch, "
-                "NAME must be an organ name of the batch.",
-            )
+            raise _without_organ(organ, labels, pairs, [annotation for _, annotation in annotated])
         if without:
             _LOG.warning(
-                "the label value %d of the organ %s does not occur in the annotations of %s; these cases are treated "
-                "as not annotated for this organ",
-                organ.label,
-                organ.name,
+                "the organ %s does not occur in the annotations of %s; these cases are treated as not annotated for "
+                "this organ",
+                organ.described,
                 ", ".join(without),
             )
     if settings.activation == "softmax" and not any(
@@ -216,11 +192,21 @@ def read_annotations(
     return annotated
 
 
-def _labels_in(label_map: LabelMap, organs: Sequence[OrganLabel]) -> set[int]:
-    return {organ.label for organ in organs if bool((label_map.array == organ.label).any())}
+def _without_organ(
+    organ: OrganLabel, labels: Path | None, pairs: Sequence[FoundPair], annotations: Sequence[Annotation]
+) -> LabelError:
+    """Return the error for an organ that no annotation contains, with what the annotations contain instead."""
+    label_maps = [annotation for annotation in annotations if isinstance(annotation, LabelMap)]
+    structures = [pair.annotation for pair in pairs if names_structures(pair.annotation)]
+    return LabelError(
+        f"No annotation{f' in {labels}' if labels else ''} contains the organ {organ.described}. "
+        + contents_of([*label_maps, *structures]),
+        remedy="Check --organ: NAME=ID with a label value of the annotations, or NAME='ROI|OTHER ROI' with names of "
+        "structures. For a reviewed batch, NAME must be an organ name of the batch.",
+    )
 
 
-def case_of(image: Path | Scan, labels: LabelMap) -> str:
+def case_of(image: Path | Scan, labels: Annotation) -> str:
     """Return the name of a case: for a case of a reviewed batch the pseudonym, which only the annotation has."""
     return image.name if isinstance(image, Scan) else case_name(labels.source or image)
 
@@ -245,19 +231,21 @@ def patients_of(
     """
     if groups is None:
         return None
-    known = set(cases_by_name(Path(images))) if isinstance(images, str | Path) else set()
+    known = set(names_of_cases(Path(images))) if isinstance(images, str | Path) else set()
     if reviewed is not None:
         with BatchStore(state_path(reviewed.outbox, reviewed.state)) as store:
             known |= {case.key for case in store.cases()}
     return groups_of(groups, [case_of(image, labels) for image, labels in annotated], known=known)
 
 
-def annotation_hash(labels: LabelMap, organs: Sequence[OrganLabel]) -> str:
+def annotation_hash(labels: Annotation, organs: Sequence[OrganLabel]) -> str:
     """Return the hash of an annotation; the order of the organs has no effect."""
     return annotation_sha256(labels, [organ.label for organ in sorted(organs, key=lambda organ: organ.name)])
 
 
-def identity_of(image: Path | Scan, volume: Volume, labels: LabelMap, organs: Sequence[OrganLabel]) -> SupportIdentity:
+def identity_of(
+    image: Path | Scan, volume: Volume, labels: Annotation, organs: Sequence[OrganLabel]
+) -> SupportIdentity:
     """Return what identifies an annotated scan."""
     return SupportIdentity(case_of(image, labels), scan_sha256(volume), annotation_hash(labels, organs))
 
@@ -267,7 +255,7 @@ def read_image(image: Path | Scan) -> Volume:
     return image.read() if isinstance(image, Scan) else read_scan(image)
 
 
-def read_support_scan(image: Path | Scan, labels: LabelMap) -> tuple[Volume, LabelMap]:
+def read_support_scan(image: Path | Scan, labels: Annotation) -> tuple[Volume, Annotation]:
     """Read the CT of an annotation, and log the warnings about it.
 
     Returns:
@@ -279,7 +267,7 @@ def read_support_scan(image: Path | Scan, labels: LabelMap) -> tuple[Volume, Lab
     volume = read_image(image)
     for warning in volume.warnings:
         _LOG.warning("%s: %s", case_of(image, labels), warning)
-    return volume, labels_on(volume, labels)
+    return volume, annotation_on(volume, labels)
 
 
 def warn_of_adapter_without_hashes() -> None:
@@ -337,9 +325,9 @@ def of_support_set(
     return members
 
 
-def annotated_volumes_ml(labels: LabelMap, organs: Sequence[OrganLabel]) -> list[float]:
+def annotated_volumes_ml(labels: Annotation, organs: Sequence[OrganLabel]) -> list[float]:
     """Return the volume of each organ in an annotation, rounded to 0.001 ml; 0 for an organ that is not annotated."""
-    return [round(float((labels.array == organ.label).sum()) * labels.voxel_volume_mm3 / 1000, 3) for organ in organs]
+    return [round(float(labels.mask(organ.label).sum()) * labels.voxel_volume_mm3 / 1000, 3) for organ in organs]
 
 
 def load_support(
@@ -418,15 +406,15 @@ def load_support(
     return support
 
 
-def _masks(labels: LabelMap, organs: Sequence[OrganLabel]) -> Iterator[NDArray[np.bool_]]:
+def _masks(labels: Annotation, organs: Sequence[OrganLabel]) -> Iterator[NDArray[np.bool_]]:
     """Yield the mask of each organ. Only one mask is in memory at a time, because masks of large scans are large."""
-    return (labels.array == organ.label for organ in organs)
+    return (labels.mask(organ.label) for organ in organs)
 
 
 def support_scan(
     volume: Volume,
     encoded: EncodedScan,
-    labels: LabelMap,
+    labels: Annotation,
     organs: Sequence[OrganLabel],
     identity: SupportIdentity,
 ) -> SupportScan:
@@ -436,7 +424,7 @@ def support_scan(
     return SupportScan(
         features=encoded.features,
         shape=encoded.grid.shape,
-        occupancy=Occupancy(encoded.grid.occupancy(mask) for mask in _masks(labels, organs)),
+        occupancy=Occupancy(encoded.grid.occupancy(labels.shares(organ.label)) for organ in organs),
         annotated=np.array([count > 0 for count in voxels]),
         volumes_mm3=tuple(count * labels.voxel_volume_mm3 for count in voxels),
         grid=encoded.grid,

@@ -32,6 +32,7 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle, sha256_of_file
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
 from fseft_edge.runtime.errors import AdapterError
 from fseft_edge.runtime.scans.intensities import HuPercentiles
+from fseft_edge.runtime.scans.organs import OrganLabel
 
 STORED_LEVELS: Final[dict[Levels, Literal["last", "pyramid"]]] = {"finest": "last", "all": "pyramid"}
 """The value of ``reads`` in the file format for each value of ``AdapterSettings.levels``."""
@@ -68,6 +69,9 @@ class AdapterOrgan(BaseModel):
         post_processing: default post-processing of the masks; ``left_out_dsc`` includes it.
         support_hu: HU percentiles of the organ in every support scan that annotates it. Files of older versions do not
             contain this field. An empty field is not written, so that those files keep their checksum.
+        annotation_names: names of the organ in annotations that name their structures; empty for label maps. An empty
+            field is not written.
+        in_label_maps: whether ``label`` is the label value in label maps of the support set. True is not written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,13 +82,22 @@ class AdapterOrgan(BaseModel):
     left_out_dsc: tuple[float, ...] = ()
     post_processing: PostProcessing = PostProcessing()
     support_hu: tuple[HuPercentiles, ...] = ()
+    annotation_names: tuple[str, ...] = ()
+    in_label_maps: bool = True
 
     @model_serializer(mode="wrap")
-    def _omit_empty_hu(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = serialize(self)
-        if not self.support_hu:
-            del fields["support_hu"]
+        for name in ("support_hu", "annotation_names"):
+            if not fields[name]:
+                del fields[name]
+        if self.in_label_maps:
+            del fields["in_label_maps"]
         return fields
+
+    def as_annotated(self) -> OrganLabel:
+        """Return how the organ is found in the annotations of the support set."""
+        return OrganLabel(self.name, self.label, self.annotation_names, self.in_label_maps)
 
 
 class LocatedOrgan(BaseModel):

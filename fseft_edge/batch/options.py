@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict
 from typing import Any, Final
 
-from fseft_edge.adaptation.support_set import find_pairs
 from fseft_edge.adaptation.transduction import TransductionInputs
 from fseft_edge.adapters.file import AdapterFile
 from fseft_edge.outbox.content_key import content_sha256
+from fseft_edge.runtime.scans.annotated import find_pairs
 from fseft_edge.runtime.system.json_text import parse_json
 from fseft_edge.segmentation.label_values import label_values
 from fseft_edge.segmentation.models import LoadedModels
@@ -84,7 +84,7 @@ def _refit(transduction: TransductionInputs, file: AdapterFile) -> dict[str, Any
     pairs = find_pairs(transduction.images, transduction.labels)
     return {
         "priors_ml": [prior and [prior.low_ml, prior.high_ml] for prior in transduction.priors_for(file)],
-        "support": [[content_sha256(image), content_sha256(label)] for image, label in pairs],
+        "support": [[content_sha256(pair.scan.path), content_sha256(pair.path)] for pair in pairs if pair.scan.path],
         "settings": asdict(transduction.settings) | {"training": _plain(asdict(transduction.settings.training))},
     }
 

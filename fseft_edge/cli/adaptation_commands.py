@@ -96,6 +96,8 @@ def adapt(
             validate=validate,
             cases=support.cases,
             groups=support.groups,
+            structure_set=support.structure_set,
+            interpolate=support.interpolate,
             cache=common.cache,
             cache_gb=common.cache_gb,
             device=common.device,

@@ -21,6 +21,7 @@ from fseft_edge.cli.options import (
     counted,
     dicom_option,
     logging_options,
+    structure_options,
     whole_scan_option,
 )
 from fseft_edge.cli.start import loading
@@ -272,8 +273,8 @@ def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: 
 
 @click.command()
 @click.option("--predictions", type=PATH, required=True, help="Folder of masks from `segment`, or of other label maps.")
-@click.option("--references", type=PATH, required=True, help="Folder of annotations with equal file names.")
-@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=ORGAN_HELP)
+@click.option("--references", type=PATH, required=True, help="Folder of annotations with equal names.")
+@click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID|ROI", help=ORGAN_HELP)
 @click.option(
     "--prediction-organ",
     "prediction_organs",
@@ -297,6 +298,7 @@ def export_adapter(*, adapter: Path, output: Path, encoder: Path | None, quiet: 
     show_default=True,
     help="Tolerance of the normalised surface distance in mm.",
 )
+@structure_options
 @click.option("--csv", "csv_file", type=PATH, help="CSV file to write the scores to.")
 @click.option("--json", "json_file", type=PATH, help="JSON file to write the scores and their summary to.")
 @logging_options
@@ -308,12 +310,14 @@ def evaluate(
     prediction_organs: tuple[str, ...],
     always_annotated: tuple[str, ...],
     nsd_tolerance: float,
+    structure_set: str | None,
+    no_interpolate: bool,
     csv_file: Path | None,
     json_file: Path | None,
     quiet: bool,
 ) -> None:
     """Compare masks with annotations: DSC, HD95 and normalised surface distance for each case and organ."""
-    wanted = {organ.name: organ.label for organ in parse_organs(organs)}
+    wanted = parse_organs(organs)
     ids = {organ.name: organ.label for organ in parse_organs(prediction_organs)} if prediction_organs else None
     always = [name.strip() for part in always_annotated for name in part.split(",")]
     with loading():
@@ -325,8 +329,10 @@ def evaluate(
             references,
             wanted,
             prediction_ids=ids,
-            always_annotated=list(wanted) if always == ["all"] else always,
+            always_annotated=[organ.name for organ in wanted] if always == ["all"] else always,
             nsd_tolerance_mm=nsd_tolerance,
+            structure_set=structure_set,
+            interpolate=not no_interpolate,
             progress=progress,
         )
     if csv_file is not None:

@@ -110,6 +110,8 @@ def finetune(
         "reviewed": support.reviewed,
         "cases": support.cases,
         "groups": support.groups,
+        "structure_set": support.structure_set,
+        "interpolate": support.interpolate,
         "device": device,
     }
     with open_progress(quiet=quiet) as progress:

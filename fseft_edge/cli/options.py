@@ -18,7 +18,32 @@ if TYPE_CHECKING:
     from fseft_edge.runtime.encoder.bundle import Precision
 
 PATH = click.Path(path_type=Path)
-ORGAN_HELP = "Organ and its label value in the annotation files: NAME=ID[,NAME=ID...]. May be repeated."
+ORGAN_HELP = (
+    "Organ and its label value in label maps: NAME=ID[,NAME=ID...]. In annotations that name their structures: NAME, "
+    "whose known names are searched, or 'NAME=ROI|OTHER ROI'. May be repeated."
+)
+_STRUCTURE_OPTIONS = (
+    click.option(
+        "--structure-set",
+        metavar="CHOICE",
+        help="In DICOM, which annotation of a CT to use: its number in the list of `contours`, its label, or the end "
+        "of its SOP Instance UID.  [default: the newest approved one, else the newest one]",
+    ),
+    click.option(
+        "--no-interpolate",
+        is_flag=True,
+        help="Refuse structures with contours on every second or n-th slice.  [default: fill the slices between them]",
+    ),
+)
+
+
+def structure_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options ``--structure-set`` and ``--no-interpolate``."""
+    for option in reversed(_STRUCTURE_OPTIONS):
+        command = option(command)
+    return command
+
+
 _GB = click.FloatRange(min=0, min_open=True)
 device_option = click.option("--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N.")
 """Adds ``--device``."""

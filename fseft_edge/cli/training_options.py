@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from fseft_edge.adaptation import patients
-from fseft_edge.cli.options import ORGAN_HELP, PATH, counted
+from fseft_edge.cli.options import ORGAN_HELP, PATH, counted, structure_options
 from fseft_edge.cli.start import loading
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.organs import OrganLabel, parse_organs
@@ -42,6 +42,9 @@ class Support:
         output: path of the file to write.
         seed: seed for all random choices.
         as_json: True prints the metadata of the written file as JSON.
+        structure_set: which annotation of a CT to use if there are several in DICOM, or None for the newest approved
+            one.
+        interpolate: whether contours on every n-th slice are filled in between.
     """
 
     encoder: Path
@@ -54,6 +57,8 @@ class Support:
     output: Path
     seed: int
     as_json: bool
+    structure_set: str | None
+    interpolate: bool
 
     @property
     def scans(self) -> tuple[Path, Path | None, Path | None, Sequence[OrganLabel], Path]:
@@ -88,8 +93,13 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @click.option("--encoder", type=PATH, required=True, help="Encoder bundle, or edge_base (built in).")
-        @click.option("--images", type=PATH, help="Folder of annotated CTs (NIfTI).")
-        @click.option("--labels", type=PATH, help="Folder of the annotations, with the file names of the CTs.")
+        @click.option("--images", type=PATH, help="Folder of annotated CTs (NIfTI, NRRD, MetaImage), or DICOM.")
+        @click.option(
+            "--labels",
+            type=PATH,
+            help="Folder of the annotations: label maps or .seg.nrrd files with the file names of the CTs, or RT "
+            "Structure Sets or DICOM Segmentations, which may lie beside their CTs.",
+        )
         @click.option(
             "--from-reviewed",
             type=PATH,
@@ -107,7 +117,7 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
             type=PATH,
             help="With --from-reviewed: state file of the batch, if `batch run` was started with --state.",
         )
-        @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID", help=ORGAN_HELP)
+        @click.option("--organ", "organs", multiple=True, required=True, metavar="NAME=ID|ROI", help=ORGAN_HELP)
         @click.option("-o", "--output", type=PATH, required=True, help=output_help)
         @click.option(
             "--case",
@@ -115,6 +125,7 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
             multiple=True,
             help="Use only this case. May be repeated.  [default: all annotated cases]",
         )
+        @structure_options
         @click.option(
             "--groups",
             type=PATH,
@@ -152,6 +163,8 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
             group_pattern: str | None,
             seed: int,
             as_json: bool,
+            structure_set: str | None,
+            no_interpolate: bool,
             **particular: object,
         ) -> None:
             wanted = parse_organs(organs)
@@ -162,7 +175,20 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
                 )
             reviewed = _reviewed(from_reviewed, state, corrected) if from_reviewed else None
             rule = _groups(groups, group_pattern)
-            support = Support(encoder, images, labels, wanted, reviewed, cases or None, rule, output, seed, as_json)
+            support = Support(
+                encoder,
+                images,
+                labels,
+                wanted,
+                reviewed,
+                cases or None,
+                rule,
+                output,
+                seed,
+                as_json,
+                structure_set,
+                not no_interpolate,
+            )
             command(support=support, **particular)
 
         return wrapped

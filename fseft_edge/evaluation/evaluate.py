@@ -25,9 +25,9 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,10 +36,22 @@ from fseft_edge.evaluation.metrics import DEFAULT_NSD_TOLERANCE_MM, score_mask, 
 from fseft_edge.masks.mask_image import Mask
 from fseft_edge.masks.result import case_in, organ_labels
 from fseft_edge.runtime.errors import EnvironmentProblemError, FseftEdgeError, InputError, LabelError, UsageError
-from fseft_edge.runtime.scans.content import found_label_values
+from fseft_edge.runtime.scans.annotated import AnnotationSettings, annotations_by_case
+from fseft_edge.runtime.scans.annotation import Annotation
+from fseft_edge.runtime.scans.annotation_files import (
+    FoundAnnotation,
+    contents_of,
+    names_structures,
+    organs_of_label_map,
+    organs_of_structures,
+    structures_of,
+)
 from fseft_edge.runtime.scans.given import GivenLabels, given_labels
-from fseft_edge.runtime.scans.nifti import case_name, cases_by_name, read_label_names
-from fseft_edge.runtime.scans.volume import labels_on, spacing_of
+from fseft_edge.runtime.scans.image_files import read_label_names
+from fseft_edge.runtime.scans.nifti import case_name
+from fseft_edge.runtime.scans.organs import GivenOrgans, OrganLabel, organs_of
+from fseft_edge.runtime.scans.structures import Lattice
+from fseft_edge.runtime.scans.volume import LabelMap, labels_on, spacing_of
 from fseft_edge.runtime.system.atomic import atomic_path
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -308,26 +320,31 @@ class Evaluation:
 def evaluate(
     predictions: str | Path | Sequence[GivenLabels],
     references: str | Path | Sequence[GivenLabels],
-    organs: Mapping[str, int],
+    organs: GivenOrgans,
     *,
     prediction_ids: Mapping[str, int] | None = None,
     always_annotated: Collection[str] = (),
     nsd_tolerance_mm: float = DEFAULT_NSD_TOLERANCE_MM,
+    structure_set: str | None = None,
+    interpolate: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score every predicted label map with the reference of the same case name.
+    """Score every predicted mask with the reference of the same case name.
 
-    Files of two folders are paired by case name. A prediction without a reference is a failed case. References without
+    Masks and references are label maps, segmentations of 3D Slicer, RT Structure Sets or DICOM Segmentations; one of
+    the two is a label map, whose lattice is that of the scan. Files of two folders are paired by case name: the name of
+    the file, or of the first subfolder. A prediction without a reference is a failed case. References without
     a prediction are counted and skipped, so that a part of a reference folder can be scored. A single file is paired
     with the file of its case name in the other folder. Two single files are paired independently of their names. A
     failed case is listed, and the evaluation continues with the other cases.
 
     Args:
-        predictions: label map, or folder of label maps, as ``segment`` writes them; or a list of masks: paths, masks
-            that ``segment`` returned, NIfTI images of nibabel, or ``LabelMap`` objects.
-        references: label map, or folder of label maps; for a list of masks, a list of their references in the same
+        predictions: mask, or folder of masks, as ``segment`` writes them; or a list of masks: paths, masks that
+            ``segment`` returned, NIfTI images of nibabel, or ``LabelMap`` objects.
+        references: annotation, or folder of annotations; for a list of masks, a list of their references in the same
             order.
-        organs: label value of each organ in the references.
+        organs: label value of each organ in the references, or its names there (see
+            :func:`fseft_edge.runtime.scans.organs.organs_of`).
         prediction_ids: label value of each organ in the predictions. If None, the values are those of the mask that
             ``segment`` returned, or of the file ``<case>.json`` that ``segment`` writes next to the mask; without this
             file, the values of the references apply.
@@ -336,6 +353,9 @@ def evaluate(
             positive with DSC 0. For all other organs, such a reference means that the organ was not annotated, and the
             case has no scores.
         nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
+        structure_set: which structure set or segmentation of a case to use, if there are several in DICOM (see
+            :class:`fseft_edge.runtime.scans.annotated.AnnotationSettings`); None selects the newest approved one.
+        interpolate: fill contours on every second or every n-th slice in between. If not, they are an error.
         progress: receiver of progress reports; None reports nothing.
 
     Raises:
@@ -351,15 +371,17 @@ def evaluate(
         raise UsageError(
             "No organ is given for the evaluation.", remedy="Give at least one organ, for example --organ liver=6."
         )
-    if prediction_ids is not None and (missing := [name for name in organs if name not in prediction_ids]):
+    wanted = organs_of(organs)
+    names = [organ.name for organ in wanted]
+    if prediction_ids is not None and (missing := [name for name in names if name not in prediction_ids]):
         raise UsageError(
             f"prediction_ids (--prediction-organ) contains no label value for {', '.join(missing)}.",
             remedy="Give a label value for every organ, or none, to read the values from the JSON files of the "
             "predictions.",
         )
-    if unknown := [name for name in always_annotated if name not in organs]:
+    if unknown := [name for name in always_annotated if name not in names]:
         raise UsageError(
-            f"--always-annotated names {', '.join(unknown)}, but the organs of the evaluation are {', '.join(organs)}.",
+            f"--always-annotated names {', '.join(unknown)}, but the organs of the evaluation are {', '.join(names)}.",
             remedy="Name only organs of --organ with --always-annotated.",
         )
     if not (math.isfinite(nsd_tolerance_mm) and nsd_tolerance_mm >= 0):
@@ -368,18 +390,20 @@ def evaluate(
             remedy="Give --nsd-tolerance a value of 0 mm or more, for example 2.",
         )
     if isinstance(predictions, str | Path) and isinstance(references, str | Path):
-        pairs, failures, without_prediction = _paired(Path(predictions), Path(references))
+        settings = AnnotationSettings(structure_set, interpolate)
+        pairs, failures, without_prediction = _paired(Path(predictions), Path(references), settings)
     else:
         pairs, failures, without_prediction = _listed(predictions, references), [], ()
     if prediction_ids is None:
-        _check_predicted_organs(pairs, organs)
+        _check_predicted_organs(pairs, names)
     rows: list[EvaluationRow] = []
     better: Counter[_BetterValue] = Counter()
     with (progress or SilentProgress()).task("evaluate", total=len(pairs)) as task:
         for pair in pairs:
             try:
-                ids = _ids_in_prediction(pair.prediction, organs) if prediction_ids is None else prediction_ids
-                of_case, better_values = _evaluate_case(pair, organs, ids, always_annotated, nsd_tolerance_mm)
+                of_case, better_values = _evaluate_case(
+                    pair, wanted, prediction_ids, always_annotated, nsd_tolerance_mm
+                )
                 rows += of_case
                 better.update(better_values)
             except FseftEdgeError as error:
@@ -388,26 +412,26 @@ def evaluate(
     annotated = {row.organ for row in rows if row.reference_ml}
     hints = [value.sentence(cases) for value, cases in better.items()]
     hints += _renamed(pairs)
-    if rows and (nowhere := {name: label for name, label in organs.items() if name not in annotated}):
-        wanted = ", ".join(f"{name}={label}" for name, label in nowhere.items())
+    if rows and (nowhere := [organ for organ in wanted if organ.name not in annotated]):
         compared = {row.case for row in rows}
-        found = found_label_values(given_labels(pair.reference) for pair in pairs if pair.case in compared)
+        found = contents_of([pair.reference for pair in pairs if pair.case in compared])
         where = f" in {references}" if isinstance(references, str | Path) else ""
-        message = f"No reference{where} contains a voxel of {wanted}. Label values in the references: {found}."
+        listed = ", ".join(organ.described for organ in nowhere)
+        message = f"No reference{where} contains a voxel of {listed}. {found}"
         if all(row.status == "absent" for row in rows):
-            raise LabelError(message, remedy="Check the label values of the references, and correct --organ.")
+            raise LabelError(message, remedy="Check the label values or names in the references, and correct --organ.")
         hints.append(message)
-    always = tuple(organ for organ in organs if organ in always_annotated)
+    always = tuple(name for name in names if name in always_annotated)
     return Evaluation(
-        tuple(rows), tuple(failures), without_prediction, tuple(organs), nsd_tolerance_mm, always, tuple(hints)
+        tuple(rows), tuple(failures), without_prediction, tuple(names), nsd_tolerance_mm, always, tuple(hints)
     )
 
 
 @dataclass(frozen=True)
 class _Pair:
     case: str
-    prediction: GivenLabels
-    reference: GivenLabels
+    prediction: GivenLabels | FoundAnnotation
+    reference: GivenLabels | FoundAnnotation
 
 
 def _listed(
@@ -433,10 +457,13 @@ def _listed(
     return [_Pair(*pair) for pair in zip(cases, predictions, references, strict=True)]
 
 
-def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[CaseFailure], tuple[str, ...]]:
-    predicted, reference = cases_by_name(predictions), cases_by_name(references)
+def _paired(
+    predictions: Path, references: Path, settings: AnnotationSettings
+) -> tuple[list[_Pair], list[CaseFailure], tuple[str, ...]]:
+    predicted, reference = annotations_by_case(predictions, settings), annotations_by_case(references, settings)
     if predictions.is_file() and references.is_file():
-        return [_Pair(case_name(predictions), predictions, references)], [], ()
+        ((case, prediction),) = predicted.items()
+        return [_Pair(case, prediction, *reference.values())], [], ()
     pairs = [_Pair(case, path, reference[case]) for case, path in predicted.items() if case in reference]
     if not pairs:
         raise InputError(
@@ -446,10 +473,11 @@ def _paired(predictions: Path, references: Path) -> tuple[list[_Pair], list[Case
     failures = [
         CaseFailure(
             case,
-            f"The prediction {path} has no reference of its file name in {references}.",
+            f"The prediction {found if isinstance(found, Path) else found.path} has no reference of its name in "
+            f"{references}.",
             f"Add the reference {case}.nii.gz to {references}, or remove the prediction.",
         )
-        for case, path in predicted.items()
+        for case, found in predicted.items()
         if references.is_dir() and case not in reference
     ]
     return pairs, failures, tuple(sorted(reference.keys() - predicted.keys()))
@@ -473,16 +501,15 @@ class _BetterValue:
 
 def _evaluate_case(
     pair: _Pair,
-    organs: Mapping[str, int],
-    ids: Mapping[str, int],
+    organs: Sequence[OrganLabel],
+    prediction_ids: Mapping[str, int] | None,
     always_annotated: Collection[str],
     tolerance_mm: float,
 ) -> tuple[list[EvaluationRow], list[_BetterValue]]:
-    reference = given_labels(pair.reference)
-    prediction = labels_on(reference, given_labels(pair.prediction), ("reference", "prediction"))
+    prediction, reference, ids = _read(pair, organs, prediction_ids)
     rows, better = [], []
-    for organ, label in organs.items():
-        predicted, truth = prediction.array == ids[organ], reference.array == label
+    for organ, label in ((organ.name, organ.label) for organ in organs):
+        predicted, truth = prediction.mask(ids[organ]), reference.mask(label)
         predicted_ml = volume_ml(predicted, prediction.voxel_volume_mm3)
         reference_ml = volume_ml(truth, reference.voxel_volume_mm3)
         if reference_ml == 0 and organ not in always_annotated:
@@ -498,9 +525,45 @@ def _evaluate_case(
             scores = (score.dsc, score.hd95_mm, score.nsd)
             row = EvaluationRow(pair.case, organ, "scored", *scores, predicted_ml, reference_ml)
         rows.append(row)
-        if reference_ml and (value := _better_value(prediction.array, truth, row.dsc or 0.0)):
+        if (
+            reference_ml
+            and isinstance(prediction, LabelMap)
+            and (value := _better_value(prediction.array, truth, row.dsc or 0.0))
+        ):
             better.append(_BetterValue(organ, ids[organ], value))
     return rows, better
+
+
+def _read(
+    pair: _Pair, organs: Sequence[OrganLabel], prediction_ids: Mapping[str, int] | None
+) -> tuple[Annotation, Annotation, Mapping[str, int]]:
+    """Return prediction and reference on one lattice, and the label value of each organ in the prediction."""
+    by_name = [replace(organ, names=organ.names or (organ.name,)) for organ in organs]
+    if names_structures(pair.prediction):
+        reference = _label_map_of(pair, pair.reference, organs)
+        lattice = Lattice(reference.shape, reference.affine)
+        prediction = organs_of_structures(structures_of(pair.prediction), by_name, lattice, pair.case)
+        return prediction, reference, {organ.name: organ.label for organ in organs}
+    given = cast("GivenLabels", pair.prediction)
+    labels = given_labels(given)
+    ids = _ids_in_prediction(given, organs) if prediction_ids is None else prediction_ids
+    if not names_structures(pair.reference):
+        reference = _label_map_of(pair, pair.reference, organs)
+        return labels_on(reference, labels, ("reference", "prediction")), reference, ids
+    found = organs_of_structures(structures_of(pair.reference), organs, Lattice(labels.shape, labels.affine), pair.case)
+    return labels, found, ids
+
+
+def _label_map_of(pair: _Pair, given: GivenLabels | FoundAnnotation, organs: Sequence[OrganLabel]) -> LabelMap:
+    if names_structures(given):
+        raise UsageError(
+            f"Prediction and reference of the case {pair.case} both name structures, so the lattice of their scan is "
+            "not known.",
+            remedy="Give one of them as a label map, such as the NIfTI mask that `segment` writes.",
+        )
+    if isinstance(given, str | Path):
+        return organs_of_label_map(Path(given), organs)
+    return given_labels(cast("GivenLabels", given))
 
 
 def _better_value(prediction: NDArray[np.unsignedinteger[Any]], truth: NDArray[np.bool_], dsc: float) -> int | None:
@@ -517,18 +580,18 @@ def _better_value(prediction: NDArray[np.unsignedinteger[Any]], truth: NDArray[n
     return found
 
 
-def _check_predicted_organs(pairs: Sequence[_Pair], organs: Mapping[str, int]) -> None:
+def _check_predicted_organs(pairs: Sequence[_Pair], organs: Sequence[str]) -> None:
     """Raise LabelError if every prediction has a JSON file and none of these files knows one of the organs."""
     known: set[str] = set()
     for pair in pairs:
         if not isinstance(pair.prediction, str | Path):
-            known |= organs.keys()
+            known.update(organs)
             continue
         description = _description_of(Path(pair.prediction))
         try:
-            known |= organ_labels(description).keys() if description.exists() else organs.keys()
+            known.update(organ_labels(description) if description.exists() else organs)
         except FseftEdgeError:  # this case fails later
-            known |= organs.keys()
+            known.update(organs)
     if missing := [name for name in organs if name not in known]:
         raise LabelError(
             f"No prediction contains the organ {', '.join(missing)}: according to their JSON files, their organs are "
@@ -555,28 +618,39 @@ def _description_of(prediction: Path) -> Path:
     return prediction.with_name(f"{case_name(prediction)}.json")
 
 
-def _ids_in_prediction(given: GivenLabels, organs: Mapping[str, int]) -> dict[str, int]:
+def _ids_in_prediction(given: GivenLabels, organs: Sequence[OrganLabel]) -> dict[str, int]:
     """Return the label value of each organ in a prediction, from the JSON file that ``segment`` writes next to it.
 
     Without this file, the names in the mask file itself apply if they include every organ. A mask that ``segment``
     returned contains the label values; for any other label map in memory, the values of the references apply.
     """
     if not isinstance(given, str | Path):
-        named = {organ.name: organ.label for organ in given.organs} if isinstance(given, Mask) else {}
-        return named if organs.keys() <= named.keys() else dict(organs)
+        return _of_references(organs, {one.name: one.label for one in given.organs} if isinstance(given, Mask) else {})
     prediction = Path(given)
     description = _description_of(prediction)
     if not description.exists():
-        named = {name: label for label, name in read_label_names(prediction).items()}
-        return named if organs.keys() <= named.keys() else dict(organs)
+        return _of_references(organs, {name: label for label, name in read_label_names(prediction).items()})
     ids = organ_labels(description, prediction)
-    if missing := [name for name in organs if name not in ids]:
+    if missing := [organ.name for organ in organs if organ.name not in ids]:
         raise LabelError(
             f"{description} contains no label value for {', '.join(missing)}. Its organs are: "
             f"{', '.join(ids) or 'none'}.",
             remedy="Give --organ the organ names of the adapters with which the case was segmented.",
         )
     return ids
+
+
+def _of_references(organs: Sequence[OrganLabel], named: dict[str, int]) -> dict[str, int]:
+    """Return the label values of a prediction that names its organs, if it names all, else those of the references."""
+    if {organ.name for organ in organs} <= named.keys():
+        return named
+    if unknown := [organ.name for organ in organs if not organ.in_label_maps]:
+        raise LabelError(
+            f"The label values of {', '.join(unknown)} in the prediction are not known: there is no JSON file of "
+            "`segment` beside it, and the names in the mask do not include every organ.",
+            remedy="Give the label values with --prediction-organ NAME=ID.",
+        )
+    return {organ.name: organ.label for organ in organs}
 
 
 def _number(value: float | None, digits: int, *, missing: str = "–") -> str:

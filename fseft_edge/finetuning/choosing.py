@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,8 +39,9 @@ from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.networks.inserts import HasBlocks
 from fseft_edge.runtime.encoder.session import resolve_device
 from fseft_edge.runtime.errors import OutOfMemoryError, UsageError
-from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
-from fseft_edge.runtime.scans.volume import LabelMap
+from fseft_edge.runtime.scans.annotated import AnnotationSettings
+from fseft_edge.runtime.scans.annotation import Annotation
+from fseft_edge.runtime.scans.organs import GivenOrgans, OrganLabel, organs_of
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
     encoder: str | Path,
     images: GivenScans | None,
     labels: GivenAnnotations | None,
-    organs: Mapping[str, int] | Sequence[OrganLabel],
+    organs: GivenOrgans,
     output: str | Path,
     *,
     minutes: float = 60.0,
@@ -73,6 +74,8 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
     reviewed: ReviewedBatch | None = None,
     cases: Sequence[str] | None = None,
     groups: GroupRule | None = None,
+    structure_set: str | None = None,
+    interpolate: bool = True,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile | None:
@@ -92,6 +95,9 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
         reviewed: a batch whose accepted masks are used as annotations, too; None for no batch.
         cases: names of the cases of ``images`` to use; None uses all cases with an annotation.
         groups: patient of each case, as in the training of the adapter (see :func:`fseft_edge.adaptation.adapt.adapt`).
+        structure_set: which structure set or segmentation of a CT to use, if there are several in DICOM (see
+            :class:`fseft_edge.runtime.scans.annotated.AnnotationSettings`); None selects the newest approved one.
+        interpolate: fill contours on every second or every n-th slice in between. If not, they are an error.
         device: device for training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         progress: display for the progress; None shows nothing.
 
@@ -128,7 +134,15 @@ def try_finetuning(  # noqa: PLR0917 - the order of `finetune`, after the adapte
             f"{adapter} contains no scores of left-out scans for the organs that are new to the encoder.",
             remedy="Train the adapter with --validate on at least two scans that annotate these organs.",
         )
-    annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
+    annotated = find_annotated(
+        images,
+        labels,
+        organs,
+        AdapterSettings(),
+        cases=cases,
+        reviewed=reviewed,
+        reading=AnnotationSettings(structure_set, interpolate),
+    )
     patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
     label_maps = [label_map for _, label_map in annotated]
     if not _made_from(file, of_adapter, label_maps, organs):
@@ -154,7 +168,10 @@ def _groups_text(groups: int | None) -> str:
 
 
 def _made_from(
-    file: AdapterFile, of_adapter: Sequence[AdapterOrgan], annotations: Sequence[LabelMap], organs: Sequence[OrganLabel]
+    file: AdapterFile,
+    of_adapter: Sequence[AdapterOrgan],
+    annotations: Sequence[Annotation],
+    organs: Sequence[OrganLabel],
 ) -> bool:
     """Return True if an adapter was trained on these annotations, in this order."""
     if file.description.support_annotations:

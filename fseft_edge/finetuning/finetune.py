@@ -41,9 +41,10 @@ from fseft_edge.runtime.encoder.encoding import encode_scan
 from fseft_edge.runtime.encoder.feature_store import open_store
 from fseft_edge.runtime.encoder.session import open_session, resolve_device
 from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.scans.annotated import AnnotationSettings
 from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.intensities import HuPercentiles, hu_percentiles
-from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
+from fseft_edge.runtime.scans.organs import GivenOrgans, OrganLabel, organs_of
 from fseft_edge.runtime.system.atomic import check_writable
 from fseft_edge.runtime.system.progress import Progress, SilentProgress
 
@@ -96,7 +97,7 @@ def finetune(
     encoder: str | Path,
     images: GivenScans | None,
     labels: GivenAnnotations | None,
-    organs: Mapping[str, int] | Sequence[OrganLabel],
+    organs: GivenOrgans,
     output: str | Path,
     *,
     settings: TuningSettings,
@@ -104,6 +105,8 @@ def finetune(
     validate: bool = False,
     cases: Sequence[str] | None = None,
     groups: GroupRule | None = None,
+    structure_set: str | None = None,
+    interpolate: bool = True,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> TuningFile:
@@ -122,6 +125,9 @@ def finetune(
             the scores of the left-out scans in the file. Each fold takes as long as the fine-tuning itself.
         cases: names of the cases of ``images`` to use; None uses all cases with an annotation.
         groups: patient of each case (see :func:`fseft_edge.adaptation.adapt.adapt`), for the cross-validation.
+        structure_set: which structure set or segmentation of a CT to use, if there are several in DICOM (see
+            :class:`fseft_edge.runtime.scans.annotated.AnnotationSettings`); None selects the newest approved one.
+        interpolate: fill contours on every second or every n-th slice in between. If not, they are an error.
         device: device for training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         progress: display for the progress; None shows nothing.
 
@@ -137,7 +143,15 @@ def finetune(
     check_output(output)
     bundle = open_encoder(encoder)
     check_tunable(bundle, organs, settings)
-    annotated = find_annotated(images, labels, organs, AdapterSettings(), cases=cases, reviewed=reviewed)
+    annotated = find_annotated(
+        images,
+        labels,
+        organs,
+        AdapterSettings(),
+        cases=cases,
+        reviewed=reviewed,
+        reading=AnnotationSettings(structure_set, interpolate),
+    )
     patients = patients_of(annotated, groups, images=images, reviewed=reviewed)
     settings = replace(settings, device=resolve_device(device))
     support = load_tuning_support(annotated, organs, bundle, progress, patients)
@@ -227,7 +241,7 @@ def load_tuning_support(
             prepared.append(
                 prepare_case(volume, labels, label_values, list(label_values), bundle.preprocessing, partial=True)
             )
-            looks.append([hu_percentiles(volume, BoxedMask.of(labels.array == organ.label)) for organ in organs])
+            looks.append([hu_percentiles(volume, BoxedMask.of(labels.mask(organ.label))) for organ in organs])
             task.advance(1)
     volumes = [annotated_volumes_ml(labels, organs) for _, labels in annotated]
     groups = grouped(identities, patients)

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from fseft_edge.runtime.errors import UnreadableFileError
+from fseft_edge.runtime.scans.organs import OrganLabel, organs_of
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
 from fseft_edge.runtime.system.json_text import parse_json
 from fseft_edge.runtime.system.toml_file import read_toml
@@ -118,6 +119,7 @@ EncoderConfig = Annotated[ResidualUNetConfig | SwinUnetrConfig, Field(discrimina
 Axis = Literal["x", "y", "z"]
 _Label = Annotated[int, Field(ge=1)]
 Labels = _Label | Annotated[tuple[_Label, ...], Field(min_length=1)]
+_Names = Annotated[str, Field(min_length=1)]
 
 
 class ScheduleConfig(_Strict):
@@ -175,14 +177,16 @@ class ScheduleConfig(_Strict):
 
 
 class FilesConfig(_Strict):
-    """A data set of NIfTI files.
+    """A data set of CTs and annotations in files.
 
     Attributes:
         images: folder of the CTs, relative to the data root.
-        labels: folder of the annotations, relative to the data root; an annotation has the file name of its CT.
+        labels: folder of the annotations, relative to the data root (see
+            :func:`fseft_edge.runtime.scans.annotated.find_pairs`). CTs without an annotation are not used.
         cases: ``FILE.json:KEY``, a JSON object whose ``KEY`` lists the names of the cases; None uses all cases.
         organs: label value of each organ in the annotation files, or several values that together form the organ (for
-            example a liver and its tumours).
+            example a liver and its tumours); or its names in annotations that name their structures, separated by
+            ``|``. If the organ's own name is among them, all names that are known for it count too.
         partial: True if an organ without voxels in an annotation was not contoured; the organ then has no loss in that
             case. False if such an organ is absent from the patient.
         halves: organs to split at their own median sagittal plane into ``[right, left]`` extra organs. If the
@@ -196,7 +200,7 @@ class FilesConfig(_Strict):
     images: str
     labels: str
     cases: str | None = None
-    organs: dict[str, Labels] = Field(min_length=1)
+    organs: dict[str, Labels | _Names] = Field(min_length=1)
     partial: bool = False
     halves: dict[str, tuple[str, str]] = {}
     crops_per_step: int = Field(gt=0)
@@ -207,6 +211,22 @@ class FilesConfig(_Strict):
         if unknown:
             raise ValueError(f"'halves' names {unknown}, which 'organs' of this data set does not list")
         return self
+
+    def label_values(self) -> tuple[dict[str, Labels], tuple[OrganLabel, ...]]:
+        """Return the label values of each organ, and how they are found in annotations.
+
+        Organs with names get label values that no other organ has.
+
+        Raises:
+            UsageError: a name of an organ is invalid.
+        """
+        labels = {organ: values for organ, values in self.organs.items() if not isinstance(values, str)}
+        names = {organ: values for organ, values in self.organs.items() if isinstance(values, str)}
+        single = sorted(
+            {one for values in labels.values() for one in ((values,) if isinstance(values, int) else values)}
+        )
+        found = organs_of({**{f"value-{value}": value for value in single}, **names})
+        return {**labels, **{organ.name: organ.label for organ in found if organ.name in names}}, found
 
     def annotated(self) -> list[str]:
         """Return the organs that this data set annotates, including halves."""

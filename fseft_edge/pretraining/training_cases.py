@@ -14,11 +14,13 @@ from torch import Tensor
 
 from fseft_edge.adaptation.augmentation import random_turn, restyle
 from fseft_edge.pretraining.config import FilesConfig, Labels, PhantomsConfig, PretrainingConfig, case_names
-from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+from fseft_edge.runtime.errors import LabelError
+from fseft_edge.runtime.scans.annotated import find_pairs, read_pair
+from fseft_edge.runtime.scans.annotation import Annotation, annotation_on
 from fseft_edge.runtime.scans.grid import Grid
-from fseft_edge.runtime.scans.nifti import case_name, list_cases, log_warnings, read_ct, read_label_map
+from fseft_edge.runtime.scans.nifti import log_warnings
 from fseft_edge.runtime.scans.preprocessing import Preprocessing
-from fseft_edge.runtime.scans.volume import LabelMap, Volume, labels_on
+from fseft_edge.runtime.scans.volume import LabelMap, Volume
 from fseft_edge.runtime.system.progress import Progress
 
 Crop = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -112,41 +114,33 @@ def load_cohorts(config: PretrainingConfig, root: Path, progress: Progress) -> l
 class _Scans:
     """A sequence of known length of (volume, labels, label values of each organ), which reads one scan at a time."""
 
-    def __init__(self, size: int, make: Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]) -> None:
+    def __init__(self, size: int, make: Iterator[tuple[Volume, Annotation, Mapping[str, Labels]]]) -> None:
         self._size, self._make = size, make
 
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
+    def __iter__(self) -> Iterator[tuple[Volume, Annotation, Mapping[str, Labels]]]:
         return self._make
 
 
 def _file_scans(dataset: FilesConfig, root: Path) -> _Scans:
-    paths = list_cases(root / dataset.images)
-    wanted = case_names(dataset, root)
-    if wanted is not None:
-        missing = sorted(set(wanted) - {case_name(path) for path in paths})
-        if missing:
-            raise UnreadableFileError(
-                f"{root / dataset.images} does not contain {', '.join(missing[:5])}, listed in {dataset.cases}.",
-                remedy="Add the missing scans to the folder, or remove their names from the list.",
-            )
-        paths = [path for path in paths if case_name(path) in set(wanted)]
+    values, organs = dataset.label_values()
+    pairs = find_pairs(root / dataset.images, root / dataset.labels, case_names(dataset, root))
 
-    def read() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
-        for path in paths:
-            volume, labels = read_ct(path), read_label_map(root / dataset.labels / path.name)
-            log_warnings(path, volume.warnings)
-            yield volume, labels_on(volume, labels), dataset.organs
+    def read() -> Iterator[tuple[Volume, Annotation, Mapping[str, Labels]]]:
+        for pair in pairs:
+            volume, labels = pair.scan.read(), read_pair(pair, organs)
+            log_warnings(pair.scan.name, volume.warnings)
+            yield volume, annotation_on(volume, labels), values
 
-    return _Scans(len(paths), read())
+    return _Scans(len(pairs), read())
 
 
 def _phantom_scans(dataset: PhantomsConfig) -> _Scans:
     from fseft_edge.phantom import ORGANS, SITES, phantom  # noqa: PLC0415 - only phantom data sets need the import
 
-    def make() -> Iterator[tuple[Volume, LabelMap, Mapping[str, Labels]]]:
+    def make() -> Iterator[tuple[Volume, Annotation, Mapping[str, Labels]]]:
         for number in range(dataset.count):
             site = SITES[dataset.sites[number % len(dataset.sites)]]
             scan = phantom(dataset.first_seed + number, shape=dataset.shape, site=site)
@@ -157,7 +151,7 @@ def _phantom_scans(dataset: PhantomsConfig) -> _Scans:
 
 def prepare_case(
     volume: Volume,
-    labels: LabelMap,
+    labels: Annotation,
     label_values: Mapping[str, Labels],
     organs: Sequence[str],
     preprocessing: Preprocessing,
@@ -181,7 +175,7 @@ def prepare_case(
     bits = np.zeros(grid.shape, np.int32)
     task_mask = np.zeros(len(organs), np.bool_)
     for organ, values in label_values.items():
-        mask = np.isin(labels.array, values)
+        mask = _organ(labels, values)
         if partial and not mask.any():
             continue
         on_grid = _filled(grid.occupancy(mask))
@@ -195,6 +189,16 @@ def prepare_case(
     centres = [_some_positions(bits & np.int32(1 << bit) != 0, random) for bit in range(len(organs))]
     centres.append(_some_positions(image > _AIR_LEVEL, random))
     return TrainingCase(image.astype(np.float16), bits, task_mask, tuple(c for c in centres if len(c)))
+
+
+def _organ(labels: Annotation, values: Labels) -> NDArray[np.bool_] | NDArray[np.float32]:
+    """Return the share of each voxel that an organ with these label values fills, ``[X, Y, Z]``."""
+    if isinstance(labels, LabelMap):
+        return np.isin(labels.array, values)
+    shares = np.zeros(labels.shape, np.float32, order="F")
+    for value in [values] if isinstance(values, int) else values:
+        np.maximum(shares, labels.shares(value), out=shares)
+    return shares
 
 
 def _filled(occupancy: NDArray[np.float32]) -> NDArray[np.bool_]:

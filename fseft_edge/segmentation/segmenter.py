@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation.locator import Located
-from fseft_edge.adaptation.support_set import find_pairs, load_support, of_support_set, read_annotations
+from fseft_edge.adaptation.support_set import load_support, of_support_set, read_annotations
 from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs, refitted_adapters, support_of
 from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing
 from fseft_edge.adapters.network import Adapter
@@ -46,11 +46,11 @@ from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.on_demand import FeaturesOnDemand, encode_on_demand
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import FseftEdgeError, OutOfMemoryError, OutOfSpaceError, UnreadableFileError
+from fseft_edge.runtime.scans.annotated import find_pairs
 from fseft_edge.runtime.scans.components import masks_of_labels
 from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.intensities import hu_percentiles
 from fseft_edge.runtime.scans.nifti import write_label_map
-from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.source_pieces import SourcePiece
 from fseft_edge.runtime.scans.sources import Scan, find_scan, scan_name
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
@@ -192,7 +192,7 @@ def _refitter(
     supports = []
     pairs = find_pairs(inputs.images, inputs.labels)
     for file in files:
-        organs = [OrganLabel(organ.name, organ.label) for organ in file.description.organs]
+        organs = [organ.as_annotated() for organ in file.description.organs]
         annotated = read_annotations(pairs, organs, inputs.labels, file.adapter.settings)
         if file.description.shots:
             volumes = [organ.support_volumes_ml for organ in file.description.organs]

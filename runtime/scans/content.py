@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from fseft_edge.runtime.scans.annotation import Annotation, OrganShares
 from fseft_edge.runtime.scans.volume import LabelMap, Volume, slabs
 
 _HU: Final = (-1000, 3000)
@@ -37,14 +38,15 @@ def scan_sha256(volume: Volume) -> str:
     return digest.hexdigest()
 
 
-def annotation_sha256(labels: LabelMap, values: Sequence[int]) -> str:
+def annotation_sha256(annotation: Annotation, values: Sequence[int]) -> str:
     """Return the SHA-256 of the shape of an annotation and of the organs in it.
 
     Args:
-        labels: the annotation.
+        annotation: the annotation; of shares, those voxels are hashed of which an organ fills at least half.
         values: label value of each organ. The number of an organ in this sequence is hashed instead of its label value,
             and all other label values are hashed as background: contours of further organs do not change the hash.
     """
+    labels = annotation.label_map(values) if isinstance(annotation, OrganShares) else annotation
     voxels = _in_ras(labels.array, labels.affine)
     digest = hashlib.sha256(f"fseft-edge annotation {voxels.shape}".encode())
     for piece in slabs(voxels):

@@ -123,11 +123,14 @@ class Grid:
         section /= np.float32(high - low)
         return section
 
-    def occupancy(self, mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Return the fraction of each grid voxel that a mask on the scan fills: float32 ``[X, Y, Z]`` in [0, 1].
+    def occupancy(self, mask: NDArray[np.bool_] | NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the fraction of each grid voxel that an organ of the scan fills: float32 ``[X, Y, Z]`` in [0, 1].
 
         The mask is interpolated linearly, with the antialiasing filter where the grid is coarser than the scan, so that
         thin organs keep their volume.
+
+        Args:
+            mask: the organ on the scan ``[X, Y, Z]``: bool, or the share of each voxel that the organ fills.
 
         Raises:
             ValueError: the mask and the scan have different shapes.

@@ -83,7 +83,7 @@ def read_label_names(path: Path) -> dict[int, str]:
     return {} if is_nrrd_file(path) or is_metaimage_file(path) else nifti.read_label_names(path)
 
 
-def annotations_by_name(labels: Path, images: Path) -> dict[str, Path]:
+def annotations_by_name(labels: Path, images: Path | None) -> dict[str, Path]:
     """Return the annotations at a path, as a dictionary with the case names as keys.
 
     Annotations are label maps, and segmentations of 3D Slicer (``.seg.nrrd``). In a folder that is also the folder of
@@ -91,7 +91,7 @@ def annotations_by_name(labels: Path, images: Path) -> dict[str, Path]:
 
     Args:
         labels: folder of annotations, or one annotation.
-        images: folder of the images, or one image.
+        images: folder of the images, or one image; None if they lie elsewhere.
 
     Raises:
         UnreadableFileError: the path does not exist, is not an annotation, or is a folder without annotations.
@@ -104,7 +104,7 @@ def annotations_by_name(labels: Path, images: Path) -> dict[str, Path]:
     segmentations = sorted(
         file for file in labels.iterdir() if not file.name.startswith(".") and is_segmentation_file(file)
     )
-    if segmentations and images.is_dir() and labels.samefile(images):
+    if segmentations and images is not None and images.is_dir() and labels.samefile(images):
         return nifti.named_cases(segmentations)
     try:
         label_maps = nifti.list_cases(labels)

@@ -176,6 +176,19 @@ class LabelMap:
         """Volume of one voxel."""
         return float(abs(np.linalg.det(self.affine[:3, :3])))
 
+    def contains(self, label: int) -> bool:
+        """Return whether a voxel has this label value."""
+        return any(bool((piece == label).any()) for piece in slabs(self.array))
+
+    def mask(self, label: int) -> NDArray[np.bool_]:
+        """Return the voxels with this label value, bool ``[X, Y, Z]``."""
+        mask: NDArray[np.bool_] = self.array == label
+        return mask
+
+    def shares(self, label: int) -> NDArray[np.bool_]:
+        """Return the share of each voxel that the organ with this label value fills: all or nothing."""
+        return self.mask(label)
+
 
 def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
     """Return the voxel spacing of an affine along x, y, z in mm."""

@@ -56,8 +56,9 @@ _FUNCTIONAL_GROUPS = (
     *("PixelValueTransformationSequence", "CTImageFrameTypeSequence", "CTReconstructionSequence"),
 )
 _KEYWORDS = (
-    *("SOPClassUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "Modality", "ImageType"),
-    *("PatientID", "IssuerOfPatientID", "PatientName", "AnatomicalOrientationType", "ConvolutionKernel", "FrameType"),
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID", "Modality"),
+    *("ImageType", "FrameType", "PatientID", "IssuerOfPatientID", "PatientName", "AnatomicalOrientationType"),
+    *("ConvolutionKernel",),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "NumberOfFrames"),
     *("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "RescaleType"),
@@ -158,6 +159,7 @@ class SliceHeader:
         faults: wrong values.
         assumptions: what was assumed to read the slice, each a sentence for :attr:`Volume.warnings` whose subject is
             the slice.
+        sop_instance_uid: SOP Instance UID; empty if missing.
     """
 
     file: DicomFile = field(repr=False)
@@ -183,6 +185,7 @@ class SliceHeader:
     location: PixelLocation
     faults: tuple[Fault, ...]
     assumptions: tuple[str, ...]
+    sop_instance_uid: str = field(default="", compare=False)
 
     @property
     def placed(self) -> bool:
@@ -358,6 +361,7 @@ def _slice(
         frames=frames,
         sop_class=sop_class,
         syntax=header.encoding.syntax,
+        sop_instance_uid=read.text("SOPInstanceUID"),
         series_uid=read.text("SeriesInstanceUID"),
         study_uid=study_uid,
         frame_of_reference_uid=frame_of_reference_uid,

@@ -1,0 +1,399 @@
+"""Annotated scans on disk: which annotation belongs to which CT, and the organs that it contains.
+
+An annotation is a label map, a segmentation of 3D Slicer, an RT Structure Set or a DICOM Segmentation. An annotation in
+DICOM states its images (PS3.3 sections C.8.8.5, C.8.8.6 and C.8.20.2), so it belongs to the CT series with these
+images; if none of them is there, to the only CT series in its frame of reference. All other annotations belong to the
+CT of the same name: the name of the file, or of the first subfolder in which the file lies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fseft_edge.runtime.errors import InputError, UnreadableFileError, UsageError
+from fseft_edge.runtime.scans.annotation import Annotation
+from fseft_edge.runtime.scans.annotation_files import (
+    FoundAnnotation,
+    dicom_annotations,
+    organs_of_label_map,
+    organs_of_structures,
+    structures_of,
+)
+from fseft_edge.runtime.scans.image_files import annotations_by_name, is_image_file
+from fseft_edge.runtime.scans.image_names import is_segmentation_file
+from fseft_edge.runtime.scans.nifti import cases_by_name
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.sources import Scan, scan_name
+from fseft_edge.runtime.scans.structures import Lattice
+
+if TYPE_CHECKING:
+    from fseft_edge.runtime.scans.dicom import DicomSeries
+    from fseft_edge.runtime.scans.dicom.annotation_objects import AnnotationObject
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AnnotationSettings:
+    """How annotations in DICOM are chosen and read.
+
+    Attributes:
+        structure_set: which annotation of a CT to use if there are several: its number in the list of
+            ``fseft-edge contours``, its label, or the end of its SOP Instance UID. None selects the newest approved
+            one; if none is approved, the newest one.
+        interpolate: whether contours on every second or every n-th slice are filled in between. If not, they are an
+            error.
+    """
+
+    structure_set: str | None = None
+    interpolate: bool = True
+
+
+DEFAULT_ANNOTATION_SETTINGS: Final = AnnotationSettings()
+
+
+@dataclass(frozen=True, eq=False)
+class FoundPair:
+    """A CT and its annotation, before both are read."""
+
+    scan: Scan
+    annotation: FoundAnnotation = field(repr=False)
+
+    @property
+    def path(self) -> Path:
+        """File of the annotation, or the folder or archive that contains it."""
+        return self.annotation if isinstance(self.annotation, Path) else self.annotation.path
+
+
+def find_pairs(
+    images: Path,
+    labels: Path,
+    cases: Sequence[str] | None = None,
+    settings: AnnotationSettings = DEFAULT_ANNOTATION_SETTINGS,
+) -> list[FoundPair]:
+    """Return pairs of a CT and its annotation.
+
+    Args:
+        images: folder of CTs, or one CT; in DICOM, the folder of one patient, or of several patients.
+        labels: folder of annotations, or one annotation; in DICOM, it may be the folder of the CTs.
+        cases: names of the cases to return; None returns all cases that have an annotation.
+        settings: choice among several annotations of a CT.
+
+    Raises:
+        UnreadableFileError: there is no pair, or the CT or the annotation of one of the ``cases`` is missing.
+        InputError: a CT has annotations of several kinds, or an annotation belongs to another CT.
+        UsageError: ``settings.structure_set`` matches no annotation of a CT.
+    """
+    scans = _Scans.at(images)
+    annotations = _annotations_at(labels, images, interpolate=settings.interpolate)
+    if images.is_file() and labels.is_file() and isinstance(annotations[0].annotation, Path):
+        ((name, _),) = scans.named.items()
+        return [FoundPair(scans.scan(name), annotations[0].annotation)]
+    found: dict[str, list[_Named]] = {}
+    strays = []
+    for annotation in annotations:
+        case = scans.case_of(annotation)
+        if case is None:
+            strays.append(annotation)
+        else:
+            found.setdefault(case, []).append(annotation)
+    names = [*scans.named, *(name for name in found if name not in scans.named)]
+    wanted = list(dict.fromkeys(cases)) if cases is not None else [name for name in names if name in found]
+    if missing := [name for name in wanted if name not in found]:
+        raise UnreadableFileError(
+            f"For the cases {', '.join(missing)}, the image in {images} or the annotation in {labels} is missing.",
+            remedy="Give each annotation the file name of its image, and check the case names.",
+        )
+    if not wanted:
+        raise _no_pair(images, labels, scans, annotations)
+    if strays and cases is None:
+        _LOG.warning(
+            "%d of %d annotations in %s belong to no CT in %s, and are not used", len(strays), len(annotations), labels,
+            images,
+        )  # fmt: skip
+    if cases is None and (skipped := [name for name in names if name not in found]):
+        _LOG.warning("these cases are skipped, because they have no annotation: %s", ", ".join(skipped))
+    return [FoundPair(scans.scan(name, found[name][0]), _chosen(name, found[name], settings)) for name in wanted]
+
+
+def names_of_cases(images: Path) -> list[str]:
+    """Return the names of all CTs at a path (see :func:`find_pairs`)."""
+    return list(_Scans.at(images).named)
+
+
+@dataclass(frozen=True, eq=False)
+class _Named:
+    """An annotation with the name under which it was found."""
+
+    name: str
+    annotation: FoundAnnotation
+
+
+class _Scans:
+    """The CTs at a path: image files by name, or DICOM series.
+
+    Attributes:
+        named: image file of each case; for DICOM, the series of each case.
+    """
+
+    def __init__(self, named: Mapping[str, Path | Sequence[DicomSeries]]) -> None:
+        self.named = dict(named)
+
+    @classmethod
+    def at(cls, images: Path) -> _Scans:
+        if images.is_dir() or is_image_file(images) or not images.exists():
+            try:
+                return cls(cases_by_name(images))
+            except UnreadableFileError as no_image:
+                if not images.is_dir():
+                    raise
+                found = _in_folders(images, is_image_file) or _patients(images)
+                if not found:
+                    raise UnreadableFileError(
+                        f"{no_image.message} It contains no CT series in DICOM either.", remedy=no_image.remedy
+                    ) from None
+                return cls(found)
+        return cls(_patients(images))
+
+    def case_of(self, annotation: _Named) -> str | None:
+        """Return the case to which an annotation belongs; None if there is none."""
+        found = annotation.annotation
+        series = {name: of_case for name, of_case in self.named.items() if not isinstance(of_case, Path)}
+        if isinstance(found, Path) or not series:
+            return annotation.name if annotation.name in self.named else None
+        shared = {name: max(_shared(found, one) for one in of_case) for name, of_case in series.items()}
+        best = max(shared, key=lambda name: shared[name])
+        if shared[best]:
+            return best
+        framed = [name for name, of_case in series.items() if any(_in_frame(found, one) for one in of_case)]
+        if len(framed) > 1 and annotation.name in framed:
+            return annotation.name
+        if len(framed) > 1:
+            raise InputError(
+                f"An annotation in {found.path} names none of the CT images, and {len(framed)} cases are in its frame "
+                f"of reference: {', '.join(framed)}.",
+                remedy="Put the annotation into the folder of its CT, or export it again with references to images.",
+            )
+        return framed[0] if framed else None
+
+    def scan(self, name: str, annotation: _Named | None = None) -> Scan:
+        """Return the CT of a case; of several series, the one to which the annotation belongs."""
+        of_case = self.named[name]
+        if isinstance(of_case, Path):
+            return Scan(name, of_case)
+        from fseft_edge.runtime.scans.dicom import choose_series  # noqa: PLC0415 - loads pydicom
+
+        wanted: DicomSeries | None = None
+        if annotation is not None and not isinstance(annotation.annotation, Path):
+            found = annotation.annotation
+            wanted = max(of_case, key=lambda one: (_shared(found, one), _in_frame(found, one), len(one.slices)))
+        chosen = choose_series(of_case, None if wanted is None else str(wanted.number))
+        return Scan(name, _folder_of(chosen), chosen)
+
+
+def _in_folders(path: Path, is_wanted: Callable[[Path], bool]) -> dict[str, Path]:
+    """Return the file of a kind in each subfolder, by the name of the subfolder.
+
+    Raises:
+        InputError: a subfolder contains several such files.
+    """
+    found: dict[str, Path] = {}
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        files = sorted(file for file in folder.iterdir() if not file.name.startswith(".") and is_wanted(file))
+        if len(files) > 1:
+            raise InputError(
+                f"The folder {folder} contains {len(files)} files of one kind: "
+                f"{', '.join(file.name for file in files[:5])}.",
+                remedy="Leave one image and one annotation in the folder of each case, with images and annotations in "
+                "two places, or name both after the case in one folder.",
+            )
+        if files:
+            found[folder.name] = files[0]
+    return found
+
+
+def _shared(annotation: AnnotationObject, series: DicomSeries) -> int:
+    """Return the number of images of a series to which an annotation refers."""
+    return sum(slice_.sop_instance_uid in annotation.images for slice_ in series.slices)
+
+
+def _in_frame(annotation: AnnotationObject, series: DicomSeries) -> bool:
+    return bool(series.frame_of_reference_uid) and series.frame_of_reference_uid in annotation.frames_of_reference
+
+
+def _folder_of(series: DicomSeries) -> Path:
+    """Return the folder of the slices of a series if all slices lie in one, else the path that the user gave."""
+    folders = {slice_.file.path.parent for slice_ in series.slices}
+    return folders.pop() if len(folders) == 1 and series.source.is_dir() else series.source
+
+
+def _patients(path: Path) -> dict[str, list[DicomSeries]]:
+    """Return the CT series at a path by the name of their case: the first subfolder, or the name of the path."""
+    from fseft_edge.runtime.scans.dicom import find_series  # noqa: PLC0415 - loads pydicom
+    from fseft_edge.runtime.scans.dicom.kinds import is_ct  # noqa: PLC0415
+
+    patients: dict[str, list[DicomSeries]] = {}
+    for place in _places(path):
+        for series in find_series(place):
+            if is_ct(series.slices[0]):
+                first = series.slices[0].file
+                patients.setdefault(_name_in(path, first.path), []).append(series)
+    return patients
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Yield the files, archives and folders in which to search for DICOM: each patient folder by itself."""
+    from fseft_edge.runtime.scans.dicom.files import contains_dicom  # noqa: PLC0415 - loads pydicom
+
+    inside = sorted(entry for entry in path.iterdir() if not entry.name.startswith(".")) if path.is_dir() else []
+    folders = [entry for entry in inside if entry.is_dir() or entry.suffix.lower() == ".zip"]
+    files = [entry for entry in inside if entry not in folders]
+    if path.is_file() or any(contains_dicom(entry) for entry in files if entry.is_file()):
+        yield path
+    else:
+        yield from (entry for entry in folders if contains_dicom(entry))
+
+
+def _name_in(path: Path, file: Path) -> str:
+    """Return the name of a case by one of its DICOM files: the first subfolder, else the name of the path itself."""
+    parts = file.relative_to(path).parts if file != path else ()
+    return parts[0] if len(parts) > 1 else scan_name(file if len(parts) == 1 and file.suffix == ".zip" else path)
+
+
+def _annotations_at(labels: Path, images: Path | None, *, interpolate: bool) -> list[_Named]:
+    """Return all annotations at a path with their names."""
+    is_file = labels.exists() and (is_segmentation_file(labels) or is_image_file(labels))
+    if labels.is_dir() or is_file or not labels.exists():
+        try:
+            return [_Named(name, path) for name, path in annotations_by_name(labels, images).items()]
+        except UnreadableFileError as no_label_map:
+            if not labels.is_dir():
+                raise
+            in_folders = _in_folders(labels, is_segmentation_file)
+            if not in_folders and not (images is not None and images.is_dir() and labels.samefile(images)):
+                in_folders = _in_folders(labels, is_image_file)
+            found = [_Named(name, path) for name, path in in_folders.items()]
+            found = found or _in_dicom(labels, interpolate=interpolate)
+            if not found:
+                raise no_label_map from None
+            return found
+    found = _in_dicom(labels, interpolate=interpolate)
+    if not found:
+        raise UnreadableFileError(
+            f"{labels} is no label map, no .seg.nrrd file, no RT Structure Set and no DICOM Segmentation.",
+            remedy="Give the annotation of a scan, or the folder of the annotations.",
+        )
+    return found
+
+
+def _in_dicom(labels: Path, *, interpolate: bool) -> list[_Named]:
+    return [
+        _Named(_name_in(labels, found.file.path), found) for found in dicom_annotations(labels, interpolate=interpolate)
+    ]
+
+
+def _no_pair(images: Path, labels: Path, scans: _Scans, annotations: Sequence[_Named]) -> InputError:
+    if not all(isinstance(one, Path) for one in scans.named.values()) and not any(
+        isinstance(one.annotation, Path) for one in annotations
+    ):
+        return InputError(
+            f"None of the {len(annotations)} annotations in {labels} belongs to a CT in {images}: they refer to other "
+            "images, in another frame of reference.",
+            remedy="Give the CT on which the structures were contoured, with its original DICOM files.",
+        )
+    return UnreadableFileError(
+        f"No annotation in {labels} has the name of an image in {images}. The first annotation is "
+        f"{annotations[0].name}, the first image is {next(iter(scans.named))}.",
+        remedy="Give each annotation the file name of its image.",
+    )
+
+
+def _chosen(case: str, annotations: Sequence[_Named], settings: AnnotationSettings) -> FoundAnnotation:
+    """Return the annotation of a case; of several structure sets, the wanted or the newest approved one."""
+    objects = [one.annotation for one in annotations if not isinstance(one.annotation, Path)]
+    if len(objects) < len(annotations):
+        if len(annotations) > 1:
+            raise InputError(
+                f"The case {case} has {len(annotations)} annotations of different kinds.",
+                remedy="Leave one annotation for each case in the folder.",
+            )
+        return annotations[0].annotation
+    if settings.structure_set is not None:
+        wanted = [
+            one
+            for number, one in enumerate(objects, start=1)
+            if settings.structure_set in (str(number), one.label)
+            or (not settings.structure_set.isdecimal() and one.sop_instance_uid.endswith(settings.structure_set))
+        ]
+        if len(wanted) != 1:
+            raise UsageError(
+                f"--structure-set {settings.structure_set} matches {len(wanted)} of the {len(objects)} annotations of "
+                f"the case {case}.",
+                remedy="Show the annotations with `fseft-edge contours`, and give the number, the label, or the end of "
+                "the SOP Instance UID of one of them.",
+            )
+        return wanted[0]
+    usable = [one for one in objects if one.approval != "REJECTED"]
+    if not usable:
+        raise InputError(
+            f"All {len(objects)} annotations of the case {case} are rejected (ApprovalStatus).",
+            remedy="Use an approved structure set, or choose one with --structure-set.",
+        )
+    best = max(usable, key=lambda one: (one.approval == "APPROVED", one.date, one.time))
+    if len(objects) > 1:
+        _LOG.warning(
+            "%s: of %d annotations, number %d is used, the newest%s one; choose with --structure-set",
+            case,
+            len(objects),
+            1 + next(number for number, one in enumerate(objects) if one is best),
+            " approved" if best.approval == "APPROVED" else "",
+        )
+    return best
+
+
+def read_pair(pair: FoundPair, organs: Sequence[OrganLabel]) -> Annotation:
+    """Read the organs in the annotation of a CT. An organ that it does not contain is left out.
+
+    What is left out, corrected or assumed is logged as a warning.
+
+    Args:
+        pair: the CT and its annotation.
+        organs: wanted organs. Their label values are those of the result.
+
+    Raises:
+        LabelError: the annotation does not name its label values or structures as ``organs`` does, or two structures
+            have names of one organ.
+        InputError: the annotation cannot be read, or does not belong to the lattice of the CT.
+    """
+    if isinstance(pair.annotation, Path) and not is_segmentation_file(pair.annotation):
+        return organs_of_label_map(pair.annotation, organs)
+    return organs_of_structures(structures_of(pair.annotation), organs, lattice_of(pair.scan), pair.scan.name)
+
+
+def annotations_by_case(path: Path, settings: AnnotationSettings) -> dict[str, FoundAnnotation]:
+    """Return the annotations or masks at a path by the names of their cases.
+
+    Args:
+        path: folder, or one file.
+        settings: choice among several annotations of a case.
+
+    Raises:
+        UnreadableFileError: the path does not exist, or contains no annotation.
+        InputError: a case has annotations of different kinds.
+        UsageError: ``settings.structure_set`` matches no annotation of a case.
+    """
+    found: dict[str, list[_Named]] = {}
+    for annotation in _annotations_at(path, None, interpolate=settings.interpolate):
+        found.setdefault(annotation.name, []).append(annotation)
+    return {name: _chosen(name, of_case, settings) for name, of_case in found.items()}
+
+
+def lattice_of(scan: Scan) -> Lattice:
+    """Return the lattice of a CT. The voxels of a DICOM series are not read."""
+    if scan.series is not None:
+        return Lattice(scan.series.shape, scan.series.affine)
+    return Lattice.of(scan.read())
