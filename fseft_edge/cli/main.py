@@ -23,6 +23,7 @@ _COMMANDS = {
     "models": "encoder_commands",
     "export": "encoder_commands",
     "build-engines": "encoder_commands",
+    "contours": "annotation_commands",
     "adapt": "adaptation_commands",
     "finetune": "finetuning_commands",
     "merge": "finetuning_commands",
