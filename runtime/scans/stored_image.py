@@ -199,7 +199,7 @@ def file_of_voxels(header: Path, name: str) -> Path:
             f"{header} stores its voxels in several files, which is not supported.",
             remedy="Save the image as one file (.nrrd or .mha), for example with 3D Slicer.",
         )
-    if not name or "\0" in name or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+    if "\0" in name or not parts.parts or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
         raise UnreadableFileError(
             f"{header} stores its voxels in a file outside its own folder, which is not opened.",
             remedy="Put both files into one folder, and write the name of the other file without a folder.",
@@ -243,8 +243,8 @@ def affine_of(
     if apart.is_rounding:
         return affine, ()
     return affine, (
-        "The axes are not perpendicular, as after a tilt of the gantry. Programs that cannot represent this show scan "
-        f"and mask without this shear, up to {apart.mm:.3g} mm away.",
+        f"The axes are not perpendicular, as after a tilt of the gantry, by up to {apart.mm:.3g} mm. Programs that "
+        "read NIfTI with ITK, such as 3D Slicer, do not open masks with such axes.",
     )
 
 

@@ -86,20 +86,18 @@ def test_label_map_equals_that_of_simpleitk(tmp_path, ending, dtype):
     assert given_labels(path).source == path
 
 
-@pytest.mark.parametrize("ending", [".nrrd", ".mha"])
-def test_mask_lies_on_the_scan_in_the_eyes_of_itk_for_every_axis_order(tmp_path, ending):
+def test_mask_lies_on_the_scan_in_the_eyes_of_itk_for_every_axis_order(tmp_path):
     for order, signs in ORDERS:
         to_lattice = np.eye(4)
         to_lattice[:3, :3] = np.eye(3)[list(order)].T * signs
         affine = turned((0, 0, 0)) @ to_lattice
-        path = by_itk(tmp_path / f"a{ending}", HU, affine)
-        scan = read_scan(path)
+        for ending in (".nrrd", ".mha"):
+            scan = read_scan(by_itk(tmp_path / f"a{ending}", HU, affine))
+            np.testing.assert_array_equal(scan.array, HU)
+            np.testing.assert_allclose(scan.affine, affine, atol=1e-9)
         write_label_map(tmp_path / "mask.nii", scan.label_map(LABELS))
-        np.testing.assert_array_equal(scan.array, HU)
-        np.testing.assert_allclose(scan.affine, affine, atol=1e-9)
         np.testing.assert_array_equal(voxels_in_itk(tmp_path / "mask.nii"), LABELS)
-        np.testing.assert_allclose(affine_in_itk(tmp_path / "mask.nii"), affine_in_itk(path), atol=1e-4)
-        np.testing.assert_allclose(nib.load(tmp_path / "mask.nii").affine, affine, atol=1e-4)
+        np.testing.assert_allclose(affine_in_itk(tmp_path / "mask.nii"), affine_in_itk(tmp_path / "a.nrrd"), atol=1e-4)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -281,6 +279,10 @@ def test_axes_that_are_not_perpendicular_are_read_with_a_warning(tmp_path):
     assert_is_the_ct(
         nrrd(tmp_path / "a.nrrd", space_directions="(-0.9,0,0) (0,-0.8,0) (0,0.4,3)"), tilted, "not perpendicular"
     )
+    write_label_map(tmp_path / "mask.nii", read_ct(tmp_path / "a.nrrd").label_map(LABELS))
+    np.testing.assert_allclose(nib.load(tmp_path / "mask.nii").affine, tilted, atol=1e-4)
+    with pytest.raises(RuntimeError, match="orthonormal"):
+        SimpleITK.ReadImage(str(tmp_path / "mask.nii"))
     length = np.hypot(0.1, 1)
     path = metaimage(tmp_path / "a.mha", TransformMatrix=f"1 0 0 0 1 0 0 {0.1 / length} {1 / length}")
     assert "not perpendicular" in read_ct(path).warnings[0]
@@ -432,7 +434,7 @@ def test_a_header_without_end_is_refused_after_a_bounded_part(tmp_path):
 
 @pytest.mark.parametrize("wbits", [31, 15])
 def test_compressed_data_are_unpacked_only_as_far_as_the_header_states(tmp_path, wbits, monkeypatch):
-    """A file of 100 kB that would become 100 MB."""
+    """A file of 16 kB that would become 16 MiB."""
     written = []
 
     class Counting:
@@ -443,7 +445,7 @@ def test_compressed_data_are_unpacked_only_as_far_as_the_header_states(tmp_path,
             written.append(len(piece))
             return file.write(piece)
 
-    data = zlib.compress(HU.tobytes(order="F") + bytes(100 << 20), wbits=wbits)
+    data = zlib.compress(HU.tobytes(order="F") + bytes(16 << 20), wbits=wbits)
     path = (
         nrrd(tmp_path / "a.nrrd", data=data, encoding="gzip")
         if wbits == 31
@@ -474,7 +476,9 @@ def test_bytes_behind_the_voxels_are_ignored_with_a_warning(tmp_path):
     assert_is_the_ct(metaimage(tmp_path / "a.mha", data=packed, CompressedData="True"), AFFINE, "bytes behind")
 
 
-@pytest.mark.parametrize("name", ["../a.raw", "/etc/passwd", "sub/../../a.raw", "..\\a.raw", "C:\\a.raw", "C:/a.raw"])
+@pytest.mark.parametrize(
+    "name", ["../a.raw", "/etc/passwd", "sub/../../a.raw", "..\\a.raw", "C:\\a.raw", "C:/a.raw", "."]
+)
 def test_a_file_of_voxels_outside_the_folder_is_not_opened(tmp_path, name):
     (tmp_path / "a.raw").write_bytes(HU.tobytes(order="F"))
     (tmp_path / "in").mkdir()
@@ -595,8 +599,8 @@ def test_a_changed_file_is_refused_or_read_as_by_itk(tmp_path, ending):
 @pytest.mark.parametrize("ending", [".nrrd", ".mha"])
 def test_a_changed_compressed_file_is_refused_or_read(tmp_path, ending):
     """SimpleITK is no judge here: if the size of the data is changed in the header, it returns other voxels."""
-    found = _read(_changed(tmp_path, ending, packed=True, count=300))
-    assert 20 < len(found) < 240
+    found = _read(_changed(tmp_path, ending, packed=True, count=150))
+    assert 10 < len(found) < 120
 
 
 # Names and pairs of files
@@ -673,11 +677,10 @@ def test_a_folder_of_segmentations_alone_holds_annotations(tmp_path):
 @pytest.mark.parametrize("ending", [".nrrd", ".mha"])
 def test_real_ct_gives_the_grid_voxels_of_nifti(real_ct, tmp_path, scan, ending):
     image = SimpleITK.Cast(SimpleITK.ReadImage(str(real_ct / scan)), SimpleITK.sitkInt16)
-    volumes = []
-    for name in ("a.nii", f"a{ending}"):
-        SimpleITK.WriteImage(image, str(tmp_path / name), True)
-        volumes.append(read_scan(tmp_path / name))
+    SimpleITK.WriteImage(image, str(tmp_path / f"a{ending}"), True)
+    volumes = [read_scan(real_ct / scan), read_scan(tmp_path / f"a{ending}")]
     grids = [Grid.of(volume, Preprocessing(spacing=(3, 3, 3))) for volume in volumes]
-    first, second = (grid.section(volume, 0, grid.shape[2]) for grid, volume in zip(grids, volumes, strict=True))
     np.testing.assert_array_equal(volumes[0].array, volumes[1].array)
-    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(
+        *(grid.section(volume, 0, grid.shape[2]) for grid, volume in zip(grids, volumes, strict=True))
+    )
