@@ -46,7 +46,7 @@ def resampled(shares: NDArray[np.float32], affine: NDArray[np.float64], lattice:
             weights = _overlap(found.shape[axis], to_ct[axis, order[axis]], to_ct[axis, 3], int(size[axis]))
             found = np.moveaxis(np.tensordot(weights, found, axes=(1, axis)), 0, axis)
     else:
-        from_ct: NDArray[np.float64] = np.linalg.inv(to_ct)
+        from_ct = np.linalg.inv(to_ct).astype(np.float64)
         found = _sampled(shares, from_ct, (int(size[0]), int(size[1]), int(size[2])))
     return BoxedShare.of(found, at, lattice.shape)
 

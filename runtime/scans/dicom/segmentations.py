@@ -190,6 +190,9 @@ def _image(dataset: Dataset, source: DicomSource) -> Image:
     from highdicom import Image  # noqa: PLC0415 - slow to import
 
     try:
+        bits = int(dataset.get("NumberOfFrames") or 1) * dataset.Rows * dataset.Columns * dataset.BitsAllocated
+        if not dataset.file_meta.TransferSyntaxUID.is_compressed and 8 * len(dataset.PixelData) < bits:
+            raise EOFError
         return Image.from_dataset(dataset, copy=False)
     except Exception:  # highdicom raises many kinds of exception, whose messages quote header values
         raise damaged(source.path, "it is not a valid segmentation, or its pixel data are cut off") from None
