@@ -133,7 +133,7 @@ def adapt(
             scan are always left out together.
         structure_set: which structure set or segmentation of a CT to use, if there are several in DICOM (see
             :class:`fseft_edge.runtime.scans.annotated.AnnotationSettings`); None selects the newest approved one.
-        interpolate: fill contours on every second or every n-th slice in between. If not, they are an error.
+        interpolate: fill the slices between contours on every second or every n-th slice. If not, they stay empty.
         cache: folder of the feature cache; None keeps no feature maps.
         cache_gb: largest size of the cache in units of 1e9 bytes; the least recently used feature maps are deleted
             first. None sets no limit.

@@ -32,7 +32,8 @@ _STRUCTURE_OPTIONS = (
     click.option(
         "--no-interpolate",
         is_flag=True,
-        help="Refuse structures with contours on every second or n-th slice.  [default: fill the slices between them]",
+        help="If a structure has contours only on every second or n-th slice, leave the slices between them empty.  "
+        "[default: interpolate]",
     ),
 )
 

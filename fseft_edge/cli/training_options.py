@@ -44,7 +44,7 @@ class Support:
         as_json: True prints the metadata of the written file as JSON.
         structure_set: which annotation of a CT to use if there are several in DICOM, or None for the newest approved
             one.
-        interpolate: whether contours on every n-th slice are filled in between.
+        interpolate: whether slices between contours on every n-th slice are filled.
     """
 
     encoder: Path

@@ -355,7 +355,7 @@ def evaluate(
         nsd_tolerance_mm: tolerance of the normalised surface distance in mm.
         structure_set: which structure set or segmentation of a case to use, if there are several in DICOM (see
             :class:`fseft_edge.runtime.scans.annotated.AnnotationSettings`); None selects the newest approved one.
-        interpolate: fill contours on every second or every n-th slice in between. If not, they are an error.
+        interpolate: fill the slices between contours on every second or every n-th slice. If not, they stay empty.
         progress: receiver of progress reports; None reports nothing.
 
     Raises:

@@ -127,7 +127,7 @@ def finetune(
         groups: patient of each case (see :func:`fseft_edge.adaptation.adapt.adapt`), for the cross-validation.
         structure_set: which structure set or segmentation of a CT to use, if there are several in DICOM (see
             :class:`fseft_edge.runtime.scans.annotated.AnnotationSettings`); None selects the newest approved one.
-        interpolate: fill contours on every second or every n-th slice in between. If not, they are an error.
+        interpolate: fill the slices between contours on every second or every n-th slice. If not, they stay empty.
         device: device for training (see :func:`fseft_edge.runtime.encoder.session.open_session`).
         progress: display for the progress; None shows nothing.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fseft_edge.runtime.errors import InputError, UnreadableFileError, UsageError
+from fseft_edge.runtime.errors import InputError, NoSeriesError, UnreadableFileError, UsageError
 from fseft_edge.runtime.scans.annotation import Annotation
 from fseft_edge.runtime.scans.annotation_files import (
     FoundAnnotation,
@@ -45,8 +45,8 @@ class AnnotationSettings:
         structure_set: which annotation of a CT to use if there are several: its number in the list of
             ``fseft-edge contours``, its label, or the end of its SOP Instance UID. None selects the newest approved
             one; if none is approved, the newest one.
-        interpolate: whether contours on every second or every n-th slice are filled in between. If not, they are an
-            error.
+        interpolate: whether slices between contours on every second or every n-th slice are filled. If not, they stay
+            empty.
     """
 
     structure_set: str | None = None
@@ -238,7 +238,11 @@ def _patients(path: Path) -> dict[str, list[DicomSeries]]:
 
     patients: dict[str, list[DicomSeries]] = {}
     for place in _places(path):
-        for series in find_series(place):
+        try:
+            found = find_series(place)
+        except NoSeriesError:  # a folder of annotations
+            continue
+        for series in found:
             if is_ct(series.slices[0]):
                 first = series.slices[0].file
                 patients.setdefault(_name_in(path, first.path), []).append(series)

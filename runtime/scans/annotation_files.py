@@ -69,7 +69,7 @@ def dicom_annotations(path: Path, *, interpolate: bool = True) -> Sequence[Annot
 
     Args:
         path: file, folder or archive.
-        interpolate: whether contours on every second or every n-th slice are filled in between.
+        interpolate: whether slices between contours on every second or every n-th slice are filled.
 
     Raises:
         InputError: there are annotations, but none of them can be read.
