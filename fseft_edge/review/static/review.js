@@ -110,7 +110,8 @@ function showDescription(item) {
   showDecided(item);
   const warnings = item.corrected && hasMask(item)
     ? ["This is the corrected mask. Volumes and flags are those of the mask of the batch.", ...item.warnings]
-    : item.warnings;
+    : [...item.warnings];
+  if (viewer && hasMask(item) && item.no_drawing) warnings.push(item.no_drawing);
   element("warnings").replaceChildren(...warnings.map((warning) => make("li", warning)));
   element("decision").hidden = !hasMask(item);
   element("note").value = notes.get(item.key) ?? reviewOf(item)?.note ?? "";

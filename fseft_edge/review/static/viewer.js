@@ -277,7 +277,7 @@ export class Viewer {
     this.#drawing = drawing;
     this.#niivue.drawBitmap = drawing.voxels;
     this.#niivue.setDrawColormap(this.#drawnColours());
-    this.#niivue.setOpacity(1, 0); // the drawing shows the mask from now on
+    if (this.#niivue.volumes.includes(this.#mask)) this.#niivue.removeVolume(this.#mask); // the drawing shows it now
     this.setFill(this.#fill);
     this.#niivue.updateGLVolume(); // for the colours
     this.#addDirty({ first: 0, last: drawing.lengths[2] - 1 });

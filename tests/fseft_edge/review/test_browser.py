@@ -3,104 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
 import pytest
+from doubles.browser import Tab
 from doubles.encoder import label_of, scan
 from doubles.reviewed import PATIENT, Batch, add_failure, run_batch
 from doubles.reviewer import served
-from numpy.typing import NDArray
-from PIL import Image
 
 from fseft_edge.outbox.records import CaseState, Decision
 from fseft_edge.outbox.store import Outcome
 from fseft_edge.review.browser import open_in_browser
 from fseft_edge.review.server import open_review
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
 pytestmark = pytest.mark.browser
 
-CHROMIUM = os.environ.get("FSEFT_EDGE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-MILLISECONDS = 60_000
-SOFTWARE_WEBGL = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
 ORANGE, BLUE = np.array([255, 150, 0]), np.array([60, 185, 255])
-
-
-@dataclass
-class Tab:
-    """A page with its requests, errors and warnings."""
-
-    page: Any
-    requested: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def wait(self, selector: str) -> None:
-        self.page.wait_for_selector(selector, timeout=MILLISECONDS)
-
-    def shown(self, key: str) -> None:
-        """Wait until the mask of a case is displayed, so that a decision is possible."""
-        self.wait(f'#cases button[aria-current="true"]:has-text("{key}")')
-        self.wait("#accept:not([disabled])")
-
-    def text(self, selector: str) -> str:
-        return str(self.page.inner_text(selector))
-
-    def add_console_line(self, line: Any) -> None:
-        """Keep an error or a warning of the browser's console, with the address that it concerns."""
-        if line.type in ("error", "warning"):
-            self.problems.append(f"{line.text} ({line.location['url']})")
-
-    def canvas(self) -> NDArray[np.int64]:
-        """Return the displayed colours of the canvas, ``[height, width, 3]``."""
-        picture = Image.open(io.BytesIO(self.page.locator("#canvas").screenshot()))
-        return np.asarray(picture.convert("RGB")).astype(np.int64)
-
-    def slices(self) -> list[int]:
-        """Return the numbers of the axial, coronal and sagittal slice."""
-        words = self.text("#position").replace(",", "").split()
-        return [int(words[words.index(plane) - 1]) for plane in ("axial", "coronal", "sagittal")]
-
-    def moved(self, action: Any) -> list[int]:
-        """Run an action, wait until the cross has moved, and return its movement in slices."""
-        before, text = self.slices(), self.text("#position")
-        action()
-        self.wait(f'#position:not(:text-is("{text}"))')
-        return [now - then for now, then in zip(self.slices(), before, strict=True)]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    if not CHROMIUM:
-        pytest.skip("Chromium is not installed: install it, or set FSEFT_EDGE_CHROMIUM to its path")
-    with playwright.sync_playwright() as driver:
-        # The sandbox of Chromium does not work for root, the account of tests in containers.
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*SOFTWARE_WEBGL, *sandbox])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def tab(chromium: Any) -> Iterator[Tab]:
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    page = context.new_page()
-    tab = Tab(page)
-    page.on("request", lambda request: tab.requested.append(request.url))
-    page.on("pageerror", lambda error: tab.problems.append(str(error)))
-    page.on("console", tab.add_console_line)
-    yield tab
-    context.close()
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def run_batch(
         for number, seed in enumerate(seeds):
             source = root / "inbox" / f"{PATIENT}_{seed}.nii.gz"
             patient = scan(seed)
-            hu, affine = _stored(np.asarray(patient.volume.array), patient.volume.affine, axes)
+            hu, affine = stored(np.asarray(patient.volume.array), patient.volume.affine, axes)
             write_ct(source, Volume(hu, affine, patient.volume.slope, patient.volume.intercept))
             key = content_key(source)
             store.add(source, "", key)
@@ -88,7 +88,7 @@ def run_batch(
                 labels[here] = label
                 volume = round(float(here.sum()) * patient.labels.voxel_volume_mm3 / 1000, 3)
                 found.append(SegmentedOrgan(organ, label, volume, ("small",) if number >= len(seeds) - flagged else ()))
-            write_label_map(batch.mask(key), LabelMap(*_stored(labels, patient.labels.affine, axes)))
+            write_label_map(batch.mask(key), LabelMap(*stored(labels, patient.labels.affine, axes)))
             entries = [{"name": organ.name, "label": organ.label} for organ in found]
             batch.mask(key, ".json").write_text(json.dumps({"schema_version": 1, "case": key, "organs": entries}))
             Image.new("RGB", (60, 20), (255, 150, 0)).save(batch.mask(key, ".png"))
@@ -97,7 +97,8 @@ def run_batch(
     return batch
 
 
-def _stored(array: NDArray[Any], affine: NDArray[np.float64], axes: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+def stored(array: NDArray[Any], affine: NDArray[np.float64], axes: str) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Return an array and its affine as a file stores them whose axes point into these directions."""
     change = ornt_transform(io_orientation(affine), axcodes2ornt(axes))
     return apply_orientation(array, change), affine @ inv_ornt_aff(change, array.shape)
 
