@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
+from fseft_edge.outbox.corrections import MaskChangedError
 from fseft_edge.outbox.records import CaseRecord, Decision
 from fseft_edge.review.cases import LONGEST_NOTE, ReviewCases, review_count
 from fseft_edge.runtime.errors import FseftEdgeError, InputError, UsageError
@@ -155,7 +156,8 @@ class Routes:
         except FseftEdgeError as error:
             kind = HTTPStatus.BAD_REQUEST if isinstance(error, UsageError) else HTTPStatus.INTERNAL_SERVER_ERROR
             status = HTTPStatus.CONFLICT if isinstance(error, InputError) else kind
-            return _problem(status, self._cases.without_name(str(error), case))
+            fields = {"mask_changed": True} if isinstance(error, MaskChangedError) else {}
+            return _json(status, {"error": self._cases.without_name(str(error), case), **fields})
 
     def _list(self) -> Reply:
         cases = self._cases.listed()

@@ -32,10 +32,9 @@ async function ask(path, options) {
   const response = await fetch(path, { cache: "no-store", redirect: "error", ...options });
   if (response.ok) return response;
   const type = response.headers.get("Content-Type") ?? "";
-  const reason = type.startsWith("application/json") ? (await response.json()).error : (await response.text()).trim();
-  const error = new Error(reason || `The server replied with status ${response.status}.`);
-  error.status = response.status;
-  throw error;
+  const reply = type.startsWith("application/json") ? await response.json() : { error: (await response.text()).trim() };
+  const error = new Error(reply.error || `The server replied with status ${response.status}.`);
+  throw Object.assign(error, { status: response.status, maskChanged: reply.mask_changed });
 }
 
 async function download(path, signal, onProgress) {
@@ -277,6 +276,7 @@ function setTool(name) {
     button.setAttribute("aria-pressed", String(button.dataset.tool === name));
   }
   element("canvas").classList.toggle("draws", name !== "look");
+  showBrush();
   // Invisible, not removed: the canvas must not change its size between two strokes.
   for (const option of element("options").children) option.classList.toggle("off", !option.dataset.for.includes(name));
 }
@@ -286,6 +286,18 @@ function setRadius(radius) {
   slider.value = radius;
   element("radius-mm").textContent = `${slider.value} mm`;
   viewer?.setPen({ radius: Number(slider.value) });
+  showBrush();
+}
+
+let pointer = null; // place of the pointer on the canvas, in pixels
+
+function showBrush() {
+  const size = pointer ? viewer.brushAt(...pointer) : 0;
+  const brush = element("brush");
+  brush.hidden = size < 3;
+  if (brush.hidden) return;
+  [brush.style.left, brush.style.top] = pointer.map((at) => `${at}px`);
+  brush.style.width = brush.style.height = `${size}px`;
 }
 
 function showDrawing() {
@@ -324,7 +336,7 @@ async function save() {
   } catch (error) {
     const reached = error.status && error.status !== 403;
     showMessage(`The correction of ${key} was not saved. ${error.message}\n${reached ? "Your strokes are still in this page." : NO_SERVER()}`);
-    element("redraw").hidden = error.status !== 409;
+    element("redraw").hidden = !error.maskChanged;
     return;
   } finally {
     saving = false;
@@ -447,7 +459,10 @@ function showPosition({ slice, hu, organ }) {
 
 async function start() {
   if (DRAWS) {
-    viewer = new Viewer(showPosition, showDrawing);
+    viewer = new Viewer(showPosition, () => {
+      showMessage(""); // it is about something earlier
+      showDrawing();
+    });
     await viewer.attach(element("canvas"));
   }
   for (const id of ["planes", "window", "fill"]) element(id).disabled = !viewer;
@@ -468,6 +483,12 @@ async function start() {
   for (const [id, action] of Object.entries({
     undo: () => viewer.undo(), redo: () => viewer.redo(), between: fillBetween, save, discard, redraw,
   })) element(id).addEventListener("click", action);
+  for (const kind of ["pointermove", "pointerleave", "wheel"]) {
+    element("canvas").addEventListener(kind, ({ offsetX, offsetY }) => {
+      pointer = kind === "pointerleave" ? null : [offsetX, offsetY];
+      if (viewer) showBrush();
+    });
+  }
   window.addEventListener("beforeunload", (event) => {
     if (viewer?.unsaved) event.preventDefault();
   });

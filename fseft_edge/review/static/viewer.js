@@ -232,6 +232,17 @@ export class Viewer {
     this.setTool(this.#tool);
   }
 
+  // Diameter of the brush in pixels of the page at a place of the canvas; 0 if the tool has no brush there.
+  brushAt(x, y) {
+    if (!this.#drawing || !["brush", "eraser"].includes(this.#tool)) return 0;
+    const { dpr } = this.#niivue.uiData;
+    const apart = 10; // pixels
+    const places = [x, x + apart].map((at) => this.#niivue.canvasPos2frac([at * dpr, y * dpr]));
+    if (places.some(([at]) => at < 0)) return 0;
+    const [from, to] = places.map((place) => this.#niivue.frac2mm(place));
+    return (2 * this.#pen.radius * apart) / Math.hypot(...[0, 1, 2].map((axis) => to[axis] - from[axis]));
+  }
+
   undo() {
     this.#step(this.#drawing?.undo());
   }
