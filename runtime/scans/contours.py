@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -38,7 +38,7 @@ shorter contour, or more than this share of the smaller contour. Coordinates are
 NO_AREA_MM2 = 1e-6
 NEGLIGIBLE = 1e-4
 """A smaller share of a structure outside the scan is not worth a warning."""
-_SAME_PLANE_MM = 0.01
+_SAME_PLANE_MM = 0.05
 _REDRAW = "Complete the contours in the program that wrote them, or leave this structure out."
 _OTHER_CT = "Give the CT on which the contours were drawn."
 
@@ -69,11 +69,13 @@ class Extent:
         planes: number of planes with contours.
         spacing_mm: smallest distance between neighbouring planes; None for fewer than two planes.
         volume_ml: area on all planes times ``spacing_mm``; None where this is None.
+        warnings: what was left out or assumed, as whole sentences.
     """
 
     planes: int
     spacing_mm: float | None
     volume_ml: float | None
+    warnings: tuple[str, ...]
 
 
 def share_of(
@@ -93,7 +95,8 @@ def share_of(
         interpolate: whether slices between contours on every second (third, ...) slice are filled.
 
     Raises:
-        GeometryError: the contours are not on the slices, lie outside the scan, or leave out single slices.
+        GeometryError: the contours are not on the slices, lie outside the scan, leave out single slices, or cross all
+            over.
     """
     notes = _Notes(name)
     usable = list(_with_area(contours, notes))
@@ -116,16 +119,20 @@ def share_of(
     return BoxedShare.of_slices(planes, stack.axes, lattice.shape), notes.sentences()
 
 
-def extent_of(contours: Sequence[Contour]) -> Extent:
+def extent_of(contours: Sequence[Contour], name: str = "The structure") -> Extent:
     """Return the size of a structure as far as it is known without a CT.
 
     The planes must be parallel to one another. Contours without area are left out. The areas are combined as in
     :func:`share_of`.
+
+    Args:
+        contours: the contours of one structure.
+        name: subject of warnings.
     """
-    notes = _Notes("")
+    notes = _Notes(name)
     usable = list(_with_area(contours, notes))
     if not usable:
-        return Extent(0, None, None)
+        return Extent(0, None, None, notes.sentences())
     centred = np.concatenate([contour.points - contour.points.mean(axis=0) for contour in usable])
     axes = np.linalg.eigh(centred.T @ centred)[1][:, ::-1]  # the direction with the smallest extent is the last one
     placed = [contour.points @ axes for contour in usable]
@@ -138,10 +145,11 @@ def extent_of(contours: Sequence[Contour]) -> Extent:
         groups[int(index)].append((points[:, :2], contour.exclusive))
     area = sum(_combined(group, np.ones(2), notes).area() for group in groups.values())
     if len(groups) < 2:
-        return Extent(len(groups), None, None)
+        return Extent(len(groups), None, None, notes.sentences())
     gaps = np.diff(heights[order])
-    spacing = float(gaps[gaps > _SAME_PLANE_MM].min())
-    return Extent(len(groups), spacing, area * spacing / 1000)
+    gaps = gaps[gaps > _SAME_PLANE_MM]
+    spacing = float(np.median(gaps[gaps < 1.5 * gaps.min()]))  # the smallest one, but for rounding
+    return Extent(len(groups), spacing, area * spacing / 1000, notes.sentences())
 
 
 class _Notes:
@@ -164,8 +172,11 @@ def _with_area(contours: Sequence[Contour], notes: _Notes) -> Iterator[Contour]:
     """Yield the contours that enclose an area."""
     for contour in contours:
         away = contour.points - contour.points[:1]
-        across = np.abs(np.cross(away, np.roll(away, -1, axis=0))).sum(axis=0)
-        if len(away) > 2 and Region.excluding(np.delete(away, across.argmax(), axis=1)).area() > NO_AREA_MM2:
+        across = np.cross(away, np.roll(away, -1, axis=0))
+        seen_along = int(np.abs(across).sum(axis=0).argmax())
+        # The sum is the area of a contour that does not cross itself; for one that does, it may be 0.
+        has_area = abs(float(across[:, seen_along].sum())) > NO_AREA_MM2
+        if has_area or (len(away) > 2 and Region.excluding(np.delete(away, seen_along, axis=1)).area() > NO_AREA_MM2):
             yield contour
         else:
             notes.add("has {count} contour{s} of fewer than three points or on a line, without area")
@@ -276,8 +287,8 @@ def _combined(contours: Sequence[_Outlined], spacing: NDArray[np.float64], notes
     groups = list(range(len(polygons)))
     copies: set[int] = set()
     overlapping = False
-    for a, b in combinations(range(len(polygons)), 2):
-        if copies & {a, b} or not _boxes_meet(polygons[a], polygons[b]):
+    for a, b in _pairs_that_meet(polygons):
+        if copies & {a, b}:
             continue
         apart = Region.excluding(polygons[a], polygons[b]).area() * float(spacing.prod())
         common = (areas[a] + areas[b] - apart) / 2
@@ -295,8 +306,13 @@ def _combined(contours: Sequence[_Outlined], spacing: NDArray[np.float64], notes
     return Region(tuple(polygons[index] for index in kept), tuple(groups[index] for index in kept))
 
 
-def _boxes_meet(a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
-    return bool((a.min(axis=0) < b.max(axis=0)).all() and (b.min(axis=0) < a.max(axis=0)).all())
+def _pairs_that_meet(polygons: Sequence[NDArray[np.float64]]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of polygons whose bounding boxes overlap, in their order."""
+    low = np.array([polygon.min(axis=0) for polygon in polygons])
+    high = np.array([polygon.max(axis=0) for polygon in polygons])
+    for a in range(len(polygons) - 1):
+        meeting = (low[a] < high[a + 1 :]).all(axis=1) & (low[a + 1 :] < high[a]).all(axis=1)
+        yield from ((a, a + 1 + int(b)) for b in np.flatnonzero(meeting))
 
 
 def _check_within(
@@ -307,11 +323,16 @@ def _check_within(
     notes: _Notes,
 ) -> None:
     """Check that the regions are within the slices; a part outside them is a warning."""
-    whole = sum(region.area() for region in regions.values())
-    inside = sum(float(shares.sum()) for shares, _ in planes.values())
+    inside = whole = 0.0
+    for index, region in regions.items():
+        area = float(planes[index][0].sum())
+        low, high = region.bounds
+        is_within = (low >= -0.5).all() and (high <= np.array(stack.shape) - 0.5).all()
+        inside += area
+        whole += area if is_within else region.area()
     if inside <= 1e-6 * whole:
-        low, high = (np.array(bound) for bound in zip(*(region.bounds for region in regions.values()), strict=True))
-        beyond = np.maximum(-0.5 - high, low - (np.array(stack.shape) - 0.5)) * stack.spacing
+        lows, highs = (np.array(bound) for bound in zip(*(region.bounds for region in regions.values()), strict=True))
+        beyond = np.maximum(-0.5 - highs, lows - (np.array(stack.shape) - 0.5)) * stack.spacing
         raise GeometryError(
             f"{name} is outside the scan: its contours are at least {beyond.max(axis=1).min():.3g} mm beyond the "
             "border of the slices.",

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fseft_edge.runtime.errors import GeometryError
+
 _CROSSED = 1e-9
 """Two edges cross if their order changes by more than this, in pixels."""
-_MOST_ROUNDS, _MOST_PIECES = 32, 1_000_000
+_MOST_ROUNDS, _MOST_PIECES = 32, 2_000_000
 _NOTHING = 1e-9
 """Smaller shares are rounding errors."""
 
@@ -26,6 +28,9 @@ class Region:
     A point is inside a polygon if a ray from it crosses the polygon an odd number of times (even-odd rule). It is
     inside a group of polygons if it is inside at least one of them, and in the region if it is inside an odd number of
     groups. A channel of zero width encloses nothing.
+
+    Its methods raise :class:`GeometryError` if polygons of some thousand vertices cross all over, which would need too
+    much memory. The outlines of organs are far from this limit.
 
     Attributes:
         polygons: float64 ``[n, 2]`` each, in pixels; the last vertex is joined to the first.
@@ -144,6 +149,11 @@ def _cut(region: Region, levels: NDArray[np.float64]) -> _Pieces:
     for _ in range(_MOST_ROUNDS):
         first = np.searchsorted(levels, edges.ay)
         count = np.searchsorted(levels, edges.by) - first
+        if count.sum() > _MOST_PIECES:
+            raise GeometryError(
+                "The contours on one plane of a structure cross themselves or one another far too often.",
+                remedy="Draw these contours again, or leave this structure out.",
+            )
         edge = np.repeat(np.arange(len(count)), count)
         strip = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count) + first[edge]
         x0, x1 = edges.at(edge, levels[strip]), edges.at(edge, levels[strip + 1])
@@ -151,7 +161,7 @@ def _cut(region: Region, levels: NDArray[np.float64]) -> _Pieces:
         edge, strip, x0, x1 = edge[order], strip[order], x0[order], x1[order]
         before, after = np.diff(x0), np.diff(x1)
         crossed = np.flatnonzero((np.diff(strip) == 0) & (np.minimum(before, after) < -_CROSSED))
-        if not crossed.size or len(edge) > _MOST_PIECES:
+        if not crossed.size:
             break
         part = before[crossed] / (before[crossed] - after[crossed])
         low, high = levels[strip[crossed]], levels[strip[crossed] + 1]

@@ -161,6 +161,13 @@ class Structure(Protocol):
     def is_empty(self) -> bool:
         """Whether the file names the structure but contains nothing of it, so that it counts as not annotated."""
 
+    def summary(self) -> StructureSummary:
+        """Return number of contours and planes, volume and warnings, as far as the file tells without the CT.
+
+        Raises:
+            InputError: the structure is damaged.
+        """
+
     def share(self, lattice: Lattice) -> tuple[BoxedShare, tuple[str, ...]]:
         """Return the share of each voxel of a CT, and warnings as whole sentences without names.
 

@@ -204,9 +204,10 @@ class RegionOfInterest:
         Raises:
             GeometryError: coordinates are not valid.
         """
-        extent = extent_of(self._closed())
+        extent = extent_of(self._closed(), self._title)
         forms = tuple(dict.fromkeys(_shown(contour.form) for contour in self.contours))
-        return StructureSummary(len(self.contours), extent.planes, extent.volume_ml, forms, self._warnings())
+        warnings = (*self._warnings(), *extent.warnings)
+        return StructureSummary(len(self.contours), extent.planes, extent.volume_ml, forms, warnings)
 
     def share(self, lattice: Lattice) -> tuple[BoxedShare, tuple[str, ...]]:
         """Return the share of each voxel of a CT that the ROI fills, and warnings (:func:`share_of`).
