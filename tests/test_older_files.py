@@ -50,7 +50,7 @@ def test_an_encoder_and_its_features_keep_their_identity(tmp_path: Path) -> None
     ("name", "settings"),
     [
         ("linear", AdapterSettings("linear", "finest")),
-        ("spatial", AdapterSettings("spatial", "all", width=4)),
+        ("spatial", AdapterSettings("spatial", "all", width=4, wide_levels=None)),
     ],
 )
 def test_an_adapter_is_read_and_written_as_the_same_bytes(name: str, settings: AdapterSettings, tmp_path: Path) -> None:

@@ -267,12 +267,19 @@ class AdapterFile:
 
 def stored_settings(settings: AdapterSettings) -> dict[str, str | int]:
     """Return adapter settings in the form that the description stores."""
-    return {
+    stored: dict[str, str | int] = {
         "method": settings.method,
         "reads": STORED_LEVELS[settings.levels],
         "activation": settings.activation,
         "width": settings.width,
     }
+    return stored | (
+        {"wide_levels": settings.wide_levels} if _has_coarse_steps(stored) and settings.wide_levels else {}
+    )
+
+
+def _has_coarse_steps(stored: Mapping[str, str | int]) -> bool:
+    return stored.get("method") == "spatial" and stored.get("reads") == STORED_LEVELS["all"]
 
 
 def settings_of(stored: Mapping[str, str | int]) -> AdapterSettings:
@@ -281,7 +288,9 @@ def settings_of(stored: Mapping[str, str | int]) -> AdapterSettings:
     Raises:
         ValueError: this version does not know the value of a setting.
     """
-    fields = dict(stored)
+    fields: dict[str, str | int | None] = dict(stored)
+    if _has_coarse_steps(stored):
+        fields.setdefault("wide_levels", None)  # older files
     if "reads" in fields:
         known = {str(word): levels for levels, word in STORED_LEVELS.items()}
         fields["levels"] = known.get(str(fields["reads"]), "")

@@ -8,7 +8,7 @@ pointwise   ``x + C1(ReLU(C1(x)))``, classifier     the linear sum, plus a resid
                                                     ``width`` channels, then a step ``x + C1(ReLU(C1(x)))`` at every
                                                     level from coarse to fine, then a classifier
 spatial     ``x + C3(ReLU(C3(x)))``, classifier     the linear sum, plus the residual path with steps
-                                                    ``x + C3(ReLU(C3(x)))``
+                                                    ``x + C3(ReLU(C3(x)))``, on coarse levels with ``C1``
 =========== ======================================= ==============================================================
 
 ``C1`` and ``C3`` are convolutions with kernels of 1 and 3 voxels. The second convolution of a residual step starts at
@@ -52,12 +52,17 @@ class AdapterSettings:
         activation: ``sigmoid`` for each organ, or ``softmax`` over the background and all organs.
         width: number of channels that each level is projected to; only for ``pointwise`` and ``spatial`` with levels
             ``all``.
+        wide_levels: number of levels, finest first, on which the steps of the residual path of ``spatial`` have kernels
+            of 3 voxels; None means all levels. Voxels of coarse levels are large and have seen much context already:
+            kernels of 3 voxels at strides 8 and 16 make an adapter need 80 voxels around a block instead of 32, and
+            do not raise its scores.
     """
 
     method: Method = "spatial"
     levels: Levels = "all"
     activation: Activation = "sigmoid"
     width: int = 16
+    wide_levels: int | None = 3
 
     @property
     def name(self) -> str:
@@ -116,7 +121,10 @@ class Adapter(nn.Module):
             self.steps = nn.ModuleList([ResidualStep(finest, kernel)])
         else:
             self.project = nn.ModuleList(nn.Conv3d(x.channels, settings.width, 1) for x in self.levels)
-            self.steps = nn.ModuleList(ResidualStep(settings.width, kernel) for _ in self.levels)
+            wide = len(self.levels) if settings.wide_levels is None else settings.wide_levels
+            self.steps = nn.ModuleList(
+                ResidualStep(settings.width, kernel if level < wide else 1) for level in range(len(self.levels))
+            )
             self.classifier = nn.Conv3d(settings.width, self.classes, 1, bias=False)
 
     def start_from_head(self, rows: HeadRows) -> None:

@@ -32,7 +32,7 @@ from fseft_edge.runtime.scans.lattice import LATTICE_TOLERANCE, deviation
 from fseft_edge.runtime.scans.nrrd_files import read_nrrd
 from fseft_edge.runtime.scans.organs import LARGEST_LABEL
 from fseft_edge.runtime.scans.resampled_shares import resampled
-from fseft_edge.runtime.scans.structures import BoxedShare, Lattice
+from fseft_edge.runtime.scans.structures import BoxedShare, Lattice, StructureSummary
 
 _KEY: Final = re.compile(r"Segment([0-9]{1,6})_([A-Za-z]+)")
 _REPRESENTATION: Final = ("Segmentation_SourceRepresentation", "Segmentation_MasterRepresentation")
@@ -68,6 +68,15 @@ class Segment:
     def is_empty(self) -> bool:
         """Whether the file names the segment but contains no voxel of it, so that it counts as not annotated."""
         return self.box is None
+
+    def summary(self) -> StructureSummary:
+        """Return the number of slices with voxels along the last axis of the file, and the volume."""
+        if self.box is None:
+            return StructureSummary(0, 0, 0.0, ("BINARY",), ())
+        filled = self.layer[self.box] == self.number
+        voxel_ml = abs(float(np.linalg.det(self.affine[:3, :3]))) / 1000
+        planes = int(filled.any(axis=(0, 1)).sum())
+        return StructureSummary(0, planes, int(np.count_nonzero(filled)) * voxel_ml, ("BINARY",), ())
 
     def share(self, lattice: Lattice) -> tuple[BoxedShare, tuple[str, ...]]:
         """Return the share of each voxel of a CT, and warnings as whole sentences without names.

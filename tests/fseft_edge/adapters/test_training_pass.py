@@ -91,4 +91,4 @@ def test_convolutions_in_bfloat16_give_nearly_the_same(levels: str) -> None:
     assert logits.dtype == torch.float32
     assert 0 < float((logits - expected).abs().max()) < 0.05 * float(expected.abs().max())
     for name, gradient in expected_gradients.items():
-        assert float((gradients[name] - gradient).norm()) < 0.3 * float(gradient.norm()), name
+        assert float((gradients[name] - gradient).norm()) < 0.4 * float(gradient.norm()), name
