@@ -290,3 +290,26 @@ def test_dcmqi_reads_the_same(tmp_path: Path) -> None:
         mask = np.zeros(LATTICE.shape, bool)
         mask[tuple(indices.T)] = True
         np.testing.assert_array_equal(structure.share(LATTICE)[0].whole(), mask)
+
+
+def test_random_damage_is_refused_or_read_but_never_a_crash(tmp_path: Path) -> None:
+    data = save(segmentation(blobs()), tmp_path / "seg.dcm").read_bytes()
+    damaged = tmp_path / "damaged.dcm"
+    said: list[str] = []
+    for number in range(40):
+        random = np.random.default_rng(number)
+        first = int(random.integers(132, len(data) - 40))
+        other = random.integers(0, 256, 4, dtype=np.uint8).tobytes()
+        changed = (data[:first] + other + data[first + 4 :], data[:first] + data[first + 9 :])
+        damaged.write_bytes(changed[number % 2])
+        found = find_annotations(damaged)
+        said += [str(reason) for _, reason in found.problems]
+        for one in found.objects:
+            for segment in one.structures:
+                try:
+                    segment.summary()
+                    segment.share(LATTICE)
+                except InputError as error:
+                    said.append(str(error))
+    assert not any("Secretname" in one for one in said)
+    assert len(said) > 10

@@ -286,3 +286,30 @@ def test_real_masks_survive_our_own_structure_sets(real_ct: Path, tmp_path: Path
         truth = labels.array == int(structure.name.split("_")[1])
         common = np.count_nonzero(mask.inside & truth[mask.box])
         assert 2 * common / (mask.voxels + np.count_nonzero(truth)) >= 0.99
+
+
+def test_random_damage_is_refused_or_read_but_never_a_crash(tmp_path: Path) -> None:
+    data = save(structure_set([Roi("Secretname", DISCS[:2])], IMAGES), tmp_path / "rs.dcm").read_bytes()
+    damaged = tmp_path / "damaged.dcm"
+    said: list[str] = []
+    for number in range(60):
+        random = np.random.default_rng(number)
+        first, second = random.integers(132, len(data) - 40, 2)
+        other = random.integers(0, 256, 4, dtype=np.uint8).tobytes()
+        changed = (
+            data[:first] + other + data[first + 4 :],
+            data[:first] + data[first + 9 :],
+            data[:first] + data[second:],
+        )
+        damaged.write_bytes(changed[number % 3])
+        found = find_annotations(damaged)
+        said += [str(reason) for _, reason in found.problems]
+        for one in found.objects:
+            for roi in one.structures:
+                try:
+                    roi.summary()
+                    roi.share(LATTICE)
+                except InputError as error:
+                    said.append(str(error))
+    assert not any("Secretname" in one for one in said)
+    assert len(said) > 20
