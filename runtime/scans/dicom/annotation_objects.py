@@ -201,6 +201,14 @@ def items_of(dataset: Dataset, keyword: str) -> list[Dataset]:
     return list(value) if isinstance(value, Sequence) else []
 
 
+def whole_number(dataset: Dataset, keyword: str) -> int | None:
+    """Return the whole number of an element; None if it is missing or no whole number."""
+    try:
+        return int(dataset.get(keyword))
+    except Exception:  # pydicom raises many kinds of exception for an element that is not valid
+        return None
+
+
 def uids(items: Iterable[Dataset], keyword: str, texts: Texts) -> list[str]:
     """Return the UIDs of items without repetitions, in their order."""
     return [uid for uid in dict.fromkeys(texts(item, keyword) for item in items) if uid]

@@ -23,6 +23,7 @@ from fseft_edge.runtime.scans.dicom.annotation_objects import (
     items_of,
     read_data_set,
     uids,
+    whole_number,
 )
 from fseft_edge.runtime.scans.dicom.files import DicomFile, DicomSource
 from fseft_edge.runtime.scans.lattice import LATTICE_TOLERANCE
@@ -63,8 +64,9 @@ def read_segmentation(file: DicomFile, source: DicomSource) -> AnnotationObject:
             remedy=f"Export it again as one of the types {', '.join(_TYPES)}.",
         )
     described = items_of(dataset, "SegmentSequence")
-    numbers = [int(item.get("SegmentNumber") or 0) for item in described]
-    segments = [(number, item) for number, item in zip(numbers, described, strict=True) if number > 0]
+    numbers = [whole_number(item, "SegmentNumber") or 0 for item in described]
+    names = [texts(item, "SegmentLabel") for item in described]
+    segments = [(number, name) for number, name in zip(numbers, names, strict=True) if number > 0]
     if not segments:
         raise damaged(source.path, "it describes no segment")
     if len(set(numbers)) < len(numbers):
@@ -75,7 +77,7 @@ def read_segmentation(file: DicomFile, source: DicomSource) -> AnnotationObject:
     places = tuple(_frames(dataset, texts, source))
     images, series = _references(dataset, texts)
     frame_of_reference = texts(dataset, "FrameOfReferenceUID")
-    frames = _Frames(places, _image(dataset, source), form, float(dataset.get("MaximumFractionalValue") or 255))
+    frames = _Frames(places, _image(dataset, source), form, whole_number(dataset, "MaximumFractionalValue") or 255)
     said = []
     if form == "FRACTIONAL" and texts(dataset, "SegmentationFractionalType").upper() == "PROBABILITY":
         said.append("The segmentation contains probabilities, which are read as shares of voxels.")
@@ -95,10 +97,8 @@ def read_segmentation(file: DicomFile, source: DicomSource) -> AnnotationObject:
         time=texts(dataset, "ContentTime"),
         approval="",
         structures=[
-            Segment(
-                name=texts(item, "SegmentLabel"), number=number, frame_of_reference=frame_of_reference, frames=frames
-            )
-            for number, item in segments
+            Segment(name=name, number=number, frame_of_reference=frame_of_reference, frames=frames)
+            for number, name in segments
         ],
         warnings=tuple(said),
     )
@@ -141,7 +141,7 @@ def _frames(dataset: Dataset, texts: Texts, source: DicomSource) -> Iterator[_Fr
             f"A segmentation in {source.path} is tiled, as for slides, or does not say where its frames lie.",
             remedy=_EXPORT,
         )
-    if len(own) != int(dataset.get("NumberOfFrames") or 1):
+    if len(own) != whole_number(dataset, "NumberOfFrames"):
         raise damaged(source.path, "the number of frames differs from the number of their places")
     for index, item in enumerate(own):
         position, orientation, measures, segment = (
@@ -212,20 +212,23 @@ class _Frames:
     places: tuple[_Frame, ...]
     image: Image
     form: str
-    largest: float
+    largest: int
 
     def slices(self, number: int) -> list[_Slice]:
         """Return the smallest boxes that contain a segment on each slice, along the normal of the frames.
 
         Raises:
-            InputError: the pixels cannot be decoded.
+            InputError: the pixels cannot be decoded, or two frames show the segment at the same place.
         """
         found: list[_Slice] = []
         for frame in sorted(self.places, key=lambda frame: frame.height):
             if self.form == "LABELMAP" or frame.segment == number:
                 shares = self._shares(frame, number)
-                if found and np.abs(found[-1].frame.position - frame.position).max() <= _SAME_PLANE_MM:
-                    shares = np.maximum(shares, found.pop().shares)
+                if shares.any() and found and np.abs(found[-1].frame.position - frame.position).max() <= _SAME_PLANE_MM:
+                    raise InputError(
+                        f"Two frames of a segmentation show segment {number} at the same place.",
+                        remedy="Export the segmentation again, each phase of a scan by itself.",
+                    )
                 if shares.any():
                     found.append(_Slice(frame, shares))
         return [slice_.smallest() for slice_ in found]
