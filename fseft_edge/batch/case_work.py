@@ -16,7 +16,8 @@ from fseft_edge.batch.options import same_options
 from fseft_edge.masks.result import SegmentedOrgan, describes
 from fseft_edge.outbox.records import CaseState, Outcome, StageSeconds
 from fseft_edge.outbox.store import FINGERPRINT_KEY
-from fseft_edge.runtime.errors import LabelError, OutOfSpaceError
+from fseft_edge.runtime.errors import FseftEdgeError, LabelError, OutOfSpaceError, UnreadableFileError
+from fseft_edge.runtime.scans.image_names import DETACHED_SUFFIXES, METAIMAGE_SUFFIXES, NRRD_SUFFIXES
 from fseft_edge.runtime.scans.nifti import HEADER_SUFFIXES, SUFFIXES
 from fseft_edge.runtime.system.atomic import atomic_folder
 from fseft_edge.runtime.system.json_text import parse_json
@@ -27,7 +28,7 @@ RECORD_FILE: Final = "batch.json"
 """Record of the options and times of a case in its result folder. The folder appears complete, by one rename."""
 
 _SCHEMA_VERSION: Final = 1
-_SUFFIXES: Final = (*SUFFIXES, *HEADER_SUFFIXES, ".zip")
+_SUFFIXES: Final = (*SUFFIXES, *HEADER_SUFFIXES, *NRRD_SUFFIXES, *METAIMAGE_SUFFIXES, ".zip")
 Result = TypeVar("Result")
 
 
@@ -77,6 +78,12 @@ class CaseWork:
 
     def read(self, task: CaseTask) -> CaseInProgress:
         """Read the scan."""
+        if task.source.name.lower().endswith(DETACHED_SUFFIXES):
+            problem: FseftEdgeError = UnreadableFileError(
+                f"{task.key} is a header whose voxels are in another file, which a batch does not read.",
+                remedy="Save the scan as one file: .nii.gz, .nrrd or .mha.",
+            )
+            raise CaseError(failed_outcome(problem, task.key, task.source))
         try:
             case = CaseInProgress(task, tempfile.TemporaryDirectory(prefix="fseft-edge-"))
             link = Path(case.link.name) / f"{task.key}{_suffix(task.source)}"

@@ -12,6 +12,7 @@ from typing import Final
 
 from fseft_edge.outbox.content_key import files_below, open_regular_file
 from fseft_edge.runtime.errors import UnreadableFileError
+from fseft_edge.runtime.scans.image_names import METAIMAGE_SUFFIXES, NRRD_SUFFIXES, is_segmentation_file
 from fseft_edge.runtime.scans.nifti import SUFFIXES, files_of, stands_for_image
 
 _ARCHIVE: Final = ".zip"
@@ -29,9 +30,9 @@ class Arrival:
 class Inbox:
     """A folder in which scans arrive.
 
-    The following are scans: a NIfTI file, a NIfTI pair of header and voxels, or a ZIP archive at any depth; a DICOM
-    file directly in the inbox; a folder directly in the inbox that contains DICOM files, or files but no NIfTI file and
-    no ZIP archive. Such a folder has to contain the DICOM files of one patient; subfolders are allowed. Names that
+    The following are scans: a NIfTI, NRRD or MetaImage file, a NIfTI pair of header and voxels, or a ZIP archive at any
+    depth; a DICOM file directly in the inbox; a folder directly in the inbox that contains DICOM files, or files but no
+    such file. Such a folder has to contain the DICOM files of one patient; subfolders are allowed. Names that
     begin with a dot are ignored, because copying programs use such names for incomplete files.
 
     Args:
@@ -116,7 +117,8 @@ def signature_of(source: Path) -> str | None:
 
 
 def _is_one_file(path: Path) -> bool:
-    return path.name.lower().endswith((*SUFFIXES, _ARCHIVE)) or stands_for_image(path)
+    endings = (*SUFFIXES, *NRRD_SUFFIXES, *METAIMAGE_SUFFIXES, _ARCHIVE)
+    return (path.name.lower().endswith(endings) and not is_segmentation_file(path)) or stands_for_image(path)
 
 
 def _is_dicom(file: Path) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from fseft_edge.adapters.file import AdapterFile
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.given import GivenScan, given_scan, one_or_many
-from fseft_edge.runtime.scans.sources import Scan, is_nifti, list_scans, scan_name
+from fseft_edge.runtime.scans.image_files import is_image_file
+from fseft_edge.runtime.scans.sources import Scan, list_scans, scan_name
 
 
 def cases_of(scans: GivenScan | Sequence[GivenScan], series: str | None = None) -> list[Path | Scan]:
@@ -91,9 +92,9 @@ def check_output(output: Path, scans: Sequence[Path | Scan]) -> None:
 
 def check_dicom(scans: Sequence[Path | Scan]) -> None:
     """Raise UsageError if a scan is not a DICOM series: a DICOM mask object has to refer to its source series."""
-    plain = [scan for scan in scans if isinstance(scan, Scan) or is_nifti(scan)]
+    plain = [scan for scan in scans if isinstance(scan, Scan) or is_image_file(scan)]
     if plain:
-        what = "A scan in memory" if isinstance(plain[0], Scan) else f"The NIfTI file {plain[0]}"
+        what = "A scan in memory" if isinstance(plain[0], Scan) else f"{plain[0]}"
         raise UsageError(
             f"{what} was given, but --dicom can only be used with DICOM series.",
             remedy="Remove --dicom, or give the DICOM series of this scan.",

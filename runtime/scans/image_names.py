@@ -13,6 +13,9 @@ METAIMAGE_SUFFIXES = (".mha", ".mhd")
 SEGMENTATION_SUFFIXES = (".seg.nrrd", ".seg.nhdr")
 """Endings of segmentations of 3D Slicer, which are NRRD files with named segments."""
 
+DETACHED_SUFFIXES = (".nhdr", ".mhd")
+"""Endings of headers whose voxels are in another file."""
+
 _SUFFIXES = (*SEGMENTATION_SUFFIXES, *NRRD_SUFFIXES, *METAIMAGE_SUFFIXES)
 
 

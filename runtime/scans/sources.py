@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 _DICOM_SUFFIXES = (".zip", ".dcm")
 
 
-def is_nifti(path: Path) -> bool:
-    """Return True if a path has the name of a NIfTI, NRRD or MetaImage file. All other paths are read as DICOM."""
-    return is_image_file(path)
-
-
 def read_scan(path: Path, series: str | None = None) -> Volume:
     """Read a CT from a NIfTI, NRRD or MetaImage file, or a DICOM series in a folder, a zip archive or a single file.
 
@@ -84,7 +79,7 @@ def find_scan(path: Path, series: str | None = None) -> Scan:
         UsageError: ``series`` is given for a file that is not DICOM.
         InputError: no DICOM series can be selected, or the selected series is not a readable CT.
     """
-    if is_nifti(path):
+    if is_image_file(path):
         if series is not None:
             raise UsageError(
                 f"{path} is a single image, but --series can only be used with DICOM.", remedy="Leave --series out."
@@ -106,7 +101,7 @@ def list_scans(path: Path) -> list[Path]:
         UnreadableFileError: the path does not exist, or contains no image and no DICOM file.
         ArchiveError: a zip archive is encrypted, damaged or too large.
     """
-    if is_nifti(path) or is_segmentation_file(path) or not path.exists():
+    if is_image_file(path) or is_segmentation_file(path) or not path.exists():
         return list_cases(path)
     if path.is_dir():
         try:
@@ -128,7 +123,7 @@ def list_scans(path: Path) -> list[Path]:
 
 def scan_name(path: Path) -> str:
     """Return the name of a scan: the name of its file or folder without the ending of its format."""
-    if is_nifti(path):
+    if is_image_file(path):
         return case_name(path)
     name = path.name or path.resolve().name
     if not path.is_dir() and name.lower().endswith(_DICOM_SUFFIXES):

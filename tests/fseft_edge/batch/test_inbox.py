@@ -36,6 +36,10 @@ def test_nifti_files_archives_and_folders_of_other_files_are_scans(tmp_path: Pat
         "a.nii.gz",
         "b.nii",
         "c.zip",
+        "d.nrrd",
+        "e.mha",
+        "f.nhdr",
+        "g.seg.nrrd",
         "ward/d.nii.gz",
         "ward/2/e.NII.GZ",
         "dicom/study/series/1",
@@ -48,7 +52,17 @@ def test_nifti_files_archives_and_folders_of_other_files_are_scans(tmp_path: Pat
         put(tmp_path / name)
     (tmp_path / "empty").mkdir()
     found = [arrival.source.relative_to(tmp_path).as_posix() for arrival in arrivals(tmp_path)]
-    assert found == ["a.nii.gz", "b.nii", "c.zip", "dicom", "ward/2/e.NII.GZ", "ward/d.nii.gz"]
+    assert found == [
+        "a.nii.gz",
+        "b.nii",
+        "c.zip",
+        "d.nrrd",
+        "dicom",
+        "e.mha",
+        "f.nhdr",
+        "ward/2/e.NII.GZ",
+        "ward/d.nii.gz",
+    ]
 
 
 def test_dicom_files_beside_other_scans_are_found(tmp_path: Path) -> None:
