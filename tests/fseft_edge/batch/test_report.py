@@ -25,7 +25,7 @@ from fseft_edge.batch.report import write_report
 from fseft_edge.batch.report_tables import COLUMNS
 from fseft_edge.masks.quality import MEANINGS
 from fseft_edge.masks.result import SegmentedOrgan
-from fseft_edge.outbox.records import CaseState, Decision, StageSeconds
+from fseft_edge.outbox.records import CaseState, CorrectedOrgan, Correction, Decision, Origin, StageSeconds
 from fseft_edge.outbox.store import BatchStore, Outcome, state_path
 from fseft_edge.runtime.system import atomic
 
@@ -397,6 +397,54 @@ def test_each_organ_has_volume_range_confidence_and_flags(batch: Batch) -> None:
         "by Ada Lovelace: good enough",
     ):
         assert text in page.text
+
+
+def test_corrections_are_reported_week_by_week_and_masks_without_correction_count_as_zero(batch: Batch) -> None:
+    """Two masks are accepted in the first week, one of them corrected; one mask in the next week; others do not count."""
+    keys = [batch.done(number, LIVER, SMALL) for number in range(1, 6)]
+    for key in keys:
+        description = json.loads((batch.outbox / key / f"{key}.json").read_text())
+        (batch.outbox / key / f"{key}.json").write_text(json.dumps(description | {"mask_sha256": "00" * 32}))
+    assert "corrections" not in batch.report().page.ids
+
+    def corrected(key: str, sha256: str, added: float, distance: float | None) -> None:
+        organs = (
+            CorrectedOrgan("liver", 1, 1490.0, distance, distance and 2 * distance, added),
+            CorrectedOrgan("spleen", 2, 61.0, 0.0, 0.0, 0.0),
+        )
+        batch.store.correct(key, Correction(batch.now, "Bo Li", Origin.PAGE, sha256 * 32, "00" * 32, organs))
+
+    monday = datetime(2026, 6, 1, tzinfo=UTC).timestamp() - START
+    batch.at(monday)
+    corrected(keys[0], "aa", 400.0, 3.0)
+    corrected(keys[0], "bb", 100.0, 1.0)
+    by = {"reviewer": "Bo Li"}
+    batch.store.review(keys[0], Decision.ACCEPTED, "", mask_sha256="bb" * 32, **by)
+    batch.at(monday + 7 * 86_400 - 1)
+    batch.store.review(keys[1], Decision.ACCEPTED, "", mask_sha256="00" * 32, **by)
+    batch.at(monday + 7 * 86_400)
+    corrected(keys[2], "cc", 50.0, None)
+    batch.store.review(keys[2], Decision.ACCEPTED, "", mask_sha256="cc" * 32, **by)
+    batch.store.review(keys[3], Decision.ACCEPTED, "", mask_sha256="dd" * 32, **by)  # a mask of --corrected
+    corrected(keys[4], "ee", 50.0, 1.0)
+    batch.store.review(keys[4], Decision.REJECTED, "", mask_sha256="ee" * 32, **by)
+    report = batch.report()
+    first, second = report.json["corrections_by_week"]
+    assert (first["week"], first["accepted"], first["corrected"]) == ("2026-06-01", 2, 1)
+    liver, spleen = first["organs"]
+    assert liver == {"name": "liver", "mean_distance_mm": 0.5, "hd95_mm": 1.0, "added_path_mm": 50.0}
+    assert spleen == {"name": "spleen", "mean_distance_mm": 0.0, "hd95_mm": 0.0, "added_path_mm": 0.0}
+    assert (second["week"], second["accepted"], second["corrected"]) == ("2026-06-08", 1, 1)
+    assert second["organs"][0] == {"name": "liver", "mean_distance_mm": None, "hd95_mm": None, "added_path_mm": 50.0}
+    case = next(case for case in report.json["cases"] if case["case"] == keys[0])
+    assert [one["mask_sha256"] for one in case["corrections"]] == ["aa" * 32, "bb" * 32]
+    assert case["corrections"][1]["organs"][0]["volume_ml"] == 1490.0
+    row = next(row for row in report.rows if row["case"] == keys[0] and row["organ"] == "liver")
+    assert (row["corrected_by"], row["corrected_mask_sha256"]) == ("Bo Li", "bb" * 32)
+    measures = [row[name] for name in ("corrected_volume_ml", "mean_distance_mm", "hd95_mm", "added_path_mm")]
+    assert measures == ["1490.0", "1.0", "2.0", "100.0"]
+    assert "corrections" in report.page.ids
+    assert "2026-06-01 2 1 liver 50.0 0.50 1.00" in " ".join(report.page.text.split())
 
 
 def test_the_columns_are_documented() -> None:
