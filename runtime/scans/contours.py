@@ -38,6 +38,9 @@ shorter contour, or more than this share of the smaller contour. Coordinates are
 NO_AREA_MM2 = 1e-6
 NEGLIGIBLE = 1e-4
 """A smaller share of a structure outside the scan is not worth a warning."""
+MISSING_PIXELS, MISSING_SHARE = 9, 0.1
+"""A part is missing on a slice if at least this number of pixels, and this share of what both neighbouring slices have
+in common, is empty."""
 _SAME_PLANE_MM = 0.05
 _REDRAW = "Complete the contours in the program that wrote them, or leave this structure out."
 _OTHER_CT = "Give the CT on which the contours were drawn."
@@ -116,7 +119,10 @@ def share_of(
         )
     elif step > 1:
         notes.add(f"has contours on every {_ordinal(step)} slice only: the slices between them stay empty")
-    return BoxedShare.of_slices(planes, stack.axes, lattice.shape), notes.sentences()
+    share = BoxedShare.of_slices(planes, stack.axes, lattice.shape)
+    if step == 1 or interpolate:
+        _note_missing_parts(np.moveaxis(share.inside, stack.axes[2], 0), notes)
+    return share, notes.sentences()
 
 
 def extent_of(contours: Sequence[Contour], name: str = "The structure") -> Extent:
@@ -406,6 +412,28 @@ def _pieces(slices: Sequence[int], step: int) -> list[list[int]]:
         else:
             pieces.append([second])
     return pieces
+
+
+def _note_missing_parts(slices: NDArray[np.float32], notes: _Notes) -> None:
+    """Note slices on which a part is empty although it is filled on both neighbouring slices.
+
+    Where one of two organs in a ROI has contours on each second slice only, or lacks one, the contoured slices do not
+    show it.
+
+    Args:
+        slices: shares of all slices in their order.
+        notes: gets the warning.
+    """
+    count = 0
+    for before, here, after in zip(slices, slices[1:], slices[2:], strict=False):
+        around = (before > 0.5) & (after > 0.5)
+        missing = np.count_nonzero(around & (here == 0))
+        count += int(missing >= max(MISSING_PIXELS, MISSING_SHARE * np.count_nonzero(around)))
+    if count:
+        notes.add(
+            f"lacks contours of a part on {count} slice{'s' * (count > 1)}, where the slices on both sides have them: "
+            "check these slices"
+        )
 
 
 def _ordinal(number: int) -> str:

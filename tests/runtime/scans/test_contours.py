@@ -271,6 +271,16 @@ def test_missing_contours_are_refused(slices: list[int]) -> None:
         share_of(contours(lambda height: [circle(CENTRE, 6, height)], slices), LATTICE)
 
 
+def test_a_part_that_is_missing_on_single_slices_is_noticed() -> None:
+    """One of two organs in a ROI lacks contours, which the contoured slices do not show."""
+    left, right = ([Contour(circle((x, 25), 8, 3.0 * index)) for index in range(2, 11)] for x in (15, 42))
+    for lacking, count in (([*left, *right[:4], *right[5:]], 1), ([*left[::2], *right[1::2]], 7)):
+        share, warnings = share_of(lacking, LATTICE, "ROI 3")
+        assert share.voxels == pytest.approx(len(lacking) * np.pi * 64, rel=1e-3)
+        assert warnings[0].startswith(f"ROI 3 lacks contours of a part on {count} slice")
+    assert share_of([*left, *right], LATTICE)[1] == ()
+
+
 def test_a_contour_on_one_slice_fills_this_slice() -> None:
     share, warnings = share_of(contours(lambda height: [circle(CENTRE, 6, height)], [7]), LATTICE)
     assert share.voxels == pytest.approx(np.pi * 36, rel=1e-3)
