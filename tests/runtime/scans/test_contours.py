@@ -296,3 +296,17 @@ def test_the_extent_needs_no_lattice() -> None:
     assert extent.volume_ml == pytest.approx(np.pi * 300 * 18 / 1000, rel=1e-3)
     assert extent_of(placed[:2]).volume_ml is None
     assert extent_of([]).planes == 0
+
+
+def test_both_closed_types_on_a_slice_are_combined_by_exclusive_or_with_a_warning() -> None:
+    two = [Contour(rectangle((2, 2), (8, 8), 12.0)), Contour(rectangle((5, 5), (11, 11), 12.0), exclusive=True)]
+    share, warnings = share_of(two, LATTICE, "ROI 3")
+    assert share.voxels == pytest.approx(36 + 36 - 18)
+    assert warnings == ("ROI 3 has contours of both closed types on 1 slice, which were combined by exclusive or.",)
+
+
+def test_contours_that_cross_all_over_are_refused_before_they_fill_the_memory() -> None:
+    scribble = np.random.default_rng(0).uniform(0, 50, (20_000, 3))
+    scribble[:, 2] = 12
+    with pytest.raises(GeometryError, match="cross themselves or one another far too often"):
+        share_of([Contour(scribble)], LATTICE)
