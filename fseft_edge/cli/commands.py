@@ -311,7 +311,7 @@ def evaluate(
     always_annotated: tuple[str, ...],
     nsd_tolerance: float,
     structure_set: str | None,
-    no_interpolate: bool,
+    interpolate: bool,
     csv_file: Path | None,
     json_file: Path | None,
     quiet: bool,
@@ -332,7 +332,7 @@ def evaluate(
             always_annotated=[organ.name for organ in wanted] if always == ["all"] else always,
             nsd_tolerance_mm=nsd_tolerance,
             structure_set=structure_set,
-            interpolate=not no_interpolate,
+            interpolate=interpolate,
             progress=progress,
         )
     if csv_file is not None:

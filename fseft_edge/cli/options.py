@@ -30,16 +30,17 @@ _STRUCTURE_OPTIONS = (
         "of its SOP Instance UID.  [default: the newest approved one, else the newest one]",
     ),
     click.option(
-        "--no-interpolate",
-        is_flag=True,
-        help="If a structure has contours only on every second or n-th slice, leave the slices between them empty.  "
-        "[default: interpolate]",
+        "--interpolate/--no-interpolate",
+        default=True,
+        show_default=True,
+        help="If a structure has contours only on every second or n-th slice, fill the slices between them, or leave "
+        "them empty.",
     ),
 )
 
 
 def structure_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options ``--structure-set`` and ``--no-interpolate``."""
+    """Add the options ``--structure-set`` and ``--interpolate``."""
     for option in reversed(_STRUCTURE_OPTIONS):
         command = option(command)
     return command

@@ -164,7 +164,7 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
             seed: int,
             as_json: bool,
             structure_set: str | None,
-            no_interpolate: bool,
+            interpolate: bool,
             **particular: object,
         ) -> None:
             wanted = parse_organs(organs)
@@ -187,7 +187,7 @@ def support_options(output_help: str) -> Callable[[Callable[..., None]], Callabl
                 seed,
                 as_json,
                 structure_set,
-                not no_interpolate,
+                interpolate,
             )
             command(support=support, **particular)
 

@@ -31,7 +31,9 @@ from fseft_edge.machine.speed import benchmark
 from fseft_edge.outbox.accepted_masks import ReviewedBatch
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.pretraining import open_processes, pretrain
+from fseft_edge.review.importing import import_corrections
 from fseft_edge.review.server import open_review
+from fseft_edge.runtime.scans.structure_list import list_annotations
 from fseft_edge.segmentation.segment import segment
 from fseft_edge.segmentation.settings import SegmentationSettings
 
@@ -40,6 +42,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "models": (),
     "export": (export_encoder,),
     "build-engines": (build_engines,),
+    "contours": (list_annotations,),
     "adapt": (adapt, AdapterSettings, TrainingSettings, ReviewedBatch),
     "finetune": (finetune, try_finetuning, TuningSettings, ReviewedBatch),
     "merge": (merge,),
@@ -52,6 +55,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], ...]] = {
     "export-adapter": (export_adapter,),
     "evaluate": (evaluate,),
     "review": (open_review,),
+    "review-import": (import_corrections,),
     "pretrain": (pretrain, open_processes),
     "doctor": (diagnose,),
     "benchmark": (benchmark,),
