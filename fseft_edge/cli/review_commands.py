@@ -99,7 +99,8 @@ def review_import(
 ) -> None:
     """Make masks that were corrected in another program the corrections of their cases in OUTBOX.
 
-    FILES are label maps, such as <key>.nii.gz, with the label values and the lattice of the masks of the batch.
+    FILES are label maps, such as <key>.nii.gz, with the label values and the lattice of the masks of the batch, or
+    .seg.nrrd files, RT Structure Sets or DICOM Segmentations whose structures have the names of the organs.
     """
     with loading():
         from fseft_edge.review.importing import import_corrections  # noqa: PLC0415 - only this command needs it

@@ -6,12 +6,19 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from fseft_edge.outbox.corrections import SavedCorrection, import_correction
-from fseft_edge.outbox.records import Origin
+from fseft_edge.outbox.records import CaseRecord, Origin
+from fseft_edge.outbox.result_files import read_mask
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.review.reviewer import reviewer_name
-from fseft_edge.runtime.errors import UsageError
+from fseft_edge.runtime.errors import LabelError, UsageError
+from fseft_edge.runtime.scans.annotation_files import names_structures, organs_of_structures, structures_of
 from fseft_edge.runtime.scans.image_files import read_label_map
+from fseft_edge.runtime.scans.organs import OrganLabel
+from fseft_edge.runtime.scans.structures import Lattice
+from fseft_edge.runtime.scans.volume import LabelMap
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +37,8 @@ def import_corrections(
 
     Args:
         outbox: outbox of the batch.
-        files: label maps with the label values of the masks of the batch, on their lattices.
+        files: label maps with the label values of the masks of the batch, on their lattices; or segmentations of 3D
+            Slicer, RT Structure Sets or DICOM Segmentations that name the organs of the masks.
         case: key of the case, for a single file; None means that the name of each file begins with the key of its case,
             up to the first dot.
         state: state file of the batch; None means the state file in the outbox.
@@ -57,10 +65,34 @@ def import_corrections(
                     f"{by_key[key]} and {file} are both corrections of {key}.", remedy="Give one file for each case."
                 )
             by_key[key] = file
-        masks = {key: read_label_map(file) for key, file in by_key.items()}
+        masks = {key: _read(outbox, store.case(key), file) for key, file in by_key.items()}
         saved = {}
         for key, labels in masks.items():
             saved[key] = import_correction(outbox, store, key, labels, reviewer=name, origin=Origin.FILE)
             for problem in saved[key].problems:
                 _LOG.warning("%s: %s", key, problem)
     return saved
+
+
+def _read(outbox: Path, case: CaseRecord, file: Path) -> LabelMap:
+    """Return a corrected mask with the label values of the mask of the batch."""
+    if not names_structures(file):
+        return read_label_map(file)
+    draft = read_mask(outbox, case.key)
+    organs = [OrganLabel(organ.name, organ.label, (organ.name,)) for organ in case.organs]
+    found = organs_of_structures(structures_of(file), organs, Lattice(draft.shape, draft.affine), case.key)
+    # A structure set of this toolkit leaves out organs with an empty mask.
+    if absent := [organ.name for organ in organs if organ.label not in found.of_label and draft.contains(organ.label)]:
+        raise LabelError(
+            f"{file} contains no structure of {', '.join(absent)}, which the mask of {case.key} contains.",
+            remedy="Give the structures the names of the organs. To remove an organ, give a label map without it.",
+        )
+    values = [organ.label for organ in organs]
+    overlapping = sum(found.mask(value).astype(np.uint16) for value in values) > 1
+    if overlap := int(np.count_nonzero(overlapping)):
+        _LOG.warning(
+            "%s: voxels that belong to several structures: %d; each of them gets the last of these organs",
+            case.key,
+            overlap,
+        )
+    return found.label_map(values)
