@@ -221,17 +221,21 @@ class _Frames:
             InputError: the pixels cannot be decoded, or two frames show the segment at the same place.
         """
         found: list[_Slice] = []
+        before: _Frame | None = None
         for frame in sorted(self.places, key=lambda frame: frame.height):
-            if self.form == "LABELMAP" or frame.segment == number:
-                shares = self._shares(frame, number)
-                if shares.any() and found and np.abs(found[-1].frame.position - frame.position).max() <= _SAME_PLANE_MM:
-                    raise InputError(
-                        f"Two frames of a segmentation show segment {number} at the same place.",
-                        remedy="Export the segmentation again, each phase of a scan by itself.",
-                    )
-                if shares.any():
-                    found.append(_Slice(frame, shares))
-        return [slice_.smallest() for slice_ in found]
+            if self.form != "LABELMAP" and frame.segment != number:
+                continue
+            shares = self._shares(frame, number)
+            if not shares.any():
+                continue
+            if before is not None and np.abs(before.position - frame.position).max() <= _SAME_PLANE_MM:
+                raise InputError(
+                    f"Two frames of a segmentation show segment {number} at the same place.",
+                    remedy="Export the segmentation again, each phase of a scan by itself.",
+                )
+            found.append(_Slice(frame, shares).smallest())
+            before = frame
+        return found
 
     def _shares(self, frame: _Frame, number: int) -> NDArray[np.float32]:
         """Return the share of each pixel of a frame that a segment fills, float32 ``[rows, columns]``."""
@@ -247,6 +251,23 @@ class _Frames:
             return shares
         filled: NDArray[np.bool_] = stored == number if self.form == "LABELMAP" else stored > 0
         return filled.astype(np.float32)
+
+    def are_as_far_apart_as(self, distance: float) -> bool:
+        """Return whether frames can be slices of a CT with this slice distance in mm, and not thicker or thinner ones.
+
+        SpacingBetweenSlices decides. Without it, the frames of a segmentation on each slice are as far apart as the
+        slices; where some are omitted, SliceThickness may be that of the slices. One plane alone says nothing.
+        """
+        first = self.places[0]
+        gaps = np.diff(sorted(frame.height for frame in self.places))
+        gaps = gaps[gaps > _SAME_PLANE_MM]
+        if first.spacing:
+            stated = [first.spacing]
+        elif gaps.size:
+            stated = [float(gaps.min()), first.thickness]
+        else:
+            return True
+        return any(abs(one - distance) <= LATTICE_TOLERANCE * distance for one in stated)
 
     @cached_property
     def affine(self) -> NDArray[np.float64]:
@@ -401,7 +422,7 @@ class Segment:
         if not slices:
             return BoxedShare.of_slices({}, (0, 1, 2), lattice.shape), (self._said_of_empty(),)
         said = []
-        share = _placed(slices, lattice)
+        share = self._placed(lattice)
         if share is not None:
             inside = share.voxels / _voxels(slices)
         else:
@@ -421,6 +442,23 @@ class Segment:
                 "left out."
             )
         return share, tuple(said)
+
+    def _placed(self, lattice: Lattice) -> BoxedShare | None:
+        """Return the segment if its frames are slices of the CT; None if one of them is not."""
+        found: dict[int, tuple[NDArray[np.float32], tuple[int, int]]] = {}
+        every_axes = set()
+        for slice_ in self._slices:
+            placed = slice_.placed(lattice)
+            if placed is None:
+                return None
+            axes, index, shares, start = placed
+            every_axes.add(axes)
+            found[index] = (shares, start)
+        axes = every_axes.pop()
+        distance = 1 / float(np.linalg.norm(np.linalg.inv(lattice.affine)[axes[2], :3]))
+        if every_axes or len(found) < len(self._slices) or not self.frames.are_as_far_apart_as(distance):
+            return None
+        return BoxedShare.of_slices(found, axes, lattice.shape)
 
     def _resampled(self, lattice: Lattice) -> BoxedShare:
         affine = self.frames.affine
@@ -446,19 +484,3 @@ class Segment:
 
 def _voxels(slices: Sequence[_Slice]) -> float:
     return sum(float(slice_.shares.sum(dtype=np.float64)) for slice_ in slices)
-
-
-def _placed(slices: Sequence[_Slice], lattice: Lattice) -> BoxedShare | None:
-    """Return slices that are slices of a CT; None if one of them is not."""
-    found: dict[int, tuple[NDArray[np.float32], tuple[int, int]]] = {}
-    every_axes = set()
-    for slice_ in slices:
-        placed = slice_.placed(lattice)
-        if placed is None:
-            return None
-        axes, index, shares, start = placed
-        every_axes.add(axes)
-        found[index] = (shares, start)
-    if len(every_axes) > 1 or len(found) < len(slices):
-        return None
-    return BoxedShare.of_slices(found, every_axes.pop(), lattice.shape)

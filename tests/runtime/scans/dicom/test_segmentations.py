@@ -179,6 +179,27 @@ def test_another_lattice_is_resampled_by_volume_of_overlap(tmp_path: Path) -> No
     np.testing.assert_allclose(share.whole(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("stated", [True, False])
+def test_thick_frames_on_each_second_slice_keep_their_volume(stated: bool, tmp_path: Path) -> None:
+    """Their planes are slices of the CT, but each stands for two of them."""
+    mask = np.zeros((20, 16, 5, 1), bool)
+    mask[4:9, 4:9, 1:4] = True
+    measures = PixelMeasuresSequence((1.1, 0.8), 6.0, 6.0 if stated else None)
+    dataset = segmentation(mask, count=1, images=IMAGES[::2], pixel_measures=measures)
+    share, warnings = read(dataset, tmp_path).structures[0].share(LATTICE)
+    assert share.voxels == pytest.approx(2 * mask.sum())
+    np.testing.assert_allclose(share.whole()[5, 5], [0, 0.5, 1, 1, 1, 1, 1, 0.5, 0])
+    assert "resampled" in warnings[0]
+
+
+def test_two_frames_at_one_place_are_refused(tmp_path: Path) -> None:
+    dataset = segmentation(blobs())
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        frame.SegmentIdentificationSequence[0].ReferencedSegmentNumber = 1
+    with pytest.raises(InputError, match="Two frames of a segmentation show segment 1"):
+        read(dataset, tmp_path).structures[0].share(LATTICE)
+
+
 def test_a_turned_lattice_keeps_the_volume(tmp_path: Path) -> None:
     mask = np.zeros(SERIES.hu.shape, bool)
     mask[6:14, 4:12, 3:7] = True
