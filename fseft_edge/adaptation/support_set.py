@@ -95,7 +95,7 @@ def find_annotated(
     if isinstance(images, str | Path) and isinstance(labels, str | Path):
         pairs = find_pairs(Path(images), Path(labels), cases, reading)
     elif not isinstance(images, str | Path | None) and not isinstance(labels, str | Path | None):
-        listed = _listed(images, labels, cases)
+        listed = _listed(images, labels, organs, cases)
     elif images is not None or labels is not None or reviewed is None:
         raise UsageError(
             "The annotated scans for training are missing."
@@ -113,7 +113,10 @@ def find_annotated(
 
 
 def _listed(
-    images: Sequence[GivenScan], labels: Sequence[GivenLabels], cases: Sequence[str] | None
+    images: Sequence[GivenScan],
+    labels: Sequence[GivenLabels],
+    organs: Sequence[OrganLabel],
+    cases: Sequence[str] | None,
 ) -> list[AnnotatedScan]:
     """Return lists of CTs and annotations as pairs. CTs with equal names get their number in the list as a suffix."""
     if len(images) != len(labels) or not images:
@@ -134,7 +137,12 @@ def _listed(
             remedy=f"Choose among these case names: {', '.join(scan.name for scan in scans)}.",
         )
     return [
-        (scan, given_labels(annotation))
+        (
+            scan,
+            read_pair(FoundPair(scan, Path(annotation)), organs)
+            if isinstance(annotation, str | Path)
+            else given_labels(annotation),
+        )
         for scan, annotation in zip(scans, labels, strict=True)
         if cases is None or scan.name in cases
     ]

@@ -19,6 +19,7 @@ from fseft_edge.runtime.scans.annotation import Annotation
 from fseft_edge.runtime.scans.annotation_files import (
     FoundAnnotation,
     dicom_annotations,
+    names_structures,
     organs_of_label_map,
     organs_of_structures,
     structures_of,
@@ -90,8 +91,8 @@ def find_pairs(
     """
     scans = _Scans.at(images)
     annotations = _annotations_at(labels, images, interpolate=settings.interpolate)
-    if images.is_file() and labels.is_file() and isinstance(annotations[0].annotation, Path):
-        ((name, _),) = scans.named.items()
+    if images.is_file() and labels.is_file() and len(annotations) == len(scans.named) == 1:
+        (name,) = scans.named
         return [FoundPair(scans.scan(name), annotations[0].annotation)]
     found: dict[str, list[_Named]] = {}
     strays = []
@@ -373,7 +374,7 @@ def read_pair(pair: FoundPair, organs: Sequence[OrganLabel]) -> Annotation:
             have names of one organ.
         InputError: the annotation cannot be read, or does not belong to the lattice of the CT.
     """
-    if isinstance(pair.annotation, Path) and not is_segmentation_file(pair.annotation):
+    if isinstance(pair.annotation, Path) and not names_structures(pair.annotation):
         return organs_of_label_map(pair.annotation, organs)
     return organs_of_structures(structures_of(pair.annotation), organs, lattice_of(pair.scan), pair.scan.name)
 

@@ -14,9 +14,12 @@ from doubles.dicom import Series, save
 from doubles.encoder import SPACING, label_of, scan
 from doubles.structure_sets import Roi, structure_set
 
+from fseft_edge.adaptation.support_set import find_annotated
 from fseft_edge.adapters.file import read_adapter
+from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.dicom_output.contours import closed_contours
 from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
+from fseft_edge.runtime.scans.organs import parse_organs
 from fseft_edge.runtime.scans.sources import read_scan
 from fseft_edge.runtime.scans.volume import LabelMap
 
@@ -104,6 +107,15 @@ def test_an_adapter_from_structure_sets_is_the_adapter_from_label_maps(site: Sit
         np.testing.assert_allclose(second.adapter.state_dict()[name].numpy(), tensor.numpy(), rtol=0.05, atol=0.01)
     masks = tmp_path / "masks"
     assert run(*site.segment(site / "patients/p1", output=masks), "--adapter", dicom).code in (0, 2)
+
+
+def test_lists_of_scans_and_structure_sets_in_python(site: Site) -> None:
+    patients = [site / "patients" / name for name in ("p1", "p2")]
+    organs = parse_organs(["liver"])
+    annotated = find_annotated(patients, [patient / "RS.dcm" for patient in patients], organs, AdapterSettings())
+    for seed, (_, annotation) in enumerate(annotated, start=1):
+        mask, expected = annotation.mask(1), scan(seed).labels.array[BOX] == label_of("liver")
+        assert np.count_nonzero(mask != expected) <= 1
 
 
 def test_masks_are_compared_with_structure_sets(site: Site, tmp_path: Path, run: Run) -> None:

@@ -341,3 +341,13 @@ def test_no_message_about_a_header_of_the_annotation(tmp_path: Path, caplog: pyt
     mask_of(pair)
     assert "Secretname" not in caplog.text
     assert "PLAN" not in caplog.text
+
+
+def test_one_image_and_one_structure_set_of_any_names(tmp_path: Path) -> None:
+    _, dataset = write_patient(tmp_path / "anna")
+    (pair,) = find_pairs(tmp_path / "anna", tmp_path / "anna" / "structures.dcm")
+    np.testing.assert_array_equal(mask_of(pair), expected())
+    write_ct(tmp_path / "b.nii.gz", pair.scan.read())
+    save(dataset, tmp_path / "RS.dcm")
+    (pair,) = find_pairs(tmp_path / "b.nii.gz", tmp_path / "RS.dcm")
+    np.testing.assert_array_equal(mask_of(pair), expected())
