@@ -336,7 +336,9 @@ def _check_within(
         is_within = (low >= -0.5).all() and (high <= np.array(stack.shape) - 0.5).all()
         inside += area
         whole += area if is_within else region.area()
-    if inside <= 1e-6 * whole:
+    if whole <= 1e-9:
+        notes.add("encloses nothing: its contours run along their own course again, and cancel by the even-odd rule")
+    elif inside <= 1e-6 * whole:
         lows, highs = (np.array(bound) for bound in zip(*(region.bounds for region in regions.values()), strict=True))
         beyond = np.maximum(-0.5 - highs, lows - (np.array(stack.shape) - 0.5)) * stack.spacing
         raise GeometryError(
@@ -344,7 +346,7 @@ def _check_within(
             "border of the slices.",
             remedy=_OTHER_CT,
         )
-    if inside < (1 - NEGLIGIBLE) * whole:
+    elif inside < (1 - NEGLIGIBLE) * whole:
         notes.add(f"is only partly within the slices: {100 * (1 - inside / whole):.2g} % of its area were left out")
 
 

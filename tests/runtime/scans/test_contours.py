@@ -161,6 +161,13 @@ def test_contours_without_area_are_left_out_with_a_warning() -> None:
     assert not share.mask().inside.any()
 
 
+def test_a_contour_that_runs_along_its_course_twice_encloses_nothing_and_says_so() -> None:
+    points = circle(CENTRE, 5, 12.0)
+    share, warnings = share_of([Contour(np.concatenate([points, points]))], LATTICE, "ROI 3")
+    assert share.voxels == 0
+    assert "ROI 3 encloses nothing" in warnings[0]
+
+
 def stored(axes: tuple[int, int, int], flips: Sequence[bool], lattice: Lattice) -> Lattice:
     """Return a lattice with its axes in another order and direction."""
     change = np.zeros((4, 4))
