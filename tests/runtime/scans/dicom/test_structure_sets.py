@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from doubles.dicom import Series, save
+from doubles.dicom import Series, save, zipped
 from doubles.structure_sets import Roi, circle, rectangle, set_coordinates, structure_set
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
@@ -247,6 +247,18 @@ def test_other_dicom_files_are_skipped(tmp_path: Path) -> None:
     assert [one.kind for one in found.objects] == ["rtstruct"]
     assert found.problems == ()
     assert find_annotations(tmp_path / "IM000").objects == ()
+
+
+def test_an_archive_is_read_and_its_file_names_stay_out_of_messages(tmp_path: Path) -> None:
+    save(structure_set([Roi("a", DISCS)], IMAGES), tmp_path / "case" / "Secretname.dcm")
+    save(structure_set([], IMAGES), tmp_path / "case" / "Secretname2.dcm")
+    archive = zipped(tmp_path / "case", tmp_path / "case.zip")
+    for path in (archive, tmp_path / "case"):
+        found = find_annotations(path)
+        assert found.objects[0].structures[0].share(LATTICE)[0].voxels == pytest.approx(np.pi * 36 * 4, rel=1e-3)
+        ((_, reason),) = found.problems
+        assert str(path) in reason.message
+        assert "Secretname" not in str(reason)
 
 
 def test_interpolation_can_be_switched_off(tmp_path: Path) -> None:
