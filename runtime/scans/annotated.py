@@ -372,11 +372,14 @@ def read_pair(pair: FoundPair, organs: Sequence[OrganLabel]) -> Annotation:
     Raises:
         LabelError: the annotation does not name its label values or structures as ``organs`` does, or two structures
             have names of one organ.
-        InputError: the annotation cannot be read, or does not belong to the lattice of the CT.
+        GeometryError: a structure is in another frame of reference than the CT, or not on its lattice.
+        InputError: the annotation cannot be read.
     """
     if isinstance(pair.annotation, Path) and not names_structures(pair.annotation):
         return organs_of_label_map(pair.annotation, organs)
-    return organs_of_structures(structures_of(pair.annotation), organs, lattice_of(pair.scan), pair.scan.name)
+    frame = pair.scan.series.frame_of_reference_uid if pair.scan.series is not None else ""
+    structures = structures_of(pair.annotation)
+    return organs_of_structures(structures, organs, lattice_of(pair.scan), pair.scan.name, frame_of_reference=frame)
 
 
 def annotations_by_case(path: Path, settings: AnnotationSettings) -> dict[str, FoundAnnotation]:

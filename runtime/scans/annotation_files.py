@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
 
 import numpy as np
 
-from fseft_edge.runtime.errors import LabelError, UnreadableFileError
+from fseft_edge.runtime.errors import GeometryError, LabelError, UnreadableFileError
 from fseft_edge.runtime.scans.annotation import OrganShares
 from fseft_edge.runtime.scans.content import found_label_values
 from fseft_edge.runtime.scans.given import GivenLabels, given_labels
@@ -97,7 +97,14 @@ def contents_of(annotations: Sequence[GivenLabels | FoundAnnotation]) -> str:
     return " ".join(sentences)
 
 
-def organs_of_structures(file: StructureFile, organs: Sequence[OrganLabel], lattice: Lattice, case: str) -> OrganShares:
+def organs_of_structures(
+    file: StructureFile,
+    organs: Sequence[OrganLabel],
+    lattice: Lattice,
+    case: str,
+    *,
+    frame_of_reference: str = "",
+) -> OrganShares:
     """Return the organs among the structures of an annotation file, on the lattice of its CT.
 
     Args:
@@ -105,9 +112,11 @@ def organs_of_structures(file: StructureFile, organs: Sequence[OrganLabel], latt
         organs: wanted organs; they have names.
         lattice: lattice of the CT.
         case: name of the case, for messages.
+        frame_of_reference: FrameOfReferenceUID of the CT; empty if it is unknown, as for a CT in NIfTI.
 
     Raises:
         LabelError: an organ has no names, or two structures have names of one organ.
+        GeometryError: a structure is in another frame of reference than the CT.
         InputError: a structure does not belong to the lattice, or cannot be converted without a guess.
     """
     log_warnings(case, file.warnings)
@@ -116,6 +125,13 @@ def organs_of_structures(file: StructureFile, organs: Sequence[OrganLabel], latt
         structure = _structure_of(organ, file, case)
         if structure is None:
             continue
+        of_structure = structure.frame_of_reference
+        if frame_of_reference and of_structure and of_structure != frame_of_reference:
+            raise GeometryError(
+                f"In the annotation of the case {case}, the structure of the organ {organ.name} is in another frame of "
+                "reference than the CT.",
+                remedy="Export the structures on this CT, or register them to it first.",
+            )
         share, warnings = structure.share(lattice)
         log_warnings(f"{case}: {organ.name}", warnings)
         if share.voxels > 0 and share.mask().voxels == 0:

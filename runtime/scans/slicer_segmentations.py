@@ -65,6 +65,11 @@ class Segment:
     source: Path
 
     @property
+    def frame_of_reference(self) -> str:
+        """Empty: the file states no frame of reference."""
+        return ""
+
+    @property
     def is_empty(self) -> bool:
         """Whether the file names the segment but contains no voxel of it, so that it counts as not annotated."""
         return self.box is None

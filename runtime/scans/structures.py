@@ -158,6 +158,10 @@ class Structure(Protocol):
         """ROI number, segment number or label value in the file."""
 
     @property
+    def frame_of_reference(self) -> str:
+        """FrameOfReferenceUID of a structure in DICOM; empty if the file states none."""
+
+    @property
     def is_empty(self) -> bool:
         """Whether the file names the structure but contains nothing of it, so that it counts as not annotated."""
 

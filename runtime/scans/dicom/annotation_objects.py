@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Literal
 
 from pydicom.charset import python_encoding
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -16,7 +16,7 @@ from pydicom.uid import UID
 from fseft_edge.runtime.errors import FseftEdgeError, UnreadableFileError
 from fseft_edge.runtime.scans.dicom.elements import Header, open_data_set, read_elements, read_encoding
 from fseft_edge.runtime.scans.dicom.files import DicomFile, DicomSource
-from fseft_edge.runtime.scans.structures import Structure, StructureSummary
+from fseft_edge.runtime.scans.structures import Structure
 
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
 SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -29,21 +29,6 @@ AnnotationKind = Literal["rtstruct", "seg"]
 
 _SOP_CLASS, _MEDIA_SOP_CLASS = 0x00080016, 0x00020002
 _COPY_AGAIN = "Copy the file again from its source, or export the annotation again."
-
-
-class DicomStructure(Structure, Protocol):
-    """A ROI or segment."""
-
-    @property
-    def frame_of_reference(self) -> str:
-        """UID of its frame of reference; empty if the file names none."""
-
-    def summary(self) -> StructureSummary:
-        """Return number of contours and planes, volume and warnings, as far as the file tells without the CT.
-
-        Raises:
-            InputError: the structure is damaged.
-        """
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,7 +64,7 @@ class AnnotationObject:
     date: str
     time: str
     approval: str
-    structures: Sequence[DicomStructure] = field(repr=False)
+    structures: Sequence[Structure] = field(repr=False)
     warnings: tuple[str, ...]
 
     @property

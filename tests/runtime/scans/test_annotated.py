@@ -351,3 +351,14 @@ def test_one_image_and_one_structure_set_of_any_names(tmp_path: Path) -> None:
     save(dataset, tmp_path / "RS.dcm")
     (pair,) = find_pairs(tmp_path / "b.nii.gz", tmp_path / "RS.dcm")
     np.testing.assert_array_equal(mask_of(pair), expected())
+
+
+def test_a_structure_of_another_frame_of_reference_is_refused(tmp_path: Path) -> None:
+    images, dataset = write_patient(tmp_path / "anna", structures=None)
+    for region in dataset.StructureSetROISequence:
+        region.ReferencedFrameOfReferenceUID = generate_uid(entropy_srcs=["another"])
+    assert images
+    save(dataset, tmp_path / "anna" / "RS.dcm")
+    (pair,) = find_pairs(tmp_path, tmp_path)
+    with refused(GeometryError, "anna", "liver", "frame of reference"):
+        read_pair(pair, [LIVER])
