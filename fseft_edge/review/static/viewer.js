@@ -197,8 +197,11 @@ export class Viewer {
     if (shown) this.#hidden.delete(label);
     else this.#hidden.add(label);
     if (!this.#mask) return;
+    if (this.#drawing) {
+      this.#setDrawnColours();
+      return;
+    }
     this.#mask.setColormapLabel(this.#colours());
-    if (this.#drawing) this.#niivue.setDrawColormap(this.#drawnColours());
     this.#niivue.updateGLVolume();
   }
 
@@ -287,13 +290,20 @@ export class Viewer {
     this.#niivue.createEmptyDrawing();
     this.#drawing = drawing;
     this.#niivue.drawBitmap = drawing.voxels;
-    this.#niivue.setDrawColormap(this.#drawnColours());
-    if (this.#niivue.volumes.includes(this.#mask)) this.#niivue.removeVolume(this.#mask); // the drawing shows it now
+    this.#hideMask();
+    this.#setDrawnColours();
     this.setFill(this.#fill);
-    this.#niivue.updateGLVolume(); // for the colours
     this.#addDirty({ first: 0, last: drawing.lengths[2] - 1 });
     this.#niivue.refreshDrawing();
     this.#onDrawn();
+  }
+
+  // The drawing shows the mask from now on. As NiiVue's removeVolume, without its computation of all textures.
+  #hideMask() {
+    const niivue = this.#niivue;
+    niivue.volumes = niivue.volumes.slice(0, 1);
+    niivue.overlays = [];
+    niivue.overlayTexture = niivue.rgbaTex(niivue.overlayTexture, niivue.gl.TEXTURE2, [2, 2, 2, 2], true); // empty
   }
 
   // Number of the organ of each voxel of a mask, in the order of a drawing.
@@ -381,10 +391,15 @@ export class Viewer {
     gl.texSubImage3D(gl.TEXTURE_3D, 0, 0, 0, first, width, height, last - first + 1, gl.RED, gl.UNSIGNED_BYTE, slices);
   }
 
-  #drawnColours() {
-    const rows = [[0, 0, 0, 0], ...this.#organs.map(({ label }) => [...colourOf(label), this.#hidden.has(label) ? 0 : 255])];
-    const column = (at) => rows.map((row) => row[at]);
-    return { R: column(0), G: column(1), B: column(2), A: column(3), I: [...rows.keys()] };
+  // As NiiVue's setDrawColormap, without its computation of all textures, which takes seconds.
+  #setDrawnColours() {
+    const lut = new Uint8ClampedArray(256 * 4);
+    for (const [at, { label }] of this.#organs.entries()) {
+      lut.set([...colourOf(label), this.#hidden.has(label) ? 0 : 255], 4 * (at + 1));
+    }
+    this.#niivue.drawLut = { lut, labels: [] };
+    this.#niivue.refreshColormaps();
+    this.#niivue.drawScene();
   }
 
   #middle() {

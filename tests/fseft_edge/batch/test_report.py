@@ -400,7 +400,7 @@ def test_each_organ_has_volume_range_confidence_and_flags(batch: Batch) -> None:
 
 
 def test_corrections_are_reported_week_by_week_and_masks_without_correction_count_as_zero(batch: Batch) -> None:
-    """Two masks are accepted in the first week, one of them corrected; one mask in the next week; others do not count."""
+    """Two masks are accepted in the first week, one of them corrected; one mask in the next; others do not count."""
     keys = [batch.done(number, LIVER, SMALL) for number in range(1, 6)]
     for key in keys:
         description = json.loads((batch.outbox / key / f"{key}.json").read_text())
