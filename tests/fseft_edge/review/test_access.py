@@ -22,6 +22,8 @@ STATIC = ROOT / "fseft_edge" / "review" / "static"
 EVERY_PATH = [
     "/",
     "/review.js",
+    "/drawing.js",
+    "/cases/{key}/correction",
     "/niivue.umd.js",
     "/cases",
     "/cases/{key}/scan.nii",

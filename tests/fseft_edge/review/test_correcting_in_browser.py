@@ -37,6 +37,7 @@ pytestmark = pytest.mark.browser
 
 CORRECTED = ".corrected.nii.gz"
 SPLEEN, LIVER = 1, 2  # label values
+SMALL = {"width": 1200, "height": 420}  # WebGL on a CPU takes its time for every pixel
 
 ORDERS = [
     "".join(directions)
@@ -62,6 +63,7 @@ def drag(tab: Tab, *points: tuple[float, float]) -> None:
 
 
 def opened(tab: Tab, address: str, key: str) -> None:
+    tab.page.set_viewport_size(SMALL)
     tab.page.goto(address)
     tab.shown(key)
 
@@ -100,7 +102,6 @@ def test_a_drawn_voxel_arrives_at_its_place_in_all_48_orders_of_axes(tmp_path: P
     batch = one_organ_in_all_orders(tmp_path)
     assert len(set(batch.keys)) == 48
     with served(batch.outbox) as reviewer:
-        tab.page.set_viewport_size({"width": 1200, "height": 400})  # WebGL on a CPU takes its time for every pixel
         opened(tab, reviewer.server.address, batch.keys[0])
         for _ in range(6):
             tab.page.keyboard.press("[")  # the radius becomes 0 mm, which is one voxel
