@@ -30,6 +30,13 @@ export class Drawing {
     return drawing;
   }
 
+  // Return to the voxels that the server has, without a way back; return the range of z.
+  discard() {
+    for (const voxels of [this.voxels, this.#last]) voxels.set(this.#base);
+    [this.#steps, this.#done, this.#saved] = [[], 0, 0];
+    return { first: 0, last: this.lengths[2] - 1 };
+  }
+
   get unsaved() {
     return this.#done !== this.#saved;
   }

@@ -270,8 +270,13 @@ function choosePen(at) {
 
 function setTool(name) {
   if (name !== "look" && !canCorrect()) return;
+  try {
+    viewer?.setTool(name);
+  } catch (error) {
+    showMessage(`The mask of ${current} cannot be corrected here. ${error.message}`);
+    return;
+  }
   tool = name;
-  viewer?.setTool(name);
   for (const button of document.querySelectorAll("#tools button")) {
     button.setAttribute("aria-pressed", String(button.dataset.tool === name));
   }
@@ -363,7 +368,10 @@ async function redraw() {
 }
 
 async function discard() {
-  if (viewer?.unsaved && !saving && window.confirm("Discard the strokes that are not saved?")) await show(current);
+  if (!viewer?.unsaved || saving || !window.confirm("Discard the strokes that are not saved?")) return;
+  const maskChanged = !element("redraw").hidden;
+  viewer.discard();
+  if (maskChanged) await show(current);
 }
 
 // Decisions

@@ -221,8 +221,8 @@ export class Viewer {
 
   // name: "look", "brush", "eraser", "outline", "cut" or "grow". The first tool that draws begins the drawing.
   setTool(name) {
-    this.#tool = name;
     if (name !== "look" && !this.#drawing) this.#draw(new Drawing(this.#drawnMask(this.#mask), ...this.#lattice()));
+    this.#tool = name;
     if (this.#drawing) this.#niivue.setDrawingEnabled(name !== "look");
     this.#niivue.opts.isFilledPen = FILLED.includes(name);
     this.#niivue.opts.penValue = ERASING.includes(name) ? 0 : this.#pen.number;
@@ -252,6 +252,10 @@ export class Viewer {
 
   redo() {
     this.#step(this.#drawing?.redo());
+  }
+
+  discard() {
+    this.#step(this.#drawing.discard());
   }
 
   // Interpolate the selected organ between the slices that were drawn on. Return what was done, or why nothing was.
@@ -312,7 +316,9 @@ export class Viewer {
     const voxels = new Uint8Array(mask.img.length);
     eachVoxel(mask.dimsRAS.slice(1, 4), mask.img2RASstart, mask.img2RASstep, (drawn, at) => {
       const label = mask.img[at];
-      if (label) voxels[drawn] = numbers.get(label) ?? 0;
+      if (!label) return;
+      if (!numbers.has(label)) throw new Error(`The mask contains the label value ${label}, which is no organ of this case.`);
+      voxels[drawn] = numbers.get(label);
     });
     return voxels;
   }

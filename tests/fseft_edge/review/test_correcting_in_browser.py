@@ -167,6 +167,12 @@ def test_a_mask_is_drawn_with_mouse_and_keyboard_saved_accepted_and_learned_from
         assert np.count_nonzero(filled != erased) > 20
         assert set(filled[filled != erased]) == {LIVER}
 
+        drag(tab, (0.2, 0.2), (0.3, 0.2), (0.3, 0.3))
+        tab.wait("#unsaved:text-is('Strokes are not saved.')")
+        tab.page.on("dialog", lambda dialog: dialog.accept())
+        tab.page.click("#discard")
+        tab.wait("#unsaved:text-is('')")
+
         tab.page.keyboard.press("a")
         tab.wait("#decided:has-text('accepted')")
         what = [line.partition(" ")[0] for line in tab.text("#history").splitlines()]
@@ -315,3 +321,16 @@ def test_a_mask_with_more_than_255_organs_is_not_drawn_on(batch: Batch, tab: Tab
         tab.page.keyboard.press("b")
         drag(tab, (0.3, 0.4), (0.35, 0.4))
         assert tab.text("#unsaved") == ""
+
+
+def test_a_mask_with_voxels_of_no_organ_is_not_drawn_on(batch: Batch, tab: Tab) -> None:
+    (key,) = batch.keys
+    with batch.store() as store:
+        store.end(key, Outcome(CaseState.DONE, store.case(key).organs[:1]))
+    with served(batch.outbox) as reviewer:
+        opened(tab, reviewer.server.address, key)
+        tab.page.keyboard.press("b")
+        tab.wait('#message:has-text("label value 2, which is no organ")')
+        drag(tab, (0.3, 0.4), (0.35, 0.4))
+        assert tab.text("#unsaved") == ""
+        assert tab.problems == []

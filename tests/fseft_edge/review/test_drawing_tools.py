@@ -142,6 +142,7 @@ def test_steps_are_undone_and_done_again_and_what_is_saved_is_known(page: Page) 
         drawing.undo(); step(2);  // the same voxels, but the steps of the saved state are gone
         const later = drawing.snapshot();
         step(3); later.saved(); tell();
+        drawing.discard(); tell();
         return told;""",
         empty(),
     )
@@ -156,6 +157,7 @@ def test_steps_are_undone_and_done_again_and_what_is_saved_is_known(page: Page) 
         [2, True, True, False],
         [3, True, True, False],
         [3, True, True, False],
+        [2, False, False, False],
     ]
 
 
