@@ -226,7 +226,9 @@ def patients_of(
     images: GivenScans | None,
     reviewed: ReviewedBatch | None = None,
 ) -> dict[str, str] | None:
-    """Return the patient of each annotated case, or None without ``groups``.
+    """Return the patient of each annotated case; None if each case is of another patient, as far as is known.
+
+    Without ``groups``, the patients of DICOM series are those of their headers.
 
     Args:
         annotated: pairs of a CT and its annotation (see :func:`read_annotations`).
@@ -238,12 +240,27 @@ def patients_of(
         UsageError: a case has no patient, or ``groups`` contains a case that does not exist.
     """
     if groups is None:
-        return None
+        return _patients_in_dicom(annotated)
     known = set(names_of_cases(Path(images))) if isinstance(images, str | Path) else set()
     if reviewed is not None:
         with BatchStore(state_path(reviewed.outbox, reviewed.state)) as store:
             known |= {case.key for case in store.cases()}
     return groups_of(groups, [case_of(image, labels) for image, labels in annotated], known=known)
+
+
+def _patients_in_dicom(annotated: Sequence[AnnotatedScan]) -> dict[str, str] | None:
+    """Return the patient of each case if two DICOM series are of one patient, else None."""
+    patients: dict[str, str] = {}
+    numbers: dict[bytes, str] = {}
+    for image, labels in annotated:
+        series = image.series if isinstance(image, Scan) else None
+        case = case_of(image, labels)
+        patients[case] = case if series is None else numbers.setdefault(series.patient, case)
+    shared = sorted(case for case, patient in patients.items() if list(patients.values()).count(patient) > 1)
+    if not shared:
+        return None
+    _LOG.warning("cross-validation leaves out together the scans of one patient: %s", ", ".join(shared))
+    return patients
 
 
 def annotation_hash(labels: Annotation, organs: Sequence[OrganLabel]) -> str:

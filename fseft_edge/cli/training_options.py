@@ -76,7 +76,9 @@ class Support:
         if made.support_groups is not None and any(organ.left_out_dsc for organ in made.organs):
             scans, groups = counted(made.shots, "scan"), made.support_groups
             if self.groups is None:
-                click.echo(f"Copies of a scan were left out together: {scans}, of which {groups} are different.")
+                click.echo(
+                    f"Copies of a scan, and scans of one patient, were left out together: {scans} in {groups} groups."
+                )
             else:
                 click.echo(f"All scans of a patient were left out together: {scans} of {counted(groups, 'patient')}.")
         if self.reviewed is not None and any(organ.left_out_dsc for organ in made.organs):

@@ -9,10 +9,10 @@ CT of the same name: the name of the file, or of the first subfolder in which th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from fseft_edge.runtime.errors import InputError, NoSeriesError, UnreadableFileError, UsageError
 from fseft_edge.runtime.scans.annotation import Annotation
@@ -90,35 +90,38 @@ def find_pairs(
         UsageError: ``settings.structure_set`` matches no annotation of a CT.
     """
     scans = _Scans.at(images)
-    annotations = _annotations_at(labels, images, interpolate=settings.interpolate)
+    annotations = _annotations_at(labels, images, scans, interpolate=settings.interpolate)
     if images.is_file() and labels.is_file() and len(annotations) == len(scans.named) == 1:
         (name,) = scans.named
-        return [FoundPair(scans.scan(name), annotations[0].annotation)]
-    found: dict[str, list[_Named]] = {}
-    strays = []
+        return [FoundPair(scans.scan(name, _Place(name)), annotations[0].annotation)]
+    found: dict[_Place, list[_Named]] = {}
     for annotation in annotations:
-        case = scans.case_of(annotation)
-        if case is None:
-            strays.append(annotation)
-        else:
-            found.setdefault(case, []).append(annotation)
-    names = [*scans.named, *(name for name in found if name not in scans.named)]
-    wanted = list(dict.fromkeys(cases)) if cases is not None else [name for name in names if name in found]
-    if missing := [name for name in wanted if name not in found]:
+        place = scans.place_of(annotation)
+        if place is not None:
+            found.setdefault(place, []).append(annotation)
+    places = scans.case_names(found)
+    names = [*(name for name in scans.named if all(place.name != name for place in found)), *places]
+    wanted = list(dict.fromkeys(cases)) if cases is not None else list(places)
+    if missing := [name for name in wanted if name not in places]:
         raise UnreadableFileError(
             f"For the cases {', '.join(missing)}, the image in {images} or the annotation in {labels} is missing.",
             remedy="Give each annotation the file name of its image, and check the case names.",
         )
     if not wanted:
         raise _no_pair(images, labels, scans, annotations)
-    if strays and cases is None:
+    used = sum(len(of_place) for of_place in found.values())
+    if used < len(annotations) and cases is None:
+        strays = len(annotations) - used
         _LOG.warning(
-            "%d of %d annotations in %s belong to no CT in %s, and are not used", len(strays), len(annotations), labels,
+            "%d of %d annotations in %s belong to no CT in %s, and are not used",
+            strays,
+            len(annotations),
+            labels,
             images,
-        )  # fmt: skip
-    if cases is None and (skipped := [name for name in names if name not in found]):
+        )
+    if cases is None and (skipped := [name for name in names if name not in places]):
         _LOG.warning("these cases are skipped, because they have no annotation: %s", ", ".join(skipped))
-    return [FoundPair(scans.scan(name, found[name][0]), _chosen(name, found[name], settings)) for name in wanted]
+    return [FoundPair(scans.scan(name, places[name]), _chosen(name, found[places[name]], settings)) for name in wanted]
 
 
 def names_of_cases(images: Path) -> list[str]:
@@ -134,11 +137,23 @@ class _Named:
     annotation: FoundAnnotation
 
 
-class _Scans:
-    """The CTs at a path: image files by name, or DICOM series.
+class _Place(NamedTuple):
+    """A CT to which annotations belong.
 
     Attributes:
-        named: image file of each case; for DICOM, the series of each case.
+        name: name of the file or folder.
+        series: index among the CT series of this name; None if it is the only CT, or the one that is read by itself.
+    """
+
+    name: str
+    series: int | None = None
+
+
+class _Scans:
+    """The CTs at a path.
+
+    Attributes:
+        named: by name of the file or folder, an image file, or the CT series in DICOM.
     """
 
     def __init__(self, named: Mapping[str, Path | Sequence[DicomSeries]]) -> None:
@@ -146,64 +161,90 @@ class _Scans:
 
     @classmethod
     def at(cls, images: Path) -> _Scans:
-        if images.is_dir() or is_image_file(images) or not images.exists():
-            try:
-                return cls(cases_by_name(images))
-            except UnreadableFileError as no_image:
-                if not images.is_dir():
-                    raise
-                found = _in_folders(images, is_image_file) or _patients(images)
-                if not found:
-                    raise UnreadableFileError(
-                        f"{no_image.message} It contains no CT series in DICOM either.", remedy=no_image.remedy
-                    ) from None
-                return cls(found)
-        return cls(_patients(images))
+        if not images.is_dir() and images.exists() and not is_image_file(images):
+            return cls(_patients(images))
+        try:
+            return cls(cases_by_name(images))
+        except UnreadableFileError as no_image:
+            if not images.is_dir():
+                raise
+            # A file beside a DICOM series in the folder of a patient is an annotation.
+            patients = _patients(images)
+            in_folders = _in_folders(images, is_image_file, but=patients)
+            if not patients and not in_folders:
+                raise UnreadableFileError(
+                    f"{no_image.message} It contains no CT series in DICOM either.", remedy=no_image.remedy
+                ) from None
+            named: dict[str, Path | Sequence[DicomSeries]] = {**in_folders, **patients}
+            return cls(dict(sorted(named.items())))
 
-    def case_of(self, annotation: _Named) -> str | None:
-        """Return the case to which an annotation belongs; None if there is none."""
-        found = annotation.annotation
-        series = {name: of_case for name, of_case in self.named.items() if not isinstance(of_case, Path)}
+    @property
+    def series(self) -> list[tuple[_Place, DicomSeries]]:
+        """All CT series in DICOM."""
+        return [
+            (_Place(name, index), one)
+            for name, of_case in self.named.items()
+            if not isinstance(of_case, Path)
+            for index, one in enumerate(of_case)
+        ]
+
+    def place_of(self, annotation: _Named) -> _Place | None:
+        """Return the CT to which an annotation belongs; None if there is none."""
+        found, series = annotation.annotation, self.series
         if isinstance(found, Path) or not series:
-            return annotation.name if annotation.name in self.named else None
-        shared = {name: max(_shared(found, one) for one in of_case) for name, of_case in series.items()}
-        best = max(shared, key=lambda name: shared[name])
-        if shared[best]:
-            return best
-        framed = [name for name, of_case in series.items() if any(_in_frame(found, one) for one in of_case)]
-        if len(framed) > 1 and annotation.name in framed:
-            return annotation.name
-        if len(framed) > 1:
+            return _Place(annotation.name) if annotation.name in self.named else None
+        place, most = max(((place, _shared(found, one)) for place, one in series), key=lambda pair: pair[1])
+        if most:
+            return place
+        framed = [(place, len(one.slices)) for place, one in series if _in_frame(found, one)]
+        beside = [pair for pair in framed if pair[0].name == annotation.name]
+        names = list(dict.fromkeys(place.name for place, _ in framed))
+        if len(names) > 1 and not beside:
             raise InputError(
-                f"An annotation in {found.path} names none of the CT images, and {len(framed)} cases are in its frame "
-                f"of reference: {', '.join(framed)}.",
+                f"An annotation in {found.path} names none of the CT images, and {len(names)} cases are in its frame "
+                f"of reference: {', '.join(names)}.",
                 remedy="Put the annotation into the folder of its CT, or export it again with references to images.",
             )
-        return framed[0] if framed else None
+        return max(beside or framed, key=lambda pair: pair[1])[0] if framed else None
 
-    def scan(self, name: str, annotation: _Named | None = None) -> Scan:
-        """Return the CT of a case; of several series, the one to which the annotation belongs."""
-        of_case = self.named[name]
+    def case_names(self, places: Collection[_Place]) -> dict[str, _Place]:
+        """Return the CTs with annotations by the names of their cases, in the order of the CTs.
+
+        Several CT series of one folder get a number.
+        """
+        cases: dict[str, _Place] = {}
+        for name in self.named:
+            of_name = sorted((place for place in places if place.name == name), key=lambda place: place.series or 0)
+            if len(of_name) > 1 and any(place.series is None for place in of_name):
+                raise InputError(
+                    f"The case {name} has {len(of_name)} annotations of different kinds.",
+                    remedy="Leave one annotation for each case in the folder.",
+                )
+            numbered = len(of_name) > 1
+            cases |= {f"{name}_{number}" if numbered else name: one for number, one in enumerate(of_name, start=1)}
+        return cases
+
+    def scan(self, case: str, place: _Place) -> Scan:
+        """Return the CT of a case."""
+        of_case = self.named[place.name]
         if isinstance(of_case, Path):
-            return Scan(name, of_case)
+            return Scan(case, of_case)
         from fseft_edge.runtime.scans.dicom import choose_series  # noqa: PLC0415 - loads pydicom
 
-        wanted: DicomSeries | None = None
-        if annotation is not None and not isinstance(annotation.annotation, Path):
-            found = annotation.annotation
-            wanted = max(of_case, key=lambda one: (_shared(found, one), _in_frame(found, one), len(one.slices)))
-        chosen = choose_series(of_case, None if wanted is None else str(wanted.number))
-        return Scan(name, _folder_of(chosen), chosen)
+        chosen = choose_series(of_case, None if place.series is None else str(of_case[place.series].number))
+        return Scan(case, _folder_of(chosen), chosen)
 
 
-def _in_folders(path: Path, is_wanted: Callable[[Path], bool]) -> dict[str, Path]:
-    """Return the file of a kind in each subfolder, by the name of the subfolder.
+def _in_folders(path: Path, is_wanted: Callable[[Path], bool], *, but: Collection[str] = ()) -> dict[str, Path]:
+    """Return the file of a kind in each subfolder, by the name of the subfolder, without the subfolders ``but``.
 
     Raises:
         InputError: a subfolder contains several such files.
     """
     found: dict[str, Path] = {}
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        if folder.name in but:
+            continue
         files = sorted(file for file in folder.iterdir() if not file.name.startswith(".") and is_wanted(file))
         if len(files) > 1:
             raise InputError(
@@ -269,30 +310,36 @@ def _name_in(path: Path, file: Path) -> str:
     return parts[0] if len(parts) > 1 else scan_name(file if len(parts) == 1 and file.suffix == ".zip" else path)
 
 
-def _annotations_at(labels: Path, images: Path | None, *, interpolate: bool) -> list[_Named]:
+def _annotations_at(labels: Path, images: Path | None, scans: _Scans | None, *, interpolate: bool) -> list[_Named]:
     """Return all annotations at a path with their names."""
-    is_file = labels.exists() and (is_segmentation_file(labels) or is_image_file(labels))
-    if labels.is_dir() or is_file or not labels.exists():
-        try:
-            return [_Named(name, path) for name, path in annotations_by_name(labels, images).items()]
-        except UnreadableFileError as no_label_map:
-            if not labels.is_dir():
-                raise
-            in_folders = _in_folders(labels, is_segmentation_file)
-            if not in_folders and not (images is not None and images.is_dir() and labels.samefile(images)):
-                in_folders = _in_folders(labels, is_image_file)
-            found = [_Named(name, path) for name, path in in_folders.items()]
-            found = found or _in_dicom(labels, interpolate=interpolate)
-            if not found:
-                raise no_label_map from None
-            return found
-    found = _in_dicom(labels, interpolate=interpolate)
-    if not found:
-        raise UnreadableFileError(
-            f"{labels} is no label map, no .seg.nrrd file, no RT Structure Set and no DICOM Segmentation.",
-            remedy="Give the annotation of a scan, or the folder of the annotations.",
-        )
-    return found
+    if not labels.is_dir() and labels.exists() and not (is_segmentation_file(labels) or is_image_file(labels)):
+        found = _in_dicom(labels, interpolate=interpolate)
+        if not found:
+            raise UnreadableFileError(
+                f"{labels} is no label map, no .seg.nrrd file, no RT Structure Set and no DICOM Segmentation.",
+                remedy="Give the annotation of a scan, or the folder of the annotations.",
+            )
+        return found
+    try:
+        return [_Named(name, path) for name, path in annotations_by_name(labels, images).items()]
+    except UnreadableFileError:
+        if not labels.is_dir():
+            raise
+        is_folder_of_images = images is not None and images.is_dir() and labels.samefile(images)
+        are_images = [
+            name
+            for name, of_case in (scans.named.items() if scans is not None and is_folder_of_images else ())
+            if isinstance(of_case, Path)
+        ]
+        in_folders = {
+            **_in_folders(labels, is_image_file, but=are_images),
+            **_in_folders(labels, is_segmentation_file),
+        }
+        found = [_Named(name, path) for name, path in sorted(in_folders.items())]
+        found += _in_dicom(labels, interpolate=interpolate)
+        if not found:
+            raise
+        return found
 
 
 def _in_dicom(labels: Path, *, interpolate: bool) -> list[_Named]:
@@ -395,7 +442,7 @@ def annotations_by_case(path: Path, settings: AnnotationSettings) -> dict[str, F
         UsageError: ``settings.structure_set`` matches no annotation of a case.
     """
     found: dict[str, list[_Named]] = {}
-    for annotation in _annotations_at(path, None, interpolate=settings.interpolate):
+    for annotation in _annotations_at(path, None, None, interpolate=settings.interpolate):
         found.setdefault(annotation.name, []).append(annotation)
     return {name: _chosen(name, of_case, settings) for name, of_case in found.items()}
 

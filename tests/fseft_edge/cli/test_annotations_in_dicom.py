@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813 - its customary name
 from doubles.command_line import Run, Site, assert_error_with_remedy, command_line_site, runner
@@ -14,7 +15,7 @@ from doubles.dicom import Series, save
 from doubles.encoder import SPACING, label_of, scan
 from doubles.structure_sets import Roi, structure_set
 
-from fseft_edge.adaptation.support_set import find_annotated
+from fseft_edge.adaptation.support_set import find_annotated, patients_of
 from fseft_edge.adapters.file import read_adapter
 from fseft_edge.adapters.network import AdapterSettings
 from fseft_edge.dicom_output.contours import closed_contours
@@ -116,6 +117,23 @@ def test_lists_of_scans_and_structure_sets_in_python(site: Site) -> None:
     for seed, (_, annotation) in enumerate(annotated, start=1):
         mask, expected = annotation.mask(1), scan(seed).labels.array[BOX] == label_of("liver")
         assert np.count_nonzero(mask != expected) <= 1
+
+
+def test_series_of_one_patient_are_left_out_together(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    organs, where = parse_organs(["liver"]), site / "patients"
+    annotated = find_annotated(where, where, organs, AdapterSettings())
+    assert patients_of(annotated, None, images=where) == {"p1": "p1", "p2": "p1"}
+    assert "p1, p2" in caplog.text
+    assert "4711" not in caplog.text
+    shutil.copytree(where, tmp_path / "patients")
+    for path in (tmp_path / "patients" / "p2").glob("IM*"):
+        image = pydicom.dcmread(path)
+        image.PatientID = "another"
+        image.save_as(path)
+    annotated = find_annotated(tmp_path / "patients", tmp_path / "patients", organs, AdapterSettings())
+    assert patients_of(annotated, None, images=tmp_path / "patients") is None
 
 
 def test_masks_are_compared_with_structure_sets(site: Site, tmp_path: Path, run: Run) -> None:

@@ -54,7 +54,7 @@ def test_a_copy_of_a_scan_is_reported(site: Site, tmp_path: Path, run: Run, capl
     moved = ("--images", tmp_path / "images", "--labels", tmp_path / "labels")
     outcome = run(*site.adapt("--organ", LIVER, *moved, output=tmp_path / "a.adapter"))
     assert outcome.code == 0
-    assert "Copies of a scan were left out together: 3 scans, of which 2 are different." in outcome.out
+    assert "Copies of a scan, and scans of one patient, were left out together: 3 scans in 2 groups." in outcome.out
     assert "again and case_1 contain the same scan" in caplog.text
 
 

@@ -362,3 +362,30 @@ def test_a_structure_of_another_frame_of_reference_is_refused(tmp_path: Path) ->
     (pair,) = find_pairs(tmp_path, tmp_path)
     with refused(GeometryError, "anna", "liver", "frame of reference"):
         read_pair(pair, [LIVER])
+
+
+def test_two_contoured_series_of_a_patient_are_two_cases(tmp_path: Path) -> None:
+    write_patient(tmp_path / "anna" / "plan", seed=1)
+    other = (slice(0, 3), *BOX[1:])
+    write_patient(tmp_path / "anna" / "replan", [roi(box=other)], seed=2)
+    first, second = find_pairs(tmp_path, tmp_path)
+    assert [first.scan.name, second.scan.name] == ["anna_1", "anna_2"]
+    found = sorted(int(mask_of(pair).sum()) for pair in (first, second))
+    assert found == sorted([int(expected().sum()), int(expected(other).sum())])
+    (only,) = find_pairs(tmp_path, tmp_path, ["anna_2"])
+    assert only.scan.name == "anna_2"
+
+
+def test_label_maps_beside_dicom_series_in_the_folders_of_patients(tmp_path: Path) -> None:
+    write_patient(tmp_path / "anna", structures=None)
+    write_patient(tmp_path / "berta", seed=4)
+    (only,) = find_pairs(tmp_path, tmp_path)
+    labels = LabelMap(expected().astype(np.uint8), only.scan.read().affine)
+    write_label_map(tmp_path / "anna" / "organs.nii.gz", labels)
+    first, second = find_pairs(tmp_path, tmp_path)
+    assert [first.scan.name, second.scan.name] == ["anna", "berta"]
+    np.testing.assert_array_equal(read_pair(first, parse_organs(["liver=1"])).mask(1), expected())
+    np.testing.assert_array_equal(mask_of(second), expected())
+    write_label_map(tmp_path / "berta" / "organs.nii.gz", labels)
+    with refused(InputError, "berta", "different kinds"):
+        find_pairs(tmp_path, tmp_path)
