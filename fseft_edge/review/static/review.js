@@ -140,7 +140,7 @@ function historyRow({ what, at, reviewer, note }) {
   return make("li", `${what} ${when}${reviewer && ` by ${reviewer}`}${note ? `: ${note}` : ""}`);
 }
 
-function organRow(organ) {
+function organRow(organ, at) {
   const row = make("li");
   const shown = make("input");
   shown.type = "checkbox";
@@ -152,9 +152,12 @@ function organRow(organ) {
   swatch.style.backgroundColor = `rgb(${colourOf(organ.label).join()})`;
   const name = make("button", organ.name);
   name.type = "button";
-  name.title = `Move the cross to ${organ.name}`;
+  name.title = `Move the cross to ${organ.name}, and draw this organ`;
   name.disabled = !viewer;
-  name.addEventListener("click", () => viewer.goTo(organ.label));
+  name.addEventListener("click", () => {
+    viewer.goTo(organ.label);
+    choosePen(at);
+  });
   name.append(make("span", ` ${organ.volume_ml.toFixed(1)} ml`, "volume"));
   row.append(shown, swatch, name);
   if (organ.flags.length) row.append(make("span", organ.flags.join(", ").replaceAll("_", " "), "flags"));

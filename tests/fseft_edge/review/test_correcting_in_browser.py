@@ -152,6 +152,9 @@ def test_a_mask_is_drawn_with_mouse_and_keyboard_saved_accepted_and_learned_from
         assert np.count_nonzero(drawn != draft) > 5
         assert set(drawn[drawn != draft]) == {LIVER}
 
+        tab.page.keyboard.press("1")
+        tab.page.click("#organs button:has-text('liver')")
+        assert tab.page.input_value("#pen") == "liver"
         tab.page.keyboard.press("e")  # the eraser takes nothing from the spleen
         drag(tab, (0.1, 0.5), (0.55, 0.5))
         saved(tab)
