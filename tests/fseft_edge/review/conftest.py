@@ -10,7 +10,7 @@ import pytest
 from doubles.browser import CHROMIUM, SOFTWARE_WEBGL, Tab
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # while the driver runs, no other test of this process can use asyncio
 def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not CHROMIUM:

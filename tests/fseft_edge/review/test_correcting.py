@@ -177,6 +177,8 @@ def test_masks_of_another_program_become_corrections(batch: Batch, tmp_path: Pat
     done = run("review-import", batch.outbox, named, "--reviewer", "Bo Li")
     assert (done.code, done.out) == (0, f"{first}: corrected by Bo Li (liver)\n")
     np.testing.assert_array_equal(read_label_map(batch.mask(first, CORRECTED)).array, drawn(batch, first))
+    back = run("review-import", batch.outbox, batch.mask(first), "--reviewer", "Bo Li")  # the mask of the batch again
+    assert back.out == f"{first}: corrected by Bo Li (no organ differs)\n"
     other = tmp_path / "any name.nii.gz"
     shutil.copy(batch.mask(second), other)
     saved = import_corrections(batch.outbox, [other], case=second, reviewer="Bo Li")
