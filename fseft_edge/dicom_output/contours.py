@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 def closed_contours(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float64]]:
     """Yield one closed polygon for each 4-connected component of the mask in one plane.
 
-    Vertices are halfway between a pixel of the mask and a neighbouring pixel outside the mask (marching squares with
-    iso-value 0.5), so every pixel centre is strictly inside or outside. Marching squares cuts corners: the area of a
-    polygon is half a pixel less than that of its pixels, plus half a pixel for each hole. A hole is joined to the
-    outline by a channel of zero width through pixels of the mask, the "keyhole" of PS3.3 section C.8.8.6.3.
+    The polygon follows the edges of the pixels, so every pixel centre is strictly inside or outside, and the area is
+    that of the pixels: another program gets the volume of the mask. A hole is joined to the outline by a channel of
+    zero width through pixels of the mask, the "keyhole" of PS3.3 section C.8.8.6.3.
 
     Args:
         mask: boolean array ``[rows, columns]``.
@@ -35,7 +34,8 @@ def closed_contours(mask: NDArray[np.bool_]) -> Iterator[NDArray[np.float64]]:
     filled = contour_generator(z=np.pad(piece, 1).astype(np.float64), fill_type=FillType.OuterOffset).filled(0.5, 2.0)
     for points, offsets in zip(*filled, strict=True):
         rings = [points[start : stop - 1] for start, stop in pairwise(offsets)]
-        yield _without_straight_vertices(_joined_to_holes(rings[0], rings[1:])) + np.array([left - 1, top - 1])
+        path = _along_pixel_edges(_joined_to_holes(rings[0], rings[1:]))
+        yield _without_straight_vertices(path) + np.array([left - 1, top - 1])
 
 
 def _joined_to_holes(outline: NDArray[np.float64], holes: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -52,6 +52,17 @@ def _joined_to_holes(outline: NDArray[np.float64], holes: Sequence[NDArray[np.fl
         anchor = int(facing[path[facing, 0].argmax()])
         path = np.concatenate([path[: anchor + 1], hole[start:], hole[: start + 1], path[anchor:]])
     return path
+
+
+def _along_pixel_edges(path: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Add the corners of pixels that marching squares cuts: between two vertices in the middle of adjacent edges.
+
+    Of such a pair, one vertex has a column and the other a row that ends with one half; together they are the corner.
+    """
+    following = np.roll(path, -1, axis=0)
+    corners = np.where(path % 1 == 0, following, path)  # the halves of both
+    is_cut = (np.abs(following - path) == 0.5).all(axis=1)
+    return np.insert(path, np.flatnonzero(is_cut) + 1, corners[is_cut], axis=0)
 
 
 def _without_straight_vertices(path: NDArray[np.float64]) -> NDArray[np.float64]:

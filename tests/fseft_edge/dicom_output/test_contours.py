@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -38,13 +37,11 @@ def test_contours_enclose_exactly_the_mask_by_union_and_by_exclusive_or(mask: ND
 
 
 @given(MASKS)
-def test_the_area_is_that_of_the_pixels_except_for_the_cut_corners(mask: NDArray[np.bool_]) -> None:
-    """Marching squares cuts an eighth of a pixel off every corner, half a pixel per closed outline."""
-    _, pieces = ndimage.label(mask)
-    _, background = ndimage.label(~np.pad(mask, 1), np.ones((3, 3)))
+def test_the_area_is_that_of_the_pixels(mask: NDArray[np.bool_]) -> None:
+    labelled, pieces = ndimage.label(mask)
     polygons = list(closed_contours(mask))
     assert len(polygons) == pieces
-    assert sum(map(area, polygons)) == pytest.approx(mask.sum() - pieces / 2 + (background - 1) / 2)
+    assert sorted(map(area, polygons)) == sorted(np.bincount(labelled.ravel())[1:].tolist())
 
 
 def test_a_ring_is_one_polygon_with_a_channel_through_pixels_of_the_ring() -> None:
@@ -60,11 +57,9 @@ def test_a_ring_is_one_polygon_with_a_channel_through_pixels_of_the_ring() -> No
     assert all(mask[int(ends[0][1]), column] for column in range(int(np.ceil(ends[0][0])), int(ends[1][0]) + 1))
 
 
-def test_a_rectangle_of_any_size_has_eight_vertices() -> None:
+def test_a_rectangle_of_any_size_has_four_vertices() -> None:
     (polygon,) = closed_contours(np.ones((200, 300), bool))
-    assert sorted(map(tuple, polygon.tolist())) == sorted(
-        [(0, -0.5), (299, -0.5), (0, 199.5), (299, 199.5), (-0.5, 0), (-0.5, 199), (299.5, 0), (299.5, 199)]
-    )
+    assert sorted(map(tuple, polygon.tolist())) == [(-0.5, -0.5), (-0.5, 199.5), (299.5, -0.5), (299.5, 199.5)]
 
 
 def test_an_empty_mask_has_no_contour() -> None:
