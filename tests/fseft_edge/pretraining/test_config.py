@@ -14,6 +14,7 @@ from doubles.repository import ROOT
 
 from fseft_edge.phantom import ORGANS
 from fseft_edge.pretraining import PretrainingConfig, read_pretraining_config
+from fseft_edge.pretraining.config import FilesConfig
 from fseft_edge.pretraining.training_cases import TrainingCase, draw_batch, load_cohorts
 from fseft_edge.runtime.errors import InputError, UnreadableFileError
 from fseft_edge.runtime.system.progress import SilentProgress
@@ -180,3 +181,23 @@ def test_configurations_of_the_built_in_encoders_do_not_use_the_novel_organs(nam
     used = {label for dataset in config.dataset if dataset.kind == "files" for label in dataset.organs.values()}
     assert not used & {3, 4}  # the parotid glands of the head-and-neck annotations
     assert not any("parotid" in organ for organ in config.organs)
+
+
+def test_organs_have_label_values_or_names_in_annotations() -> None:
+    dataset = FilesConfig(
+        kind="files",
+        name="hospital",
+        images="ct",
+        labels="ct",
+        crops_per_step=1,
+        organs={"liver": 6, "lung": (1, 2), "parotid_left": "parotid_left|PAROTIS LI"},
+    )
+    values, organs = dataset.label_values()
+    assert values == {"liver": 6, "lung": (1, 2), "parotid_left": 3}
+    assert [(organ.label, organ.names, organ.in_label_maps) for organ in organs] == [
+        (1, (), True),
+        (2, (), True),
+        (6, (), True),
+        (3, ("parotid_left", "PAROTIS LI"), False),
+    ]
+    assert organs[-1].is_named("Parotid_L")
