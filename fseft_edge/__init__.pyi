@@ -21,8 +21,10 @@ from .machine.speed import benchmark
 from .masks.mask_image import Mask
 from .outbox.accepted_masks import ReviewedBatch
 from .pretraining import pretrain, read_pretraining_config
+from .review.importing import import_corrections
 from .review.server import open_review
 from .runtime.scans.organs import OrganLabel
+from .runtime.scans.structure_list import list_annotations
 from .runtime.scans.volume import LabelMap, Volume
 from .segmentation.encode import encode
 from .segmentation.organ_segmenter import OrganSegmenter, load
@@ -51,6 +53,8 @@ __all__ = [
     "export_adapter",
     "export_encoder",
     "finetune",
+    "import_corrections",
+    "list_annotations",
     "load",
     "merge",
     "models",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import statistics
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Self, overload
@@ -24,6 +24,7 @@ from fseft_edge.masks.mask_image import Mask
 from fseft_edge.runtime.encoder.bundle import Precision
 from fseft_edge.runtime.errors import UsageError
 from fseft_edge.runtime.scans.given import GivenLabels, GivenScan, given_scan, one_or_many
+from fseft_edge.runtime.scans.organs import GivenOrgans
 from fseft_edge.runtime.system.progress import Progress
 from fseft_edge.segmentation.models import LoadedModels
 from fseft_edge.segmentation.segmenter import Segmenter, open_segmenter
@@ -37,7 +38,7 @@ class OrganSegmenter:
     the end of the object.
 
     Args:
-        organs: organs to train, with their label values in the annotations.
+        organs: organs to train, with their label values or names in the annotations (see :func:`fseft_edge.adapt`).
         encoder: encoder bundle, or the name of a built-in encoder.
         settings: kind of adapter; the default is the method ``spatial`` on all levels.
         training: training schedule and seed.
@@ -60,7 +61,7 @@ class OrganSegmenter:
 
     def __init__(
         self,
-        organs: Mapping[str, int],
+        organs: GivenOrgans,
         encoder: str | Path = "edge_base",
         *,
         settings: AdapterSettings | None = None,
