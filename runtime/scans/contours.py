@@ -5,10 +5,11 @@ section C.8.8.6). The share of a voxel is therefore the share of its pixel, comp
 
 Which planes belong together: let the step be the smallest distance between neighbouring contoured slices. If all
 distances are equal to it, the contours are complete (step 1), or drawn on every second, third, ... slice and
-interpolated. A larger distance separates two pieces of a structure if it has at least three steps and 10 mm: it is then
-left empty, with a warning. A smaller one is refused, because contours seem to be missing there, and neither an empty
-slice nor an invented one would be what the author of the contours meant. For the same reason nothing is added beyond
-the first and last contoured slice of a piece.
+interpolated, if they are at most 15 mm apart. A larger distance separates two pieces of a structure if it has at least
+three steps and 10 mm: it is then left empty, with a warning. A smaller one is refused, because contours seem to be
+missing there, and neither an empty slice nor an invented one would be what the author of the contours meant; it is left
+empty if the caller wants no interpolation. For the same reason nothing is added beyond the first and last contoured
+slice of a piece, and nothing between contours that do not overlap.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from fseft_edge.runtime.scans.structures import BoxedShare, Lattice
 APART_STEPS, APART_MM = 3, 10.0
 """Pieces of a structure are at least this far apart along the slice axis."""
 
+MOST_BETWEEN_MM = 15.0
+"""Largest distance in mm between two contours over which a structure is interpolated."""
+
 SLIVER_MM, SLIVER_SHARE = 0.05, 0.05
 """Contours overlap, or one protrudes from another, only if the part has more area than a strip of this width along the
 shorter contour, or more than this share of the smaller contour. Coordinates are often rounded to 0.1 mm."""
@@ -42,7 +46,10 @@ MISSING_PIXELS, MISSING_SHARE = 9, 0.1
 """A part is missing on a slice if at least this number of pixels, and this share of what both neighbouring slices have
 in common, is empty."""
 _SAME_PLANE_MM = 0.05
-_REDRAW = "Complete the contours in the program that wrote them, or leave this structure out."
+_REDRAW = (
+    "Complete the contours in the program that wrote them, leave the slices between them empty with --no-interpolate, "
+    "or leave this structure out."
+)
 _OTHER_CT = "Give the CT on which the contours were drawn."
 
 _Shares: TypeAlias = tuple[NDArray[np.float64], tuple[int, int]]
@@ -109,9 +116,15 @@ def share_of(
     regions = {index: stack.region(index, notes) for index in sorted(stack.planes)}
     planes = {index: region.shares(stack.shape) for index, region in regions.items()}
     _check_within(regions, planes, stack, name, notes)
-    step = _step(sorted(regions), stack.distance, name, notes)
+    step = _step(sorted(regions), stack.distance, name, notes, strict=interpolate)
     if step > 1 and interpolate:
-        planes |= _filled(regions, planes, step, stack)
+        if step * stack.distance > MOST_BETWEEN_MM:
+            raise GeometryError(
+                f"{name} has contours {step * stack.distance:.3g} mm apart, which is too far to interpolate between "
+                "them.",
+                remedy="Contour more slices, or leave the slices between them empty with --no-interpolate.",
+            )
+        planes |= _filled(regions, planes, step, stack, notes)
         between = len(planes) - len(regions)
         notes.add(
             f"has contours on every {_ordinal(step)} slice only: {between} slice{'s' * (between > 1)} between them "
@@ -350,7 +363,7 @@ def _check_within(
         notes.add(f"is only partly within the slices: {100 * (1 - inside / whole):.2g} % of its area were left out")
 
 
-def _step(slices: Sequence[int], distance: float, name: str, notes: _Notes) -> int:
+def _step(slices: Sequence[int], distance: float, name: str, notes: _Notes, *, strict: bool) -> int:
     """Return the distance in slices between neighbouring contours of one piece.
 
     Args:
@@ -358,6 +371,8 @@ def _step(slices: Sequence[int], distance: float, name: str, notes: _Notes) -> i
         distance: distance between slices in mm.
         name: subject of messages.
         notes: gets a warning for empty slices between two pieces.
+        strict: whether contours that are missing on single slices are an error. If not, these slices stay empty, with
+            a warning.
 
     Raises:
         GeometryError: contours are missing on single slices.
@@ -371,23 +386,24 @@ def _step(slices: Sequence[int], distance: float, name: str, notes: _Notes) -> i
     for (first, second), gap in zip(pairwise(slices), gaps, strict=True):
         if gap == step:
             continue
-        if gap < APART_STEPS * step or gap * distance < APART_MM:
+        if (gap < APART_STEPS * step or gap * distance < APART_MM) and strict:
             raise GeometryError(
                 f"{name} has contours at irregular distances: from {step} slice{'s' * (step > 1)} between neighbouring "
                 f"ones to {gap} slices between the slices {first + 1} and {second + 1}.",
                 remedy=_REDRAW,
             )
+        between = "slice" if gap == 2 else f"{gap - 1} slices"
         notes.add(
-            f"consists of pieces: the {gap - 1} slices between the slices {first + 1} and {second + 1} have no "
-            "contours and stay empty"
+            f"consists of pieces: the {between} between the slices {first + 1} and {second + 1} "
+            f"{'has' if gap == 2 else 'have'} no contours and {'stays' if gap == 2 else 'stay'} empty"
         )
     return step
 
 
 def _filled(
-    regions: Mapping[int, Region], planes: Mapping[int, _Shares], step: int, stack: _Stack
+    regions: Mapping[int, Region], planes: Mapping[int, _Shares], step: int, stack: _Stack, notes: _Notes
 ) -> dict[int, _Shares]:
-    """Return the shares of the slices between contours that are one step apart."""
+    """Return the shares of the slices between contours that are one step apart and overlap."""
     from scipy.interpolate import PchipInterpolator  # noqa: PLC0415 - only needed for interpolation
 
     found: dict[int, _Shares] = {}
@@ -396,6 +412,12 @@ def _filled(
             continue
         areas = PchipInterpolator(piece, [float(planes[index][0].sum()) for index in piece])
         for first, second in pairwise(piece):
+            if not _overlap(planes[first], planes[second]):
+                notes.add(
+                    f"has contours on the slices {first + 1} and {second + 1} that do not overlap: the slices between "
+                    "them stay empty"
+                )
+                continue
             wanted = list(range(first + 1, second))
             parts = [(index - first) / step for index in wanted]
             between = interpolated(
@@ -403,6 +425,20 @@ def _filled(
             )
             found.update(zip(wanted, between, strict=True))
     return found
+
+
+def _overlap(first: _Shares, second: _Shares) -> bool:
+    """Return whether two structures on different slices fill a pixel in common."""
+    (a, at_a), (b, at_b) = first, second
+    low = [max(x, y) for x, y in zip(at_a, at_b, strict=True)]
+    high = [min(x + n, y + m) for x, n, y, m in zip(at_a, a.shape, at_b, b.shape, strict=True)]
+    if any(start >= end for start, end in zip(low, high, strict=True)):
+        return False
+    parts = [
+        shares[tuple(slice(start - origin, end - origin) for start, end, origin in zip(low, high, at, strict=True))]
+        for shares, at in ((a, at_a), (b, at_b))
+    ]
+    return bool(np.minimum(*parts).any())
 
 
 def _pieces(slices: Sequence[int], step: int) -> list[list[int]]:

@@ -35,6 +35,8 @@ _TYPE = re.compile(r"[A-Z_]{1,16}")
 _APPROVALS = frozenset({"APPROVED", "UNAPPROVED", "REJECTED"})
 _LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 _LARGEST_MM = 1e6
+_TOOLKIT = "fseft-edge"
+"""ManufacturerModelName of the structure sets that this toolkit writes."""
 _REDRAW = "Export the structure set again, or leave this ROI out."
 
 
@@ -53,6 +55,8 @@ def read_structure_set(file: DicomFile, source: DicomSource, *, interpolate: boo
     """
     dataset = read_data_set(file, source)
     texts = Texts(dataset)
+    # The contours of a mask are complete: a slice without them is a gap in the mask.
+    interpolate = interpolate and texts(dataset, "ManufacturerModelName") != _TOOLKIT
     regions = items_of(dataset, "StructureSetROISequence")
     if not regions:
         raise damaged(source.path, f"it has no item in {element_name('StructureSetROISequence')}")
