@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes share the cores; 
 import hypothesis
 import torch
 
-hypothesis.settings.register_profile("same examples in every run", derandomize=True)
+hypothesis.settings.register_profile("same examples in every run", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same examples in every run")
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # for tests that import onnxruntime themselves
 

@@ -42,8 +42,8 @@ ERRORS: dict[str, Case] = {
     "a missing option": (2, ["--output"], lambda s, t: ["segment", "ct.nii.gz", "--adapter", s / "a.adapter"]),
     "a malformed organ": (
         2,
-        ["'liver'", "--organ"],
-        lambda s, t: s.adapt("--organ", "liver", output=t / "out"),
+        ["'liver='", "--organ"],
+        lambda s, t: s.adapt("--organ", "liver=", output=t / "out"),
     ),
     "an organ named twice": (
         2,

@@ -117,8 +117,8 @@ def test_settings_of_the_training_are_checked_when_they_are_made(setting: str, v
         TrainingSettings(**{setting: value})
 
 
-def test_organs_without_label_values_are_refused(site: Site) -> None:
-    with refused(UsageError):
+def test_organs_without_label_values_need_names_in_the_annotations(site: Site) -> None:
+    with refused(LabelError, "names", "liver"):
         fseft_edge.adapt(site.bundle.path, [site.image(1)], [site.labels(1)], ["liver"])
 
 

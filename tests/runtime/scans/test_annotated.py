@@ -21,6 +21,7 @@ from fseft_edge.runtime.scans.annotation import OrganShares, annotation_on
 from fseft_edge.runtime.scans.content import annotation_sha256
 from fseft_edge.runtime.scans.nifti import write_ct, write_label_map
 from fseft_edge.runtime.scans.organs import parse_organs
+from fseft_edge.runtime.scans.structure_names import identifies, printable
 from fseft_edge.runtime.scans.volume import LabelMap, Volume
 
 SHAPE = (9, 8, 6)
@@ -224,7 +225,7 @@ def test_two_matches_are_refused_with_the_list_and_no_patient_name(tmp_path: Pat
     rois = [roi("LEBER"), roi("le ber", number=2), roi("Secretname left", number=3)]
     write_patient(tmp_path / "anna", rois)
     (pair,) = find_pairs(tmp_path, tmp_path)
-    with refused(LabelError, "LEBER, le ber", "anna") as caught:
+    with refused(LabelError, "LEBER (#1), le ber (#2)", "anna") as caught:
         read_pair(pair, [LIVER])
     assert "Secretname" not in str(caught.value)
     with refused(LabelError, "label value"):
@@ -389,3 +390,123 @@ def test_label_maps_beside_dicom_series_in_the_folders_of_patients(tmp_path: Pat
     write_label_map(tmp_path / "berta" / "organs.nii.gz", labels)
     with refused(InputError, "berta", "different kinds"):
         find_pairs(tmp_path, tmp_path)
+
+
+def test_one_of_two_structures_of_one_name_is_chosen_by_its_number(tmp_path: Path) -> None:
+    other = (slice(0, 3), *BOX[1:])
+    write_patient(tmp_path / "anna", [roi("Tumour"), roi("Tumour", other, number=2)])
+    (pair,) = find_pairs(tmp_path, tmp_path)
+    (tumour,) = parse_organs(["tumour=#2"])
+    np.testing.assert_array_equal(read_pair(pair, [tumour]).mask(tumour.label), expected(other))
+
+
+def test_an_error_of_a_structure_names_case_and_organ(tmp_path: Path) -> None:
+    whole = roi(box=(BOX[0], BOX[1], slice(0, 6)))
+    write_patient(tmp_path / "anna", [Roi("Leber", [whole.contours[k] for k in (0, 1, 2, 4, 5)])])
+    (pair,) = find_pairs(tmp_path, tmp_path)
+    with refused(GeometryError, "anna: liver: ROI 1", "irregular"):
+        read_pair(pair, [LIVER])
+
+
+def test_image_files_and_dicom_series_of_one_folder_are_both_found(tmp_path: Path) -> None:
+    write_patient(tmp_path / "bert")
+    volume = Volume(some_hu(SHAPE), np.eye(4))
+    write_ct(tmp_path / "carl.nii.gz", volume)
+    write_label_map(tmp_path / "labels" / "carl.nii.gz", LabelMap(expected().astype(np.uint8), volume.affine))
+    write_patient(tmp_path / "dora", seed=5)
+    assert [pair.scan.name for pair in find_pairs(tmp_path, tmp_path)] == ["bert", "dora"]
+    assert [pair.scan.name for pair in find_pairs(tmp_path, tmp_path / "labels")] == ["carl"]
+
+
+def test_a_dicom_annotation_has_the_name_of_its_file(tmp_path: Path) -> None:
+    _, dataset = write_patient(tmp_path / "dicom" / "anna", structures=None)
+    (pair,) = find_pairs(tmp_path / "dicom", _saved(dataset, tmp_path / "labels" / "anna.dcm").parent)
+    write_ct(tmp_path / "images" / "anna.nii.gz", pair.scan.read())
+    write_ct(tmp_path / "images" / "berta.nii.gz", pair.scan.read())
+    (pair,) = find_pairs(tmp_path / "images", tmp_path / "labels")
+    np.testing.assert_array_equal(mask_of(pair), expected())
+
+
+def _saved(dataset: FileDataset, path: Path) -> Path:
+    save(dataset, path)
+    return path
+
+
+def test_two_series_in_the_frame_of_an_annotation_without_references_are_refused(tmp_path: Path) -> None:
+    images, dataset = write_patient(tmp_path / "anna" / "a", structures=None)
+    twin = replace(series(2), frame_of_reference=str(images[0].FrameOfReferenceUID))
+    twin.write(tmp_path / "anna" / "b")
+    save(without_images(dataset), tmp_path / "anna" / "RS.dcm")
+    with refused(InputError, "2 CT series", "anna"):
+        find_pairs(tmp_path, tmp_path)
+
+
+def test_images_that_are_not_there_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images, _ = write_patient(tmp_path / "elsewhere", structures=None)
+    _, dataset = write_patient(tmp_path / "phase", structures=None)
+    twin = replace(series(2), frame_of_reference=str(images[0].FrameOfReferenceUID))
+    twin.write(tmp_path / "ct" / "anna")
+    save(structure_set([roi()], images), tmp_path / "ct" / "anna" / "RS.dcm")
+    (pair,) = find_pairs(tmp_path / "ct", tmp_path / "ct")
+    assert dataset is not None
+    np.testing.assert_array_equal(mask_of(pair), expected())
+    assert "images that are not there" in caplog.text
+
+
+def test_a_patient_with_rejected_sets_alone_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images, _ = write_patient(tmp_path / "anna", structures=None)
+    save(approved(images, "REJECTED", "20240101", BOX), tmp_path / "anna" / "RS.dcm")
+    write_patient(tmp_path / "berta", seed=4)
+    assert [pair.scan.name for pair in find_pairs(tmp_path, tmp_path)] == ["berta"]
+    assert "rejected: anna" in caplog.text
+    with refused(InputError, "rejected"):
+        find_pairs(tmp_path, tmp_path, ["anna"])
+
+
+def test_without_a_newest_set_the_user_chooses(tmp_path: Path) -> None:
+    images, _ = write_patient(tmp_path / "anna", structures=None)
+    for number in (1, 2):
+        dataset = approved(images, "APPROVED", "20240101", BOX)
+        dataset.SOPInstanceUID = generate_uid(entropy_srcs=[str(number)])
+        save(dataset, tmp_path / "anna" / f"RS{number}.dcm")
+    with refused(InputError, "anna", "newest"):
+        find_pairs(tmp_path, tmp_path)
+    (pair,) = find_pairs(tmp_path, tmp_path, settings=AnnotationSettings("2"))
+    np.testing.assert_array_equal(mask_of(pair), expected())
+
+
+def test_links_to_the_folders_of_patients_are_followed(tmp_path: Path) -> None:
+    write_patient(tmp_path / "archive" / "anna")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "archive" / "anna")
+    (pair,) = find_pairs(tmp_path / "in", tmp_path / "in")
+    assert pair.scan.name == "linked"
+    np.testing.assert_array_equal(mask_of(pair), expected())
+
+
+@pytest.mark.parametrize(
+    ("name", "patient", "hidden"),
+    [
+        ("Secretname GTV", "Secretname^Ada", True),
+        ("MUELLER", "Müller^Eva", True),
+        ("muller", "Müller^Eva", True),
+        ("Mu\u0308ller", "Müller^Eva", True),
+        ("Müller", "Mueller^Eva", True),
+        ("An Ng GTV", "Ng^An", True),
+        ("王 GTV", "王^小明", True),
+        ("PTV 12", "12", True),
+        ("GTV 12345", "0012345", True),
+        ("A12", "A.1-2", True),
+        ("S e c r e t n a m e", "Secretname^Ada", True),
+        ("Parotid L", "Secretname^L", False),
+        ("Parotid R", "Ng^An", False),
+        ("Angle", "Ng^An", False),
+    ],
+)
+def test_names_that_identify_a_patient(name: str, patient: str, *, hidden: bool) -> None:
+    words = [word for word in patient.replace("^", " ").split() if word]
+    assert identifies(name, words) is hidden
+
+
+def test_signs_that_a_terminal_obeys_are_not_printed() -> None:
+    assert printable("\x1b[31mred\n") == "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"

@@ -105,6 +105,8 @@ def test_an_organ_may_have_names_in_annotations_that_name_their_structures() -> 
         ("aorta", "A_Aorta", True),
         ("brainstem", "BRAIN_STEM", True),
         ("brainstem", "Brain", False),
+        ("brain", "~Brain", False),
+        ("liver", "Liver?", False),
     ],
 )
 def test_known_names_of_an_organ(organ: str, structure: str, *, same: bool) -> None:
@@ -118,3 +120,9 @@ def test_given_names_are_compared_without_case_blanks_and_underscores_only() -> 
     assert wanted.is_named("MYTARGET")
     assert not wanted.is_named("CTV -1cm")
     assert not wanted.is_named("ctv")
+
+
+def test_a_comma_before_a_blank_belongs_to_a_name() -> None:
+    assert [organ.names for organ in parse_organs(["tumour=Neoplasm, Primary"])] == [("Neoplasm, Primary",)]
+    assert [organ.label for organ in parse_organs(["liver=6, spleen=1"])] == [6, 1]
+    assert [organ.name for organ in parse_organs(["liver,spleen"])] == ["liver", "spleen"]
