@@ -23,6 +23,7 @@ import numpy as np
 from bench import Bench
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import format_number_as_ds
 
 from fseft_edge.adaptation.adapt import adapt
 from fseft_edge.adaptation.training import TrainingSettings
@@ -146,11 +147,12 @@ def write_series(volume: Volume, case: str, folder: Path) -> list[Dataset]:
         image.ReferringPhysicianName, image.Modality, image.InstanceNumber = "", "CT", number + 1
         image.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
         image.Rows, image.Columns = volume.shape[0], volume.shape[1]
-        image.PixelSpacing, image.SliceThickness = [f"{rows:.10g}", f"{columns:.10g}"], f"{volume.spacing[2]:.10g}"
+        image.PixelSpacing = [format_number_as_ds(rows), format_number_as_ds(columns)]
+        image.SliceThickness = format_number_as_ds(volume.spacing[2])
         image.ImageOrientationPatient = [
-            f"{value:.10f}" for value in (*directions[:, 1] / columns, *directions[:, 0] / rows)
+            format_number_as_ds(value) for value in (*directions[:, 1] / columns, *directions[:, 0] / rows)
         ]
-        image.ImagePositionPatient = [f"{value:.10g}" for value in origin + number * directions[:, 2]]
+        image.ImagePositionPatient = [format_number_as_ds(value) for value in origin + number * directions[:, 2]]
         image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
         image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 1
         image.RescaleSlope, image.RescaleIntercept, image.RescaleType = 1, 0, "HU"

@@ -13,11 +13,14 @@ from fseft_edge.outbox.records import CaseRecord, Origin
 from fseft_edge.outbox.result_files import read_mask
 from fseft_edge.outbox.store import BatchStore, state_path
 from fseft_edge.review.reviewer import reviewer_name
-from fseft_edge.runtime.errors import LabelError, UsageError
+from fseft_edge.runtime.errors import FseftEdgeError, InputError, LabelError, UsageError
 from fseft_edge.runtime.scans.annotation_files import names_structures, organs_of_structures, structures_of
+from fseft_edge.runtime.scans.dicom.annotation_objects import AnnotationObject
 from fseft_edge.runtime.scans.image_files import read_label_map
 from fseft_edge.runtime.scans.organs import OrganLabel
-from fseft_edge.runtime.scans.structures import Lattice
+from fseft_edge.runtime.scans.sources import find_scan
+from fseft_edge.runtime.scans.structure_names import names_in
+from fseft_edge.runtime.scans.structures import Lattice, StructureFile
 from fseft_edge.runtime.scans.volume import LabelMap
 
 _LOG = logging.getLogger(__name__)
@@ -49,7 +52,8 @@ def import_corrections(
 
     Raises:
         UsageError: there is no batch, a file belongs to no case or two files to the same, or the case is not done.
-        InputError: a file cannot be read, has another lattice, or a label value that is no organ of its case.
+        InputError: a file cannot be read, belongs to another CT, has another lattice, or a label value that is no organ
+            of its case.
         OutOfSpaceError: the disk is full or not writable.
     """
     name = reviewer_name(reviewer)
@@ -80,7 +84,17 @@ def _read(outbox: Path, case: CaseRecord, file: Path) -> LabelMap:
         return read_label_map(file)
     draft = read_mask(outbox, case.key)
     organs = [OrganLabel(organ.name, organ.label, (organ.name,)) for organ in case.organs]
-    found = organs_of_structures(structures_of(file), organs, Lattice(draft.shape, draft.affine), case.key)
+    structures = structures_of(file, interpolate=False)
+    frame = _check_belongs(structures, case, file)
+    lattice = Lattice(draft.shape, draft.affine)
+    found = organs_of_structures(structures, organs, lattice, case.key, frame_of_reference=frame)
+    unused = [
+        name
+        for name, one in zip(names_in(structures), structures.structures, strict=True)
+        if not one.is_empty and not any(organ.is_named(one.name) for organ in organs)
+    ]
+    if unused:
+        _LOG.warning("%s: structures that are no organ of the mask are left out: %s", case.key, ", ".join(unused))
     # A structure set of this toolkit leaves out organs with an empty mask.
     if absent := [organ.name for organ in organs if organ.label not in found.of_label and draft.contains(organ.label)]:
         raise LabelError(
@@ -96,3 +110,25 @@ def _read(outbox: Path, case: CaseRecord, file: Path) -> LabelMap:
             overlap,
         )
     return found.label_map(values)
+
+
+def _check_belongs(structures: StructureFile, case: CaseRecord, file: Path) -> str:
+    """Raise InputError if an annotation in DICOM refers to another CT; return the frame of reference of the CT."""
+    if not isinstance(structures, AnnotationObject):
+        return ""
+    if structures.approval == "REJECTED":
+        _LOG.warning("%s: the annotation in %s is rejected (ApprovalStatus)", case.key, file)
+    try:
+        series = find_scan(case.source).series
+    except FseftEdgeError:  # the scan was moved or deleted
+        series = None
+    if series is None:
+        _LOG.warning("%s: it cannot be checked whether %s was drawn on the CT of this case", case.key, file)
+        return ""
+    images = {slice_.sop_instance_uid for slice_ in series.slices}
+    if structures.images and not structures.images & images:
+        raise InputError(
+            f"{file} refers to images of another CT than that of {case.key}.",
+            remedy="Give the corrected annotation of this case.",
+        )
+    return series.frame_of_reference_uid

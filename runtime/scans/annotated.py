@@ -9,6 +9,7 @@ CT of the same name: the name of the file, or of the first subfolder in which th
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ from fseft_edge.runtime.errors import InputError, NoSeriesError, UnreadableFileE
 from fseft_edge.runtime.scans.annotation import Annotation
 from fseft_edge.runtime.scans.annotation_files import (
     FoundAnnotation,
-    dicom_annotations,
     names_structures,
     organs_of_label_map,
     organs_of_structures,
@@ -93,7 +93,7 @@ def find_pairs(
     annotations = _annotations_at(labels, images, scans, interpolate=settings.interpolate)
     if images.is_file() and labels.is_file() and len(annotations) == len(scans.named) == 1:
         (name,) = scans.named
-        return [FoundPair(scans.scan(name, _Place(name)), annotations[0].annotation)]
+        return [FoundPair(scans.scan(name, _Place(name)), _chosen(name, annotations, settings))]
     found: dict[_Place, list[_Named]] = {}
     for annotation in annotations:
         place = scans.place_of(annotation)
@@ -121,6 +121,10 @@ def find_pairs(
         )
     if cases is None and (skipped := [name for name in names if name not in places]):
         _LOG.warning("these cases are skipped, because they have no annotation: %s", ", ".join(skipped))
+    rejected = [name for name in wanted if _are_rejected(found[places[name]])]
+    if cases is None and settings.structure_set is None and 0 < len(rejected) < len(wanted):
+        _LOG.warning("these cases are skipped, because their annotations are rejected: %s", ", ".join(rejected))
+        wanted = [name for name in wanted if name not in rejected]
     return [FoundPair(scans.scan(name, places[name]), _chosen(name, found[places[name]], settings)) for name in wanted]
 
 
@@ -161,22 +165,23 @@ class _Scans:
 
     @classmethod
     def at(cls, images: Path) -> _Scans:
-        if not images.is_dir() and images.exists() and not is_image_file(images):
-            return cls(_patients(images))
+        if not images.is_dir():
+            return cls(_patients(images) if images.exists() and not is_image_file(images) else cases_by_name(images))
         try:
-            return cls(cases_by_name(images))
-        except UnreadableFileError as no_image:
-            if not images.is_dir():
-                raise
-            # A file beside a DICOM series in the folder of a patient is an annotation.
-            patients = _patients(images)
-            in_folders = _in_folders(images, is_image_file, but=patients)
-            if not patients and not in_folders:
-                raise UnreadableFileError(
-                    f"{no_image.message} It contains no CT series in DICOM either.", remedy=no_image.remedy
-                ) from None
-            named: dict[str, Path | Sequence[DicomSeries]] = {**in_folders, **patients}
-            return cls(dict(sorted(named.items())))
+            files = cases_by_name(images)
+        except UnreadableFileError:
+            files = {}
+        # A file beside a DICOM series, in the folder of a patient or with its name, is an annotation.
+        patients = _patients(images)
+        in_folders = _in_folders(images, is_image_file, but=[*patients, *files]) if not files else {}
+        named: dict[str, Path | Sequence[DicomSeries]] = {**files, **in_folders, **patients}
+        if not named:
+            raise UnreadableFileError(
+                f"{images} contains no CT: no CT series in DICOM, and no .nii, .nii.gz, .nrrd, .nhdr, .mha or .mhd "
+                "file.",
+                remedy="Give the folder of the scans.",
+            )
+        return cls(dict(sorted(named.items())))
 
     @property
     def series(self) -> list[tuple[_Place, DicomSeries]]:
@@ -196,16 +201,23 @@ class _Scans:
         place, most = max(((place, _shared(found, one)) for place, one in series), key=lambda pair: pair[1])
         if most:
             return place
-        framed = [(place, len(one.slices)) for place, one in series if _in_frame(found, one)]
-        beside = [pair for pair in framed if pair[0].name == annotation.name]
-        names = list(dict.fromkeys(place.name for place, _ in framed))
-        if len(names) > 1 and not beside:
+        framed = [place for place, one in series if _in_frame(found, one)]
+        places = [place for place in framed if place.name == annotation.name] or framed
+        if len(places) > 1:
+            names = ", ".join(dict.fromkeys(place.name for place in places))
             raise InputError(
-                f"An annotation in {found.path} names none of the CT images, and {len(names)} cases are in its frame "
-                f"of reference: {', '.join(names)}.",
-                remedy="Put the annotation into the folder of its CT, or export it again with references to images.",
+                f"The annotation {annotation.name} names none of the CT images, and {len(places)} CT series are in its "
+                f"frame of reference: {names}.",
+                remedy="Leave only the CT that was contoured, or export the annotation again with references to its "
+                "images.",
             )
-        return max(beside or framed, key=lambda pair: pair[1])[0] if framed else None
+        if places and found.images:
+            _LOG.warning(
+                "%s: the annotation was made on images that are not there; it is used for the only CT in its frame of "
+                "reference",
+                places[0].name,
+            )
+        return places[0] if places else None
 
     def case_names(self, places: Collection[_Place]) -> dict[str, _Place]:
         """Return the CTs with annotations by the names of their cases, in the order of the CTs.
@@ -220,8 +232,11 @@ class _Scans:
                     f"The case {name} has {len(of_name)} annotations of different kinds.",
                     remedy="Leave one annotation for each case in the folder.",
                 )
-            numbered = len(of_name) > 1
-            cases |= {f"{name}_{number}" if numbered else name: one for number, one in enumerate(of_name, start=1)}
+            for number, one in enumerate(of_name, start=1):
+                case = f"{name}_{number}" if len(of_name) > 1 else name
+                if case in cases:
+                    raise InputError(f"There are two cases {case}.", remedy="Rename the folder of one of them.")
+                cases[case] = one
         return cases
 
     def scan(self, case: str, place: _Place) -> Scan:
@@ -320,32 +335,55 @@ def _annotations_at(labels: Path, images: Path | None, scans: _Scans | None, *, 
                 remedy="Give the annotation of a scan, or the folder of the annotations.",
             )
         return found
-    try:
+    if not labels.is_dir():
         return [_Named(name, path) for name, path in annotations_by_name(labels, images).items()]
+    is_folder_of_images = images is not None and images.is_dir() and labels.samefile(images)
+    are_images = [
+        name
+        for name, of_case in (scans.named.items() if scans is not None and is_folder_of_images else ())
+        if isinstance(of_case, Path)
+    ]
+    try:
+        files = annotations_by_name(labels, None)
     except UnreadableFileError:
-        if not labels.is_dir():
-            raise
-        is_folder_of_images = images is not None and images.is_dir() and labels.samefile(images)
-        are_images = [
-            name
-            for name, of_case in (scans.named.items() if scans is not None and is_folder_of_images else ())
-            if isinstance(of_case, Path)
-        ]
-        in_folders = {
+        files = {}
+    files = {name: path for name, path in files.items() if name not in are_images or is_segmentation_file(path)}
+    if not files:
+        files = {
             **_in_folders(labels, is_image_file, but=are_images),
             **_in_folders(labels, is_segmentation_file),
         }
-        found = [_Named(name, path) for name, path in sorted(in_folders.items())]
-        found += _in_dicom(labels, interpolate=interpolate)
-        if not found:
-            raise
-        return found
+    found = [_Named(name, path) for name, path in sorted(files.items())]
+    found += _in_dicom(labels, interpolate=interpolate)
+    if not found:
+        raise UnreadableFileError(
+            f"{labels} contains no annotation: no label map, no .seg.nrrd file, no RT Structure Set and no DICOM "
+            "Segmentation.",
+            remedy="Give the folder of the annotations.",
+        )
+    return found
 
 
 def _in_dicom(labels: Path, *, interpolate: bool) -> list[_Named]:
-    return [
-        _Named(_name_in(labels, found.file.path), found) for found in dicom_annotations(labels, interpolate=interpolate)
-    ]
+    """Return the readable annotations in DICOM; the others are logged, or raised if there is no readable one."""
+    from fseft_edge.runtime.scans.dicom.annotations import find_annotations  # noqa: PLC0415 - loads pydicom
+
+    found: list[_Named] = []
+    problems: list[tuple[str, InputError]] = []
+    for place in _places(labels):
+        annotations = find_annotations(place, interpolate=interpolate)
+        found += [_Named(_annotation_name(labels, one.file.path), one) for one in annotations.objects]
+        problems += [(_annotation_name(labels, file.path), problem) for file, problem in annotations.problems]
+    if problems and not found:
+        raise problems[0][1]
+    for name, problem in problems:
+        _LOG.warning("%s: an annotation was left out: %s", name, problem.message)
+    return found
+
+
+def _annotation_name(labels: Path, file: Path) -> str:
+    """Return the name of an annotation: the first subfolder, else the name of the file."""
+    return _name_in(labels, file) if file.parent != labels else scan_name(file)
 
 
 def _no_pair(images: Path, labels: Path, scans: _Scans, annotations: Sequence[_Named]) -> InputError:
@@ -395,7 +433,12 @@ def _chosen(case: str, annotations: Sequence[_Named], settings: AnnotationSettin
             f"All {len(objects)} annotations of the case {case} are rejected (ApprovalStatus).",
             remedy="Use an approved structure set, or choose one with --structure-set.",
         )
-    best = max(usable, key=lambda one: (one.approval == "APPROVED", one.date, one.time))
+    best = max(usable, key=_rank)
+    if sum(_rank(one) == _rank(best) for one in usable) > 1:
+        raise InputError(
+            f"The case {case} has several annotations of the same date and approval, so none is the newest.",
+            remedy="Choose one with --structure-set, or leave one of them in the folder.",
+        )
     if len(objects) > 1:
         _LOG.warning(
             "%s: of %d annotations, number %d is used, the newest%s one; choose with --structure-set",
@@ -405,6 +448,15 @@ def _chosen(case: str, annotations: Sequence[_Named], settings: AnnotationSettin
             " approved" if best.approval == "APPROVED" else "",
         )
     return best
+
+
+def _rank(annotation: AnnotationObject) -> tuple[bool, str, str]:
+    date, time = (re.sub(r"[^0-9]", "", text) for text in (annotation.date, annotation.time.partition(".")[0]))
+    return annotation.approval == "APPROVED", date, time
+
+
+def _are_rejected(annotations: Sequence[_Named]) -> bool:
+    return all(not isinstance(one.annotation, Path) and one.annotation.approval == "REJECTED" for one in annotations)
 
 
 def read_pair(pair: FoundPair, organs: Sequence[OrganLabel]) -> Annotation:
@@ -444,6 +496,13 @@ def annotations_by_case(path: Path, settings: AnnotationSettings) -> dict[str, F
     found: dict[str, list[_Named]] = {}
     for annotation in _annotations_at(path, None, None, interpolate=settings.interpolate):
         found.setdefault(annotation.name, []).append(annotation)
+    for name, of_case in found.items():
+        images = [one.annotation.images for one in of_case if not isinstance(one.annotation, Path)]
+        if len(images) > 1 and all(images) and not frozenset.intersection(*images):
+            raise InputError(
+                f"The case {name} has annotations of different CTs.",
+                remedy="Put the annotation of each CT into a folder of its own, with the name of the prediction.",
+            )
     return {name: _chosen(name, of_case, settings) for name, of_case in found.items()}
 
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
 
 import numpy as np
 
-from fseft_edge.runtime.errors import GeometryError, LabelError, UnreadableFileError
+from fseft_edge.runtime.errors import GeometryError, InputError, LabelError, UnreadableFileError
 from fseft_edge.runtime.scans.annotation import OrganShares
 from fseft_edge.runtime.scans.content import found_label_values
 from fseft_edge.runtime.scans.given import GivenLabels, given_labels
 from fseft_edge.runtime.scans.image_files import is_image_file, read_label_map, read_label_names
-from fseft_edge.runtime.scans.image_names import is_segmentation_file
+from fseft_edge.runtime.scans.image_names import is_nrrd_file, is_segmentation_file
 from fseft_edge.runtime.scans.nifti import log_warnings
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.structure_names import listed_names, names_in
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+_HEADER_BYTES = 1 << 20
+
 FoundAnnotation: TypeAlias = "Path | AnnotationObject"
 """An annotation before reading: the path of a label map or of a segmentation of 3D Slicer, or a DICOM object."""
 
@@ -33,12 +35,28 @@ FoundAnnotation: TypeAlias = "Path | AnnotationObject"
 def names_structures(annotation: GivenLabels | FoundAnnotation) -> TypeGuard[str | FoundAnnotation]:
     """Return whether an annotation names its structures, and is no label map."""
     if isinstance(annotation, str | Path):
-        return is_segmentation_file(Path(annotation)) or not is_image_file(Path(annotation))
+        path = Path(annotation)
+        return is_segmentation_file(path) or not is_image_file(path) or _has_segments(path)
     return isinstance(annotation, StructureFile)
 
 
-def structures_of(annotation: str | FoundAnnotation) -> StructureFile:
+def _has_segments(path: Path) -> bool:
+    """Return whether an NRRD file names segments as 3D Slicer does, whatever its name is."""
+    if not is_nrrd_file(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            return b"\nSegment0_" in file.read(_HEADER_BYTES)
+    except OSError:  # reported when the file is read
+        return False
+
+
+def structures_of(annotation: str | FoundAnnotation, *, interpolate: bool = True) -> StructureFile:
     """Return an annotation that names its structures.
+
+    Args:
+        annotation: the annotation, or the path of its file.
+        interpolate: for a path, whether slices between contours on every second or every n-th slice are filled.
 
     Raises:
         UnreadableFileError: there is not exactly one annotation at the path.
@@ -47,13 +65,13 @@ def structures_of(annotation: str | FoundAnnotation) -> StructureFile:
     if not isinstance(annotation, str | Path):
         return annotation
     path = Path(annotation)
-    if is_segmentation_file(path):
+    if is_segmentation_file(path) or is_nrrd_file(path):
         from fseft_edge.runtime.scans.slicer_segmentations import (  # noqa: PLC0415 - loads scipy.ndimage
             read_segmentation,
         )
 
         return read_segmentation(path)
-    found = dicom_annotations(path)
+    found = dicom_annotations(path, interpolate=interpolate)
     if len(found) != 1:
         raise UnreadableFileError(
             f"{path} contains {len(found)} annotations in DICOM, but one is expected here.",
@@ -132,7 +150,10 @@ def organs_of_structures(
                 "reference than the CT.",
                 remedy="Export the structures on this CT, or register them to it first.",
             )
-        share, warnings = structure.share(lattice)
+        try:
+            share, warnings = structure.share(lattice)
+        except InputError as error:
+            raise type(error)(f"{case}: {organ.name}: {error.message}", remedy=error.remedy) from None
         log_warnings(f"{case}: {organ.name}", warnings)
         if share.voxels > 0 and share.mask().voxels == 0:
             log_warnings(f"{case}: {organ.name}", ("The structure fills less than half of every voxel.",))
@@ -149,16 +170,24 @@ def _structure_of(organ: OrganLabel, file: StructureFile, case: str) -> Structur
             remedy=f"Give --organ {organ.name} (structures with a known name of this organ), or --organ "
             f"'{organ.name}=NAME|OTHER NAME'.",
         )
-    found = [index for index, structure in enumerate(file.structures) if organ.is_named(structure.name)]
+    found = [
+        index
+        for index, structure in enumerate(file.structures)
+        if organ.is_named(structure.name) or f"#{structure.number}" in organ.names
+    ]
     filled = [index for index in found if not file.structures[index].is_empty]
     if len(filled) > 1:
         names = names_in(file)
         raise LabelError(
             f"The annotation of the case {case} contains {len(filled)} structures with names of the organ "
-            f"{organ.name}: {', '.join(names[index] for index in filled)}.",
-            remedy=f"Give the name of one of them: --organ '{organ.name}=NAME'.",
+            f"{organ.name}: {', '.join(f'{names[index]} (#{file.structures[index].number})' for index in filled)}.",
+            remedy=f"Name one: --organ '{organ.name}=NAME', or '{organ.name}=#NUMBER' if their names are equal.",
         )
-    return file.structures[filled[0]] if filled else None
+    if not filled:
+        return None
+    structure = file.structures[filled[0]]
+    _LOG.info("%s: %s is the structure #%d", case, organ.name, structure.number)
+    return structure
 
 
 def organs_of_label_map(path: Path, organs: Sequence[OrganLabel]) -> LabelMap:

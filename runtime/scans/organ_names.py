@@ -16,6 +16,7 @@ _SIDES: Final[dict[str, Side]] = {
     **dict.fromkeys(("right", "r", "rt"), "Right"),
 }
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_OTHER_SIGNS = re.compile(r"[^A-Za-z0-9\s_,.()-]")
 _IGNORED = re.compile(r"[\s_,]+")
 
 _TG263: Final = {
@@ -73,6 +74,8 @@ def same_organ(first: str, second: str) -> bool:
 
     A plural is an organ of its own, because ``Kidneys`` are two: only the names of one organ are compared.
     """
+    if _OTHER_SIGNS.search(first + second):
+        return False  # in TG-263, "~Brain" is a part of the brain
     a, b = organ_words(first), organ_words(second)
     return bool(a.organ) and a.sides == b.sides and _SAME.get(a.organ, a.organ) == _SAME.get(b.organ, b.organ)
 

@@ -20,6 +20,8 @@ _EXAMPLE = (
     "Give --organ NAME=ID, where ID is the label value of the organ in label maps, for example --organ "
     "liver=6,spleen=1. For annotations that name their structures, give --organ NAME, or --organ 'NAME=ROI|OTHER ROI'."
 )
+_BETWEEN_ORGANS = re.compile(r",(?!\s)|,(?=\s*[A-Za-z0-9][A-Za-z0-9_-]*\s*=)")
+"""A comma between two organs. A comma before a blank belongs to the name of a structure, unless ``NAME=`` follows."""
 _LABEL = re.compile(r"[0-9]{1,9}")
 _NO_NAME = re.compile(r"[-+]?[\d.]+|=.*|")
 """No name of a structure: a number that is no label value, or a mistake in typing."""
@@ -111,12 +113,12 @@ def parse_organs(values: Iterable[str]) -> tuple[OrganLabel, ...]:
     Args:
         values: values of the option; each is one organ or several separated by commas. An organ is ``NAME=ID``,
             ``NAME`` (structures with a known name of this organ), or ``NAME="ROI|OTHER ROI"``. One of the
-            alternatives may be a label value, for label maps.
+            alternatives may be a label value, for label maps; ``#3`` is the structure with the number 3.
 
     Raises:
         UsageError: there is no organ, an organ is malformed, or a name or label value occurs twice.
     """
-    return _numbered([_parse_organ(part) for value in values for part in value.split(",")])
+    return _numbered([_parse_organ(part) for value in values for part in _BETWEEN_ORGANS.split(value)])
 
 
 class _Wanted(NamedTuple):

@@ -22,6 +22,9 @@ ROUNDING = 1e-3
 rounding of their coordinates in the file."""
 
 
+_DIGITS = 5
+
+
 @dataclass(frozen=True, eq=False)
 class Lattice:
     """The lattice of a CT.
@@ -89,7 +92,8 @@ class BoxedShare:
             axes: the two axes of the scan within a slice in ascending order, then the slice axis.
             shape: shape of the scan.
         """
-        filled = {index: (shares, at) for index, (shares, at) in slices.items() if shares.size}
+        # Coordinates in files are rounded: the edge of a pixel may be some millionths of a pixel away.
+        filled = {index: (shares.round(_DIGITS), at) for index, (shares, at) in slices.items() if shares.size}
         if not filled:
             return cls.of(np.zeros((0, 0, 0)), (0, 0, 0), shape)
         low = [min(at[axis] for _, at in filled.values()) for axis in (0, 1)]

@@ -10,11 +10,11 @@ from fseft_edge.runtime.scans.dicom.annotation_objects import Texts
 from fseft_edge.runtime.scans.dicom.files import DicomFile, DicomSource
 
 _KEYWORDS = ("PatientName", "PatientID", "OtherPatientNames", "OtherPatientIDs", "PatientBirthName", "PatientAddress")
-_WORD = re.compile(r"[^\W_]{3,}")
+_WORD = re.compile(r"[^\s^=\\]+")
 
 
 def identifying_words(file: DicomFile) -> frozenset[str] | None:
-    """Return the words of at least three letters or digits in the name and the numbers of a patient, in lower case.
+    """Return the words in the name and the numbers of a patient.
 
     Returns:
         The words; None if the file cannot be read, so that they are unknown.
@@ -28,4 +28,4 @@ def identifying_words(file: DicomFile) -> frozenset[str] | None:
         found = [texts(dataset, keyword) for keyword in _KEYWORDS]
     except Exception:  # pydicom raises many kinds of exception, whose messages quote header values
         return None
-    return frozenset(word.casefold() for text in found for word in _WORD.findall(text))
+    return frozenset(word for text in found for word in _WORD.findall(text))
