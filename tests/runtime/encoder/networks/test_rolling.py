@@ -71,6 +71,9 @@ def test_temporary_files_and_thinner_sections_change_no_bit() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no instructions for bfloat16 convolutions"
+)
 def test_bfloat16_is_close_to_float32() -> None:
     network = random_network(EDGE).in_air()
     image = torch.rand(16, 24, 40, generator=torch.Generator().manual_seed(0))
