@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from fseft_edge.runtime.errors import InputError, NoSeriesError, UnreadableFileError, UsageError
+from fseft_edge.runtime.errors import ArchiveError, InputError, NoSeriesError, UnreadableFileError, UsageError
 from fseft_edge.runtime.scans.annotation import Annotation
 from fseft_edge.runtime.scans.annotation_files import (
     FoundAnnotation,
@@ -316,7 +316,12 @@ def _places(path: Path) -> Iterator[Path]:
     if path.is_file() or any(contains_dicom(entry) for entry in files if entry.is_file()):
         yield path
     else:
-        yield from (entry for entry in folders if contains_dicom(entry))
+        for entry in folders:
+            try:
+                if contains_dicom(entry):
+                    yield entry
+            except ArchiveError as problem:
+                _LOG.warning("an archive was left out: %s", problem.message)
 
 
 def _name_in(path: Path, file: Path) -> str:

@@ -168,6 +168,12 @@ def extent_of(contours: Sequence[Contour], name: str = "The structure") -> Exten
     gaps = np.diff(heights[order])
     gaps = gaps[gaps > _SAME_PLANE_MM]
     spacing = float(np.median(gaps[gaps < 1.5 * gaps.min()]))  # the smallest one, but for rounding
+    wide = gaps[gaps > 1.5 * spacing]
+    if wide.size:
+        notes.add(
+            f"has contours {spacing:.3g} mm apart, but {wide.size} distance{'s' * (wide.size > 1)} of up to "
+            f"{wide.max():.3g} mm"
+        )
     return Extent(len(groups), spacing, area * spacing / 1000, notes.sentences())
 
 

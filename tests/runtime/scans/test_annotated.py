@@ -510,3 +510,12 @@ def test_names_that_identify_a_patient(name: str, patient: str, *, hidden: bool)
 
 def test_signs_that_a_terminal_obeys_are_not_printed() -> None:
     assert printable("\x1b[31mred\n") == "\N{REPLACEMENT CHARACTER}[31mred\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_damaged_archive_beside_scans_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_patient(tmp_path / "in" / "anna")
+    packed = zipped(tmp_path / "in" / "anna", tmp_path / "whole.zip").read_bytes()
+    (tmp_path / "in" / "berta.zip").write_bytes(packed[:40] + bytes(60) + packed[100:])
+    (pair,) = find_pairs(tmp_path / "in", tmp_path / "in")
+    assert pair.scan.name == "anna"
+    assert "archive" in caplog.text

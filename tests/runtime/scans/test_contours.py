@@ -340,3 +340,12 @@ def test_a_gap_on_a_single_slice_stays_empty_without_interpolation() -> None:
     share, warnings = share_of(contours(disc, slices), LATTICE, interpolate=False)
     assert np.flatnonzero(share.whole().any(axis=(0, 1))).tolist() == slices
     assert any("stay" in warning for warning in warnings)
+
+
+def test_larger_distances_between_contours_are_remarked_without_a_ct() -> None:
+    def disc(height: float) -> list[Points]:
+        return [circle((20, 20), 5, height)]
+
+    (remark,) = extent_of(contours(disc, [2, 3, 4, 6, 7])).warnings
+    assert "3 mm apart, but 1 distance of up to 6 mm" in remark
+    assert extent_of(contours(disc, [2, 3, 4])).warnings == ()
