@@ -18,11 +18,8 @@ from fseft_edge.runtime.scans.components import BoxedMask, Slices, bounding_box
 from fseft_edge.runtime.scans.volume import Volume
 
 ROUNDING = 1e-3
-"""A share this much below one half still counts as half. Contours from masks often halve voxels exactly, but for the
-rounding of their coordinates in the file."""
-
-
-_DIGITS = 5
+"""A share this much below one half still counts as half, and one this close to 0 or 1 is 0 or 1: contours from masks
+follow pixels exactly, but for the rounding of their coordinates in the file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +89,7 @@ class BoxedShare:
             axes: the two axes of the scan within a slice in ascending order, then the slice axis.
             shape: shape of the scan.
         """
-        # Coordinates in files are rounded: the edge of a pixel may be some millionths of a pixel away.
-        filled = {index: (shares.round(_DIGITS), at) for index, (shares, at) in slices.items() if shares.size}
+        filled = {index: (_snapped(shares), at) for index, (shares, at) in slices.items() if shares.size}
         if not filled:
             return cls.of(np.zeros((0, 0, 0)), (0, 0, 0), shape)
         low = [min(at[axis] for _, at in filled.values()) for axis in (0, 1)]
@@ -128,6 +124,11 @@ class BoxedShare:
         shares = np.zeros(self.shape, np.float32, order="F")
         shares[self.box] = self.inside
         return shares
+
+
+def _snapped(shares: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return shares of which those nearly 0 or 1 are 0 or 1: coordinates in files are rounded, often to 0.001 mm."""
+    return np.where(shares < ROUNDING, 0, np.where(shares > 1 - ROUNDING, 1, shares))
 
 
 @dataclass(frozen=True)
