@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
 # USER_STAMP: the packages that a user needs are installed. DEV_STAMP: the packages for tests and checks are installed too.
 # pip does not compile the modules (--no-compile), because this would take longer than the rest of the installation. Python
-# compiles each module when the module is first imported.
+# compiles each module when the module is first imported. Some environments forbid Python to write the compiled modules,
+# and then every process compiles PyTorch again, so the rule does not hold for the targets here.
+export PYTHONDONTWRITEBYTECODE :=
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 # The CPU wheel and the GPU wheel of ONNX Runtime write the same files, so only the wheel for this machine is installed.

@@ -14,6 +14,9 @@ on the machine; processor time hardly does. The peak is that of the largest sing
 several installations of `fseft-edge`. Ratios relate to the first program of a measure. The results are added to the CSV
 file, where they replace the results with the same instruction set and number of cores.
 
+Python may write compiled modules, also where the environment forbids this, because an installation by pip has them; the
+first round of a program may compile them, so three rounds are the fewest that are fair.
+
 To measure as on a processor with AVX2 only, set ONEDNN_MAX_CPU_ISA=AVX2 and ATEN_CPU_CAPABILITY=avx2.
 """
 
@@ -217,6 +220,7 @@ def main() -> None:
         parser.error(f"{arguments.scan} is not a file: name a CT with --scan, or set FSEFT_EDGE_DATA")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
     os.environ["OMP_NUM_THREADS"] = str(arguments.cores)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory(prefix="fseft-edge-") as folder:
         samples: dict[Program, list[Sample]] = {program: [] for program in programs(arguments, Path(folder))}
         for _ in range(arguments.rounds):
