@@ -29,6 +29,8 @@ from fseft_edge.adaptation.locator import (
 )
 from fseft_edge.adaptation.partial_encoding import PartialEncoding
 from fseft_edge.adaptation.patients import Grouping, GroupRule, SupportIdentity, grouped
+from fseft_edge.adaptation.size_priors import SizePrior
+from fseft_edge.adaptation.size_threshold import expected_range
 from fseft_edge.adaptation.support_set import (
     AnnotatedScan,
     GivenAnnotations,
@@ -47,6 +49,7 @@ from fseft_edge.adapters.file import (
     AdapterOrgan,
     Locator,
     PostProcessing,
+    schema_version_of,
     stored_settings,
     write_adapter,
 )
@@ -370,28 +373,31 @@ def describe(
         tuple(round(scan.volumes_mm3[k] / 1000, 3) for scan in support if scan.annotated[k]) for k in range(len(organs))
     ]
     hu = [tuple(values for scan in support if (values := scan.hu[k])) for k in range(len(organs))]
+    located_by = None if locator is None else locator.description
+    described = describe_organs(
+        organs,
+        volumes,
+        hu,
+        left_out=validated.dsc if validated else None,
+        post_processing=validated.post_processing if validated else None,
+        follows_size=validated.follows_size if validated else None,
+    )
     description = AdapterDescription(
-        schema_version=3 if locator is None else 4,
+        schema_version=schema_version_of(described, windows_elsewhere, located_by),
         support_annotations=annotations_of([scan.identity for scan in support]),
         support_groups=grouping.stored_count if grouping else None,
         encoder_id=bundle.encoder_id,
         encoder_name=bundle.manifest.name,
         levels=tuple((level.stride, level.channels) for level in bundle.levels),
         settings=stored_settings(trained.adapter.settings),
-        organs=describe_organs(
-            organs,
-            volumes,
-            hu,
-            left_out=validated.dsc if validated else None,
-            post_processing=validated.post_processing if validated else None,
-        ),
+        organs=described,
         shots=len(support),
         seed=seed,
         steps=trained.steps,
         bfloat16=trained.bfloat16,
         losses=tuple(round(loss, 6) for loss in trained.losses),
         windows_elsewhere=windows_elsewhere,
-        locator=None if locator is None else locator.description,
+        locator=located_by,
     )
     return AdapterFile(description, trained.adapter, locator=locator)
 
@@ -408,6 +414,7 @@ def describe_organs(
     *,
     left_out: Sequence[Sequence[float]] | None,
     post_processing: Sequence[PostProcessing] | None,
+    follows_size: Sequence[bool] | None = None,
 ) -> tuple[AdapterOrgan, ...]:
     """Return the metadata of each organ of an adapter.
 
@@ -415,12 +422,15 @@ def describe_organs(
         organs: organs of the adapter.
         volumes_ml: for each organ, its volume in every support scan that annotates it.
         hu: for each organ, its HU percentiles in every support scan that annotates it.
-        left_out: for each organ, DSC values of the cross-validation, including ``post_processing``; None without
-            validation.
+        left_out: for each organ, DSC values of the cross-validation, including ``post_processing`` and the moved
+            threshold; None without validation.
         post_processing: for each organ, the post-processing of its masks; None means no post-processing.
+        follows_size: for each organ, whether its threshold is moved towards its expected size
+            (:mod:`fseft_edge.adaptation.size_threshold`); None means that none is moved.
     """
     left_out = left_out or [()] * len(organs)
     post_processing = post_processing or [PostProcessing()] * len(organs)
+    follows_size = follows_size or [False] * len(organs)
     return tuple(
         AdapterOrgan(
             name=organ.name,
@@ -431,8 +441,13 @@ def describe_organs(
             support_hu=percentiles,
             annotation_names=organ.names,
             in_label_maps=organ.in_label_maps,
+            expected_ml=_ends(expected_range(volume)) if follows else None,
         )
-        for organ, volume, percentiles, scores, steps in zip(
-            organs, volumes_ml, hu, left_out, post_processing, strict=True
+        for organ, volume, percentiles, scores, steps, follows in zip(
+            organs, volumes_ml, hu, left_out, post_processing, follows_size, strict=True
         )
     )
+
+
+def _ends(prior: SizePrior | None) -> tuple[float, float] | None:
+    return None if prior is None else (round(prior.low_ml, 3), round(prior.high_ml, 3))

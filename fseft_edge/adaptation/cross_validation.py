@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation.block_sampling import SupportScan
 from fseft_edge.adaptation.kept_features import kept_in_memory
+from fseft_edge.adaptation.size_priors import SizePrior
+from fseft_edge.adaptation.size_threshold import can_move_thresholds, expected_range, move_thresholds
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings, train_adapter
+from fseft_edge.adapters.blocks import Box
 from fseft_edge.adapters.file import PostProcessing
-from fseft_edge.adapters.network import AdapterSettings, HeadRows, Levels, Method, zero_shot
+from fseft_edge.adapters.network import Adapter, AdapterSettings, HeadRows, Levels, Method, zero_shot
 from fseft_edge.evaluation.metrics import dice
 from fseft_edge.masks.post_processing import ALL, post_process
 from fseft_edge.masks.prediction import segment_encoded
@@ -40,6 +44,9 @@ _MAX_DEFICIT = 0.05
 
 # Post-processing becomes the default of an organ only if it increases the mean DSC by this amount.
 _MIN_GAIN_OF_POST_PROCESSING = 0.002
+
+# A threshold follows the size of an organ only if this increases the mean DSC by this amount.
+_LEAST_GAIN_BY_SIZE = 0.002
 
 # A linear adapter on all levels has many weights compared with its training voxels, so two ridges are tried. The
 # default ridge is first, so that the other ridge is chosen only if it is clearly better.
@@ -74,14 +81,17 @@ class Validated:
     Attributes:
         candidate: the validated candidate.
         dsc: for each organ, the DSC of every left-out scan that annotates it, on the lattice of the scan, after
-            ``post_processing``.
+            ``post_processing``, with the threshold that ``follows_size`` says.
         post_processing: for each organ, the post-processing with the highest mean DSC on the left-out scans; no
             post-processing if the gain is too small.
+        follows_size: for each organ, whether moving its threshold towards the size that it had in the other scans
+            raises the mean DSC (:mod:`fseft_edge.adaptation.size_threshold`); False if the gain is too small.
     """
 
     candidate: Candidate
     dsc: tuple[tuple[float, ...], ...]
     post_processing: tuple[PostProcessing, ...]
+    follows_size: tuple[bool, ...]
 
     @property
     def mean(self) -> float:
@@ -268,7 +278,7 @@ class _Scores:
 
     def __init__(self, candidate: Candidate, support: Sequence[SupportScan], rows: HeadRows) -> None:
         self._candidate, self._support, self._rows = candidate, support, rows
-        self._scores = OrganScores(len(rows))
+        self._scores, self._scores_by_size = OrganScores(len(rows)), OrganScores(len(rows))
 
     def add(self, left_out: Sequence[int]) -> None:
         """Make the adapter without the scans with the indices ``left_out``, and score the adapter on these scans."""
@@ -283,12 +293,16 @@ class _Scores:
             assert scan.grid is not None  # noqa: S101 - narrows the type; the caller gives a grid
             assert scan.reference is not None  # noqa: S101 - narrows the type; the caller gives a reference
             encoded = EncodedScan(scan.grid, scan.features)
-            if scan.located is not None and isinstance(scan.features, FeaturesOnDemand):
-                labels = decide_region(encoded, [adapter], scan.located, cuts=scan.features.edges).found.labels
+            scored = scan.annotated & known
+            labels, boxes = _segmented(scan, encoded, adapter)
+            self._scores.add(labels, *scan.reference, scored)
+            if can_move_thresholds(adapter):
+                moved, _ = move_thresholds(adapter, encoded, expected_sizes(others), boxes=boxes)
+                if moved is not adapter:
+                    labels, _ = _segmented(scan, encoded, moved)
+                self._scores_by_size.add(labels, *scan.reference, scored)
+            if isinstance(scan.features, FeaturesOnDemand):
                 scan.features.release()
-            else:
-                labels = segment_encoded(encoded, [adapter])
-            self._scores.add(labels, *scan.reference, scan.annotated & known)
 
     @property
     def mean(self) -> float:
@@ -297,7 +311,30 @@ class _Scores:
 
     def summary(self) -> Validated:
         """Return the candidate with its scores after the best post-processing of each organ."""
-        return Validated(self._candidate, *self._scores.summary())
+        plain, by_size = (zip(*scores.summary(), strict=True) for scores in (self._scores, self._scores_by_size))
+        follows_size, dsc, steps = [], [], []
+        for one, other in zip(plain, by_size, strict=True):
+            follows_size.append(bool(other[0]) and fmean(other[0]) >= fmean(one[0]) + _LEAST_GAIN_BY_SIZE)
+            chosen = other if follows_size[-1] else one
+            dsc.append(chosen[0])
+            steps.append(chosen[1])
+        return Validated(self._candidate, tuple(dsc), tuple(steps), tuple(follows_size))
+
+
+def _segmented(
+    scan: SupportScan, encoded: EncodedScan, adapter: Adapter
+) -> tuple[NDArray[np.uint8] | NDArray[np.uint16], Sequence[Box] | None]:
+    """Return the labels of a left-out scan, and the boxes in which it was segmented; None means the whole scan."""
+    if scan.located is None or not isinstance(scan.features, FeaturesOnDemand):
+        return segment_encoded(encoded, [adapter]), None
+    region = decide_region(encoded, [adapter], scan.located, cuts=scan.features.edges)
+    return region.found.labels, region.boxes
+
+
+def expected_sizes(support: Sequence[SupportScan]) -> list[SizePrior | None]:
+    """Return the expected range of each organ, from its volumes in the scans that annotate it."""
+    organs = range(len(support[0].annotated))
+    return [expected_range([scan.volumes_mm3[k] / 1000 for scan in support if scan.annotated[k]]) for k in organs]
 
 
 def _best_post_processing(organ: dict[PostProcessing, list[float]]) -> PostProcessing:

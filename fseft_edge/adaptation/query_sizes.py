@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fseft_edge.adapters.blocks import Box, read_block, tiles
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.runtime.encoder.encoding import EncodedScan
+from fseft_edge.runtime.encoder.feature_map import Features
 
 _BLOCK = (64, 64, 32)
 _MM3_PER_ML = 1000.0
@@ -38,13 +39,13 @@ def survey_of(adapter: Adapter, query: EncodedScan) -> Survey:
     """Return the statistics of the probabilities of an adapter over a query. The query is read block by block."""
     sums, masks, borders, peaks = [], [], [], []
     with torch.inference_mode():
-        for core in _cores(query):
+        for core in cores_of([whole(query)]):
             features = read_block(query.features, adapter.boxes(core), adapter.device)
             probabilities = adapter.probabilities(adapter(features, core))[0, adapter.backgrounds :].cpu()
             mask = probabilities > _MASK_THRESHOLD
             sums.append(probabilities.sum((1, 2, 3)))
             masks.append(mask.sum((1, 2, 3)))
-            borders.append(_touches_border(mask, core, query.grid.shape))
+            borders.append(touches_border(mask, core, query.grid.shape))
             peaks.append(probabilities.amax((1, 2, 3)))
     ml = query.grid.voxel_volume_mm3 / _MM3_PER_ML
     return Survey(
@@ -110,7 +111,7 @@ def visible_voxels(
     weight, bias = adapter.linear_weight().to(adapter.device), adapter.linear_bias().to(adapter.device)
     organs_on_device = organs.to(adapter.device)
     with torch.no_grad():
-        for core, peaks in zip(_cores(query), survey.peaks, strict=True):
+        for core, peaks in zip(cores_of([whole(query)]), survey.peaks, strict=True):
             if float(peaks[organs].amax()) < visible:
                 continue
             features = read_block(query.features, adapter.boxes(core), adapter.device)
@@ -131,11 +132,49 @@ def visible_voxels(
     return replace(without_rest, rest=survey.sizes[organs] - sizes_inside)
 
 
-def _cores(query: EncodedScan) -> Iterator[Box]:
-    return tiles(query.grid.shape, _BLOCK)
+def log_odds_in(adapter: Adapter, features: Features, boxes: Sequence[Box]) -> Iterator[tuple[Box, Tensor]]:
+    """Yield the log odds of each organ block by block: the box of the block, and ``[K, X, Y, Z]`` on the CPU.
+
+    Args:
+        adapter: adapter with sigmoid activation.
+        features: feature map of a scan.
+        boxes: boxes of the grid that the blocks cover.
+    """
+    with torch.inference_mode():
+        for core in cores_of(boxes):
+            yield core, adapter(read_block(features, adapter.boxes(core), adapter.device), core)[0].cpu()
 
 
-def _touches_border(mask: Tensor, core: Box, shape: tuple[int, int, int]) -> Tensor:
+def voxels_above(log_odds: Tensor, thresholds: Tensor) -> Tensor:
+    """Return the number of voxels of each organ whose log odds are above each threshold, ``[K, T]``, int64.
+
+    Args:
+        log_odds: ``[K, X, Y, Z]``.
+        thresholds: ascending log odds, ``[T]``.
+    """
+    counts = []
+    for of_organ in log_odds:
+        near = of_organ[of_organ > thresholds[0]]
+        # A voxel with the index i is above i thresholds.
+        above = torch.bincount(torch.bucketize(near, thresholds), minlength=len(thresholds) + 1)
+        counts.append(above.flip(0).cumsum(0).flip(0)[1:])
+    return torch.stack(counts)
+
+
+def whole(query: EncodedScan) -> Box:
+    """Return the box of the whole grid of a query."""
+    return Box(*((0, length) for length in query.grid.shape))
+
+
+def cores_of(boxes: Sequence[Box]) -> Iterator[Box]:
+    """Yield the blocks in which boxes of a grid are read."""
+    for box in boxes:
+        for tile in tiles(box.shape, _BLOCK):
+            ends = zip(tile.ranges, box.ranges, strict=True)
+            yield Box(*((low + first, high + first) for (low, high), (first, _) in ends))
+
+
+def touches_border(mask: Tensor, core: Box, shape: tuple[int, int, int]) -> Tensor:
     """Return, for each organ, True if its mask in the block ``core`` touches the border of the grid, bool ``[K]``."""
     touches = torch.zeros(len(mask), dtype=torch.bool)
     for axis, ((low, high), size) in enumerate(zip(core.ranges, shape, strict=True), start=1):

@@ -23,6 +23,7 @@ from fseft_edge.adaptation.block_sampling import (
     organ_positions,
     with_variations,
 )
+from fseft_edge.adaptation.calibration import calibrate
 from fseft_edge.adaptation.kept_features import kept_in_memory
 from fseft_edge.adaptation.linear_solver import Voxels, gather_voxels, solve
 from fseft_edge.adaptation.losses import adaptation_loss
@@ -62,6 +63,9 @@ class TrainingSettings:
         feature_shift: standard deviation of the random shift of each channel of a block, in units of the standard
             deviation of the channel.
         channel_dropout: share of the channels of the levels 1, 2, ... that are dropped in a block.
+        calibration: share of the move of each threshold, after the training, that gives the masks of the support scans
+            their volumes (:mod:`fseft_edge.adaptation.calibration`); 0 moves none. No effect on a linear adapter, which
+            is not trained with perturbed features, and with softmax.
         linear_rate: peak learning rate of AdamW for the parameters in which the logits are linear. The rate increases
             linearly during the first epoch, then decreases as a cosine to zero.
         residual_rate: peak learning rate of AdamW for the convolutions of the residual path, with the schedule of
@@ -90,6 +94,7 @@ class TrainingSettings:
     variations: int | None = None
     feature_shift: float = 0.5
     channel_dropout: float = 0.5
+    calibration: float = 0.5
     linear_rate: float = 1e-2
     residual_rate: float = 2e-3
     linear_blocks: int = 24
@@ -206,7 +211,10 @@ def train_adapter(
             if _has_settled(losses, training, steps * training.batch):
                 break
         upcoming.cancel()
-    return TrainedAdapter(adapter.eval(), tuple(losses), len(losses) * steps, bfloat16)
+        adapter.eval()
+        if training.calibration and settings.activation == "sigmoid":
+            calibrate(adapter, support, training.calibration)
+    return TrainedAdapter(adapter, tuple(losses), len(losses) * steps, bfloat16)
 
 
 def _solved(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self
@@ -72,6 +73,9 @@ class AdapterOrgan(BaseModel):
         annotation_names: names of the organ in annotations that name their structures; empty for label maps. An empty
             field is not written.
         in_label_maps: whether ``label`` is the label value in label maps of the support set. True is not written.
+        expected_ml: range of volumes to which the threshold of the organ is moved
+            (:mod:`fseft_edge.adaptation.size_threshold`); None if the cross-validation has not shown that this helps.
+            None is not written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,6 +88,13 @@ class AdapterOrgan(BaseModel):
     support_hu: tuple[HuPercentiles, ...] = ()
     annotation_names: tuple[str, ...] = ()
     in_label_maps: bool = True
+    expected_ml: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _expects_a_possible_size(self) -> Self:
+        if self.expected_ml is not None and not 0 < self.expected_ml[0] <= self.expected_ml[1] < math.inf:
+            raise ValueError("the expected volumes are not a range")
+        return self
 
     @model_serializer(mode="wrap")
     def _omit_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -93,6 +104,8 @@ class AdapterOrgan(BaseModel):
                 del fields[name]
         if self.in_label_maps:
             del fields["in_label_maps"]
+        if self.expected_ml is None:
+            del fields["expected_ml"]
         return fields
 
     def as_annotated(self) -> OrganLabel:
@@ -203,10 +216,11 @@ class AdapterDescription(SupportSetDescription):
         windows_elsewhere: largest number of windows of a support scan that were encoded in addition to those around the
             organs; None if the whole scans were encoded. Not written without a value.
         locator: the locator; None for an adapter of whole scans. Not written without a value.
-        schema_version: 4 for an adapter with ``windows_elsewhere`` or ``locator``; else 3, which earlier versions read.
+        schema_version: 5 with ``expected_ml`` of an organ; else 4 with ``windows_elsewhere`` or ``locator``; else 3,
+            which earlier versions read.
     """
 
-    schema_version: Literal[3, 4] = 3
+    schema_version: Literal[3, 4, 5] = 3
     toolkit_version: str = __version__
     encoder_id: str
     encoder_name: str
@@ -222,8 +236,8 @@ class AdapterDescription(SupportSetDescription):
     locator: LocatorDescription | None = None
 
     @model_validator(mode="after")
-    def _schema_version_4_has_more(self) -> Self:
-        if (self.schema_version == 4) != (self.windows_elsewhere is not None or self.locator is not None):
+    def _has_the_schema_version_of_its_fields(self) -> Self:
+        if self.schema_version != schema_version_of(self.organs, self.windows_elsewhere, self.locator):
             raise ValueError("the fields do not belong to the schema version")
         return self
 
@@ -231,6 +245,17 @@ class AdapterDescription(SupportSetDescription):
     def kind(self) -> str:
         """The kind of adapter, as text for the user."""
         return f"{settings_of(self.settings).name}" if self.steps else "the classifiers of the encoder"
+
+
+def schema_version_of(
+    organs: Sequence[AdapterOrgan],
+    windows_elsewhere: int | None,
+    locator: LocatorDescription | None,
+) -> Literal[3, 4, 5]:
+    """Return the schema version of a description with these fields: the oldest one that has them."""
+    if any(organ.expected_ml is not None for organ in organs):
+        return 5
+    return 3 if windows_elsewhere is None and locator is None else 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +340,7 @@ def read_adapter(path: Path) -> AdapterFile:
     Raises:
         AdapterError: the file is missing, is damaged, is not an adapter, or has an unknown schema.
     """
-    header, tensors = read_described(path, _METADATA_KEY, suffix="adapter", schemas=(3, 4))
+    header, tensors = read_described(path, _METADATA_KEY, suffix="adapter", schemas=(3, 4, 5))
     try:
         description = AdapterDescription.model_validate_json(header)
         own = {name: value for name, value in tensors.items() if not name.startswith(_LOCATOR_TENSORS)}

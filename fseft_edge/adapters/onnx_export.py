@@ -89,6 +89,11 @@ def export_adapter(adapter: str | Path, output: str | Path, *, encoder: str | Pa
             remedy="Choose an output in another folder.",
         )
     check_writable(output)
+    if following := [organ.name for organ in file.description.organs if organ.expected_ml]:
+        _LOG.warning(
+            "the masks of the graph are those of `segment --no-follow-size`: its thresholds do not follow the size of %s",
+            ", ".join(following),
+        )
     fused = FusedNetwork(
         inference_network(bundle.network(), whole_scan=bundle.whole_scan is not None), file.adapter.folded()
     ).eval()

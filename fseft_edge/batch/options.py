@@ -39,6 +39,7 @@ DETERMINES_RESULTS: Final = {
     "save_probabilities": True,
     "split": True,
     "whole_scan": True,
+    "follow_size": True,
     "processes": False,
 }
 """For each field of the settings of a segmentation, whether it determines the results. A test requires an entry."""
@@ -74,6 +75,7 @@ def options_fingerprint(segmentation: SegmentationSettings, models: LoadedModels
         "save_probabilities": segmentation.save_probabilities,
         "split": segmentation.split,
         "whole_scan": segmentation.whole_scan,
+        "thresholds": None if segmentation.follow_size else "fixed",
         "transduction": transduction and [_refit(transduction, file) for file in models.adapters],
     }
     return json.dumps(fields | {name: value for name, value in optional.items() if value}, sort_keys=True)

@@ -20,6 +20,7 @@ from fseft_edge.cli.options import (
     common_options,
     counted,
     dicom_option,
+    follow_size_option,
     logging_options,
     whole_scan_option,
 )
@@ -100,6 +101,7 @@ def batch() -> None:
     "--split", is_flag=True, help="In each result folder, also write a mask of each organ, <key>/<organ>.nii.gz."
 )
 @whole_scan_option
+@follow_size_option
 @common_options
 def run(
     *,
@@ -121,6 +123,7 @@ def run(
     save_probabilities: bool,
     split: bool,
     whole_scan: bool,
+    follow_size: bool,
     common: Common,
 ) -> None:
     """Segment each scan in INBOX exactly once, and write results and state to OUTBOX.
@@ -149,6 +152,7 @@ def run(
         save_probabilities=save_probabilities,
         split=split,
         whole_scan=whole_scan,
+        follow_size=follow_size,
         cache=common.cache,
         cache_gb=common.cache_gb,
         device=common.device,

@@ -20,6 +20,7 @@ from fseft_edge.cli.options import (
     common_options,
     counted,
     dicom_option,
+    follow_size_option,
     logging_options,
     structure_options,
     whole_scan_option,
@@ -124,6 +125,7 @@ def demo(output: Path, quiet: bool) -> None:
 )
 @click.option("--split", is_flag=True, help="Also write a separate mask of each organ, <case>/<organ>.nii.gz.")
 @whole_scan_option
+@follow_size_option
 @click.option(
     "--skip-existing",
     is_flag=True,
@@ -151,6 +153,7 @@ def segment(
     save_probabilities: bool,
     split: bool,
     whole_scan: bool,
+    follow_size: bool,
     skip_existing: bool,
     as_json: bool,
     common: Common,
@@ -185,6 +188,7 @@ def segment(
                 save_probabilities=save_probabilities,
                 split=split,
                 whole_scan=whole_scan,
+                follow_size=follow_size,
                 skip_existing=skip_existing,
                 cache=common.cache,
                 cache_gb=common.cache_gb,

@@ -162,6 +162,23 @@ def dicom_option(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def follow_size_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--follow-size`` and ``--no-follow-size``; the command receives ``follow_size``."""
+
+    @click.option(
+        "--follow-size/--no-follow-size",
+        default=True,
+        show_default=True,
+        help="Move the threshold of an organ so that its mask has an expected size, if the cross-validation of the "
+        "adapter has shown that this helps. Without it, all thresholds are a probability of 0.5.",
+    )
+    @functools.wraps(command)
+    def wrapped(**options: object) -> None:
+        command(**options)
+
+    return wrapped
+
+
 def whole_scan_option(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``--whole-scan``; the command receives ``whole_scan``."""
 

@@ -242,5 +242,7 @@ def _organ_text(organ: AdapterOrgan) -> str:
     )
     done = [name.replace("_", " ") for name, wanted in asdict(organ.post_processing).items() if wanted]
     treated = f"; post-processing of its masks: {', '.join(done)}" if done else ""
+    if organ.expected_ml:
+        treated += "; its threshold follows its size"
     scans = counted(len(volumes), "scan")
     return f"{organ.name}: {scans}, {min(volumes):.1f} to {max(volumes):.1f} ml{expected}{treated}"

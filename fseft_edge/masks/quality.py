@@ -26,8 +26,12 @@ _SET_BY_TRANSDUCTION: Final = {
     "absent": "Almost no voxel of the organ was found. The organ is treated as absent; its size was not corrected.",
     "outside_prior": "After the refit, the size of the organ is still outside its size prior.",
 }
-MEANINGS: Final = {**_MEASURED, **_SET_BY_TRANSDUCTION}
-"""The meaning of each flag that :func:`quality_flags` or the transduction sets."""
+_SET_BY_MOVED_THRESHOLD: Final = {
+    "threshold_moved": "The size of the mask was far from the support set at a probability of 0.5. The threshold was "
+    "moved by at least 1 in log odds (a probability of 0.27 or 0.73).",
+}
+MEANINGS: Final = {**_MEASURED, **_SET_BY_MOVED_THRESHOLD, **_SET_BY_TRANSDUCTION}
+"""The meaning of each flag that :func:`quality_flags`, a moved threshold or the transduction sets."""
 
 
 def in_words(flag: str) -> str:

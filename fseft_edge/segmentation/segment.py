@@ -60,6 +60,7 @@ class SegmentOptions(TypedDict, total=False):
     save_probabilities: bool
     split: bool
     whole_scan: bool
+    follow_size: bool
     skip_existing: bool
     cache: str | Path | None
     cache_gb: float | None
@@ -124,6 +125,7 @@ def segment(
     save_probabilities: bool = False,
     split: bool = False,
     whole_scan: bool = False,
+    follow_size: bool = True,
     skip_existing: bool = False,
     cache: str | Path | None = None,
     cache_gb: float | None = 50.0,
@@ -170,6 +172,8 @@ def segment(
         split: also write ``output/<case>/<organ>.nii.gz``, a mask of each organ with the value 1.
         whole_scan: encode and segment whole scans. Without it, an adapter with a locator of an encoder with windows
             segments only the part of a scan where its organs are located; voxels elsewhere are background.
+        follow_size: move the threshold of each organ towards its expected size, where the adapter says so (see
+            :mod:`fseft_edge.adaptation.size_threshold`). If not, all thresholds are a probability of 0.5.
         skip_existing: do not segment a scan again if ``output`` contains its complete result: the same scan, encoder,
             adapters and options, every wanted file, and no file changed since it was written.
         cache: folder of the feature map cache; None means that no feature map is kept.
@@ -208,6 +212,7 @@ def segment(
         save_probabilities=save_probabilities,
         split=split,
         whole_scan=whole_scan,
+        follow_size=follow_size,
         cache=None if cache is None else Path(cache),
         cache_gb=cache_gb,
         device=device,

@@ -18,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fseft_edge.adaptation.locator import Located
+from fseft_edge.adaptation.size_priors import SizePrior
+from fseft_edge.adaptation.size_threshold import MovedThreshold, can_move_thresholds, move_thresholds
 from fseft_edge.adaptation.support_set import load_support, of_support_set, read_annotations
 from fseft_edge.adaptation.transduction import OrganOutcome, TransductionInputs, refitted_adapters, support_of
+from fseft_edge.adapters.blocks import Box
 from fseft_edge.adapters.file import AdapterFile, AdapterOrgan, PostProcessing
 from fseft_edge.adapters.network import Adapter
 from fseft_edge.masks.mask_image import Mask
@@ -121,6 +124,7 @@ class EncodedCase:
         resources: closing it closes the feature store that contains the map.
         windows: number of windows that the result needed, and why; None for an encoder without windows.
         decided: the labels of all voxels, if only a part of the scan was encoded; else None.
+        moves: what happened to the threshold of each organ, if the labels are decided.
         warnings: warnings about the encoding.
     """
 
@@ -129,6 +133,7 @@ class EncodedCase:
     resources: ExitStack
     windows: EncodedWindows | None = None
     decided: DecidedScan | None = None
+    moves: tuple[MovedThreshold | None, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -170,6 +175,18 @@ def open_segmenter(
                     progress=progress,
                 )
         yield Segmenter(settings, files, bundle, session, refit, finder)
+
+
+_LARGE_MOVE = 1.0
+"""A threshold that moved by this much, in log odds, sets a flag."""
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What was fitted to one scan, for each organ; empty if nothing was."""
+
+    moves: Sequence[MovedThreshold | None] = ()
+    outcomes: Sequence[OrganOutcome] = ()
 
 
 _Refit = Callable[[Sequence[AdapterFile], EncodedScan], tuple[Sequence[Adapter], Sequence[OrganOutcome]]]
@@ -310,6 +327,10 @@ class Segmenter:
         features = scan.features
         assert isinstance(features, FeaturesOnDemand)  # noqa: S101 - narrows the type
         adapters = [file.adapter for file in self.adapters]
+
+        def prepare(boxes: Sequence[Box]) -> None:
+            features.encode([box.ranges for box in boxes])
+
         region = in_smaller_pieces(
             case.plan,
             lambda pieces: decide_region(
@@ -318,9 +339,18 @@ class Segmenter:
                 located.boxes,
                 cuts=features.edges,
                 plan=pieces,
-                prepare=lambda boxes: features.encode([box.ranges for box in boxes]),
+                prepare=prepare,
             ),
         )
+        files, moves = self._following_size(scan, region.boxes)
+        moved = [file.adapter for file in files]
+        if any(one is not other for one, other in zip(moved, adapters, strict=True)):
+            region = in_smaller_pieces(
+                case.plan,
+                lambda pieces: decide_region(
+                    scan, moved, region.boxes, cuts=features.edges, plan=pieces, prepare=prepare
+                ),
+            )
         features.release()
         windows = EncodedWindows(features.asked, features.windows, LOCATED)
         _LOG.info(
@@ -329,7 +359,7 @@ class Segmenter:
             windows.windows,
             windows.of,
         )
-        return EncodedCase(case, scan, ExitStack(), windows, region.found)
+        return EncodedCase(case, scan, ExitStack(), windows, region.found, moves)
 
     def finish(self, encoded: EncodedCase, output: Path) -> SegmentedCase:
         """Label every voxel, and write all files of the case into ``output``, where they appear together.
@@ -344,9 +374,9 @@ class Segmenter:
         with ExitStack() as stack:
             stack.enter_context(encoded.resources)
             folder = stack.enter_context(files.written_together(outputs))
-            found, outcomes = self._decided(encoded, folder, outputs.get("probabilities", ()))
+            found, fit = self._decided(encoded, folder, outputs.get("probabilities", ()))
             encoded.resources.close()
-            labels, organs = self._measured(read.volume, found, outcomes)
+            labels, organs = self._measured(read.volume, found, fit)
             write_label_map(folder / files.mask, labels, {organ.label: organ.name for organ in organs})
 
             def write_one(named: tuple[SegmentedOrgan, str]) -> None:
@@ -371,7 +401,7 @@ class Segmenter:
                     "outputs": list(outputs),
                     "not_written": list(case.not_written),
                     **windows_entry(encoded.windows),
-                    **_transduction_summary(organs, outcomes),
+                    **_fit_summary(organs, fit),
                 },
             )
         return case
@@ -381,15 +411,15 @@ class Segmenter:
         encoded = self.encode(self.read(scan))
         read = encoded.case
         with encoded.resources:
-            found, outcomes = self._decided(encoded)
-        labels, organs = self._measured(read.volume, found, outcomes)
+            found, fit = self._decided(encoded)
+        labels, organs = self._measured(read.volume, found, fit)
         return Mask.of(labels, organs, (*read.warnings, *encoded.warnings))
 
     def probabilities(self, scan: Scan) -> NDArray[np.float32]:
         """Return the probability of each organ in each voxel of a scan, float32 ``[K, X, Y, Z]``, in memory."""
         encoded = self.encode(self.read(scan), whole=True)
         with encoded.resources:
-            refitted, _ = self._refit(self.adapters, encoded.scan)
+            refitted, _ = self._fitted(encoded.scan)
             channels = list(organ_channels(refitted))
             probabilities = np.empty((len(channels), *encoded.case.volume.shape), np.float32)
 
@@ -435,6 +465,7 @@ class Segmenter:
         """
         inputs = self.settings.transduction
         located = any(file.locator is not None for file in self.adapters)
+        expects_sizes = any(organ.expected_ml for file in self.adapters for organ in file.description.organs)
         whole_scan = self.settings.whole_scan or needs_whole_scan(self.settings) is not None
         return {
             "source_sha256": sha256,
@@ -449,6 +480,7 @@ class Segmenter:
                 "fill_holes": self.settings.fill_holes,
                 "labels": list(label_values(self.adapters)),
                 **({"whole_scan": whole_scan} if located else {}),
+                **({"follow_size": self.settings.follow_size} if expects_sizes else {}),
                 "transduction": inputs
                 and {
                     "priors": {name: asdict(prior) for name, prior in inputs.priors.items()},
@@ -461,28 +493,49 @@ class Segmenter:
 
     def _decided(
         self, encoded: EncodedCase, folder: Path | None = None, probabilities: Sequence[str] = ()
-    ) -> tuple[DecidedScan, Sequence[OrganOutcome]]:
+    ) -> tuple[DecidedScan, _Fit]:
         """Return the label of every voxel by position of the organ; write the probabilities if names are given."""
         if encoded.decided is not None:
-            return encoded.decided, ()
+            return encoded.decided, _Fit(encoded.moves)
         read = encoded.case
-        refitted, outcomes = self._refit(self.adapters, encoded.scan)
+        refitted, fit = self._fitted(encoded.scan)
         if folder is None or not probabilities:
-            return in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces)), outcomes
+            return in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces)), fit
         with ProbabilityFiles(folder, read.volume.shape, refitted) as kept:
             found = in_smaller_pieces(
                 read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces, kept.add)
             )
             kept.write([folder / name for name in probabilities], read.volume)
-        return found, outcomes
+        return found, fit
 
-    def _measured(
-        self, volume: Volume, found: DecidedScan, outcomes: Sequence[OrganOutcome]
-    ) -> tuple[LabelMap, tuple[SegmentedOrgan, ...]]:
+    def _fitted(self, scan: EncodedScan) -> tuple[Sequence[Adapter], _Fit]:
+        """Return the adapters for one scan: with moved thresholds, then refitted if the settings ask for it."""
+        files, moves = self._following_size(scan)
+        refitted, outcomes = self._refit(files, scan)
+        return refitted, _Fit(moves, outcomes)
+
+    def _following_size(
+        self, scan: EncodedScan, boxes: Sequence[Box] | None = None
+    ) -> tuple[list[AdapterFile], tuple[MovedThreshold | None, ...]]:
+        """Return the adapters with thresholds that follow the expected sizes, and what happened to each organ."""
+        files: list[AdapterFile] = []
+        moves: list[MovedThreshold | None] = []
+        for file in self.adapters:
+            ranges = [organ.expected_ml and SizePrior(*organ.expected_ml) for organ in file.description.organs]
+            if self.settings.follow_size and any(ranges) and can_move_thresholds(file.adapter):
+                adapter, moved = move_thresholds(file.adapter, scan, ranges, boxes=boxes)
+                files.append(replace(file, adapter=adapter))
+                moves += moved
+            else:
+                files.append(file)
+                moves += [None] * len(ranges)
+        return files, tuple(moves)
+
+    def _measured(self, volume: Volume, found: DecidedScan, fit: _Fit) -> tuple[LabelMap, tuple[SegmentedOrgan, ...]]:
         """Return the mask with post-processing and label values, and the measurements of its organs."""
         positions = post_process(found.labels, self._post_processing)
         labels = volume.label_map(with_label_values(positions, label_values(self.adapters)))
-        return labels, tuple(_measured_organs(volume, labels, found.confidence, self.adapters, outcomes))
+        return labels, tuple(_measured_organs(volume, labels, found.confidence, self.adapters, fit))
 
     def _write_extras(
         self, files: CaseFiles, folder: Path, read: ReadCase, labels: LabelMap, organs: Sequence[SegmentedOrgan]
@@ -533,7 +586,7 @@ def _measured_organs(
     labels: LabelMap,
     confidence: Sequence[float | None],
     adapters: Sequence[AdapterFile],
-    outcomes: Sequence[OrganOutcome],
+    fit: _Fit,
 ) -> Iterator[SegmentedOrgan]:
     organs: list[tuple[AdapterFile, AdapterOrgan]] = [
         (file, organ) for file in adapters for organ in file.description.organs
@@ -553,8 +606,10 @@ def _measured_organs(
             median_hu=hu.median if hu else None,
             support_hu=organ.support_hu,
         )
-        if outcomes:
-            flags += outcomes[position].flags
+        if fit.moves and (moved := fit.moves[position]) and abs(moved.log_odds) >= _LARGE_MOVE:
+            flags += ("threshold_moved",)
+        if fit.outcomes:
+            flags += fit.outcomes[position].flags
         known = organ.support_volumes_ml
         yield SegmentedOrgan(
             name=organ.name,
@@ -608,11 +663,23 @@ def _whole_scan_because(organs: Sequence[str], reason: str) -> str:
     return f"The whole scan was encoded, because these organs were {reason}: {', '.join(organs)}."
 
 
-def _transduction_summary(organs: Sequence[SegmentedOrgan], outcomes: Sequence[OrganOutcome]) -> dict[str, Any]:
-    if not outcomes:
-        return {}
-    return {
-        "transduction": [
+def _fit_summary(organs: Sequence[SegmentedOrgan], fit: _Fit) -> dict[str, Any]:
+    """Return the entries of the JSON file about what was fitted to the scan."""
+    summary: dict[str, Any] = {}
+    moved = [(organ, move) for organ, move in zip(organs, fit.moves, strict=False) if move is not None]
+    if moved:
+        summary["thresholds"] = [
+            {
+                "name": organ.name,
+                "before_ml": round(move.before_ml, 3),
+                "after_ml": round(move.after_ml, 3),
+                "log_odds": round(move.log_odds, 3),
+                "notes": move.flags,
+            }
+            for organ, move in moved
+        ]
+    if fit.outcomes:
+        summary["transduction"] = [
             {
                 "name": organ.name,
                 "before_ml": outcome.before_ml,
@@ -620,6 +687,6 @@ def _transduction_summary(organs: Sequence[SegmentedOrgan], outcomes: Sequence[O
                 "prior": outcome.prior and asdict(outcome.prior),
                 "notes": outcome.flags,
             }
-            for organ, outcome in zip(organs, outcomes, strict=True)
+            for organ, outcome in zip(organs, fit.outcomes, strict=True)
         ]
-    }
+    return summary

@@ -43,6 +43,8 @@ class SegmentationSettings:
         save_probabilities: also write the probabilities of each organ, before post-processing.
         split: also write a separate mask file for each organ.
         whole_scan: encode and segment whole scans, although the adapters have locators.
+        follow_size: move the threshold of each organ towards its expected size, where the adapter says so (see
+            :mod:`fseft_edge.adaptation.size_threshold`). If not, all thresholds are a probability of 0.5.
         processes: number of processes on this machine that segment with these settings and share its memory and cores.
 
     Raises:
@@ -68,6 +70,7 @@ class SegmentationSettings:
     save_probabilities: bool = False
     split: bool = False
     whole_scan: bool = False
+    follow_size: bool = True
     processes: int = 1
 
     def __post_init__(self) -> None:

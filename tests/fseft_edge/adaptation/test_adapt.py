@@ -558,7 +558,7 @@ def test_the_adapter_is_made_with_the_best_candidate(
 
     def best_of(kinds: Sequence[Candidate], *_: object, **__: object) -> tuple[Validated, list[Validated]]:
         (candidate,) = [kind for kind in kinds if kind.name == winner]
-        validated = Validated(candidate, ((0.8, 0.7),), (steps,))
+        validated = Validated(candidate, ((0.8, 0.7),), (steps,), (False,))
         return validated, [validated]
 
     monkeypatch.setattr("fseft_edge.adaptation.adapt.best_of", best_of)

@@ -21,6 +21,7 @@ from fseft_edge.adaptation.cross_validation import (
     cross_validate,
     folds,
 )
+from fseft_edge.adaptation.size_priors import SizePrior
 from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adaptation.training import TrainedAdapter, TrainingSettings
 from fseft_edge.adapters.file import PostProcessing
@@ -53,9 +54,16 @@ class Bench:
 
     masks: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     made: list[tuple[str, int]] = field(default_factory=list)
+    expected: list[Sequence[SizePrior | None]] = field(default_factory=list)
 
     def segment(self, _: object, adapters: Sequence[Any]) -> NDArray[np.uint8]:
         return self.masks[adapters[0]]
+
+    def move(self, adapter: str, _: object, ranges: Sequence[SizePrior | None], **__: object) -> tuple[str, tuple[()]]:
+        """Move the threshold of an adapter that has a mask for this case, ``NAME moved``."""
+        self.expected.append(ranges)
+        moved = f"{adapter} moved"
+        return (moved if moved in self.masks else adapter), ()
 
 
 @pytest.fixture
@@ -68,6 +76,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
     monkeypatch.setattr(Candidate, "make", make)
     monkeypatch.setattr("fseft_edge.adaptation.cross_validation.segment_encoded", bench.segment)
+    monkeypatch.setattr("fseft_edge.adaptation.cross_validation.can_move_thresholds", lambda _: True)
+    monkeypatch.setattr("fseft_edge.adaptation.cross_validation.move_thresholds", bench.move)
     return bench
 
 
@@ -144,12 +154,40 @@ def test_the_adapter_of_a_fold_is_made_without_the_left_out_scan(bench: Bench) -
     assert validated.dsc == (pytest.approx((0.7,) * 4, abs=1e-3),)
 
 
+def test_a_threshold_follows_the_size_of_an_organ_if_this_improves_the_dsc(bench: Bench) -> None:
+    bench.masks = {"a": mask_with(0.7), "a moved": mask_with(0.72)}
+    support = [replace(scan, volumes_mm3=(1000.0 * size,)) for scan, size in zip(scans(3), (20, 30, 50), strict=True)]
+    validated = cross_validate(kinds("a")[0], support, [None])
+    assert validated.follows_size == (True,)
+    assert validated.dsc == (pytest.approx((0.72,) * 3, abs=1e-3),)
+    # The expected sizes are those of the other scans.
+    found = [(prior.low_ml, prior.high_ml) for (prior,) in bench.expected if prior]
+    assert found == [pytest.approx(ends) for ends in ((27, 55), (18, 55), (18, 33))]
+
+
+@pytest.mark.parametrize("dsc", [0.6, 0.7005])
+def test_a_threshold_stays_if_following_the_size_does_not_improve_the_dsc(bench: Bench, dsc: float) -> None:
+    bench.masks = {"a": mask_with(0.7), "a moved": mask_with(dsc)}
+    validated = cross_validate(kinds("a")[0], scans(3), [None])
+    assert validated.follows_size == (False,)
+    assert validated.dsc == (pytest.approx((0.7,) * 3, abs=1e-3),)
+
+
+def test_organs_that_compete_do_not_follow_their_sizes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fseft_edge.adaptation.cross_validation.can_move_thresholds", lambda _: False)
+    bench.masks = {"a": mask_with(0.7), "a moved": mask_with(0.9)}
+    assert cross_validate(kinds("a")[0], scans(2), [None]).follows_size == (False,)
+    assert not bench.expected
+
+
 def test_softmax_is_not_scored_without_a_training_scan_that_annotates_all_organs(bench: Bench) -> None:
     """Softmax trains only on scans that annotate all organs. If the only such scan is left out, it cannot train."""
     bench.masks = {"a": mask_with(0.7)}
     (scan,) = scans(1)
     whole, partial = (
-        replace(scan, annotated=np.array(annotated), reference=(scan.reference[0], (1, 2)))
+        replace(
+            scan, annotated=np.array(annotated), reference=(scan.reference[0], (1, 2)), volumes_mm3=(27000.0, 27000.0)
+        )
         for annotated in ([True, True], [True, False])
         if scan.reference
     )

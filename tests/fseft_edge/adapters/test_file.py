@@ -143,6 +143,23 @@ def test_hu_of_the_support_set_are_written_and_read(tmp_path: Path) -> None:
     assert rb"\"support_hu\":[{\"low\":-20,\"median\":104,\"high\":180}" in header
 
 
+def test_the_expected_volumes_of_an_organ_are_written_with_a_new_schema_version_and_read(tmp_path: Path) -> None:
+    file = random_adapter()
+    liver, spleen = file.description.organs
+    liver = liver.model_copy(update={"expected_ml": (1350.5, 1883.75)})
+    description = file.description.model_copy(update={"organs": (liver, spleen), "schema_version": 5})
+    write_adapter(tmp_path / "a", AdapterFile(description, file.adapter))
+    assert read_adapter(tmp_path / "a").description.organs == (liver, spleen)
+
+
+@pytest.mark.parametrize("expected", [[0, 1], [2, 1], [1, 1e999], [1]])
+def test_expected_volumes_that_are_no_range_are_refused(tmp_path: Path, expected: list[float]) -> None:
+    organ = {"name": "liver", "label": 6, "support_volumes_ml": [], "expected_ml": expected}
+    write_with_changed_description(tmp_path / "a.adapter", organs=[organ] * 2, schema_version=5)
+    with refused(AdapterError, "a.adapter"):
+        read_adapter(tmp_path / "a.adapter")
+
+
 def test_a_file_of_an_older_version_without_hu_is_read_and_keeps_its_checksum(tmp_path: Path) -> None:
     """The test writes the description and the checksum as the older version did."""
     file = random_adapter()
@@ -314,7 +331,7 @@ def test_a_description_that_is_none_is_refused(tmp_path: Path, text: str) -> Non
         read_adapter(tmp_path / "a.adapter")
 
 
-@pytest.mark.parametrize("version", [0, 2, 5, None, "1"])
+@pytest.mark.parametrize("version", [0, 2, 6, None, "1"])
 def test_an_unknown_schema_is_refused_and_named(tmp_path: Path, version: object) -> None:
     write_with_changed_description(tmp_path / "a.adapter", schema_version=version)
     with refused(AdapterError, "a.adapter", "schema", version):

@@ -63,6 +63,7 @@ class Site:
             "save_probabilities": True,
             "split": True,
             "whole_scan": True,
+            "follow_size": False,
             "processes": 2,
         }
         return {field: values[field]}

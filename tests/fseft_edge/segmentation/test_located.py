@@ -17,7 +17,7 @@ import torch
 from doubles.encoder import label_of, write_case, write_random_adapter, write_tiny_encoder
 from numpy.typing import NDArray
 
-from fseft_edge.adaptation import locator
+from fseft_edge.adaptation import locator, size_threshold
 from fseft_edge.adaptation.adapt import adapt
 from fseft_edge.adaptation.locator import Located
 from fseft_edge.adaptation.training import TrainingSettings
@@ -142,6 +142,38 @@ def test_each_component_that_was_found_is_that_of_the_whole_scan(
     assert described["encoded"]["why"] == "located"
     assert 0 < described["encoded"]["windows"] < total
     assert described["warnings"] == []
+
+
+@pytest.mark.parametrize(("shares", "grows"), [((0.5, 0.6), False), ((1.4, 1.5), True)])
+def test_thresholds_follow_the_size_of_what_is_found_in_the_located_part(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, float], grows: bool
+) -> None:
+    monkeypatch.setattr(size_threshold, "touches_border", lambda mask, *_: torch.zeros(len(mask), dtype=torch.bool))
+
+    def expecting(low: float, high: float) -> Path:
+        (organ,) = site.file.description.organs
+        organ = organ.model_copy(update={"expected_ml": (low, high)})
+        changed = site.file.description.model_copy(update={"organs": (organ,), "schema_version": 5})
+        path = tmp_path / "a.adapter"
+        write_adapter(path, AdapterFile(changed, site.file.adapter, locator=site.file.locator))
+        return path
+
+    described, before = site.segment(tmp_path / "plain", expecting(1e-3, 1e9))
+    assert described["encoded"]["why"] == "located"
+    (entry,) = described["thresholds"]
+    assert entry["log_odds"] == 0
+    volume = entry["before_ml"]
+    described, after = site.segment(tmp_path / "out", expecting(*(share * volume for share in shares)))
+    assert described["encoded"]["why"] == "located"
+    (entry,) = described["thresholds"]
+    assert entry["before_ml"] == volume
+    assert (entry["log_odds"] < 0) is grows
+    smaller, larger = (before, after) if grows else (after, before)
+    assert ((smaller > 0) <= (larger > 0)).all()
+    assert 0 < (smaller > 0).sum() < (larger > 0).sum()
+    described, fixed = site.segment(tmp_path / "fixed", tmp_path / "a.adapter", follow_size=False)
+    assert "thresholds" not in described
+    np.testing.assert_array_equal(fixed, before)
 
 
 def test_an_organ_that_is_not_located_means_the_whole_scan_and_a_warning(

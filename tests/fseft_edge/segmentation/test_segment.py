@@ -22,8 +22,10 @@ from doubles.errors import refused
 from numpy.typing import NDArray
 from PIL import Image
 
+from fseft_edge.adaptation import size_threshold
 from fseft_edge.adaptation.adapt import adapt, zero_shot_adapter
 from fseft_edge.adaptation.size_priors import SizePrior
+from fseft_edge.adaptation.size_threshold import move_thresholds
 from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adaptation.transduction import OrganOutcome, Transduced, TransductionInputs, TransductionSettings
 from fseft_edge.adapters.file import AdapterFile, PostProcessing, read_adapter, write_adapter
@@ -36,7 +38,7 @@ from fseft_edge.phantom import phantom
 from fseft_edge.runtime.encoder.backends.base import EncoderSession
 from fseft_edge.runtime.encoder.bundle import EncoderBundle
 from fseft_edge.runtime.encoder.encoding import EncodedScan, encode_scan
-from fseft_edge.runtime.encoder.feature_store import FeatureStore
+from fseft_edge.runtime.encoder.feature_store import FeatureStore, open_store
 from fseft_edge.runtime.encoder.session import open_session
 from fseft_edge.runtime.errors import (
     AdapterError,
@@ -49,6 +51,7 @@ from fseft_edge.runtime.errors import (
     UsageError,
 )
 from fseft_edge.runtime.scans.components import BoxedMask
+from fseft_edge.runtime.scans.grid import Grid
 from fseft_edge.runtime.scans.nifti import read_ct, read_label_map, write_ct
 from fseft_edge.runtime.scans.organs import OrganLabel
 from fseft_edge.runtime.scans.volume import Volume
@@ -574,6 +577,71 @@ def test_a_transductive_run_records_the_result_of_every_organ(
     plain = json.loads((tmp_path / "plain" / "case_3.json").read_text())
     assert "transduction" not in plain
     assert summary["adapters"] == plain["adapters"]
+
+
+def not_at_border(mask: torch.Tensor, *_: object) -> torch.Tensor:
+    """Replace the test for the border of the scan, which masks of random adapters touch."""
+    return torch.zeros(len(mask), dtype=torch.bool)
+
+
+def expecting(path: Path, share: float, site: Site, scan: Path) -> Path:
+    """Let an adapter expect a share of the size that it finds in a scan; return its file."""
+    file = read_adapter(path)
+    volume = read_ct(scan)
+    grid = Grid.of(volume, site.bundle.preprocessing)
+    with open_session(site.bundle, "cpu", "torch") as session, open_store(None, None) as store:
+        encoded = encode_scan(volume, bundle=site.bundle, session=session, store=store, grid=grid)
+        _, found = move_thresholds(file.adapter, encoded, [SizePrior(1e-3, 1e9)] * len(file.description.organs))
+    organs = [
+        organ.model_copy(update={"expected_ml": (0.95 * share * moved.before_ml, 1.05 * share * moved.before_ml)})
+        for organ, moved in zip(file.description.organs, found, strict=True)
+        if moved
+    ]
+    changed = file.description.model_copy(update={"organs": tuple(organs), "schema_version": 5})
+    write_adapter(path, AdapterFile(changed, file.adapter))
+    return path
+
+
+@pytest.mark.parametrize("share", [0.7, 1.3])
+def test_a_mask_follows_the_size_that_the_adapter_expects(
+    site: Site, tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(size_threshold, "touches_border", not_at_border)
+    scan = site.image("case_1")
+    write_random_adapter(tmp_path / "a.adapter", site.bundle)
+    adapter = expecting(tmp_path / "a.adapter", share, site, scan)
+    (plain,) = site.segment([scan], [adapter], tmp_path / "plain", follow_size=False)
+    (case,) = site.segment([scan], [adapter], tmp_path / "out", save_probabilities=True)
+    description = json.loads((tmp_path / "out" / "case_1.json").read_text())
+    assert description["options"]["follow_size"] is True
+    (before,), (organ,), (entry,) = plain.organs, case.organs, description["thresholds"]
+    assert (entry["name"], entry["notes"]) == ("liver", [])
+    assert entry["after_ml"] == pytest.approx(share * entry["before_ml"], rel=0.051)
+    assert (entry["log_odds"] > 0) is (share < 1)
+    assert ("threshold_moved" in organ.flags) is (abs(entry["log_odds"]) >= 1)
+    assert organ.volume_ml == pytest.approx(share * before.volume_ml, rel=0.1)
+    saved = nib.load(tmp_path / "out" / "case_1" / "liver.probability.nii.gz").get_fdata()  # type: ignore[attr-defined]  # nibabel's image type
+    np.testing.assert_array_equal(labels_in(case) > 0, saved > 0.5)
+    assert "thresholds" not in json.loads((tmp_path / "plain" / "case_1.json").read_text())
+
+
+def test_a_refit_starts_from_the_moved_thresholds(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[float]] = []
+
+    def watched(adapter: Adapter, _: EncodedScan, __: object, priors: Sequence[SizePrior], **___: object) -> Transduced:
+        seen.append(adapter.linear_bias().tolist())
+        return Transduced(adapter, (OrganOutcome(1.0, 1.0, priors[0], ()),), evaluations=0)
+
+    monkeypatch.setattr("fseft_edge.adaptation.transduction.transduce", watched)
+    monkeypatch.setattr(size_threshold, "touches_border", not_at_border)
+    scan = site.image("case_1")
+    write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
+    adapter = expecting(tmp_path / "a.adapter", 0.7, site, scan)
+    inputs = TransductionInputs(site.root / "images", site.root / "labels")
+    site.segment([scan], [adapter], tmp_path / "out", transduction=inputs)
+    (entry,) = json.loads((tmp_path / "out" / "case_1.json").read_text())["thresholds"]
+    assert entry["log_odds"] > 0
+    assert seen == [[pytest.approx(read_adapter(adapter).adapter.linear_bias().item() - entry["log_odds"], abs=1e-3)]]
 
 
 def test_the_mask_comes_from_the_refitted_adapter(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
