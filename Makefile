@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock
 # USER_STAMP: the packages that a user needs are installed. DEV_STAMP: the packages for tests and checks are installed too.
 # pip does not compile the modules (--no-compile), because this would take longer than the rest of the installation. Python
-# compiles each module when the module is first imported. Some environments forbid Python to write the compiled modules,
-# and then every process compiles PyTorch again, so the rule does not hold for the targets here.
-export PYTHONDONTWRITEBYTECODE :=
+# compiles each module when the module is first imported.
 USER_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 # The CPU wheel and the GPU wheel of ONNX Runtime write the same files, so only the wheel for this machine is installed.
 RUNTIME := $(if $(wildcard /proc/driver/nvidia/version),gpu,cpu)
 BENCHMARK ?= kshot
+# Some environments forbid Python to write compiled modules. Every process would then compile PyTorch again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: install-runtime demo test test-gpu lint build benchmark lock clean
 

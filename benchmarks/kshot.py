@@ -31,6 +31,7 @@ from kshot_report import markdown, plot, tuning_markdown
 from fseft_edge.adaptation.adapt import describe, zero_shot_adapter
 from fseft_edge.adaptation.cross_validation import OrganScores
 from fseft_edge.adaptation.size_priors import SizePrior
+from fseft_edge.adaptation.size_threshold import expected_range, move_thresholds
 from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adaptation.transduction import TransductionSettings, support_of, transduce
 from fseft_edge.adapters.file import AdapterFile, read_adapter, write_adapter
@@ -54,6 +55,9 @@ ADAPTERS = {
     for settings in [AdapterSettings(method, levels)]
 }
 TRANSDUCED = " + transduction"
+FOLLOWING_SIZE = " + size"
+"""Added to an adapter: the thresholds of all organs follow their sizes, without asking a cross-validation."""
+_ADDITIONS = (TRANSDUCED, FOLLOWING_SIZE)
 DECODERS: tuple[Decoder, ...] = ("frozen", "tuned")
 TUNINGS = {
     settings.name: settings
@@ -66,7 +70,7 @@ TUNINGS = {
 METHODS = (
     "zero-shot",
     *ADAPTERS,
-    *(name + TRANSDUCED for name in ADAPTERS),
+    *(name + addition for addition in _ADDITIONS for name in ADAPTERS),
     *RATES,
     *TUNINGS,
 )
@@ -218,7 +222,7 @@ def _make(run: Run, encoder: Path) -> Made:
         return Made(tuned.model, tuned.parameters, tuned.seconds, _peak_mib(), _gpu_mib(run.device))
     if run.method in TUNINGS:
         return _fine_tuned(run, encoder)
-    name = run.method.removesuffix(TRANSDUCED)
+    name = _adapter_of(run.method)
     path = run.folder / "adapters" / f"{name.replace(' ', '_')}-{run.shots}-{run.draw}.adapter"
     bundle = EncoderBundle.open(encoder)
     path.parent.mkdir(exist_ok=True)
@@ -227,7 +231,7 @@ def _make(run: Run, encoder: Path) -> Made:
         # before the time measurement, so that the features are in the cache
         support = bench.support(run.support, variations=None, seed=run.draw)
         started = time.process_time()
-        if run.method.endswith(TRANSDUCED) and path.exists():
+        if name != run.method and path.exists():
             file = read_adapter(path)
             file.check_encoder(bundle, path=path)
             adapter = file.adapter
@@ -274,9 +278,25 @@ def _scores(run: Run, bundle: EncoderBundle, made: Made | None) -> dict[str, dic
             head = zero_shot_adapter(bundle, known).adapter
             return {case: bench.score(case, head, known) for case in run.cases}
         file = read_adapter(made.path)
-        if not run.method.endswith(TRANSDUCED):
-            return {case: bench.score(case, file.adapter) for case in run.cases}
-        return _transduced(bench, run, file)
+        if run.method.endswith(FOLLOWING_SIZE):
+            return _following_size(bench, run, file)
+        if run.method.endswith(TRANSDUCED):
+            return _transduced(bench, run, file)
+        return {case: bench.score(case, file.adapter) for case in run.cases}
+
+
+def _adapter_of(method: str) -> str:
+    """Return the name of the adapter of a method, without what is added to it."""
+    for addition in _ADDITIONS:
+        method = method.removesuffix(addition)
+    return method
+
+
+def _following_size(bench: Bench, run: Run, file: AdapterFile) -> dict[str, dict[str, float]]:
+    ranges = [expected_range(organ.support_volumes_ml) for organ in file.description.organs]
+    return {
+        case: bench.score(case, move_thresholds(file.adapter, bench.encoded(case), ranges)[0]) for case in run.cases
+    }
 
 
 def _transduced(bench: Bench, run: Run, file: AdapterFile) -> dict[str, dict[str, float]]:

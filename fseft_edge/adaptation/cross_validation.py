@@ -48,6 +48,9 @@ _MIN_GAIN_OF_POST_PROCESSING = 0.002
 # A threshold follows the size of an organ only if this increases the mean DSC by this amount.
 _LEAST_GAIN_BY_SIZE = 0.002
 
+# With fewer left-out scans, a gain says little, and each of them is compared with the size of one other scan.
+_FEWEST_SCANS_BY_SIZE = 3
+
 # A linear adapter on all levels has many weights compared with its training voxels, so two ridges are tried. The
 # default ridge is first, so that the other ridge is chosen only if it is clearly better.
 _RIDGES = (1e-2, 1e-3)
@@ -314,7 +317,8 @@ class _Scores:
         plain, by_size = (zip(*scores.summary(), strict=True) for scores in (self._scores, self._scores_by_size))
         follows_size, dsc, steps = [], [], []
         for one, other in zip(plain, by_size, strict=True):
-            follows_size.append(bool(other[0]) and fmean(other[0]) >= fmean(one[0]) + _LEAST_GAIN_BY_SIZE)
+            comparable = len(one[0]) == len(other[0]) >= _FEWEST_SCANS_BY_SIZE
+            follows_size.append(comparable and fmean(other[0]) >= fmean(one[0]) + _LEAST_GAIN_BY_SIZE)
             chosen = other if follows_size[-1] else one
             dsc.append(chosen[0])
             steps.append(chosen[1])

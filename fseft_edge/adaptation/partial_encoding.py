@@ -45,7 +45,7 @@ class PartialEncoding:
         """
         features = scan.features
         assert isinstance(features, FeaturesOnDemand)  # noqa: S101 - the caller encodes on demand
-        cores = separate([_with_block(box.grown(AROUND_ORGAN)) for box in _organ_boxes(scan)])
+        cores = separate([_with_block(box.grown(AROUND_ORGAN)) for box in organ_boxes(scan)])
         region = [self._centres(core, features, scan) for core in cores]
         left = self.elsewhere
         for _ in range(_PLACES_TO_TRY):
@@ -79,7 +79,7 @@ def _with_block(box: Box) -> Box:
     return hull([box, Box(*((centre - _BLOCK_REACH, centre + _BLOCK_REACH) for centre in centres))])
 
 
-def _organ_boxes(scan: SupportScan) -> list[Box]:
+def organ_boxes(scan: SupportScan) -> list[Box]:
     """Return the bounding box of each connected part of each annotated organ."""
     from scipy.ndimage import find_objects  # noqa: PLC0415 - slow to import
 

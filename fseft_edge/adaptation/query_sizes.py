@@ -13,7 +13,8 @@ from fseft_edge.adapters.network import Adapter
 from fseft_edge.runtime.encoder.encoding import EncodedScan
 from fseft_edge.runtime.encoder.feature_map import Features
 
-_BLOCK = (64, 64, 32)
+BLOCK = (64, 64, 32)
+"""Usual size of the blocks in which a query is read, in voxels."""
 _MM3_PER_ML = 1000.0
 _MASK_THRESHOLD = 0.5
 
@@ -132,16 +133,19 @@ def visible_voxels(
     return replace(without_rest, rest=survey.sizes[organs] - sizes_inside)
 
 
-def log_odds_in(adapter: Adapter, features: Features, boxes: Sequence[Box]) -> Iterator[tuple[Box, Tensor]]:
+def log_odds_in(
+    adapter: Adapter, features: Features, boxes: Sequence[Box], block: tuple[int, int, int] = BLOCK
+) -> Iterator[tuple[Box, Tensor]]:
     """Yield the log odds of each organ block by block: the box of the block, and ``[K, X, Y, Z]`` on the CPU.
 
     Args:
         adapter: adapter with sigmoid activation.
         features: feature map of a scan.
         boxes: boxes of the grid that the blocks cover.
+        block: largest size of a block.
     """
     with torch.inference_mode():
-        for core in cores_of(boxes):
+        for core in cores_of(boxes, block):
             yield core, adapter(read_block(features, adapter.boxes(core), adapter.device), core)[0].cpu()
 
 
@@ -166,10 +170,10 @@ def whole(query: EncodedScan) -> Box:
     return Box(*((0, length) for length in query.grid.shape))
 
 
-def cores_of(boxes: Sequence[Box]) -> Iterator[Box]:
-    """Yield the blocks in which boxes of a grid are read."""
+def cores_of(boxes: Sequence[Box], block: tuple[int, int, int] = BLOCK) -> Iterator[Box]:
+    """Yield the blocks, of at most this size, in which boxes of a grid are read."""
     for box in boxes:
-        for tile in tiles(box.shape, _BLOCK):
+        for tile in tiles(box.shape, block):
             ends = zip(tile.ranges, box.ranges, strict=True)
             yield Box(*((low + first, high + first) for (low, high), (first, _) in ends))
 

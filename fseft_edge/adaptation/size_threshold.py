@@ -19,7 +19,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fseft_edge.adaptation.query_sizes import log_odds_in, touches_border, voxels_above, whole
+from fseft_edge.adaptation.query_sizes import BLOCK, log_odds_in, touches_border, voxels_above, whole
 from fseft_edge.adaptation.size_priors import SizePrior
 from fseft_edge.adapters.blocks import Box
 from fseft_edge.adapters.network import Adapter
@@ -30,6 +30,7 @@ MOST_LOG_ODDS: Final = 2.0
 
 _STEPS: Final = 40
 _LEAST_SHARE: Final = 0.3
+_MUCH: Final = 0.15
 _LOWER, _UPPER = 0.9, 1.1
 _MM3_PER_ML = 1000.0
 
@@ -39,18 +40,24 @@ class MovedThreshold:
     """What happened to the threshold of an organ.
 
     Attributes:
-        before_ml: volume of the mask on the grid before the move.
-        after_ml: volume of the mask on the grid after the move.
+        before_ml: volume of all voxels of the grid with a probability above one half before the move, also where
+            another organ is more probable.
+        after_ml: the same after the move.
         log_odds: move of the threshold in log odds; positive if the mask became smaller, 0 if nothing was moved.
-        flags: ``cut_off`` (the mask touches the border of the field of view, so that its size says nothing; nothing was
-            moved), ``absent`` (almost nothing of the organ was found; nothing was moved), or ``outside_prior`` (the
-            size is still outside the expected range).
+        flags: ``cut_off`` (one of these voxels touches the border of the field of view, so that the size says nothing;
+            nothing was moved), ``absent`` (almost nothing of the organ was found; nothing was moved), or
+            ``outside_prior`` (the size is still outside the expected range).
     """
 
     before_ml: float
     after_ml: float
     log_odds: float
     flags: tuple[str, ...]
+
+    @property
+    def changes_much(self) -> bool:
+        """Whether the volume changed by more than 15 %: a person should look at the mask."""
+        return abs(self.after_ml - self.before_ml) > _MUCH * self.before_ml
 
 
 def expected_range(volumes_ml: Sequence[float]) -> SizePrior | None:
@@ -74,6 +81,7 @@ def move_thresholds(
     ranges: Sequence[SizePrior | None],
     *,
     boxes: Sequence[Box] | None = None,
+    block: tuple[int, int, int] = BLOCK,
 ) -> tuple[Adapter, tuple[MovedThreshold | None, ...]]:
     """Return an adapter for one scan, whose masks have a size in the expected range where a small move is sufficient.
 
@@ -82,12 +90,13 @@ def move_thresholds(
         query: scan to segment.
         ranges: expected range of each organ; None leaves the threshold of the organ at a probability of 0.5.
         boxes: boxes of the grid that are segmented; None means the whole grid.
+        block: largest size of the blocks in which the query is read, in voxels.
 
     Returns:
         The adapter with moved biases, or the given adapter if no threshold moved; and what happened to each organ, None
         for an organ without a range.
     """
-    curves, at_border = _curves(adapter, query, boxes)
+    curves, at_border = _curves(adapter, query, boxes or [whole(query)], block)
     moved = tuple(
         None if wanted is None else _moved(curve, wanted, cut_off=bool(cut))
         for curve, wanted, cut in zip(curves, ranges, at_border, strict=True)
@@ -102,7 +111,9 @@ def move_thresholds(
     return changed, moved
 
 
-def _curves(adapter: Adapter, query: EncodedScan, boxes: Sequence[Box] | None) -> tuple[Tensor, Tensor]:
+def _curves(
+    adapter: Adapter, query: EncodedScan, boxes: Sequence[Box], block: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
     """Return the size of each mask in ml for each threshold, and whether the mask touches the border of the grid.
 
     Returns:
@@ -111,7 +122,7 @@ def _curves(adapter: Adapter, query: EncodedScan, boxes: Sequence[Box] | None) -
     thresholds = torch.arange(-_STEPS, _STEPS + 1) * (MOST_LOG_ODDS / _STEPS)
     counts = torch.zeros(adapter.classes, len(thresholds), dtype=torch.int64)
     at_border = torch.zeros(adapter.classes, dtype=torch.bool)
-    for core, log_odds in log_odds_in(adapter, query.features, boxes or [whole(query)]):
+    for core, log_odds in log_odds_in(adapter, query.features, boxes, block):
         counts += voxels_above(log_odds, thresholds)
         at_border |= touches_border(log_odds > 0, core, query.grid.shape)
     return counts * (query.grid.voxel_volume_mm3 / _MM3_PER_ML), at_border

@@ -80,7 +80,8 @@ class TrainingSettings:
         least_gain: smallest decrease of the averaged loss that continues the training.
 
     Raises:
-        UsageError: a number of blocks, epochs or variations is not a whole number in its range.
+        UsageError: a number of blocks, epochs or variations is not a whole number in its range, or ``calibration`` is
+            not from 0 to 1.
     """
 
     seed: int = 0
@@ -114,6 +115,11 @@ class TrainingSettings:
             "variations": 0,
             "linear_blocks": 1,
         }
+        if not 0 <= self.calibration <= 1:
+            raise UsageError(
+                f"The training setting calibration is {self.calibration!r}, but it must be a share from 0 to 1.",
+                remedy="Correct calibration, or leave it out to use the default.",
+            )
         for name, smallest in least.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < smallest):

@@ -91,7 +91,7 @@ def export_adapter(adapter: str | Path, output: str | Path, *, encoder: str | Pa
     check_writable(output)
     if following := [organ.name for organ in file.description.organs if organ.expected_ml]:
         _LOG.warning(
-            "the masks of the graph are those of `segment --no-follow-size`: its thresholds do not follow the size of %s",
+            "the masks of the graph are those of `segment --no-follow-size`: thresholds do not follow the size of %s",
             ", ".join(following),
         )
     fused = FusedNetwork(

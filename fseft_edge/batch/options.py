@@ -12,7 +12,7 @@ from fseft_edge.outbox.content_key import content_sha256
 from fseft_edge.runtime.scans.annotated import find_pairs
 from fseft_edge.runtime.system.json_text import parse_json
 from fseft_edge.segmentation.label_values import label_values
-from fseft_edge.segmentation.models import LoadedModels
+from fseft_edge.segmentation.models import LoadedModels, expects_sizes
 from fseft_edge.segmentation.settings import SegmentationSettings
 
 _VERSION: Final = 2
@@ -75,7 +75,7 @@ def options_fingerprint(segmentation: SegmentationSettings, models: LoadedModels
         "save_probabilities": segmentation.save_probabilities,
         "split": segmentation.split,
         "whole_scan": segmentation.whole_scan,
-        "thresholds": None if segmentation.follow_size else "fixed",
+        "follow_size": None if segmentation.follow_size or not expects_sizes(models.adapters) else "no",
         "transduction": transduction and [_refit(transduction, file) for file in models.adapters],
     }
     return json.dumps(fields | {name: value for name, value in optional.items() if value}, sort_keys=True)
@@ -92,7 +92,8 @@ def _refit(transduction: TransductionInputs, file: AdapterFile) -> dict[str, Any
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if name != "device"}
+    """Return the settings of a training that have an effect on a refit."""
+    return {name: value for name, value in fields.items() if name not in {"device", "calibration"}}
 
 
 def other_options(earlier: str, now: str) -> list[str]:

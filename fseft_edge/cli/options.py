@@ -170,7 +170,7 @@ def follow_size_option(command: Callable[..., None]) -> Callable[..., None]:
         default=True,
         show_default=True,
         help="Move the threshold of an organ so that its mask has an expected size, if the cross-validation of the "
-        "adapter has shown that this helps. Without it, all thresholds are a probability of 0.5.",
+        "adapter has shown that this helps. With --no-follow-size, all thresholds are a probability of 0.5.",
     )
     @functools.wraps(command)
     def wrapped(**options: object) -> None:

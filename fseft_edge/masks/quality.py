@@ -27,8 +27,8 @@ _SET_BY_TRANSDUCTION: Final = {
     "outside_prior": "After the refit, the size of the organ is still outside its size prior.",
 }
 _SET_BY_MOVED_THRESHOLD: Final = {
-    "threshold_moved": "The size of the mask was far from the support set at a probability of 0.5. The threshold was "
-    "moved by at least 1 in log odds (a probability of 0.27 or 0.73).",
+    "threshold_moved": "The size of the mask was outside the range that the adapter expects. The threshold was moved, "
+    "and the volume changed by more than 15 %.",
 }
 MEANINGS: Final = {**_MEASURED, **_SET_BY_MOVED_THRESHOLD, **_SET_BY_TRANSDUCTION}
 """The meaning of each flag that :func:`quality_flags`, a moved threshold or the transduction sets."""

@@ -24,6 +24,11 @@ class LoadedModels:
     bundle: EncoderBundle
 
 
+def expects_sizes(files: Sequence[AdapterFile]) -> bool:
+    """Return whether a threshold of the adapters follows the size of its organ."""
+    return any(organ.expected_ml for file in files for organ in file.description.organs)
+
+
 def load_models(settings: SegmentationSettings, in_memory: Sequence[AdapterFile] = ()) -> LoadedModels:
     """Read the adapters and the encoder, and check that they belong together.
 

@@ -51,6 +51,8 @@ class OrganSegmenter:
         memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
         vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
         whole_scan: encode whole scans, and train no locator (see :func:`fseft_edge.adapt`).
+        follow_size: move thresholds towards the expected sizes, where the adapter says so; masks and probabilities are
+            then those of the moved thresholds (:mod:`fseft_edge.adaptation.size_threshold`).
         progress: display of the progress; None shows nothing.
 
     Attributes:
@@ -75,6 +77,7 @@ class OrganSegmenter:
         memory_gb: float | None = None,
         vram_gb: float | None = None,
         whole_scan: bool = False,
+        follow_size: bool = True,
         progress: Progress | None = None,
     ) -> None:
         self.organs = organs
@@ -90,6 +93,7 @@ class OrganSegmenter:
         self.memory_gb = memory_gb
         self.vram_gb = vram_gb
         self.whole_scan = whole_scan
+        self.follow_size = follow_size
         self.progress = progress
         self._open: tuple[Segmenter, weakref.finalize[..., Any]] | None = None
 
@@ -252,6 +256,7 @@ class OrganSegmenter:
                 memory_gb=self.memory_gb,
                 vram_gb=self.vram_gb,
                 whole_scan=self.whole_scan,
+                follow_size=self.follow_size,
             )
             bundle = open_encoder(self.encoder)
             file.check_encoder(bundle, path=None)
@@ -273,6 +278,7 @@ def load(
     memory_gb: float | None = None,
     vram_gb: float | None = None,
     whole_scan: bool = False,
+    follow_size: bool = True,
 ) -> OrganSegmenter:
     """Return the adapter of an adapter file, ready to segment.
 
@@ -287,6 +293,7 @@ def load(
         memory_gb: memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory.
         vram_gb: GPU memory that may be used, in units of 1e9 bytes; None means 90 % of the free memory of the GPU.
         whole_scan: encode and segment whole scans, although the adapter has a locator.
+        follow_size: move thresholds towards the expected sizes, where the adapter says so.
 
     Raises:
         InputError: the adapter or the encoder is not usable, or the encoder is not found.
@@ -306,6 +313,7 @@ def load(
         memory_gb=memory_gb,
         vram_gb=vram_gb,
         whole_scan=whole_scan,
+        follow_size=follow_size,
     )
     model.adapter_ = file
     return model

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,7 @@ from fseft_edge.segmentation.located import (
     open_finder,
     windows_entry,
 )
-from fseft_edge.segmentation.models import LoadedModels, load_models
+from fseft_edge.segmentation.models import LoadedModels, expects_sizes, load_models
 from fseft_edge.segmentation.settings import SegmentationSettings
 
 if TYPE_CHECKING:
@@ -175,10 +176,6 @@ def open_segmenter(
                     progress=progress,
                 )
         yield Segmenter(settings, files, bundle, session, refit, finder)
-
-
-_LARGE_MOVE = 1.0
-"""A threshold that moved by this much, in log odds, sets a flag."""
 
 
 @dataclass(frozen=True)
@@ -342,13 +339,13 @@ class Segmenter:
                 prepare=prepare,
             ),
         )
-        files, moves = self._following_size(scan, region.boxes)
+        files, moves = self._following_size(scan, case.plan, region.boxes)
         moved = [file.adapter for file in files]
         if any(one is not other for one, other in zip(moved, adapters, strict=True)):
             region = in_smaller_pieces(
                 case.plan,
                 lambda pieces: decide_region(
-                    scan, moved, region.boxes, cuts=features.edges, plan=pieces, prepare=prepare
+                    scan, moved, located.boxes, cuts=features.edges, plan=pieces, prepare=prepare
                 ),
             )
         features.release()
@@ -419,7 +416,7 @@ class Segmenter:
         """Return the probability of each organ in each voxel of a scan, float32 ``[K, X, Y, Z]``, in memory."""
         encoded = self.encode(self.read(scan), whole=True)
         with encoded.resources:
-            refitted, _ = self._fitted(encoded.scan)
+            refitted, _ = self._fitted(encoded.scan, encoded.case.plan)
             channels = list(organ_channels(refitted))
             probabilities = np.empty((len(channels), *encoded.case.volume.shape), np.float32)
 
@@ -465,7 +462,6 @@ class Segmenter:
         """
         inputs = self.settings.transduction
         located = any(file.locator is not None for file in self.adapters)
-        expects_sizes = any(organ.expected_ml for file in self.adapters for organ in file.description.organs)
         whole_scan = self.settings.whole_scan or needs_whole_scan(self.settings) is not None
         return {
             "source_sha256": sha256,
@@ -480,7 +476,7 @@ class Segmenter:
                 "fill_holes": self.settings.fill_holes,
                 "labels": list(label_values(self.adapters)),
                 **({"whole_scan": whole_scan} if located else {}),
-                **({"follow_size": self.settings.follow_size} if expects_sizes else {}),
+                **({"follow_size": self.settings.follow_size} if expects_sizes(self.adapters) else {}),
                 "transduction": inputs
                 and {
                     "priors": {name: asdict(prior) for name, prior in inputs.priors.items()},
@@ -498,7 +494,7 @@ class Segmenter:
         if encoded.decided is not None:
             return encoded.decided, _Fit(encoded.moves)
         read = encoded.case
-        refitted, fit = self._fitted(encoded.scan)
+        refitted, fit = self._fitted(encoded.scan, read.plan)
         if folder is None or not probabilities:
             return in_smaller_pieces(read.plan, lambda pieces: decide_encoded(encoded.scan, refitted, pieces)), fit
         with ProbabilityFiles(folder, read.volume.shape, refitted) as kept:
@@ -508,28 +504,47 @@ class Segmenter:
             kept.write([folder / name for name in probabilities], read.volume)
         return found, fit
 
-    def _fitted(self, scan: EncodedScan) -> tuple[Sequence[Adapter], _Fit]:
+    def _fitted(self, scan: EncodedScan, plan: MemoryPlan) -> tuple[Sequence[Adapter], _Fit]:
         """Return the adapters for one scan: with moved thresholds, then refitted if the settings ask for it."""
-        files, moves = self._following_size(scan)
+        files, moves = self._following_size(scan, plan)
         refitted, outcomes = self._refit(files, scan)
         return refitted, _Fit(moves, outcomes)
 
     def _following_size(
-        self, scan: EncodedScan, boxes: Sequence[Box] | None = None
+        self, scan: EncodedScan, plan: MemoryPlan, boxes: Sequence[Box] | None = None
     ) -> tuple[list[AdapterFile], tuple[MovedThreshold | None, ...]]:
         """Return the adapters with thresholds that follow the expected sizes, and what happened to each organ."""
         files: list[AdapterFile] = []
         moves: list[MovedThreshold | None] = []
+        inputs = self.settings.transduction
+        # A refit under a prior of the user does not start from a threshold that another range has moved.
+        own = {**inputs.priors, **inputs.table} if inputs else {}
         for file in self.adapters:
-            ranges = [organ.expected_ml and SizePrior(*organ.expected_ml) for organ in file.description.organs]
+            ranges = [
+                SizePrior(*organ.expected_ml) if organ.expected_ml and organ.name not in own else None
+                for organ in file.description.organs
+            ]
             if self.settings.follow_size and any(ranges) and can_move_thresholds(file.adapter):
-                adapter, moved = move_thresholds(file.adapter, scan, ranges, boxes=boxes)
+                adapter, moved = in_smaller_pieces(
+                    plan, partial(self._moved, file.adapter, scan, ranges=ranges, boxes=boxes)
+                )
                 files.append(replace(file, adapter=adapter))
                 moves += moved
             else:
                 files.append(file)
                 moves += [None] * len(ranges)
         return files, tuple(moves)
+
+    @staticmethod
+    def _moved(
+        adapter: Adapter,
+        scan: EncodedScan,
+        pieces: MemoryPlan,
+        *,
+        ranges: Sequence[SizePrior | None],
+        boxes: Sequence[Box] | None,
+    ) -> tuple[Adapter, tuple[MovedThreshold | None, ...]]:
+        return move_thresholds(adapter, scan, ranges, boxes=boxes, block=(pieces.tile, pieces.tile, pieces.slab))
 
     def _measured(self, volume: Volume, found: DecidedScan, fit: _Fit) -> tuple[LabelMap, tuple[SegmentedOrgan, ...]]:
         """Return the mask with post-processing and label values, and the measurements of its organs."""
@@ -606,7 +621,7 @@ def _measured_organs(
             median_hu=hu.median if hu else None,
             support_hu=organ.support_hu,
         )
-        if fit.moves and (moved := fit.moves[position]) and abs(moved.log_odds) >= _LARGE_MOVE:
+        if fit.moves and (moved := fit.moves[position]) and moved.changes_much:
             flags += ("threshold_moved",)
         if fit.outcomes:
             flags += fit.outcomes[position].flags

@@ -9,15 +9,18 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from doubles.errors import refused
 from doubles.features import MemoryFeatures, random_features
 
 from fseft_edge.adaptation.block_sampling import SupportScan
 from fseft_edge.adaptation.calibration import calibrate
 from fseft_edge.adaptation.soft_labels import Occupancy
 from fseft_edge.adaptation.training import TrainingSettings, train_adapter
+from fseft_edge.adapters.blocks import Box
 from fseft_edge.adapters.network import Activation, Adapter, AdapterSettings
 from fseft_edge.runtime.encoder.feature_store import FeatureMap
 from fseft_edge.runtime.encoder.networks.base import FeatureLevel
+from fseft_edge.runtime.errors import UsageError
 
 SHAPE = (48, 40, 44)
 SLOPE = 0.8
@@ -67,6 +70,32 @@ def test_what_is_far_from_the_annotated_organs_does_not_count() -> None:
     (finest,) = scan.features.tensors
     finest[:, 40:, 30:, 36:] = 9
     assert moved_by([scan]) == pytest.approx(moved_by([annotated_ball(6, 8, (10, 10, 10))]))
+
+
+def test_air_between_two_parts_of_an_organ_does_not_count() -> None:
+    def two_balls(between: float) -> SupportScan:
+        scan = annotated_ball(5, 7, (8, 8, 8))
+        other = annotated_ball(5, 7, (40, 32, 36))
+        assert isinstance(scan.features, MemoryFeatures)
+        assert isinstance(other.features, MemoryFeatures)
+        finest = torch.maximum(scan.features.tensors[0], other.features.tensors[0])
+        finest[:, 24, 20, 22] = between
+        whole = Box(*((0, length) for length in SHAPE))
+        shares = scan.occupancy.block(whole)[0] + other.occupancy.block(whole)[0]
+        features = cast("FeatureMap", MemoryFeatures((finest,)))
+        return replace(scan, features=features, occupancy=Occupancy([shares.numpy()]))
+
+    assert moved_by([two_balls(9)]) == moved_by([two_balls(-9)])
+
+
+def test_an_organ_that_the_adapter_hardly_finds_is_not_changed() -> None:
+    assert moved_by([annotated_ball(10, 0)]) == 0
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_a_share_outside_0_to_1_is_refused(share: float) -> None:
+    with refused(UsageError, "calibration", share):
+        TrainingSettings(calibration=share)
 
 
 def test_an_organ_that_no_scan_shows_is_not_changed() -> None:

@@ -173,10 +173,16 @@ def test_a_threshold_stays_if_following_the_size_does_not_improve_the_dsc(bench:
     assert validated.dsc == (pytest.approx((0.7,) * 3, abs=1e-3),)
 
 
+def test_two_scans_are_not_enough_to_follow_the_size(bench: Bench) -> None:
+    bench.masks = {"a": mask_with(0.7), "a moved": mask_with(0.9)}
+    assert cross_validate(kinds("a")[0], scans(2), [None]).follows_size == (False,)
+    assert cross_validate(kinds("a")[0], scans(3), [None]).follows_size == (True,)
+
+
 def test_organs_that_compete_do_not_follow_their_sizes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fseft_edge.adaptation.cross_validation.can_move_thresholds", lambda _: False)
     bench.masks = {"a": mask_with(0.7), "a moved": mask_with(0.9)}
-    assert cross_validate(kinds("a")[0], scans(2), [None]).follows_size == (False,)
+    assert cross_validate(kinds("a")[0], scans(3), [None]).follows_size == (False,)
     assert not bench.expected
 
 

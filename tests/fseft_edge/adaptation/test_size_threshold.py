@@ -75,6 +75,7 @@ def test_a_mask_of_a_wrong_size_gets_the_expected_size_by_the_least_move(adapter
     assert organ.after_ml == pytest.approx(volume_ml(changed, log_odds))
     assert EXPECTED.low_ml <= organ.after_ml <= EXPECTED.high_ml
     assert organ.flags == ()
+    assert organ.changes_much
     # A smaller move, by one step of 0.05, is not enough.
     step = np.sign(organ.log_odds) * 0.05
     less = volume_ml(adapter, np.asarray(log_odds - organ.log_odds + step, np.float32))
@@ -85,7 +86,9 @@ def test_a_mask_of_a_wrong_size_gets_the_expected_size_by_the_least_move(adapter
 def test_a_mask_of_the_expected_size_is_not_changed(adapter: Adapter) -> None:
     changed, (organ,) = move_thresholds(adapter, scan(ball(10, slope=0.8)), [EXPECTED])
     assert changed is adapter
-    assert organ == MovedThreshold(organ.before_ml, organ.before_ml, 0.0, ()) if organ else False
+    assert organ is not None
+    assert organ == MovedThreshold(organ.before_ml, organ.before_ml, 0.0, ())
+    assert not organ.changes_much
 
 
 def test_an_organ_without_a_range_keeps_its_threshold(adapter: Adapter) -> None:
@@ -100,6 +103,7 @@ def test_an_organ_of_twice_the_size_with_steep_edges_is_not_pulled_to_the_expect
     assert organ.log_odds == MOST_LOG_ODDS
     assert organ.after_ml > 0.95 * organ.before_ml > 1.8 * BALL_ML
     assert organ.flags == ("outside_prior",)
+    assert not organ.changes_much
 
 
 def test_an_organ_that_the_field_of_view_cuts_off_is_not_changed(adapter: Adapter) -> None:

@@ -15,6 +15,7 @@ from doubles.errors import refused
 from fseft_edge.adaptation.size_priors import SizePrior
 from fseft_edge.adaptation.training import TrainingSettings
 from fseft_edge.adaptation.transduction import TransductionInputs, TransductionSettings
+from fseft_edge.adapters.file import AdapterFile, read_adapter, write_adapter
 from fseft_edge.batch.coordinator import run_batch
 from fseft_edge.batch.options import DETERMINES_RESULTS, options_fingerprint, same_options
 from fseft_edge.batch.settings import BatchSettings
@@ -76,7 +77,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         write_case(root, f"case{seed}", seed)
     bundle = write_tiny_encoder(root / "tiny.encoder")
     for seed, name in enumerate(("liver", "other")):
-        write_random_adapter(root / f"{name}.adapter", bundle, seed=seed, support_volumes_ml=(1000.0, 1200.0))
+        path = root / f"{name}.adapter"
+        write_random_adapter(path, bundle, seed=seed, support_volumes_ml=(1000.0, 1200.0))
+        file = read_adapter(path)
+        (organ,) = file.description.organs
+        expecting = organ.model_copy(update={"expected_ml": (900.0, 1320.0)})
+        changed = file.description.model_copy(update={"organs": (expecting,), "schema_version": 5})
+        write_adapter(path, AdapterFile(changed, file.adapter))
     return Site(root)
 
 
@@ -126,7 +133,7 @@ def test_everything_in_a_transduction_changes_the_fingerprint(site: Site, tmp_pa
     assert site.fingerprint(transduction=moved) == made[0]
     recorded = json.loads(made[0])["transduction"][0]["settings"]
     assert recorded.keys() == asdict(TransductionSettings()).keys()
-    assert recorded["training"].keys() == asdict(TrainingSettings()).keys() - {"device"}
+    assert recorded["training"].keys() == asdict(TrainingSettings()).keys() - {"device", "calibration"}
 
 
 def test_results_of_the_first_version_are_recognised_unless_their_priors_are_unknown(site: Site) -> None:

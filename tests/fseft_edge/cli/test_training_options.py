@@ -10,6 +10,8 @@ import pytest
 from doubles.command_line import Run, Site, assert_error_with_remedy, command_line_site, runner
 from doubles.encoder import label_of, write_case
 
+from fseft_edge.adapters.file import read_adapter
+
 LIVER = f"liver={label_of('liver')}"
 
 
@@ -83,3 +85,18 @@ def test_groups_that_say_nothing_are_refused(site: Site, tmp_path: Path, run: Ru
         assert all(text in outcome.err for text in named)
         assert_error_with_remedy(outcome)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_line_of_an_organ_says_what_its_masks_get(
+    site: Site, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fseft_edge.adaptation.cross_validation._LEAST_GAIN_BY_SIZE", -1)
+    monkeypatch.setattr("fseft_edge.adaptation.cross_validation._FEWEST_SCANS_BY_SIZE", 1)
+    monkeypatch.setattr("fseft_edge.adaptation.cross_validation._MIN_GAIN_OF_POST_PROCESSING", 2)
+    outcome = run(*site.adapt("--organ", LIVER, "--validate", output=tmp_path / "a.adapter"))
+    assert outcome.code == 0
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("liver: "))
+    assert line.endswith("on left-out scans); its threshold follows its size")
+    (organ,) = read_adapter(tmp_path / "a.adapter").description.organs
+    volumes = organ.support_volumes_ml
+    assert organ.expected_ml == pytest.approx((0.9 * min(volumes), 1.1 * max(volumes)), abs=1e-3)

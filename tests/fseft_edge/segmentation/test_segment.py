@@ -618,7 +618,7 @@ def test_a_mask_follows_the_size_that_the_adapter_expects(
     assert (entry["name"], entry["notes"]) == ("liver", [])
     assert entry["after_ml"] == pytest.approx(share * entry["before_ml"], rel=0.051)
     assert (entry["log_odds"] > 0) is (share < 1)
-    assert ("threshold_moved" in organ.flags) is (abs(entry["log_odds"]) >= 1)
+    assert "threshold_moved" in organ.flags
     assert organ.volume_ml == pytest.approx(share * before.volume_ml, rel=0.1)
     saved = nib.load(tmp_path / "out" / "case_1" / "liver.probability.nii.gz").get_fdata()  # type: ignore[attr-defined]  # nibabel's image type
     np.testing.assert_array_equal(labels_in(case) > 0, saved > 0.5)
@@ -637,6 +637,9 @@ def test_a_refit_starts_from_the_moved_thresholds(site: Site, tmp_path: Path, mo
     scan = site.image("case_1")
     write_random_adapter(tmp_path / "a.adapter", site.bundle, support_volumes_ml=(100.0,))
     adapter = expecting(tmp_path / "a.adapter", 0.7, site, scan)
+    inputs = TransductionInputs(site.root / "images", site.root / "labels", {"liver": SizePrior(1, 2)})
+    site.segment([scan], [adapter], tmp_path / "own", transduction=inputs)
+    assert seen.pop() == read_adapter(adapter).adapter.linear_bias().tolist()  # the user's prior replaces the range
     inputs = TransductionInputs(site.root / "images", site.root / "labels")
     site.segment([scan], [adapter], tmp_path / "out", transduction=inputs)
     (entry,) = json.loads((tmp_path / "out" / "case_1.json").read_text())["thresholds"]
