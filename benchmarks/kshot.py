@@ -11,6 +11,7 @@ Several runs may write to one folder. `--report` prints the table and draws the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import time
@@ -86,11 +87,16 @@ DEFAULT = (
 
 @dataclass(frozen=True)
 class Run:
-    """The key of a result: a method and a support set."""
+    """The key of a result: a method, a support set and a seed.
+
+    Attributes:
+        repeat: number of the seed, from 0; the seed of the training is ``draw + 10 * repeat``.
+    """
 
     method: str
     shots: int
     draw: int
+    repeat: int
     on: str
     folder: Path
     model: Path | None
@@ -99,7 +105,17 @@ class Run:
     @property
     def name(self) -> str:
         """Text for file names."""
-        return f"{self.method.replace(' ', '_')}-{self.shots}-{self.draw}"
+        return f"{self.method.replace(' ', '_')}-{self.shots}-{self.draw}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """Text for file names of further seeds."""
+        return f"-{self.repeat}" if self.repeat else ""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return self.draw + 10 * self.repeat
 
     @property
     def support(self) -> list[str]:
@@ -134,6 +150,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model file of an encoder; default: the built-in encoder")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5, 10, 30])
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each support set, each with its own seed")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(DEFAULT), metavar="METHOD")
     parser.add_argument("--device", default="auto", help="device for training and encoding")
     parser.add_argument("--on", choices=["test", "support"], default="test")
@@ -149,8 +166,8 @@ def main() -> None:
             parser.error(f"the pool of support scans holds {pool}")
         for shots in arguments.shots:
             for draw in range(arguments.draws if shots < pool else 1):
-                for method in arguments.methods:
-                    number = (0, 0) if method == "zero-shot" else (shots, draw)
+                for method, repeat in itertools.product(arguments.methods, range(arguments.seeds)):
+                    number = (0, 0, 0) if method == "zero-shot" else (shots, draw, repeat)
                     run = Run(method, *number, arguments.on, arguments.output, arguments.model, device)
                     try:
                         _do(run, bundle)
@@ -182,6 +199,7 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
         "draw": run.draw,
         "on": run.on,
         "encoder": bundle.encoder_id[:12],
+        **({"repeat": run.repeat} if run.repeat else {}),
     }
     if _is_there(identity, run.folder):
         return
@@ -210,20 +228,23 @@ def _do(run: Run, bundle: EncoderBundle) -> None:
 
 
 def _is_there(identity: dict[str, Any], folder: Path) -> bool:
-    return any(identity.items() <= result.items() for result in read_results(folder))
+    return any(
+        identity.items() <= result.items() and result.get("repeat") == identity.get("repeat")
+        for result in read_results(folder)
+    )
 
 
 def _make(run: Run, encoder: Path) -> Made:
     """Train and write the result."""
     if run.method in RATES:
         tuned = fine_tune(
-            run.method, run.support, run.model, device=run.device, seed=run.draw, output=run.folder / "models"
+            run.method, run.support, run.model, device=run.device, seed=run.seed, output=run.folder / "models"
         )
         return Made(tuned.model, tuned.parameters, tuned.seconds, _peak_mib(), _gpu_mib(run.device))
     if run.method in TUNINGS:
         return _fine_tuned(run, encoder)
     name = _adapter_of(run.method)
-    path = run.folder / "adapters" / f"{name.replace(' ', '_')}-{run.shots}-{run.draw}.adapter"
+    path = run.folder / "adapters" / f"{name.replace(' ', '_')}-{run.shots}-{run.draw}{run.suffix}.adapter"
     bundle = EncoderBundle.open(encoder)
     path.parent.mkdir(exist_ok=True)
     with open_session(bundle, str(run.device)) as session:
@@ -236,9 +257,9 @@ def _make(run: Run, encoder: Path) -> Made:
             file.check_encoder(bundle, path=path)
             adapter = file.adapter
         else:
-            trained = bench.train(support, ADAPTERS[name], TrainingSettings(seed=run.draw))
+            trained = bench.train(support, ADAPTERS[name], TrainingSettings(seed=run.seed))
             adapter = trained.adapter
-            write_adapter(path, describe(trained, support, headneck.ORGANS, bundle=bundle, seed=run.draw))
+            write_adapter(path, describe(trained, support, headneck.ORGANS, bundle=bundle, seed=run.seed))
         seconds = time.process_time() - started
     return Made(path, sum(parameter.numel() for parameter in adapter.parameters()), seconds, _peak_mib())
 
@@ -247,7 +268,7 @@ def _fine_tuned(run: Run, encoder: Path) -> Made:
     path = run.folder / "tunings" / f"{run.name.replace(',', '')}.tuning"
     annotated = [(headneck.image_path(case), read_label_map(headneck.label_path(case))) for case in run.support]
     support = load_tuning_support(annotated, headneck.ORGANS, EncoderBundle.open(encoder), SilentProgress())
-    settings = replace(TUNINGS[run.method], seed=run.draw, device=run.device)
+    settings = replace(TUNINGS[run.method], seed=run.seed, device=run.device)
     clock = time.monotonic if run.device.type == "cuda" else time.process_time
     started = clock()
     tuned = support.tuned(settings, range(len(annotated)), SilentProgress())

@@ -22,16 +22,20 @@ _GROUPS = {
 
 
 def markdown(results: Sequence[Result], on: str) -> str:
-    """Return the table: mean DSC over cases and draws ± the standard deviation of the draws' means."""
-    lines = [
-        f"| method | k | draws | {' | '.join(_GROUPS)} | parameters | training s | peak MiB | s a case |",
-        f"|---|---|---|{'---|' * (len(_GROUPS) + 4)}",
-    ]
+    """Return the table: mean DSC over cases and draws ± the standard deviation of the draws' means.
+
+    If draws were trained with several seeds, the table contains the results of the first one, and the spread of the
+    seeds: the mean over the draws of the difference between the best and the worst seed, on base and novel organs.
+    """
+    columns = [*_GROUPS, "seeds, base", "seeds, novel", "parameters", "training s", "peak MiB", "s a case"]
+    lines = [f"| method | k | draws | {' | '.join(columns)} |", f"|---|---|---|{'---|' * len(columns)}"]
+    of_all_seeds = _grouped(results, on, all_seeds=True)
     for (method, shots), draws in sorted(_grouped(results, on).items(), key=lambda item: item[0][1]):
+        spreads = [_spread_of_seeds(of_all_seeds[method, shots], _GROUPS[group]) for group in ("base", "novel")]
         cells = [_cell(_draw_means(draws, names)) for names in _GROUPS.values()]
         lines.append(
-            f"| {method} | {shots} | {len(draws)} | {' | '.join(cells)} | {draws[0]['parameters']} | {_cost(draws)} | "
-            f"{_mean(draws, 'seconds_a_case', 1)} |"
+            f"| {method} | {shots} | {len(draws)} | {' | '.join(cells + spreads)} | {draws[0]['parameters']} | "
+            f"{_cost(draws)} | {_mean(draws, 'seconds_a_case', 1)} |"
         )
     return "\n".join(lines)
 
@@ -99,6 +103,16 @@ def plot(results: Sequence[Result], on: str, path: Path) -> None:
     plt.close(figure)
 
 
+def _spread_of_seeds(trained: Sequence[Result], names: Sequence[str]) -> str:
+    """Return the mean over the draws of the difference between the best and the worst seed; "–" for one seed."""
+    spreads = []
+    for draw in {result["draw"] for result in trained}:
+        means = _draw_means([result for result in trained if result["draw"] == draw], names)
+        if len(means) > 1:
+            spreads.append(max(means) - min(means))
+    return f"{np.mean(spreads):.3f}" if spreads else "–"
+
+
 def _mean(draws: Sequence[Result], key: str, digits: int) -> str:
     values = _measured(draws, key)
     return f"{np.mean(values):.{digits}f}" if values else "–"
@@ -113,10 +127,11 @@ def _measured(draws: Sequence[Result], key: str) -> list[float]:
     return [draw[key] for draw in draws if draw.get(key) is not None]
 
 
-def _grouped(results: Sequence[Result], on: str) -> dict[tuple[str, int], list[Result]]:
+def _grouped(results: Sequence[Result], on: str, *, all_seeds: bool = False) -> dict[tuple[str, int], list[Result]]:
+    """Return the results on a split by method and k, those of the first seed or of all seeds."""
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in results:
-        if result["on"] == on:
+        if result["on"] == on and (all_seeds or not result.get("repeat")):
             groups.setdefault((result["method"], result["shots"]), []).append(result)
     return groups
 
