@@ -46,7 +46,7 @@ LINEAR = AdapterSettings(method="linear", levels="finest")
 SPATIAL = AdapterSettings(method="spatial", levels="all", width=4)
 # Without variations, because each variation of a scan must be encoded, too.
 ONE_STEP = TrainingSettings(epochs=1, block=16, batch=1, blocks_per_epoch=1, linear_blocks=4, variations=0)
-NO_TRAINING = replace(ONE_STEP, linear_rate=0.0, residual_rate=0.0)
+NO_TRAINING = replace(ONE_STEP, linear_rate=0.0, residual_rate=0.0, calibration=0.0)
 LIVER, SPLEEN, LUNG = (OrganLabel(name, label_of(name)) for name in ("liver", "spleen", "left_lung"))
 
 

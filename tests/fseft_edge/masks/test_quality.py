@@ -17,6 +17,7 @@ from fseft_edge.masks import quality
 from fseft_edge.masks.quality import MEANINGS
 from fseft_edge.runtime.scans.components import BoxedMask
 from fseft_edge.runtime.scans.intensities import HuPercentiles
+from fseft_edge.segmentation import segmenter
 
 SHAPE = (12, 10, 8)
 Mask = NDArray[np.bool_]
@@ -168,8 +169,9 @@ def test_without_support_hu_the_hu_are_not_flagged() -> None:
 def test_every_flag_has_a_meaning_and_is_documented() -> None:
     document = (ROOT / "docs" / "segment.md").read_text(encoding="utf-8")
     raised = set(re.findall(r'flags\.append\("(\w+)"\)', inspect.getsource(quality))) | {"empty"}
-    raised |= set(re.findall(r'\("(\w+)",\)', inspect.getsource(transduction)))
-    assert {"low_confidence", "implausible_hu", "outside_prior", "absent", "cut_off"} <= raised
+    for module in (transduction, segmenter):
+        raised |= set(re.findall(r'\("(\w+)",\)', inspect.getsource(module)))
+    assert {"low_confidence", "implausible_hu", "outside_prior", "absent", "cut_off", "threshold_moved"} <= raised
     assert raised == set(MEANINGS)
     for flag in raised:
         assert f"| `{flag}` |" in document
