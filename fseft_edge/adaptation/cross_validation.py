@@ -300,7 +300,7 @@ class _Scores:
             labels, boxes = _segmented(scan, encoded, adapter)
             self._scores.add(labels, *scan.reference, scored)
             if can_move_thresholds(adapter):
-                moved, _ = move_thresholds(adapter, encoded, expected_sizes(others), boxes=boxes)
+                moved, _ = move_thresholds(adapter, encoded, _expected_sizes(others), boxes=boxes)
                 if moved is not adapter:
                     labels, _ = _segmented(scan, encoded, moved)
                 self._scores_by_size.add(labels, *scan.reference, scored)
@@ -335,7 +335,7 @@ def _segmented(
     return region.found.labels, region.boxes
 
 
-def expected_sizes(support: Sequence[SupportScan]) -> list[SizePrior | None]:
+def _expected_sizes(support: Sequence[SupportScan]) -> list[SizePrior | None]:
     """Return the expected range of each organ, from its volumes in the scans that annotate it."""
     organs = range(len(support[0].annotated))
     return [expected_range([scan.volumes_mm3[k] / 1000 for scan in support if scan.annotated[k]]) for k in organs]
